@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lk-jwt-service, our upstream: what comes in is handed to it as it came. Floor: clients."""
+
+from __future__ import annotations
+
+from attrs import frozen
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+from twisted.web.client import ResponseNeverReceived
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IResponse
+
+from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, NeighbourFailed, collected
+from lotusguard.metrics import Metrics
+
+TOKEN_ANSWER_LIMIT = 1024 * 1024
+"""Bytes that an answer with a token may have."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.5
+"""Seconds between two tries while connections are refused."""
+PROBE_TIMEOUT = 2.0
+STALE_TRIES = 3
+"""Kept-alive connections that may turn out to be dead before it is upstream who hangs up."""
+
+
+class UpstreamFailed(Exception):
+    """No answer. ``code`` is what the caller is to be told: 502 not reachable, 504 not in time."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+@frozen
+class Forwarded:
+    """A request as it goes on.
+
+    :ivar target: the raw request target, undecoded, query and all.
+    """
+
+    method: bytes
+    target: bytes
+    headers: Headers
+    body: bytes | None
+
+
+class Authorizer:
+    """Upstream.
+
+    :param agent: takes request targets (`FixedAgent`).
+    :param timeout: seconds for an answer.
+    :param grace: seconds for which a request is held while connections are refused.
+    """
+
+    def __init__(self, agent: IAgent, clock: IReactorTime, metrics: Metrics, *, timeout: float, grace: float) -> None:
+        self._agent = agent
+        self._clock = clock
+        self._timeout = timeout
+        self._grace = grace
+        self._seconds = metrics.neighbour_seconds.labels("upstream")
+        self._calls = metrics.neighbour_calls
+
+    async def ask(self, request: Forwarded) -> Answer:
+        """Forward a request and wait for the whole answer. :raises UpstreamFailed:"""
+        whole = Deferred.fromCoroutine(self._whole(request))
+        try:
+            return await whole.addTimeout(self._timeout + self._grace, self._clock)
+        except TimeoutError:
+            raise self._failed(504, "timeout") from None
+
+    async def _whole(self, request: Forwarded) -> Answer:
+        response = await self.open(request)
+        try:
+            return Answer(response.code, response.headers, await collected(response, TOKEN_ANSWER_LIMIT))
+        except CancelledError:
+            raise
+        except BodyTooLarge:
+            raise self._failed(502, "endless") from None
+        except Exception:
+            raise self._failed(502, "truncated") from None
+
+    async def open(self, request: Forwarded) -> IResponse:
+        """Forward a request and wait for the head of the answer; its body is the caller's to read.
+
+        While connections are refused (it is restarting) the request is held. A kept-alive connection that upstream
+        had closed meanwhile is not the caller's affair: the request goes out again on another.
+
+        :raises UpstreamFailed:
+        """
+        began = self._clock.seconds()
+        pause, stale = FIRST_PAUSE, 0
+        while True:
+            try:
+                response = await self._send(request)
+            except (CancelledError, UpstreamFailed):
+                raise
+            except ConnectError:
+                if self._clock.seconds() + pause > began + self._grace:
+                    raise self._failed(502, "unreachable") from None
+                await deferLater(self._clock, pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+            except ResponseNeverReceived as never:
+                hung_up = all(reason.check(ConnectionDone, ConnectionLost) for reason in never.reasons)
+                stale += 1
+                if not hung_up or stale >= STALE_TRIES:
+                    raise self._failed(502, "hung_up") from None
+            except Exception:
+                raise self._failed(502, "garbage") from None
+            else:
+                self._seconds.observe(self._clock.seconds() - began)
+                self._calls.labels("upstream", "ok").inc()
+                return response
+
+    async def _send(self, request: Forwarded) -> IResponse:
+        producer = None if request.body is None else BytesBody(request.body)
+        sent = self._agent.request(request.method, request.target, request.headers, producer)
+        try:
+            return await sent.addTimeout(self._timeout, self._clock)
+        except TimeoutError:
+            raise self._failed(504, "timeout") from None
+
+    async def probe(self) -> None:
+        """See whether it answers at all. :raises NeighbourFailed: it does not, with the reason."""
+        asked = Deferred.fromCoroutine(self._send(Forwarded(b"GET", b"/healthz", Headers(), None)))
+        try:
+            await collected(await asked.addTimeout(PROBE_TIMEOUT, self._clock), TOKEN_ANSWER_LIMIT)
+        except CancelledError:
+            raise
+        except TimeoutError:
+            raise NeighbourFailed("upstream", "timeout") from None
+        except Exception:
+            raise NeighbourFailed("upstream", "unreachable") from None
+
+    def _failed(self, code: int, reason: str) -> UpstreamFailed:
+        self._calls.labels("upstream", "failed").inc()
+        return UpstreamFailed(code, reason)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synapse's admin API, and the little of the client and federation APIs that the guard needs. Floor: clients."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import quote
+
+from twisted.web.http_headers import Headers
+
+from lotusguard.clients.http import Answer, Neighbour, json_object
+from lotusguard.clients.waiting import SharedCalls, together
+from lotusguard.rules.identity import server_of
+from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT
+from lotusguard.rules.requests import OpenID
+
+ROOMS_A_PAGE = 500
+
+
+class Homeserver:
+    """What the guard asks of Synapse. Every method raises `NeighbourFailed` when there is no usable answer.
+
+    :param token: an admin's access token.
+    :ivar server_name: the homeserver's name; learnt by `whoami` when it was not given.
+    """
+
+    def __init__(self, neighbour: Neighbour, token: str, server_name: str = "") -> None:
+        self.server_name = server_name
+        self._neighbour = neighbour
+        self._headers = Headers({b"Authorization": [b"Bearer " + token.encode("utf-8")]})
+        self._ignores_type = False
+        self._naming: SharedCalls[str, str] = SharedCalls(lambda _: self.whoami())
+        neighbour.probe = self.probe
+
+    @property
+    def well(self) -> bool:
+        """Whether it is waited for."""
+        return not self._neighbour.breaker.open
+
+    async def policy_events(self, room_id: str) -> dict[str, Any]:
+        """The contents of the room's ``io.lotus.…`` state events by type, those with state key ``""``.
+
+        Asked for by type, both at once. An older Synapse ignores the type and answers the room's whole state, so
+        what comes is filtered again, and such a server is then asked only once a room. A room it does not know
+        has no events.
+        """
+        if self._ignores_type:
+            return await self._state(room_id, VOICE_LIMIT)
+        both = await together(self._state(room_id, kind) for kind in (VOICE_LIMIT, ROOM_QUALITY))
+        return {kind: content for contents in both for kind, content in contents.items()}
+
+    async def _state(self, room_id: str, kind: str) -> dict[str, Any]:
+        def read(answer: Answer) -> dict[str, Any]:
+            if answer.code == 404:
+                return {}
+            events = _ok(answer)["state"]
+            if not isinstance(events, list):
+                raise TypeError("state is no list")
+            self._ignores_type = self._ignores_type or any(event["type"] != kind for event in events)
+            return {
+                event["type"]: event["content"]
+                for event in events
+                if event["type"] in (VOICE_LIMIT, ROOM_QUALITY) and event.get("state_key") == ""
+            }
+
+        path = f"/_synapse/admin/v1/rooms/{quote(room_id, safe='')}/state?type={kind}"
+        return await self._neighbour.call(b"GET", path.encode("ascii"), self._headers, read=read)
+
+    async def room_ids(self, most: int) -> AsyncIterator[str]:
+        """The IDs of the rooms it knows, page by page, ``most`` at the most."""
+        start: int | None = 0
+        while start is not None and start < most:
+            path = f"/_synapse/admin/v1/rooms?from={start}&limit={ROOMS_A_PAGE}"
+            page = await self._neighbour.call(b"GET", path.encode("ascii"), self._headers, read=_ok)
+            for room in page.get("rooms", []):
+                yield room["room_id"]
+            following = page.get("next_batch")
+            start = following if isinstance(following, int) and following > start else None
+
+    async def local_user(self, openid: OpenID) -> str | None:
+        """Whose OpenID token this is, if it is one of this homeserver's; ``None`` when it is not, or nobody's.
+
+        Asked of the configured address only, whatever server a caller names. The token travels in the path, as the
+        federation API wants it, and nowhere else.
+        """
+        if not self.server_name:
+            await self._naming.get("")
+        if openid.server_name != self.server_name:
+            return None
+
+        def read(answer: Answer) -> str | None:
+            if 400 <= answer.code < 500:
+                return None
+            user = _ok(answer)["sub"]
+            if not isinstance(user, str) or not user.startswith("@"):
+                raise ValueError("no user")
+            return user if server_of(user) == openid.server_name else None
+
+        path = f"/_matrix/federation/v1/openid/userinfo?access_token={quote(openid.access_token, safe='')}"
+        return await self._neighbour.call(b"GET", path.encode("ascii"), Headers(), read=read, answers=(401, 403))
+
+    async def whoami(self) -> str:
+        """Whose access token we hold, and so on which server."""
+        user = await self._neighbour.call(b"GET", _WHOAMI, self._headers, read=_user_id)
+        self.server_name = self.server_name or server_of(user)
+        return user
+
+    async def probe(self) -> None:
+        """The cheapest question that shows whether it answers."""
+        await self._neighbour.call(b"GET", _WHOAMI, self._headers, read=_user_id, wait=False)
+
+
+_WHOAMI = b"/_matrix/client/v3/account/whoami"
+
+
+def _ok(answer: Answer) -> dict[str, Any]:
+    if answer.code != 200:
+        raise ValueError(answer.code)
+    return json_object(answer)
+
+
+def _user_id(answer: Answer) -> str:
+    user = _ok(answer)["user_id"]
+    if not isinstance(user, str) or not user.startswith("@"):
+        raise ValueError("no user")
+    return user

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One discipline for calling neighbours: a deadline, a bounded body, no redirects, no cookies. Floor: clients.
+
+Requests go straight to Twisted's agent and bodies are collected by treq. ``treq.HTTPClient`` would parse every URL
+through hyperlink and idna again (a fifth of a join's CPU time) and carry one caller's cookies to the next; the
+addresses here come from the configuration and never change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Container
+from random import random
+from typing import Any, TypeVar
+
+import treq
+from attrs import field, frozen
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.client import URI, Agent, HTTPConnectionPool, ResponseFailed
+from twisted.web.http import PotentialDataLoss
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from lotusguard.metrics import Metrics
+from lotusguard.rules.breaker import PROBE_INTERVAL, Breaker
+
+log = Logger()
+T = TypeVar("T")
+
+IDLE_CONNECTIONS = 64
+"""Connections kept open to one neighbour; Twisted's own default is two."""
+
+
+class NeighbourFailed(Exception):
+    """A neighbour gave no usable answer. ``reason`` is one of a few words, fit for a metric's label."""
+
+    def __init__(self, neighbour: str, reason: str) -> None:
+        super().__init__(f"{neighbour}: {reason}")
+        self.neighbour = neighbour
+        self.reason = reason
+
+
+class NotWaitedFor(NeighbourFailed):
+    """The neighbour failed so often that it is not asked until it is well again."""
+
+    def __init__(self, neighbour: str) -> None:
+        super().__init__(neighbour, "not_waited_for")
+
+
+class NeighbourRefused(NeighbourFailed):
+    """The neighbour is well and said no: our credentials are wrong."""
+
+
+class BodyTooLarge(Exception):
+    """An answer is longer than we are willing to hold."""
+
+
+@frozen
+class Answer:
+    """A complete HTTP answer."""
+
+    code: int
+    headers: Headers
+    body: bytes = field(repr=False)
+
+
+@implementer(IBodyProducer)
+class BytesBody:
+    """A request body that is in memory already."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self.length = len(body)
+
+    def startProducing(self, consumer: Any) -> Deferred[None]:
+        consumer.write(self.body)
+        done: Deferred[None] = Deferred()
+        done.callback(None)
+        return done
+
+    def pauseProducing(self) -> None: ...
+    def resumeProducing(self) -> None: ...
+    def stopProducing(self) -> None: ...
+
+
+def connection_pool(reactor: Any) -> HTTPConnectionPool:
+    """The pool of connections that all clients of one service share; close it with ``closeCachedConnections``."""
+    pool = HTTPConnectionPool(reactor, persistent=True)
+    pool.maxPersistentPerHost = IDLE_CONNECTIONS
+    pool.cachedConnectionTimeout = 30
+    return pool
+
+
+@implementer(IAgent)
+class FixedAgent(Agent):
+    """An agent for one configured address, whose targets go on the wire byte for byte.
+
+    ``Agent.request`` takes URLs apart and puts them together again, which loses an empty query and costs time. No
+    redirect is followed; TLS is verified by the system's roots where the address is ``https``.
+
+    :param base: the address without a trailing slash; a path in it goes before every target.
+    """
+
+    def __init__(self, reactor: Any, base: str, pool: HTTPConnectionPool, connect_timeout: float) -> None:
+        super().__init__(reactor, pool=pool, connectTimeout=connect_timeout)
+        uri = self._uri = URI.fromBytes(base.encode("ascii"))
+        self._prefix = uri.path.rstrip(b"/")
+        self._fixed = self._getEndpoint(uri)
+        self._key = (uri.scheme, uri.host, uri.port)
+
+    def request(
+        self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: Any = None
+    ) -> Deferred[IResponse]:
+        """:param uri: a request target such as ``/path?query``, not a whole URI."""
+        return self._requestWithEndpoint(
+            self._key, self._fixed, method, self._uri, headers, bodyProducer, self._prefix + uri
+        )
+
+
+async def collected(response: IResponse, limit: int) -> bytes:
+    """The body of a response, read whole.
+
+    :raises BodyTooLarge: it is longer than ``limit`` bytes; the connection is dropped.
+    """
+    parts: list[bytes] = []
+    size = 0
+
+    def part(chunk: bytes) -> None:
+        nonlocal size
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge
+        parts.append(chunk)
+
+    await treq.collect(response, part)
+    return b"".join(parts)
+
+
+class Neighbour:
+    """A service we ask things of, with its deadline and its circuit breaker.
+
+    While the breaker is open calls fail at once with `NotWaitedFor`, and a ``probe`` is sent every two seconds (a
+    little more, by chance, so that several guards do not knock together) until it succeeds: nobody's join waits for it.
+
+    :param name: for logs and metrics.
+    :param agent: takes request targets, and calls the configured address only (`FixedAgent`).
+    :param timeout: seconds for one whole call, the body included.
+    :param limit: bytes an answer may have.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        agent: IAgent,
+        clock: IReactorTime,
+        metrics: Metrics,
+        *,
+        timeout: float,
+        limit: int = 64 * 1024 * 1024,
+    ) -> None:
+        self.name = name
+        self.breaker = Breaker()
+        self.probe: Callable[[], Awaitable[object]] | None = None
+        self._agent = agent
+        self._clock = clock
+        self._metrics = metrics
+        self._timeout = timeout
+        self._limit = limit
+        self._probing: Any = None
+        self._seconds = metrics.neighbour_seconds.labels(name)
+        self._outcomes = {
+            outcome: metrics.neighbour_calls.labels(name, outcome)
+            for outcome in ("ok", "refused", "failed", "not_waited_for")
+        }
+        metrics.breaker_open.labels(name).set(0)
+
+    async def call(
+        self,
+        method: bytes,
+        path: bytes,
+        headers: Headers,
+        body: bytes | None = None,
+        *,
+        read: Callable[[Answer], T],
+        answers: Container[int] = (),
+        wait: bool = True,
+    ) -> T:
+        """Make one call and read its answer.
+
+        :param read: turns the answer into what was asked for; whatever it raises means that the answer was garbage.
+        :param answers: statuses that are for ``read`` although they look like a refusal or a failure.
+        :param wait: ``False`` for a probe: made even while nobody waits for this neighbour.
+        :raises NotWaitedFor: the breaker is open.
+        :raises NeighbourRefused: 401 or 403.
+        :raises NeighbourFailed: no usable answer in time.
+        """
+        if wait and self.breaker.open:
+            self._outcomes["not_waited_for"].inc()
+            raise NotWaitedFor(self.name)
+        began = self._clock.seconds()
+        try:
+            answer = await self._answer(method, path, headers, body)
+            if answer.code not in answers:
+                if answer.code in (401, 403):
+                    self._well("refused")
+                    raise NeighbourRefused(self.name, f"status_{answer.code}")
+                if answer.code >= 500 or 300 <= answer.code < 400:
+                    raise NeighbourFailed(self.name, f"status_{answer.code}")
+            try:
+                result = read(answer)
+            except Exception:
+                raise NeighbourFailed(self.name, "garbage") from None
+        except NeighbourRefused:
+            raise
+        except NeighbourFailed as failed:
+            self._ill(failed.reason)
+            raise
+        finally:
+            self._seconds.observe(self._clock.seconds() - began)
+        self._well("ok")
+        return result
+
+    async def _answer(self, method: bytes, path: bytes, headers: Headers, body: bytes | None) -> Answer:
+        exchange = Deferred.fromCoroutine(self._exchange(method, path, headers, body))
+        try:
+            return await exchange.addTimeout(self._timeout, self._clock)
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise NeighbourFailed(self.name, _reason(error)) from None
+
+    async def _exchange(self, method: bytes, path: bytes, headers: Headers, body: bytes | None) -> Answer:
+        producer = None if body is None else BytesBody(body)
+        response = await self._agent.request(method, path, headers, producer)
+        return Answer(response.code, response.headers, await collected(response, self._limit))
+
+    def _well(self, outcome: str) -> None:
+        self._outcomes[outcome].inc()
+        if self.breaker.succeeded():
+            self._metrics.breaker_open.labels(self.name).set(0)
+            log.info("{neighbour} answers again", neighbour=self.name, event_name="neighbour_well")
+
+    def _ill(self, reason: str) -> None:
+        self._outcomes["failed"].inc()
+        if self.breaker.failed():
+            self._metrics.breaker_open.labels(self.name).set(1)
+            log.error(
+                "{neighbour} is not waited for until it answers again: {reason}",
+                neighbour=self.name,
+                reason=reason,
+                event_name="neighbour_ill",
+            )
+            self._probe_later()
+
+    def _probe_later(self) -> None:
+        if self.probe is not None and self._probing is None:
+            self._probing = self._clock.callLater(PROBE_INTERVAL * (1 + random() / 4), self._probe_now)
+
+    def _probe_now(self) -> None:
+        async def probe() -> None:
+            try:
+                if self.breaker.open and self.probe is not None:
+                    await self.probe()
+            except NeighbourFailed:
+                pass
+            finally:
+                self._probing = None
+                if self.breaker.open:
+                    self._probe_later()
+
+        self._probing = Deferred.fromCoroutine(probe())
+        self._probing.addErrback(_unexpected)
+
+    def stop(self) -> None:
+        """No more probes."""
+        self.probe = None
+        if self._probing is not None:
+            self._probing.cancel()
+            self._probing = None
+
+
+def _unexpected(failure: Failure) -> None:
+    if not failure.check(CancelledError):
+        log.failure("a probe failed in an unexpected way", failure)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, BodyTooLarge):
+        return "endless"
+    if isinstance(error, ResponseFailed | PotentialDataLoss):
+        return "truncated"
+    return "unreachable"
+
+
+def json_object(answer: Answer) -> dict[str, Any]:
+    """The JSON object in an answer. :raises ValueError: there is none."""
+    content = json.loads(answer.body)
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFU rooms we never issued a token for: looked for among the homeserver's rooms by hashing IDs. Floor: guard."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from lotusguard.clients.homeserver import Homeserver
+from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.waiting import in_background
+from lotusguard.guard.ledger import Ledger, Slot
+from lotusguard.metrics import Metrics
+from lotusguard.rules.identity import ROOM_SLOT, room_alias
+
+log = Logger()
+
+MOST_ROOMS = 200_000
+NOT_AGAIN = 3600.0
+"""Seconds for which an alias that was not found is not looked for again."""
+WANTED_KEPT = 5_000
+
+
+class Discovery:
+    """Finds the Matrix room behind an alias, in the background, for those slots whose name is known."""
+
+    def __init__(self, homeserver: Homeserver | None, ledger: Ledger, clock: IReactorTime, metrics: Metrics) -> None:
+        self._homeserver = homeserver
+        self._ledger = ledger
+        self._clock = clock
+        self._wanted: set[str] = set()
+        self._not_found: OrderedDict[str, float] = OrderedDict()
+        self._search: Deferred[object] | None = None
+        metrics.cache_limit.labels("unknown_aliases").set(WANTED_KEPT)
+        metrics.cache_entries.labels("unknown_aliases").set_function(lambda: len(self._not_found))
+
+    def want(self, alias: str) -> None:
+        """Look for this alias if it was not looked for lately. Returns at once."""
+        if self._homeserver is None or not self._homeserver.well:
+            return
+        if self._clock.seconds() - self._not_found.get(alias, float("-inf")) < NOT_AGAIN:
+            return
+        if len(self._wanted) < WANTED_KEPT:
+            self._wanted.add(alias)
+        if self._search is None:
+            self._search = in_background(
+                self._searched(self._homeserver), lambda failure: log.failure("looking for SFU rooms failed", failure)
+            )
+
+    async def _searched(self, homeserver: Homeserver) -> None:
+        try:
+            # What is wanted while this runs may have been passed by already: it waits for the next search.
+            while self._wanted:
+                wanted, self._wanted = self._wanted, set()
+                async for room_id in homeserver.room_ids(MOST_ROOMS):
+                    for alias in (room_alias(room_id, ROOM_SLOT), room_id):  # old releases named the room itself
+                        if alias in wanted:
+                            wanted.discard(alias)
+                            await self._ledger.learn_alias(alias, Slot(room_id, ROOM_SLOT))
+                            log.info(
+                                "SFU room {alias} is {room_id}", alias=alias, room_id=room_id, event_name="discovered"
+                            )
+                    if not wanted:
+                        break
+                for alias in wanted:
+                    self._not_found[alias] = self._clock.seconds()
+                    self._not_found.move_to_end(alias)
+                while len(self._not_found) > WANTED_KEPT:
+                    self._not_found.popitem(last=False)
+        except NeighbourFailed as failed:
+            log.warn("looking for SFU rooms stopped: {reason}", reason=failed.reason, event_name="discovery_failed")
+        finally:
+            self._search = None
+
+    def stop(self) -> None:
+        """Look no further."""
+        if self._search is not None:
+            self._search.cancel()

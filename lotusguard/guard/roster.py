@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is in the call: one look at the SFU for all who wait for the same room. Floor: guard."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from livekit.protocol.models import ParticipantInfo
+from twisted.internet.interfaces import IReactorTime
+
+from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.sfu import Sfu
+from lotusguard.clients.waiting import Budget, SharedCalls, together
+from lotusguard.guard.ledger import Ledger
+from lotusguard.guard.policies import Policies
+from lotusguard.guard.seatbook import Present, SeatBook
+from lotusguard.rules.identity import ROOM_SLOT, room_alias
+
+FEW_SLOTS = 3
+"""SFU rooms of one Matrix room that are looked into without asking first which of them exist."""
+
+
+def counts(participant: ParticipantInfo) -> bool:
+    """Whether a participant takes a seat: all but recorders and agents, from the first sign of life on."""
+    return participant.kind not in _NO_SEAT and participant.state != ParticipantInfo.State.DISCONNECTED
+
+
+_NO_SEAT = (ParticipantInfo.Kind.EGRESS, ParticipantInfo.Kind.AGENT)
+
+
+class Roster:
+    """Keeps the seat book in step with the SFU. The seats are what is exact; a look may be a little old."""
+
+    def __init__(
+        self, sfu: Sfu | None, seats: SeatBook, ledger: Ledger, policies: Policies, clock: IReactorTime
+    ) -> None:
+        self._sfu = sfu
+        self._seats = seats
+        self._ledger = ledger
+        self._policies = policies
+        self._clock = clock
+        self._looks: SharedCalls[tuple[str, str], None] = SharedCalls(self._look)
+
+    async def fresh(self, room_id: str, slot_id: str, budget: Budget, since: float) -> None:
+        """See to it that the last look at all SFU rooms of a Matrix room began at ``since`` or later.
+
+        :param slot_id: the slot somebody is about to enter, which may not be known yet.
+        :raises NeighbourFailed: the SFU does not tell. :raises TimeoutError: not in time.
+        """
+        if self._sfu is None:
+            raise NeighbourFailed("livekit", "no_livekit_key")
+        alias = room_alias(room_id, slot_id)
+        known = {*await self._ledger.aliases_of(room_id), room_alias(room_id, ROOM_SLOT), alias}
+        if await self._seats.observed_since(room_id, known) < since:
+            await budget.wait(self._looks.get((room_id, alias)))
+
+    async def observed(
+        self, room_id: str, alias: str, participants: Iterable[ParticipantInfo], since: float
+    ) -> Collection[Present]:
+        """A complete list of who is in one SFU room, asked for at ``since``."""
+        present = [
+            Present(p.sid, p.identity, await self._ledger.user_behind(alias, p.identity))
+            for p in participants
+            if counts(p)
+        ]
+        cap = self._policies.last_known(room_id).max_users
+        await self._seats.observe(room_id, alias, present, cap, since)
+        return present
+
+    async def _look(self, key: tuple[str, str]) -> None:
+        assert self._sfu is not None
+        room_id, asked = key
+        since = self._clock.seconds()
+        lasting = {*await self._ledger.aliases_of(room_id), room_alias(room_id, ROOM_SLOT)}
+        aliases = lasting | {asked}
+        existing: Collection[str] = aliases
+        if len(aliases) > FEW_SLOTS:
+            existing = {room.name for room in await self._sfu.list_rooms(aliases)}
+        lists = await together(self._sfu.list_participants(alias) for alias in existing)
+        found = dict(zip(existing, lists, strict=True))
+        for alias in aliases:
+            participants = found.get(alias, ())
+            if participants or alias in lasting:  # a slot that is only asked for leaves no trace
+                await self.observed(room_id, alias, participants, since)

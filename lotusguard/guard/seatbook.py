@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seats of all rooms: asked through one interface, each answer one step inside. Floor: guard."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from attrs import frozen
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.interfaces import IReactorTime
+
+from lotusguard.guard.ledger import Promise
+from lotusguard.guard.store import Store
+from lotusguard.metrics import Metrics
+from lotusguard.rules.seats import Claim, Refusal, RoomSeats, Session
+
+IDLE_ROOM = 600.0
+"""Seconds after which a room where nobody is and nobody is awaited is forgotten."""
+ROOMS_KEPT = 20_000
+DISK_PATIENCE = 0.25
+"""Seconds for which an answer waits until its promise is on disk. Longer would put a sick disk in the way."""
+
+
+@frozen
+class Present:
+    """Somebody in the call, as far as seats go."""
+
+    sid: str
+    identity: str
+    user: str
+
+
+class SeatBook(Protocol):
+    """Who holds the seats of which Matrix room. Several guards may share one, so every question is awaited, and what
+    looks and takes does both in one step."""
+
+    async def take(self, room_id: str, user: str | None, cap: int) -> Claim | Refusal:
+        """A seat for a request, or why there is none; ``user`` is ``None`` while not known."""
+
+    async def freed(self, room_id: str) -> None:
+        """Wait until a request of this room that was being answered has been."""
+
+    async def settle(self, room_id: str, claim: Claim, user: str, alias: str, identity: str) -> None:
+        """The token was issued: the seat is kept for its user until they arrive or the time is over."""
+
+    async def release(self, room_id: str, claim: Claim) -> None:
+        """No token was issued."""
+
+    async def observed_since(self, room_id: str, aliases: Iterable[str]) -> float:
+        """When the oldest of the last looks at these SFU rooms began; minus infinity for never."""
+
+    async def observe(
+        self, room_id: str, alias: str, present: Collection[Present], cap: int | None, since: float
+    ) -> None:
+        """A complete look at one SFU room, begun at ``since``."""
+
+    async def arrive(self, room_id: str, alias: str, who: Present, cap: int | None) -> None:
+        """Somebody came in."""
+
+    async def leave(self, room_id: str, alias: str, sid: str) -> None:
+        """Somebody went."""
+
+    async def overflow(self, room_id: str, cap: int | None) -> Sequence[tuple[Session, str]]:
+        """Sessions past the cap with their identities."""
+
+    async def seat_all(self, room_id: str) -> None:
+        """Whoever is in has a seat."""
+
+    async def forget(self, room_id: str) -> None:
+        """The room has no cap any more; when it gets one again, whoever is in then was there before."""
+
+
+class MemorySeatBook:
+    """The seat book of one guard.
+
+    :param seat_ttl: seconds for which a seat is kept for who was given a token.
+    :param store: where promises survive a restart.
+    """
+
+    def __init__(self, store: Store | None, clock: IReactorTime, metrics: Metrics, *, seat_ttl: float) -> None:
+        self._store = store
+        self._clock = clock
+        self._seat_ttl = seat_ttl
+        self.rooms: dict[str, RoomSeats] = {}
+        self._newcomers: dict[str, set[str]] = {}
+        self._waiting: dict[str, list[Deferred[None]]] = {}
+        metrics.cache_limit.labels("seats").set(ROOMS_KEPT)
+        metrics.cache_entries.labels("seats").set_function(lambda: len(self.rooms))
+        metrics.seats_held.set_function(lambda: sum(room.held(clock.seconds()) for room in self.rooms.values()))
+
+    def load(self, promises: Iterable[Promise]) -> None:
+        """Keep the promises of an earlier run. None is kept longer than one given now."""
+        latest = self._clock.seconds() + self._seat_ttl
+        for promise in promises:
+            self._room(promise.room_id).promise(promise.user, min(promise.expires, latest))
+
+    async def take(self, room_id: str, user: str | None, cap: int) -> Claim | Refusal:
+        return self._room(room_id).take(user, cap, self._clock.seconds())
+
+    async def freed(self, room_id: str) -> None:
+        waiter: Deferred[None] = Deferred()
+        self._waiting.setdefault(room_id, []).append(waiter)
+        await waiter
+
+    async def settle(self, room_id: str, claim: Claim, user: str, alias: str, identity: str) -> None:
+        expires = self._clock.seconds() + self._seat_ttl
+        promised = self._room(room_id).settle(claim, user, (alias, identity), expires)
+        self._wake(room_id)
+        if promised and self._store is not None:
+            written = self._store.put_promise(room_id, user, expires)
+            with suppress(TimeoutError):
+                await written.addTimeout(DISK_PATIENCE, self._clock)
+
+    async def release(self, room_id: str, claim: Claim) -> None:
+        room = self.rooms.get(room_id)
+        if room is not None:
+            room.release(claim)
+            self._wake(room_id)
+            if claim.user is not None and not claim.in_flight and claim.user not in room.awaited(self._clock.seconds()):
+                self._kept(room_id, [claim.user])
+
+    async def observed_since(self, room_id: str, aliases: Iterable[str]) -> float:
+        return self._room(room_id).observed_since(aliases)
+
+    async def observe(
+        self, room_id: str, alias: str, present: Collection[Present], cap: int | None, since: float
+    ) -> None:
+        room, now = self._room(room_id), self._clock.seconds()
+        awaited = room.awaited(now)
+        room.observe(
+            alias, [(who.sid, who.identity, who.user) for who in present], cap, since, now,
+            frozenset(self._newcomers.pop(alias, ())),
+        )  # fmt: skip
+        self._kept(room_id, awaited - room.awaited(now))
+
+    async def arrive(self, room_id: str, alias: str, who: Present, cap: int | None) -> None:
+        room, now = self._room(room_id), self._clock.seconds()
+        if alias not in room.observed:
+            # The first look, which is about to come, must not take them for one who was there before.
+            self._newcomers.setdefault(alias, set()).add(who.sid)
+            return
+        awaited = room.awaited(now)
+        room.arrive(Session(alias, who.sid), who.user, who.identity, cap, now)
+        self._kept(room_id, awaited - room.awaited(now))
+
+    async def leave(self, room_id: str, alias: str, sid: str) -> None:
+        room = self.rooms.get(room_id)
+        if room is not None:
+            room.leave(Session(alias, sid), self._clock.seconds())
+        newcomers = self._newcomers.get(alias)
+        if newcomers is not None:
+            newcomers.discard(sid)
+
+    async def overflow(self, room_id: str, cap: int | None) -> Sequence[tuple[Session, str]]:
+        room = self._room(room_id)
+        return [(at, room.sessions[at].identity) for at in room.overflow(cap, self._clock.seconds())]
+
+    async def seat_all(self, room_id: str) -> None:
+        self._room(room_id).seat_all()
+
+    async def forget(self, room_id: str) -> None:
+        room = self.rooms.get(room_id)
+        if room is not None:
+            for alias in room.observed:
+                self._newcomers.pop(alias, None)
+            room.sessions.clear()
+            room.observed.clear()
+
+    def occupied(self) -> list[str]:
+        """The SFU rooms that somebody is in, as far as is known here."""
+        return list({at.alias for room in self.rooms.values() for at in room.sessions})
+
+    def prune(self) -> None:
+        """Forget rooms that nothing happens in."""
+        now = self._clock.seconds()
+        for room_id in [r for r, room in self.rooms.items() if now - room.touched > IDLE_ROOM and room.idle(now)]:
+            del self.rooms[room_id]
+        if len(self._newcomers) > ROOMS_KEPT:
+            self._newcomers.clear()
+
+    def _room(self, room_id: str) -> RoomSeats:
+        room = self.rooms.get(room_id)
+        if room is None:
+            if len(self.rooms) >= ROOMS_KEPT:
+                self._make_place()
+            room = self.rooms[room_id] = RoomSeats(touched=self._clock.seconds())
+        return room
+
+    def _make_place(self) -> None:
+        now = self._clock.seconds()
+        idle = next((room_id for room_id, room in self.rooms.items() if room.idle(now)), next(iter(self.rooms)))
+        del self.rooms[idle]
+
+    def _wake(self, room_id: str) -> None:
+        for waiter in self._waiting.pop(room_id, ()):
+            if not waiter.called:
+                waiter.callback(None)
+
+    def _kept(self, room_id: str, arrived: Iterable[str]) -> None:
+        if self._store is not None:
+            for user in arrived:
+                self._store.drop_promise(room_id, user)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logs: text for people, JSON lines for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import IO, Any
+
+from twisted.logger import (
+    FileLogObserver,
+    FilteringLogObserver,
+    ILogObserver,
+    LogEvent,
+    LogLevel,
+    LogLevelFilterPredicate,
+    eventAsText,
+    formatEvent,
+)
+
+_INTERNAL = frozenset(
+    ("log_namespace", "log_level", "log_source", "log_format", "log_failure", "log_time", "log_logger", "log_system",
+     "log_flattened", "format", "message", "time", "isError", "log_legacy", "log_trace")
+)  # fmt: skip
+
+
+def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILogObserver:
+    """The observer that ``GUARD_LOG_FORMAT`` and ``GUARD_LOG_LEVEL`` ask for.
+
+    :param format_: ``text`` or ``json``. :param stream: standard output by default.
+    """
+    observer = FileLogObserver(stream or sys.stdout, _as_json if format_ == "json" else _as_text)
+    predicate = LogLevelFilterPredicate(LogLevel.levelWithName(level))
+    return FilteringLogObserver(observer, [predicate])
+
+
+def _as_text(event: LogEvent) -> str:
+    level = event.get("log_level", LogLevel.info).name
+    text = eventAsText(event, includeTimestamp=False, includeSystem=False)
+    return f"{_time(event)} {level:8} {_one_line(text, event)}\n"
+
+
+def _as_json(event: LogEvent) -> str:
+    line: dict[str, Any] = {
+        "time": _time(event),
+        "level": event.get("log_level", LogLevel.info).name,
+        "event": event.get("event_name", "log"),
+        "logger": event.get("log_namespace", ""),
+        "message": formatEvent(event),
+    }
+    for name, value in event.items():
+        if name not in _INTERNAL and name not in line and name != "event_name":
+            line[name] = value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
+    if "log_failure" in event:
+        line["traceback"] = event["log_failure"].getTraceback()
+    return json.dumps(line, default=str, ensure_ascii=False) + "\n"
+
+
+def _one_line(text: str, event: LogEvent) -> str:
+    """What callers wrote must not look like a line of ours; tracebacks may have their lines."""
+    return text if "log_failure" in event else text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _time(event: LogEvent) -> str:
+    return datetime.fromtimestamp(event.get("log_time", 0.0), UTC).isoformat(timespec="milliseconds")

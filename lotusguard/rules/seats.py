@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seats of one Matrix room, over all its slots: who holds one, who may take one. Floor: rules.
+
+Every method is one step without an await, so that looking whether a seat is free and taking it cannot be
+torn apart. Times are seconds on one clock that never has to be the wall's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import Enum
+
+from attrs import Factory, define, frozen
+
+GONE_MEMORY = 120.0
+"""Seconds for which a session that left is remembered, so that news older than that cannot bring it back."""
+
+
+class Refusal(Enum):
+    """Why there is no seat."""
+
+    FULL = "full"
+    """Every seat is held by somebody who is in the call or has been let in."""
+    BUSY = "busy"
+    """Every seat is held, but some only by requests that are still being answered: ask again when one is."""
+
+
+@frozen
+class Session:
+    """One connection to the SFU. ``sid`` is the SFU's name for it and never used again."""
+
+    alias: str
+    sid: str
+
+
+@define(eq=False)
+class Claim:
+    """A seat held for one token request.
+
+    :ivar user: who holds it; ``None`` while the answer has not said it yet.
+    :ivar expires: when it ends; infinity while the request is being answered.
+    """
+
+    user: str | None
+    expires: float = math.inf
+
+    @property
+    def in_flight(self) -> bool:
+        return self.expires == math.inf
+
+
+@define
+class Seating:
+    """Where one session sits. ``since`` is when we heard of it."""
+
+    user: str
+    identity: str
+    since: float
+    seated: bool = True
+
+
+@define
+class RoomSeats:
+    """Who holds the seats of one Matrix room.
+
+    A seat is held by a user in the call, or by one who was given a token and has not arrived. Whoever
+    holds one keeps it: for further devices, other endpoints, a second try.
+    """
+
+    sessions: dict[Session, Seating] = Factory(dict)
+    claims: list[Claim] = Factory(list)
+    observed: dict[str, float] = Factory(dict)
+    """alias → the start of the last complete look at who is in it"""
+    gone: dict[Session, float] = Factory(dict)
+    touched: float = 0.0
+
+    def take(self, user: str | None, cap: int, now: float) -> Claim | Refusal:
+        """Look whether a seat is free and take it.
+
+        :param user: who asks; ``None`` when only the answer will tell.
+        """
+        self.touched = now
+        if user is None or not self.holds(user, now):
+            named, anonymous = self._held(now)
+            if len(named) + anonymous >= cap:
+                return Refusal.FULL if len(self._certain(now)) >= cap else Refusal.BUSY
+        claim = Claim(user)
+        self.claims.append(claim)
+        return claim
+
+    def settle(self, claim: Claim, user: str, issued: tuple[str, str], expires: float) -> bool:
+        """The token of a claim has been issued.
+
+        :param user: whom the answer names; an unnamed claim becomes theirs.
+        :param issued: alias and identity of the token. Somebody who is already there under it has nothing
+            left to arrive for, so that no seat outlives their leaving.
+        :param expires: until when the seat is kept for them.
+        :return: whether the claim goes on, as a promise that outlives the request.
+        """
+        if any((at.alias, seat.identity) == issued and seat.seated for at, seat in self.sessions.items()):
+            self.release(claim)
+            return False
+        claim.user, claim.expires = user, expires
+        self.claims = [c for c in self.claims if c is claim or c.user != user or c.expires > expires]
+        return True
+
+    def release(self, claim: Claim) -> None:
+        """No token was issued, or the caller went away: the seat is free unless something else holds it."""
+        if claim in self.claims:
+            self.claims.remove(claim)
+
+    def promise(self, user: str, expires: float) -> Claim:
+        """A promise that was given before (by an earlier run of the guard) holds."""
+        claim = Claim(user, expires)
+        self.claims.append(claim)
+        return claim
+
+    def holds(self, user: str, now: float) -> bool:
+        """Whether this user holds a seat."""
+        return any(seat.user == user and seat.seated for seat in self.sessions.values()) or any(
+            claim.user == user and self._lives(claim, now) for claim in self.claims
+        )
+
+    def arrive(self, at: Session, user: str, identity: str, cap: int | None, now: float) -> bool:
+        """Somebody is in the call. Idempotent.
+
+        :param cap: seats there are; ``None`` seats whoever comes.
+        :return: whether they sit on a seat; if not, they came in past the cap (an old token, another issuer).
+        """
+        self.touched = now
+        if at in self.gone:
+            return True
+        seat = self.sessions.get(at)
+        if seat is None:
+            seated = cap is None or self.holds(user, now) or self._free_besides(user, cap, now)
+            seat = self.sessions[at] = Seating(user, identity, now, seated)
+            self.claims = [claim for claim in self.claims if claim.user != user or claim.in_flight]
+        return seat.seated
+
+    def leave(self, at: Session, now: float) -> None:
+        """A session ended. What ended once never comes back: a late message of an old session
+        says nothing about the new one."""
+        self.touched = now
+        self.sessions.pop(at, None)
+        self.gone[at] = now
+
+    def observe(
+        self,
+        alias: str,
+        present: Iterable[tuple[str, str, str]],
+        cap: int | None,
+        since: float,
+        now: float,
+        newcomers: frozenset[str] = frozenset(),
+    ) -> None:
+        """A complete look at who is in one SFU room.
+
+        At the first look whoever is there was there before we knew the room, and stays.
+
+        :param present: sid, identity and user of each participant that counts.
+        :param since: when the look began; what we heard later than that is not contradicted by it.
+        :param newcomers: sids of whom we know that they came just now, also at the first look.
+        """
+        first = alias not in self.observed
+        there = set()
+        for sid, identity, user in present:
+            at = Session(alias, sid)
+            there.add(at)
+            self.arrive(at, user, identity, None if first and sid not in newcomers else cap, now)
+        for at, seat in list(self.sessions.items()):
+            if at.alias == alias and at not in there and seat.since < since:
+                del self.sessions[at]
+        self.observed[alias] = since
+        self.gone = {at: when for at, when in self.gone.items() if when > now - GONE_MEMORY}
+        horizon = min(now, self.observed_since(self.observed))
+        self.claims = [claim for claim in self.claims if claim.expires > horizon]
+        self.touched = now
+
+    def observed_since(self, aliases: Iterable[str]) -> float:
+        """The oldest of the last looks at these SFU rooms; minus infinity when one was never looked at."""
+        return min((self.observed.get(alias, -math.inf) for alias in aliases), default=-math.inf)
+
+    def overflow(self, cap: int | None, now: float) -> list[Session]:
+        """Who is to be put out: sessions without a seat in a room that is certainly full.
+
+        Whoever can be given a seat by now gets it. While only unanswered requests fill the room, nobody is
+        put out, for those may come to nothing.
+        """
+        out = []
+        for at, seat in self.sessions.items():
+            if seat.seated:
+                continue
+            if cap is None or self.holds(seat.user, now) or self._free_besides(seat.user, cap, now):
+                seat.seated = True
+            elif len(self._certain(now, seated_only=True)) >= cap:
+                out.append(at)
+        return out
+
+    def seat_all(self) -> None:
+        """Whoever is in has a seat (``GUARD_OVERFLOW=allow``)."""
+        for seat in self.sessions.values():
+            seat.seated = True
+
+    def users(self) -> set[str]:
+        """The distinct users in the call."""
+        return {seat.user for seat in self.sessions.values()}
+
+    def awaited(self, now: float) -> set[str]:
+        """The users who were given a token and have not arrived."""
+        return {claim.user for claim in self.claims if claim.user and not claim.in_flight and self._lives(claim, now)}
+
+    def held(self, now: float) -> int:
+        """How many seats are held, unanswered requests included."""
+        named, anonymous = self._held(now)
+        return len(named) + anonymous
+
+    def idle(self, now: float) -> bool:
+        """Whether nobody is in the call and nobody awaited."""
+        return not self.sessions and not any(self._lives(claim, now) for claim in self.claims)
+
+    def _lives(self, claim: Claim, now: float) -> bool:
+        # A claim that ended since the last look counts until the next one: its user may have arrived meanwhile.
+        return claim.expires > min(now, self.observed_since(self.observed))
+
+    def _held(self, now: float) -> tuple[set[str], int]:
+        live = [claim for claim in self.claims if self._lives(claim, now)]
+        named = self.users() | {claim.user for claim in live if claim.user is not None}
+        return named, sum(1 for claim in live if claim.user is None)
+
+    def _certain(self, now: float, *, seated_only: bool = False) -> set[str]:
+        there = {seat.user for seat in self.sessions.values() if seat.seated or not seated_only}
+        return there | self.awaited(now)
+
+    def _free_besides(self, user: str, cap: int, now: float) -> bool:
+        seated = {seat.user for seat in self.sessions.values() if seat.seated}
+        live = [claim for claim in self.claims if self._lives(claim, now)]
+        named = seated | {claim.user for claim in live if claim.user is not None}
+        return len(named - {user}) + sum(1 for claim in live if claim.user is None) < cap

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes over a stand-in's wire: the request as it came, the answer as it goes. Sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as a stand-in got to see it."""
+
+    method: str
+    target: bytes
+    """The request target, undecoded: with the query string, in whatever form it was sent."""
+    headers: tuple[tuple[str, str], ...]
+    body: bytes = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        """The target's path, still percent-encoded; for a target in absolute form, the path within it."""
+        target = self.target.decode("latin-1")
+        if not target.startswith("/") and "://" in target:
+            target = "/" + target.partition("://")[2].partition("/")[2]
+        return target.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """What follows the first ``?``, undecoded."""
+        return self.target.decode("latin-1").partition("?")[2]
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, in any case."""
+        wanted = name.lower()
+        return next((value for key, value in self.headers if key.lower() == wanted), None)
+
+    def json(self) -> Any:
+        """The body, strictly read as JSON."""
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A complete answer."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: Sequence[tuple[str, str]] = ()
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, in any case."""
+        wanted = name.lower()
+        return next((value for key, value in self.headers if key.lower() == wanted), None)
+
+
+class Refusal(Exception):
+    """Raised inside a stand-in to answer with ``reply`` at once."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.status)
+        self.reply = reply

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The roof: options, and the one place where everything is wired."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any, ClassVar
+
+from twisted.application.service import MultiService
+from twisted.internet.defer import Deferred
+from twisted.logger import ILogObserver, Logger
+from twisted.python import usage
+from twisted.python.components import Componentized
+
+from lotusguard.clients.authorizer import Authorizer
+from lotusguard.clients.homeserver import Homeserver
+from lotusguard.clients.http import FixedAgent, Neighbour, connection_pool
+from lotusguard.clients.sfu import Sfu
+from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.guard.admission import Admission
+from lotusguard.guard.discovery import Discovery
+from lotusguard.guard.enforcement import Enforcement
+from lotusguard.guard.health import Health
+from lotusguard.guard.ledger import RememberingLedger
+from lotusguard.guard.policies import Policies
+from lotusguard.guard.reconciler import Every
+from lotusguard.guard.roster import Roster
+from lotusguard.guard.seatbook import MemorySeatBook
+from lotusguard.guard.store import StoreUnusable, open_store
+from lotusguard.logs import observer_for
+from lotusguard.metrics import Metrics
+from lotusguard.supervision import Lag, Supervised
+from lotusguard.web.admin import AdminDoor
+from lotusguard.web.listening import Listening
+from lotusguard.web.public import PublicDoor
+from lotusguard.web.site import GuardSite, PublicRequest
+from lotusguard.web.webhooks import Webhooks
+
+log = Logger()
+
+
+class Options(usage.Options):
+    """What can be said on the command line; everything else is in the environment (see README)."""
+
+    synopsis = "[options]"
+    longdesc = "Enforces Matrix rooms' call policies in front of lk-jwt-service. Settings come from the environment."
+    optParameters: ClassVar[list[list[str | None]]] = [
+        ["listen", "l", None, "endpoint to listen on instead of GUARD_BIND_HOST and GUARD_BIND_PORT"],
+        ["admin-listen", None, None, "endpoint of the operators' listener instead of GUARD_ADMIN_…"],
+    ]
+
+
+def makeService(options: Options) -> Guard:
+    """What ``twistd lotusguard`` runs. A wrong setting ends it with one line."""
+    from twisted.internet import reactor
+
+    try:
+        settings = read_settings()
+    except ConfigurationError as error:
+        raise SystemExit(f"lotusguard: {error}") from None
+    return Guard(settings, reactor, listen=options["listen"], admin_listen=options["admin-listen"])
+
+
+class Guard(MultiService):
+    """The whole service. Its parts and how they hang together are in ``__init__``, from the ground up.
+
+    :param listen: an endpoint to listen on instead of what the settings say.
+    """
+
+    def __init__(
+        self, settings: Settings, reactor: Any, *, listen: str | None = None, admin_listen: str | None = None
+    ) -> None:
+        super().__init__()
+        self._settings = settings
+        self._reactor = reactor
+        metrics = self.metrics = Metrics()
+        key = settings.sfu_key
+        token = settings.matrix_token.get_secret_value()
+
+        # what survives a restart
+        self._store, store_error = None, None
+        if settings.state_dir is not None:
+            try:
+                self._store = open_store(settings.state_dir, reactor, metrics)
+            except StoreUnusable as error:
+                store_error = str(error)
+        ledger = RememberingLedger(self._store, reactor, metrics)
+        seats = MemorySeatBook(self._store, reactor, metrics, seat_ttl=settings.guard_seat_ttl)
+        seats.load(ledger.load())
+
+        # neighbours
+        pool = self._pool = connection_pool(reactor)
+        timeout = settings.guard_lookup_timeout
+        upstream_agent = FixedAgent(reactor, settings.guard_upstream, pool, settings.guard_upstream_timeout)
+        authorizer = Authorizer(
+            upstream_agent,
+            reactor,
+            metrics,
+            timeout=settings.guard_upstream_timeout,
+            grace=settings.guard_upstream_grace,
+        )
+        livekit = Neighbour(
+            "livekit", FixedAgent(reactor, settings.livekit_api, pool, timeout), reactor, metrics, timeout=timeout
+        )
+        synapse = Neighbour(
+            "synapse", FixedAgent(reactor, settings.synapse_api, pool, timeout), reactor, metrics, timeout=timeout
+        )
+        self._neighbours = (livekit, synapse)
+        sfu = Sfu(livekit, key, reactor) if key is not None else None
+        homeserver = Homeserver(synapse, token, settings.guard_server_name) if token else None
+
+        # what we do
+        policies = Policies(
+            homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale
+        )
+        roster = Roster(sfu, seats, ledger, policies, reactor)
+        admission = Admission(
+            policies=policies,
+            roster=roster,
+            seats=seats,
+            ledger=ledger,
+            homeserver=homeserver,
+            key=key,
+            clock=reactor,
+            metrics=metrics,
+            lookup_timeout=timeout,
+            token_ttl=settings.guard_token_ttl,
+            dry_run=settings.guard_dry_run,
+        )
+        enforcement = self._enforcement = Enforcement(
+            sfu=sfu,
+            policies=policies,
+            roster=roster,
+            seats=seats,
+            ledger=ledger,
+            discovery=Discovery(homeserver, ledger, reactor, metrics),
+            clock=reactor,
+            metrics=metrics,
+            lookup_timeout=timeout,
+            overflow=settings.guard_overflow,
+            restore=settings.guard_restore,
+            dry_run=settings.guard_dry_run,
+        )
+        health = Health(
+            sfu=sfu,
+            homeserver=homeserver,
+            authorizer=authorizer,
+            admission=admission,
+            enforcement=enforcement,
+            store=self._store,
+            store_error=store_error,
+            clock=reactor,
+            dry_run=settings.guard_dry_run,
+            reconcile_interval=settings.guard_reconcile_interval,
+        )
+
+        # doors
+        webhooks = Webhooks(enforcement, key, reactor, metrics)
+        self._public = PublicDoor(
+            admission, authorizer, webhooks, reactor, metrics, idle=settings.guard_upstream_timeout
+        )
+        self.public = Listening(
+            "the public door",
+            listen or _endpoint(settings.guard_bind_host, settings.guard_bind_port),
+            "GUARD_BIND_PORT",
+            GuardSite(self._public.app, reactor, max_body=settings.guard_max_body, request=PublicRequest),
+            reactor,
+        )
+        self.public.setServiceParent(self)
+        self.admin: Listening | None = None
+        if admin_listen or settings.guard_admin_port is not None:
+            door = AdminDoor(
+                health=health,
+                admission=admission,
+                enforcement=enforcement,
+                policies=policies,
+                seats=seats,
+                ledger=ledger,
+                metrics=metrics,
+                clock=reactor,
+                token=settings.guard_admin_token.get_secret_value(),
+            )
+            self.admin = Listening(
+                "the operators' door",
+                admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0),
+                "GUARD_ADMIN_PORT",
+                GuardSite(door.app, reactor, max_body=65536),
+                reactor,
+            )
+            self.admin.setServiceParent(self)
+
+        # what happens every few seconds
+        async def learn_server_name() -> None:
+            if homeserver is not None and not homeserver.server_name:
+                await homeserver.whoami()
+
+        async def tidy() -> None:
+            seats.prune()
+
+        for every in (
+            Every("reconciling", settings.guard_reconcile_interval, enforcement.reconcile, reactor, now=True),
+            Every("asking for the server name", 5.0, learn_server_name, reactor, now=True),
+            Every("tidying", 60.0, tidy, reactor),
+        ):
+            every.setServiceParent(self)
+        Lag(reactor, metrics).setServiceParent(self)
+        self._supervised = Supervised(reactor)
+        self._supervised.setServiceParent(self)
+        self._say(store_error)
+
+    def setServiceParent(self, parent: Any) -> None:
+        """Under ``twistd`` the parent is the application, whose log has the format that was asked for."""
+        if isinstance(parent, Componentized) and "--logfile" not in " ".join(sys.argv):
+            parent.setComponent(
+                ILogObserver, observer_for(self._settings.guard_log_format, self._settings.guard_log_level)
+            )
+        super().setServiceParent(parent)
+
+    def privilegedStartService(self) -> None:
+        raise_file_limit()
+        super().privilegedStartService()
+
+    def startService(self) -> None:
+        super().startService()
+        self._supervised.ready()
+
+    def stopService(self) -> Deferred[None]:
+        """Accept nobody, finish what is in flight, then leave; what was promised is on disk."""
+        return Deferred.fromCoroutine(self._leave())
+
+    async def _leave(self) -> None:
+        self._supervised.stopping()
+        patience = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
+        await self.public.close(self._public.emptied, patience)
+        if self.admin is not None:
+            await self.admin.close(_nothing, 0)
+        await self._enforcement.stop()
+        for neighbour in self._neighbours:
+            neighbour.stop()
+        stopping = super().stopService()
+        if isinstance(stopping, Deferred):
+            await stopping
+        await self._pool.closeCachedConnections()
+        if self._store is not None:
+            await self._store.close()
+
+    def _say(self, store_error: str | None) -> None:
+        """What is not as it probably should be, loudly and once."""
+        settings = self._settings
+        for suspicion in suspicions(settings):
+            log.warn("{suspicion}", suspicion=suspicion, event_name="suspicious_setting")
+        if settings.sfu_key is None:
+            log.critical(
+                "LIVEKIT_KEY and LIVEKIT_SECRET are not both set: neither caps nor sources are enforced",
+                event_name="not_enforcing",
+            )
+        if not settings.matrix_token.get_secret_value():
+            log.critical("MATRIX_TOKEN is not set: no room's policy can be read, nothing is enforced",
+                         event_name="not_enforcing")  # fmt: skip
+        if store_error is not None:
+            log.error("what must survive a restart is kept in memory only: {error}", error=store_error,
+                      event_name="no_state")  # fmt: skip
+
+
+async def _nothing() -> None:
+    return
+
+
+def _endpoint(host: str, port: int) -> str:
+    return f"tcp:{port}:interface={host.strip('[]').replace(':', chr(92) + ':')}:backlog=1024"
+
+
+def raise_file_limit() -> None:
+    """Every join that is held costs two descriptors: take as many as we may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

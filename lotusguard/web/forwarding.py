@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handing requests on as they came and answers back as they come. Floor: web."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.protocols.policies import TimeoutMixin
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http import PotentialDataLoss
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IResponse
+
+from lotusguard.clients.authorizer import Forwarded
+from lotusguard.clients.http import Answer
+from lotusguard.web.site import PublicRequest
+
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+     b"trailer", b"transfer-encoding", b"upgrade", b"content-length", b"expect")
+)  # fmt: skip
+"""RFC 9110 §7.6.1, and what each hop frames anew: length and ``100-continue``."""
+_NOT_ON_TOKEN_ROUTES = frozenset((b"accept-encoding", b"range", b"if-range"))
+"""What could get a token answered in a form that we cannot read."""
+
+
+def end_to_end(headers: Headers, without: frozenset[bytes] = frozenset()) -> Headers:
+    """The headers that are meant for who is at the other end."""
+    named: set[bytes] = set()
+    for value in headers.getRawHeaders(b"connection") or ():
+        named.update(option.strip().lower() for option in value.split(b","))
+    kept = Headers()
+    for name, values in headers.getAllRawHeaders():
+        lower = name.lower()
+        if lower not in _HOP_BY_HOP and lower not in named and lower not in without:
+            kept.setRawHeaders(name, values)
+    return kept
+
+
+def forwarded(request: PublicRequest, body: bytes | None, request_id: str) -> Forwarded:
+    """The request as it goes on.
+
+    :param body: what goes on as its body; ``None`` for none.
+    :param request_id: goes along as ``X-Request-ID``.
+    """
+    headers = end_to_end(request.requestHeaders, _NOT_ON_TOKEN_ROUTES if request.token_route else frozenset())
+    peer = request.getClientIP()
+    if peer:
+        before = headers.getRawHeaders(b"x-forwarded-for") or []
+        headers.setRawHeaders(b"X-Forwarded-For", [b", ".join([*before, peer.encode("ascii")])])
+    headers.setRawHeaders(b"X-Request-ID", [request_id.encode("ascii")])
+    return Forwarded(request.method, request.uri, headers, body)
+
+
+def has_body(request: PublicRequest) -> bool:
+    """Whether the request came with a body, be it an empty one."""
+    framed = (b"content-length", b"transfer-encoding")
+    return any(request.requestHeaders.hasHeader(name) for name in framed)
+
+
+def _head(request: PublicRequest, code: int, phrase: bytes | None, headers: Iterable[tuple[bytes, Any]]) -> None:
+    request.defaultContentType = None
+    request.setResponseCode(code, phrase)
+    for name, values in headers:
+        request.responseHeaders.setRawHeaders(name, list(values))
+
+
+def give(request: PublicRequest, answer: Answer) -> None:
+    """Answer with a whole answer of upstream."""
+    _head(request, answer.code, None, end_to_end(answer.headers).getAllRawHeaders())
+    if request.method != b"HEAD" and answer.code not in (204, 304):
+        request.setHeader(b"Content-Length", str(len(answer.body)).encode())
+    request.write(answer.body)
+    request.finish()
+
+
+async def relay(request: PublicRequest, response: IResponse, clock: IReactorTime, idle: float) -> None:
+    """Answer with upstream's answer as it comes, as fast as the caller takes it.
+
+    :param idle: seconds for which upstream may send nothing. The caller's connection is dropped then, as it is when
+        the answer ends too early: that is what a broken answer looks like.
+    """
+    _head(request, response.code, response.phrase, end_to_end(response.headers).getAllRawHeaders())
+    length = response.headers.getRawHeaders(b"content-length")
+    if length is not None:
+        request.responseHeaders.setRawHeaders(b"Content-Length", length)
+    relaying = _Relaying(request, clock, idle)
+    response.deliverBody(relaying)
+    await relaying.done
+
+
+class _Relaying(Protocol, TimeoutMixin):
+    """Hands an answer's body to the caller, with back pressure."""
+
+    def __init__(self, request: PublicRequest, clock: IReactorTime, idle: float) -> None:
+        self._request = request
+        self._idle = idle
+        self._producing = False
+        self._ended = False
+        self.callLater = clock.callLater  # type: ignore[method-assign,assignment]
+        self.done: Deferred[None] = Deferred(lambda _: self._stop())
+
+    def connectionMade(self) -> None:
+        self.setTimeout(self._idle)
+        if self.transport is not None and hasattr(self.transport, "pauseProducing"):
+            self._request.registerProducer(self.transport, True)
+            self._producing = True
+
+    def dataReceived(self, data: bytes) -> None:
+        self.resetTimeout()
+        if not self._ended:
+            self._request.write(data)
+
+    def timeoutConnection(self) -> None:
+        self._stop()
+        self._drop()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.setTimeout(None)
+        if self._ended:
+            return
+        if reason.check(ResponseDone, PotentialDataLoss):
+            self._end()
+            self._request.finish()
+            self.done.callback(None)
+        else:
+            self._drop()
+
+    def _drop(self) -> None:
+        if not self._ended:
+            self._end()
+            self._request.channel.forceAbortClient()
+            self.done.callback(None)
+
+    def _stop(self) -> None:
+        """The caller went away."""
+        self.setTimeout(None)
+        if self.transport is not None:
+            self.transport.loseConnection()
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._producing:
+            self._request.unregisterProducer()

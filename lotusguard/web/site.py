@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How requests are received: bounded in size and time, routed on the decoded path, kept as they came. Floor: web."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from klein import Klein
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from twisted.web.http import HTTPChannel
+from twisted.web.resource import IResource
+from twisted.web.server import Request, Site
+
+from lotusguard.rules.requests import TOKEN_ROUTES, TokenRoute, canonical_path
+from lotusguard.web.answers import refuse
+
+RECEIVE_TIMEOUT = 60
+"""Seconds from a connection's last answer (or its beginning) until the next request is there, whole."""
+DISCARDED = 16
+"""How many times the longest body is read and thrown away for the sake of a proper 413, before we just hang up."""
+WEBHOOK_PATH = "/sfu_webhook"
+RELAY_PATH = "/relay"
+"""Where Klein sends everything that is nobody's route in particular."""
+
+
+class Channel(HTTPChannel):
+    """Twisted's channel, for which the arrival of a byte is no reason to wait for the next one any longer."""
+
+    site: GuardSite
+
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        self.site.channels.add(self)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.site.channels.discard(self)
+        super().connectionLost(reason)
+
+    def checkPersistence(self, request: Request, version: bytes) -> bool:
+        """Whether the connection stays open after this request: not when we are about to leave."""
+        return bool(super().checkPersistence(request, version)) and not self.site.closing
+
+    def resetTimeout(self) -> None:
+        """Not reset: the time until a request is there is bounded as a whole, however slowly it trickles in."""
+
+
+class GuardRequest(Request):
+    """A request that keeps its body in memory, up to the site's limit."""
+
+    site: GuardSite
+    channel: Any
+    content: Any
+    cors = False
+    """Whether its answers carry CORS headers."""
+    _size = 0
+
+    def gotLength(self, length: int | None) -> None:
+        self.content = BytesIO()
+
+    def handleContentChunk(self, data: bytes) -> None:
+        self._size += len(data)
+        limit = self.channel.site.max_body
+        if self._size <= limit:
+            self.content.write(data)
+        elif self._size > limit * DISCARDED:
+            self.channel.loseConnection()
+
+    def body(self) -> bytes:
+        """The whole body."""
+        return bytes(self.content.getvalue())
+
+    def process(self) -> None:
+        """Route it. What cannot be routed is refused here, because Klein would do worse with it."""
+        self.site = self.channel.site
+        self.prepath: list[bytes] = []
+        self.postpath = self.segments()
+        if not self.uri.startswith(b"/") or not all(0x20 < byte < 0x7F and byte != 0x23 for byte in self.uri):
+            refuse(self, 400, "M_UNRECOGNIZED", "The request target is no path.", cors=self.cors)
+        elif len(self.requestHeaders.getRawHeaders(b"host") or ()) > 1:
+            refuse(self, 400, "M_UNRECOGNIZED", "There is more than one Host.", cors=self.cors)
+        elif self._size > self.site.max_body:
+            refuse(self, 413, "M_TOO_LARGE", "The request is too large.", cors=self.cors)
+        else:
+            self.render(self.site.resource)
+
+    def segments(self) -> list[bytes]:
+        """The path that Klein finds the route by, in its decoded segments."""
+        return [unquote_to_bytes(segment) for segment in self.path.split(b"/")[1:]]
+
+    def getRequestHostname(self) -> bytes:
+        """For Klein's map of routes, which has no use for what a caller writes there and trips over some of it."""
+        return b"lotusguard"
+
+    def getClientIP(self) -> str | None:
+        return getattr(self.getClientAddress(), "host", None)
+
+
+class PublicRequest(GuardRequest):
+    """A request at the public door: routed on what its path comes to, however it is written, and handed on as it came.
+
+    :ivar token_route: the token route it goes to, if it does.
+    """
+
+    token_route: TokenRoute | None = None
+
+    def segments(self) -> list[bytes]:
+        path = canonical_path(self.path)
+        self.token_route = TOKEN_ROUTES.get(path)
+        self.cors = self.token_route is not None and self.token_route.cors
+        known = self.token_route is not None or path == WEBHOOK_PATH
+        return (path if known else RELAY_PATH).encode("ascii").split(b"/")[1:]
+
+
+class GuardSite(Site):
+    """A site for Klein routes.
+
+    :param max_body: bytes a request's body may have.
+    """
+
+    protocol = Channel  # type: ignore[assignment]
+    displayTracebacks = False
+
+    def __init__(self, app: Klein, reactor: Any, *, max_body: int, request: type[GuardRequest] = GuardRequest) -> None:
+        resource: IResource = app.resource()
+        super().__init__(resource, requestFactory=request, timeout=RECEIVE_TIMEOUT, reactor=reactor)
+        self.max_body = max_body
+        self.channels: set[Channel] = set()
+        self.closing = False
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        channel: Any = super().buildProtocol(addr)
+        channel.requestFactory = self.requestFactory
+        channel.site = self
+        return channel
+
+    def log(self, request: Any) -> None:
+        """No access log: targets can carry what no log should hold, and decisions have lines of their own."""

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: a stage of stand-ins with the guard in front, on free ports of loopback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from lotusguard.config import Settings
+from lotusguard.sandbox.stage import Stage
+
+SetStage = Callable[..., Awaitable[Stage]]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the settings of whoever runs it."""
+    for name in (*Settings.model_fields, "guard_config", "state_directory", "notify_socket", "watchdog_usec"):
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name in [name for name in os.environ if name.startswith("GUARD_")]:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest_twisted.async_yield_fixture
+async def set_stage() -> AsyncIterator[SetStage]:
+    """Makes a started `Stage`; settings of the guard by lower-case name. All are stopped when the test ends."""
+    stages: list[Stage] = []
+
+    async def make(**settings: object) -> Stage:
+        stage = Stage(reactor, **settings)
+        stages.append(stage)
+        await stage.start()
+        return stage
+
+    yield make
+    for stage in stages:
+        await stage.stop()
+
+
+@pytest_twisted.async_yield_fixture
+async def stage(set_stage: SetStage) -> AsyncIterator[Stage]:
+    """A stage as it is by default, but for reconciling, which is left to those tests that want it."""
+    yield await set_stage(guard_reconcile_interval=3600)
+
+
+def until(condition: Callable[[], Any], seconds: float = 5.0) -> Deferred[None]:
+    """Wait until something holds that other parts of this process bring about; fails after ``seconds``."""
+
+    async def wait() -> None:
+        end = reactor.seconds() + seconds
+        while not condition():
+            assert reactor.seconds() < end, "it did not come about"
+            await deferLater(reactor, 0.005)
+
+    return Deferred.fromCoroutine(wait())

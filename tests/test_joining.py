@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joins over real sockets: what a client gets, what upstream saw, what the SFU would let them do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest_twisted
+
+from lotusguard.clients.http import Answer
+from lotusguard.rules.tokens import read_unverified
+from lotusguard.sandbox.stage import Stage
+from tests.conftest import SetStage, until
+
+ALICE, BOB, CAROL = "@alice:sandbox.local", "@bob:sandbox.local", "@carol:sandbox.local"
+
+
+def room_of(stage: Stage, max_users: int | None = None, **quality: bool) -> str:
+    """A room with a policy, and users to be in it."""
+    for user in (ALICE, BOB, CAROL):
+        if user not in stage.homeserver.users:
+            stage.homeserver.add_user(user.split(":")[0][1:])
+    room_id: str = stage.homeserver.create_room(creator=ALICE)
+    if max_users is not None:
+        stage.homeserver.set_state(room_id, "io.lotus.voice_limit", {"max_users": max_users})
+    if quality:
+        stage.homeserver.set_state(room_id, "io.lotus.room_quality", quality)
+    return room_id
+
+
+def claims_of(answer: Answer) -> dict[str, Any]:
+    claims = read_unverified(json.loads(answer.body)["jwt"])
+    assert claims is not None
+    return claims
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_room_without_a_policy_gets_upstreams_answer_byte_for_byte(stage: Stage) -> None:
+    room_id = room_of(stage)
+    answer = await stage.ask_token(ALICE, room_id)
+    assert answer.code == 200
+    assert claims_of(answer)["exp"] - claims_of(answer)["nbf"] >= 3600
+    assert answer.body.endswith(b"}\n")
+    assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_full_room_is_refused_on_both_routes_and_nothing_happens_upstream(stage: Stage) -> None:
+    room_id = room_of(stage, 2)
+    await stage.enter(ALICE, room_id)
+    await stage.enter(BOB, room_id, new=True)
+    for new in (False, True):
+        before = len(stage.authorizer.issued)
+        answer = await stage.ask_token(CAROL, room_id, new=new)
+        assert answer.code == 403
+        assert json.loads(answer.body) == {"errcode": "M_FORBIDDEN", "error": "This voice channel is full."}
+        assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
+        assert len(stage.authorizer.issued) == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_is_in_is_let_in_again_with_any_device_on_any_route(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id, new=True)
+    for how in ({"device": "TABLET"}, {"new": True}, {"new": True, "device": "TABLET"}):
+        assert (await stage.ask_token(ALICE, room_id, **how)).code == 200
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_forbidden_sources_are_not_in_the_token(stage: Stage) -> None:
+    room_id = room_of(stage, allow_screenshare=False)
+    answer = await stage.ask_token(ALICE, room_id)
+    claims = claims_of(answer)
+    assert claims["video"]["canPublishSources"] == ["microphone", "camera"]
+    assert claims["video"]["canPublish"] is True
+    assert claims["exp"] - claims["nbf"] <= 180
+    participant = stage.sfu.connect(json.loads(answer.body)["jwt"])
+    assert participant.publish("MICROPHONE")
+    assert not participant.publish("SCREEN_SHARE")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_seat_is_free_again_when_its_user_has_left(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+    stage.sfu.disconnect(alice.room.name, alice.identity)
+    assert (await stage.ask_token(BOB, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_running_screen_share_is_revoked_when_the_policy_changes(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600)
+    room_id = room_of(stage)
+    alice = await stage.enter(ALICE, room_id)
+    alice.publish("MICROPHONE")
+    alice.publish("SCREEN_SHARE")
+    stage.homeserver.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
+    answer = await stage.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
+    assert answer.code == 202
+    await until(lambda: [track.source for track in alice.info().tracks] == [2])
+    assert alice.info().permission.can_subscribe
+
+
+@pytest_twisted.ensureDeferred
+async def test_200_users_at_once_on_10_seats_admit_exactly_10(stage: Stage) -> None:
+    from twisted.internet.defer import Deferred, gatherResults
+
+    room_id = room_of(stage, 10)
+    users = [f"@u{number}:sandbox.local" for number in range(200)]
+    for user in users:
+        stage.homeserver.add_user(user.split(":")[0][1:])
+    answers = await gatherResults(
+        [Deferred.fromCoroutine(stage.ask_token(user, room_id, new=n % 2 == 0)) for n, user in enumerate(users)]
+    )
+    assert sorted(answer.code for answer in answers) == [200] * 10 + [403] * 190
+    assert len(stage.authorizer.issued) == 10
