@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import treq
 from attrs import field, frozen
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -33,6 +33,11 @@ T = TypeVar("T")
 
 IDLE_CONNECTIONS = 64
 """Connections kept open to one neighbour; Twisted's own default is two."""
+
+
+CALLS_AT_ONCE = 32
+"""Calls to one neighbour that are under way at once; the others queue. More new connections than a listener's backlog
+(50 in Synapse) would be answered by the kernel a second later."""
 
 
 class NeighbourFailed(Exception):
@@ -170,6 +175,7 @@ class Neighbour:
         self._metrics = metrics
         self._timeout = timeout
         self._limit = limit
+        self._turns = DeferredSemaphore(CALLS_AT_ONCE)
         self._probing: Any = None
         self._seconds = metrics.neighbour_seconds.labels(name)
         self._outcomes = {
@@ -199,11 +205,10 @@ class Neighbour:
         :raises NeighbourFailed: no usable answer in time.
         """
         if wait and self.breaker.open:
-            self._outcomes["not_waited_for"].inc()
-            raise NotWaitedFor(self.name)
+            raise self._not_waited_for()
         began = self._clock.seconds()
         try:
-            answer = await self._answer(method, path, headers, body)
+            answer = await self._answer(method, path, headers, body, wait)
             if answer.code not in answers:
                 if answer.code in (401, 403):
                     self._well("refused")
@@ -214,7 +219,7 @@ class Neighbour:
                 result = read(answer)
             except Exception:
                 raise NeighbourFailed(self.name, "garbage") from None
-        except NeighbourRefused:
+        except (NeighbourRefused, NotWaitedFor):
             raise
         except NeighbourFailed as failed:
             self._ill(failed.reason)
@@ -224,19 +229,28 @@ class Neighbour:
         self._well("ok")
         return result
 
-    async def _answer(self, method: bytes, path: bytes, headers: Headers, body: bytes | None) -> Answer:
-        exchange = Deferred.fromCoroutine(self._exchange(method, path, headers, body))
+    async def _answer(self, method: bytes, path: bytes, headers: Headers, body: bytes | None, wait: bool) -> Answer:
+        await self._turns.acquire()
         try:
+            if wait and self.breaker.open:  # it fell ill while we queued
+                raise self._not_waited_for()
+            exchange = Deferred.fromCoroutine(self._exchange(method, path, headers, body))
             return await exchange.addTimeout(self._timeout, self._clock)
-        except CancelledError:
+        except (CancelledError, NotWaitedFor):
             raise
         except Exception as error:
             raise NeighbourFailed(self.name, _reason(error)) from None
+        finally:
+            self._turns.release()
 
     async def _exchange(self, method: bytes, path: bytes, headers: Headers, body: bytes | None) -> Answer:
         producer = None if body is None else BytesBody(body)
         response = await self._agent.request(method, path, headers, producer)
         return Answer(response.code, response.headers, await collected(response, self._limit))
+
+    def _not_waited_for(self) -> NotWaitedFor:
+        self._outcomes["not_waited_for"].inc()
+        return NotWaitedFor(self.name)
 
     def _well(self, outcome: str) -> None:
         self._outcomes[outcome].inc()
