@@ -1,0 +1,55 @@
+# The two commands of the README are `make demo` and `make test`; both need nothing but python3 and make.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_VENV ?= .venv-demo
+BIN := $(VENV)/bin
+SECONDS_OF_SOAK ?= 600
+
+.PHONY: demo test lint unit fuzz bench profile soak dist clean
+
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/lotusguard sandbox --play
+
+test: lint unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed
+	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+profile: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.profile
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS_OF_SOAK)
+
+# Byte for byte the same from the same commit: the archives' times are the commit's.
+dist: $(VENV)/.installed
+	rm -rf dist build
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info
+
+# -e: so that tests see the checkout, and the plugin stands where twistd looks for it.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(DEMO_VENV)/.installed: pyproject.toml $(shell find lotusguard twisted -name '*.py' 2>/dev/null)
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(DEMO_VENV)/bin/python -m pip install --quiet .
+	touch $@
