@@ -127,8 +127,8 @@ class _Reader(Protocol):
         self.got += len(data)
 
     def hold(self, hold: bool) -> None:
-        assert self.transport is not None
-        (self.transport.pauseProducing if hold else self.transport.resumeProducing)()
+        transport: Any = self.transport
+        (transport.pauseProducing if hold else transport.resumeProducing)()
 
 
 @pytest_twisted.ensureDeferred

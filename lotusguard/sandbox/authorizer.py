@@ -11,11 +11,11 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lotusguard.sandbox import authorizer_requests as requests
 from lotusguard.sandbox.authorizer_neighbours import Neighbours
+from lotusguard.sandbox.authorizer_records import REMEMBERED, Issued, Job, WebhookSeen
 from lotusguard.sandbox.authorizer_requests import CORS_JSON, PLAIN_JSON, ROOM_SLOT, Naming
 from lotusguard.sandbox.go_http import ServeMux, encode
 from lotusguard.sandbox.lax_json import NotDecodable, decode
@@ -35,41 +35,6 @@ APP_SERVICE_ROUTES = {
     f"/_matrix/client/{_MSC4195}": "client_get_token",
     f"/_matrix/federation/{_MSC4195}": "federation_get_token",
 }
-REMEMBERED = 10_000
-"""How much of each record is kept."""
-
-
-@dataclass(frozen=True)
-class Issued:
-    """A token that was given out. ``route`` is the name in ``ROUTES``."""
-
-    route: str
-    room: str
-    slot: str
-    alias: str
-    identity: str
-    user: str
-    token: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """A delayed-leave job: when nobody connects in time, the user's leave event is sent."""
-
-    server_name: str
-    delay_id: str
-    delay_timeout: int
-    alias: str
-    identity: str
-
-
-@dataclass(frozen=True)
-class WebhookSeen:
-    """A webhook as it arrived; ``verified`` is what the real service makes of it."""
-
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-    verified: bool
 
 
 class Authorizer(StandIn):

@@ -106,9 +106,9 @@ def verify(token: str, secret: str, *, now: float, exp_required: bool = False) -
     if claims["exp"] is None:
         if exp_required:
             raise BadToken("token has invalid claims: token is missing required claim: exp claim is required")
-    elif now - LEEWAY >= claims["exp"]:
+    elif now - LEEWAY >= int(claims["exp"]):
         raise BadToken("token has invalid claims: token is expired")
-    if claims["nbf"] is not None and now + LEEWAY < claims["nbf"]:
+    if claims["nbf"] is not None and now + LEEWAY < int(claims["nbf"]):
         raise BadToken("token has invalid claims: token is not valid yet")
     video = claims["video"]
     return Claims(
@@ -129,6 +129,9 @@ def _unverified(token: str) -> dict[str, Any]:
         registered = decode(_unb64(parts[1]), _REGISTERED, known_only=False, whole=True)
     except (ValueError, NotDecodable) as error:
         raise BadToken(f"token is malformed: {error}") from None
+    audience = registered["aud"] if isinstance(registered["aud"], list) else [registered["aud"] or ""]
+    if not all(type(one) is str for one in audience):
+        raise BadToken("token is malformed: aud is invalid")
     if not isinstance(header, dict) or header.get("alg") != "HS256":
         raise BadToken("token signature is invalid: signing method is invalid")
     return registered

@@ -71,12 +71,25 @@ def read(asked: Asked, method: str) -> tuple[Message, bool]:
         return message, False
     if content_type == "application/json":
         try:
-            value, _end = json.JSONDecoder().raw_decode(asked.body.decode().lstrip())
+            value, _end = _DECODER.raw_decode(asked.body.decode().lstrip())
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
             json_format.ParseDict(value, message, ignore_unknown_fields=True)
-        except (ValueError, RecursionError, json_format.ParseError, TypeError, AttributeError):
+        except (ValueError, RecursionError, json_format.ParseError):
             raise error("malformed", "the json request could not be decoded") from None
         return message, True
     raise error("bad_route", f'unexpected Content-Type: "{given}"', invalid)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Unlike encoding/json, protojson refuses duplicate keys."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("duplicate field")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
 
 
 def reply(message: Message, *, as_json: bool) -> Reply:
