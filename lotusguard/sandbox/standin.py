@@ -155,6 +155,13 @@ class _Request(http.Request):
 
     defaultContentType = None
 
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        """Without reading forms, which Go leaves to those who ask for them."""
+        assert self.content is not None
+        self.content.seek(0)
+        self.method, self.uri, self.clientproto = command, path, version
+        self.process()
+
     def process(self) -> None:
         self.responseHeaders.setRawHeaders(b"Date", [http.datetimeToString()])
         headers = tuple(

@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IResponse
+from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
 from lotusguard.clients.authorizer import Forwarded
 from lotusguard.clients.http import Answer
@@ -86,9 +86,8 @@ async def relay(request: PublicRequest, response: IResponse, clock: IReactorTime
         the answer ends too early: that is what a broken answer looks like.
     """
     _head(request, response.code, response.phrase, end_to_end(response.headers).getAllRawHeaders())
-    length = response.headers.getRawHeaders(b"content-length")
-    if length is not None:
-        request.responseHeaders.setRawHeaders(b"Content-Length", length)
+    if response.length is not UNKNOWN_LENGTH and request.method != b"HEAD" and response.code not in (204, 304):
+        request.responseHeaders.setRawHeaders(b"Content-Length", [b"%d" % response.length])
     relaying = _Relaying(request, clock, idle)
     response.deliverBody(relaying)
     await relaying.done
