@@ -84,7 +84,7 @@ class MemorySeatBook:
         self._clock = clock
         self._seat_ttl = seat_ttl
         self.rooms: dict[str, RoomSeats] = {}
-        self._newcomers: dict[str, set[str]] = {}
+        self._newcomers: dict[str, set[Session]] = {}
         self._waiting: dict[str, list[Deferred[None]]] = {}
         metrics.cache_limit.labels("seats").set(ROOMS_KEPT)
         metrics.cache_entries.labels("seats").set_function(lambda: len(self.rooms))
@@ -105,10 +105,11 @@ class MemorySeatBook:
         await waiter
 
     async def settle(self, room_id: str, claim: Claim, user: str, alias: str, identity: str) -> None:
-        expires = self._clock.seconds() + self._seat_ttl
-        promised = self._room(room_id).settle(claim, user, (alias, identity), expires)
+        now = self._clock.seconds()
+        expires = now + self._seat_ttl
+        self._room(room_id).settle(claim, user, (alias, identity), now, expires)
         self._wake(room_id)
-        if promised and self._store is not None:
+        if self._store is not None:
             written = self._store.put_promise(room_id, user, expires)
             with suppress(TimeoutError):
                 await written.addTimeout(DISK_PATIENCE, self._clock)
@@ -129,17 +130,19 @@ class MemorySeatBook:
     ) -> None:
         room, now = self._room(room_id), self._clock.seconds()
         awaited = room.awaited(now)
+        newcomers = {at for at in self._newcomers.get(room_id, ()) if at.alias == alias}
         room.observe(
             alias, [(who.sid, who.identity, who.user) for who in present], cap, since, now,
-            frozenset(self._newcomers.pop(alias, ())),
+            frozenset(at.sid for at in newcomers),
         )  # fmt: skip
+        self._no_newcomers(room_id, newcomers)
         self._kept(room_id, awaited - room.awaited(now))
 
     async def arrive(self, room_id: str, alias: str, who: Present, cap: int | None) -> None:
         room, now = self._room(room_id), self._clock.seconds()
         if alias not in room.observed:
             # The first look, which is about to come, must not take them for one who was there before.
-            self._newcomers.setdefault(alias, set()).add(who.sid)
+            self._newcomers.setdefault(room_id, set()).add(Session(alias, who.sid))
             return
         awaited = room.awaited(now)
         room.arrive(Session(alias, who.sid), who.user, who.identity, cap, now)
@@ -149,9 +152,7 @@ class MemorySeatBook:
         room = self.rooms.get(room_id)
         if room is not None:
             room.leave(Session(alias, sid), self._clock.seconds())
-        newcomers = self._newcomers.get(alias)
-        if newcomers is not None:
-            newcomers.discard(sid)
+        self._no_newcomers(room_id, {Session(alias, sid)})
 
     async def overflow(self, room_id: str, cap: int | None) -> Sequence[tuple[Session, str]]:
         room = self._room(room_id)
@@ -161,12 +162,13 @@ class MemorySeatBook:
         self._room(room_id).seat_all()
 
     async def forget(self, room_id: str) -> None:
+        self._newcomers.pop(room_id, None)
         room = self.rooms.get(room_id)
         if room is not None:
-            for alias in room.observed:
-                self._newcomers.pop(alias, None)
             room.sessions.clear()
             room.observed.clear()
+            room.doubtful.clear()
+            room.claims = [claim for claim in room.claims if claim.expires > self._clock.seconds()]
 
     def occupied(self) -> list[str]:
         """The SFU rooms that somebody is in, as far as is known here."""
@@ -187,6 +189,13 @@ class MemorySeatBook:
                 self._make_place()
             room = self.rooms[room_id] = RoomSeats(touched=self._clock.seconds())
         return room
+
+    def _no_newcomers(self, room_id: str, those: set[Session]) -> None:
+        left = self._newcomers.get(room_id, set()) - those
+        if left:
+            self._newcomers[room_id] = left
+        else:
+            self._newcomers.pop(room_id, None)
 
     def _make_place(self) -> None:
         now = self._clock.seconds()

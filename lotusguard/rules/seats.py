@@ -44,6 +44,9 @@ class Claim:
 
     user: str | None
     expires: float = math.inf
+    issued_to: tuple[str, str] | None = None
+    """alias and identity of the token"""
+    issued_at: float = math.inf
 
     @property
     def in_flight(self) -> bool:
@@ -72,6 +75,8 @@ class RoomSeats:
     claims: list[Claim] = Factory(list)
     observed: dict[str, float] = Factory(dict)
     """alias → the start of the last complete look at who is in it"""
+    doubtful: dict[str, float] = Factory(dict)
+    """alias → since when the last look at it does not tell enough to give away what became free"""
     gone: dict[Session, float] = Factory(dict)
     touched: float = 0.0
 
@@ -89,21 +94,16 @@ class RoomSeats:
         self.claims.append(claim)
         return claim
 
-    def settle(self, claim: Claim, user: str, issued: tuple[str, str], expires: float) -> bool:
-        """The token of a claim has been issued.
+    def settle(self, claim: Claim, user: str, issued_to: tuple[str, str], now: float, expires: float) -> None:
+        """The token of a claim has been issued: the claim is a promise now, which outlives the request.
 
         :param user: whom the answer names; an unnamed claim becomes theirs.
-        :param issued: alias and identity of the token. Somebody who is already there under it has nothing
-            left to arrive for, so that no seat outlives their leaving.
+        :param issued_to: alias and identity of the token.
         :param expires: until when the seat is kept for them.
-        :return: whether the claim goes on, as a promise that outlives the request.
         """
-        if any((at.alias, seat.identity) == issued and seat.seated for at, seat in self.sessions.items()):
-            self.release(claim)
-            return False
-        claim.user, claim.expires = user, expires
-        self.claims = [c for c in self.claims if c is claim or c.user != user or c.expires > expires]
-        return True
+        claim.user, claim.expires, claim.issued_to, claim.issued_at = user, expires, issued_to, now
+        if claim in self.claims:  # one promise an identity is enough
+            self.claims = [c for c in self.claims if c is claim or (c.user, c.issued_to) != (user, issued_to)]
 
     def release(self, claim: Claim) -> None:
         """No token was issued, or the caller went away: the seat is free unless something else holds it."""
@@ -140,10 +140,15 @@ class RoomSeats:
 
     def leave(self, at: Session, now: float) -> None:
         """A session ended. What ended once never comes back: a late message of an old session
-        says nothing about the new one."""
+        says nothing about the new one.
+
+        The seat may have been for a further device that we have not heard of yet, so nobody gets it before the
+        next look.
+        """
         self.touched = now
-        self.sessions.pop(at, None)
         self.gone[at] = now
+        if self.sessions.pop(at, None) is not None:
+            self.doubtful[at.alias] = now
 
     def observe(
         self,
@@ -162,24 +167,36 @@ class RoomSeats:
         :param since: when the look began; what we heard later than that is not contradicted by it.
         :param newcomers: sids of whom we know that they came just now, also at the first look.
         """
+        if since < self.observed.get(alias, -math.inf):
+            return  # overtaken by a later look: it would bring back who has left since
         first = alias not in self.observed
-        there = set()
+        present = sorted(present, key=lambda who: who[0] in newcomers)  # who was there before sits down first
+        there, identities = set(), set()
         for sid, identity, user in present:
             at = Session(alias, sid)
             there.add(at)
+            identities.add((alias, identity))
             self.arrive(at, user, identity, None if first and sid not in newcomers else cap, now)
         for at, seat in list(self.sessions.items()):
             if at.alias == alias and at not in there and seat.since < since:
                 del self.sessions[at]
         self.observed[alias] = since
+        if self.doubtful.get(alias, since) <= since:
+            self.doubtful.pop(alias, None)
         self.gone = {at: when for at, when in self.gone.items() if when > now - GONE_MEMORY}
         horizon = min(now, self.observed_since(self.observed))
-        self.claims = [claim for claim in self.claims if claim.expires > horizon]
+        self.claims = [
+            claim
+            for claim in self.claims
+            # who is there under a token of before the look has nothing left to arrive for
+            if claim.expires > horizon and not (claim.issued_to in identities and claim.issued_at <= since)
+        ]
         self.touched = now
 
     def observed_since(self, aliases: Iterable[str]) -> float:
         """The oldest of the last looks at these SFU rooms; minus infinity when one was never looked at."""
-        return min((self.observed.get(alias, -math.inf) for alias in aliases), default=-math.inf)
+        never = -math.inf
+        return min((never if a in self.doubtful else self.observed.get(a, never) for a in aliases), default=never)
 
     def overflow(self, cap: int | None, now: float) -> list[Session]:
         """Who is to be put out: sessions without a seat in a room that is certainly full.
