@@ -18,7 +18,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
 from lotusguard.clients.authorizer import Forwarded
 from lotusguard.clients.http import Answer
-from lotusguard.web.site import PublicRequest
+from lotusguard.web.site import PublicRequest, connection_options
 
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -27,13 +27,13 @@ _HOP_BY_HOP = frozenset(
 """RFC 9110 §7.6.1, and what each hop frames anew: length and ``100-continue``."""
 _NOT_ON_TOKEN_ROUTES = frozenset((b"accept-encoding", b"range", b"if-range"))
 """What could get a token answered in a form that we cannot read."""
+_NOT_IN_A_HEAD = b"\0\r\n"
+"""What Twisted's client lets stand in an answer's head although it could end a line of it for somebody else."""
 
 
 def end_to_end(headers: Headers, without: frozenset[bytes] = frozenset()) -> Headers:
     """The headers that are meant for who is at the other end."""
-    named: set[bytes] = set()
-    for value in headers.getRawHeaders(b"connection") or ():
-        named.update(option.strip().lower() for option in value.split(b","))
+    named = connection_options(headers)
     kept = Headers()
     for name, values in headers.getAllRawHeaders():
         lower = name.lower()
@@ -65,9 +65,9 @@ def has_body(request: PublicRequest) -> bool:
 
 def _head(request: PublicRequest, code: int, phrase: bytes | None, headers: Iterable[tuple[bytes, Any]]) -> None:
     request.defaultContentType = None
-    request.setResponseCode(code, phrase)
+    request.setResponseCode(code, phrase and phrase.translate(None, _NOT_IN_A_HEAD))
     for name, values in headers:
-        request.responseHeaders.setRawHeaders(name, list(values))
+        request.responseHeaders.setRawHeaders(name, [value.translate(None, _NOT_IN_A_HEAD) for value in values])
 
 
 def give(request: PublicRequest, answer: Answer) -> None:

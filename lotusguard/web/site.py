@@ -12,6 +12,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
+from twisted.web.http_headers import Headers
 from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
 
@@ -25,6 +26,12 @@ DISCARDED = 16
 WEBHOOK_PATH = "/sfu_webhook"
 RELAY_PATH = "/relay"
 """Where Klein sends everything that is nobody's route in particular."""
+
+
+def connection_options(headers: Headers) -> set[bytes]:
+    """What ``Connection`` names: options, and headers that are for the next hop only."""
+    values = headers.getRawHeaders(b"connection") or ()
+    return {option.strip().lower() for value in values for option in value.split(b",")}
 
 
 class Channel(HTTPChannel):
@@ -41,7 +48,13 @@ class Channel(HTTPChannel):
         super().connectionLost(reason)
 
     def checkPersistence(self, request: Request, version: bytes) -> bool:
-        """Whether the connection stays open after this request: not when we are about to leave."""
+        """Whether the connection stays open after this request: not when we are about to leave.
+
+        Twisted overlooks a ``close`` that is not the only thing in the header.
+        """
+        if b"close" in connection_options(request.requestHeaders):
+            request.responseHeaders.setRawHeaders(b"Connection", [b"close"])
+            return False
         return bool(super().checkPersistence(request, version)) and not self.site.closing
 
     def headerReceived(self, line: bytes) -> bool:
