@@ -19,6 +19,7 @@ from lotusguard.clients.http import FixedAgent, Neighbour, connection_pool
 from lotusguard.clients.sfu import Sfu
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.admission import Admission
+from lotusguard.guard.corrections import Corrections
 from lotusguard.guard.discovery import Discovery
 from lotusguard.guard.enforcement import Enforcement
 from lotusguard.guard.health import Health
@@ -128,6 +129,17 @@ class Guard(MultiService):
             token_ttl=settings.guard_token_ttl,
             dry_run=settings.guard_dry_run,
         )
+        corrections = Corrections(
+            roster=roster,
+            seats=seats,
+            ledger=ledger,
+            clock=reactor,
+            metrics=metrics,
+            lookup_timeout=timeout,
+            eject=settings.guard_overflow == "eject",
+            restore=settings.guard_restore,
+            dry_run=settings.guard_dry_run,
+        )
         enforcement = self._enforcement = Enforcement(
             sfu=sfu,
             policies=policies,
@@ -135,12 +147,10 @@ class Guard(MultiService):
             seats=seats,
             ledger=ledger,
             discovery=Discovery(homeserver, ledger, reactor, metrics),
+            corrections=corrections,
             clock=reactor,
             metrics=metrics,
             lookup_timeout=timeout,
-            overflow=settings.guard_overflow,
-            restore=settings.guard_restore,
-            dry_run=settings.guard_dry_run,
         )
         health = Health(
             sfu=sfu,

@@ -33,7 +33,11 @@ M = TypeVar("M", bound=Message)
 
 
 class NoSuchParticipant(Exception):
-    """The SFU does not know the participant, or the node that held it is gone."""
+    """The SFU does not know the participant."""
+
+
+class NodeGone(NoSuchParticipant):
+    """The node that holds the participant does not answer. They may be gone with it, or be back in a moment."""
 
 
 class Sfu:
@@ -111,20 +115,18 @@ class Sfu:
         """Ask something of one participant, whose node may be gone: that is no illness of the SFU."""
         path, headers = self._request(method, alias)
 
-        def read(answer: Answer) -> M | None:
-            if answer.code in _PARTICIPANT_GONE:
-                return None
-            return _message(answer, response)
+        def read(answer: Answer) -> M | type[NoSuchParticipant]:
+            return _PARTICIPANT_GONE.get(answer.code) or _message(answer, response)
 
         found = await self._neighbour.call(
             b"POST", path, headers, request.SerializeToString(), read=read, answers=_PARTICIPANT_GONE
         )
-        if found is None:
-            raise NoSuchParticipant
+        if isinstance(found, type):
+            raise found
         return found
 
 
-_PARTICIPANT_GONE = (404, 408, 503)
+_PARTICIPANT_GONE = {404: NoSuchParticipant, 408: NodeGone, 503: NodeGone}
 """Twirp's not_found, deadline_exceeded and unavailable."""
 
 

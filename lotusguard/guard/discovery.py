@@ -32,6 +32,7 @@ class Discovery:
         self._ledger = ledger
         self._clock = clock
         self._wanted: set[str] = set()
+        self._sought: set[str] = set()
         self._not_found: OrderedDict[str, float] = OrderedDict()
         self._search: Deferred[object] | None = None
         metrics.cache_limit.labels("unknown_aliases").set(WANTED_KEPT)
@@ -43,7 +44,7 @@ class Discovery:
             return
         if self._clock.seconds() - self._not_found.get(alias, float("-inf")) < NOT_AGAIN:
             return
-        if len(self._wanted) < WANTED_KEPT:
+        if alias not in self._sought and len(self._wanted) < WANTED_KEPT:
             self._wanted.add(alias)
         if self._search is None:
             self._search = in_background(
@@ -55,6 +56,7 @@ class Discovery:
             # What is wanted while this runs may have been passed by already: it waits for the next search.
             while self._wanted:
                 wanted, self._wanted = self._wanted, set()
+                self._sought = set(wanted)
                 async for room_id in homeserver.room_ids(MOST_ROOMS):
                     for alias in (room_alias(room_id, ROOM_SLOT), room_id):  # old releases named the room itself
                         if alias in wanted:
@@ -73,6 +75,7 @@ class Discovery:
         except NeighbourFailed as failed:
             log.warn("looking for SFU rooms stopped: {reason}", reason=failed.reason, event_name="discovery_failed")
         finally:
+            self._sought = set()
             self._search = None
 
     def stop(self) -> None:

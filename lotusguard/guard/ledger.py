@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from attrs import frozen
@@ -57,8 +57,8 @@ class Ledger(Protocol):
     async def user_behind(self, alias: str, identity: str) -> str:
         """Who is behind an identity. One that is not known counts as a user of its own."""
 
-    async def taken_from(self, alias: str, sid: str) -> frozenset[Source]:
-        """What the guard itself took from a session in the call."""
+    async def taken_in(self, alias: str) -> Mapping[str, frozenset[Source]]:
+        """What the guard itself took in an SFU room, by session."""
 
     async def remember_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
         """What has been taken from a session, all in all; nothing forgets it. By session, because a new one
@@ -90,6 +90,7 @@ class RememberingLedger:
         self._rooms: dict[str, dict[str, None]] = {}
         self._identities: OrderedDict[tuple[str, str], _Identity] = OrderedDict()
         self._taken: OrderedDict[tuple[str, str], frozenset[Source]] = OrderedDict()
+        self._taken_in: dict[str, set[str]] = {}
         for cache, limit, entries in (
             ("aliases", ALIASES_KEPT, self._aliases),
             ("identities", IDENTITIES_KEPT, self._identities),
@@ -110,7 +111,7 @@ class RememberingLedger:
         for alias, identity, user in self._store.identities(IDENTITIES_KEPT):
             self._identities[alias, identity] = _Identity(user, self._clock.seconds())
         for alias, sid, numbers in self._store.taken():
-            self._taken[alias, sid] = frozenset(Source(number) for number in numbers)
+            self._note_taken(alias, sid, frozenset(Source(number) for number in numbers))
         return [Promise(*promise) for promise in self._store.promises(self._clock.seconds())]
 
     async def learn(self, alias: str, slot: Slot, identity: str, user: str) -> None:
@@ -148,17 +149,31 @@ class RememberingLedger:
                 return known.user
         return user_of(base)
 
-    async def taken_from(self, alias: str, sid: str) -> frozenset[Source]:
-        return self._taken.get((alias, sid), frozenset())
+    async def taken_in(self, alias: str) -> Mapping[str, frozenset[Source]]:
+        return {sid: self._taken[alias, sid] for sid in self._taken_in.get(alias, ())}
 
     async def remember_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
-        before = self._taken.pop((alias, sid), frozenset())
-        if sources:
-            self._taken[alias, sid] = sources
-            while len(self._taken) > TAKEN_KEPT:
-                self._taken.popitem(last=False)
+        before = self._taken.get((alias, sid), frozenset())
+        self._note_taken(alias, sid, sources)
         if self._store is not None and sources != before:
             self._store.put_taken(alias, sid, sorted(sources), self._clock.seconds())
+
+    def _note_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
+        self._taken.pop((alias, sid), None)
+        if sources:
+            self._taken[alias, sid] = sources
+            self._taken_in.setdefault(alias, set()).add(sid)
+        else:
+            self._not_taken_in(alias, sid)
+        while len(self._taken) > TAKEN_KEPT:
+            oldest, _ = self._taken.popitem(last=False)
+            self._not_taken_in(*oldest)
+
+    def _not_taken_in(self, alias: str, sid: str) -> None:
+        of_room = self._taken_in.get(alias, set())
+        of_room.discard(sid)
+        if not of_room:
+            self._taken_in.pop(alias, None)
 
     def _place(self, alias: str, slot: Slot) -> None:
         old = self._aliases.get(alias)

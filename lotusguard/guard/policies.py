@@ -109,6 +109,8 @@ class Policies:
         known = self._remembered.get(room_id)
         if known is not None:
             self._remembered[room_id] = _Remembered(known.policy, known.malformed, known.at - self._ttl)
+        elif room_id in self._lookups:  # its first one: what it brings must find that somebody was here
+            self._remembered[room_id] = _Remembered(NO_POLICY, frozenset(), float("-inf"))
         self._failed.pop(room_id, None)
         self._lookups.forget(room_id)
 

@@ -70,16 +70,14 @@ def revoked(permission: ParticipantPermission, forbidden: frozenset[Source]) -> 
     return after
 
 
-def restored(
-    permission: ParticipantPermission, taken: frozenset[Source], forbidden: frozenset[Source]
-) -> ParticipantPermission | None:
-    """The permission with those of the ``taken`` sources back that are not ``forbidden`` any more.
+def restored(permission: ParticipantPermission, owed: frozenset[Source]) -> ParticipantPermission | None:
+    """The permission with sources back.
 
-    :param taken: what the guard itself took from this participant; never more comes back.
-    :return: ``None`` when nothing comes back.
+    :param owed: what the guard itself took from this participant and may give back; never more comes back.
+    :return: ``None`` when they have it all.
     """
     before = permitted_sources(permission)
-    back = {source for source in taken if source not in forbidden and source not in before}
+    back = owed.difference(before)
     if not back:
         return None
     after = ParticipantPermission()
@@ -104,13 +102,14 @@ def disguised(participant: ParticipantInfo, forbidden: frozenset[Source]) -> lis
     """Unmuted tracks whose label hides what a policy forbids: video that calls itself a microphone (or
     screen-share audio) while camera or screen share, whichever it really is, may not be published.
 
-    A label is the client's word; ``type`` comes from what is really negotiated.
+    A label is the client's word; ``type`` and ``mime_type`` come from what is really negotiated.
     """
     if not forbidden.intersection((CAMERA, SCREEN_SHARE)):
         return []
     audible = (int(MICROPHONE), int(SCREEN_SHARE_AUDIO))
-    return [
-        track
-        for track in participant.tracks
-        if track.type == TrackType.VIDEO and track.source in audible and not track.muted
-    ]
+    return [track for track in participant.tracks if track.source in audible and not track.muted and _is_video(track)]
+
+
+def _is_video(track: TrackInfo) -> bool:
+    codecs = (track.mime_type, *(codec.mime_type for codec in track.codecs))
+    return track.type == TrackType.VIDEO or any(codec.lower().startswith("video/") for codec in codecs)
