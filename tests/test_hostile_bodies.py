@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bodies that ask one reader for an open room and another for a full one, each shown to a parser as lax as upstream's.
+
+Who gets a body past us that we read as ``!open``, which has no policy, and upstream as ``!full`` has outrun the cap.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import pytest_twisted
+from attrs import frozen
+
+from lotusguard.rules.requests import TOKEN_ROUTES, Unreadable, read_request
+from lotusguard.sandbox.authorizer_requests import BODY, CLIENT_BODY, FEDERATION_BODY, LEGACY_BODY
+from lotusguard.sandbox.lax_json import NotDecodable, decode
+from lotusguard.sandbox.stage import Stage
+from tests.conftest import SetStage
+from tests.raw_http import recorder
+
+OPEN, FULL = "!open:sandbox.local", "!full:sandbox.local"
+REPLACED = "\ufffd"
+
+
+@frozen
+class Route:
+    """A token route: the key of its room, and a proper body for `OPEN`, as JSON without the outer braces."""
+
+    path: str
+    room_key: str
+    schema: dict[str, Any]
+    rest: str
+    headers: dict[str, str]
+    cors: bool = True
+
+
+OPENID = '"openid_token":{"access_token":"t","token_type":"Bearer","matrix_server_name":"sandbox.local","expires_in":9}'
+MEMBER = '"member":{"id":"m","claimed_user_id":"@a:sandbox.local","claimed_device_id":"D"}'
+APP_SERVICE = {"Authorization": "Bearer hs", "X-Matrix-User-Identifier": "@a:sandbox.local"}
+CLIENT, FEDERATION = (path for path in TOKEN_ROUTES if path.startswith("/_matrix/"))
+ROUTES = {
+    "legacy": Route("/sfu/get", "room", LEGACY_BODY, f'"device_id":"D",{OPENID}', {}),
+    "new": Route("/get_token", "room_id", BODY, f'"slot_id":"m.call#ROOM",{MEMBER},{OPENID}', {}),
+    "new body on the legacy route": Route(
+        "/sfu/get", "room_id", BODY, f'"slot_id":"m.call#ROOM",{MEMBER},{OPENID}', {}
+    ),
+    "app service, client": Route(
+        CLIENT, "room_id", CLIENT_BODY, '"slot_id":"m.call#ROOM","member_id":"m","url":"x"', APP_SERVICE
+    ),
+    "app service, federation": Route(
+        FEDERATION, "room_id", FEDERATION_BODY, '"slot_id":"m.call#ROOM","member_id":"m","user_id":"@a:b","url":"x"',
+        APP_SERVICE | {"X-Matrix-Origin": "b"}, cors=False,
+    ),
+}  # fmt: skip
+PATTERNS: dict[str, tuple[str, str]] = {
+    # name: the text where KEY is the room's key and REST all the other keys, and the room that a lax reader sees
+    "a duplicate": (f'{{"KEY":"{OPEN}","KEY":"{FULL}",REST}}', FULL),
+    "a duplicate behind the rest": (f'{{"KEY":"{OPEN}",REST,"KEY":"{FULL}"}}', FULL),
+    "a duplicate that an escape hides": (f'{{"KEY":"{OPEN}","\\u0072KEY1":"{FULL}",REST}}', FULL),
+    "a duplicate of null": (f'{{"KEY":"{FULL}","KEY":null,REST}}', FULL),
+    "capitals": (f'{{"KEY":"{OPEN}","UPPER":"{FULL}",REST}}', FULL),
+    "capitals alone": (f'{{"UPPER":"{FULL}",REST}}', FULL),
+    "one capital": (f'{{"KEY":"{OPEN}","CAPITAL":"{FULL}",REST}}', FULL),
+    "capitals that an escape hides": (f'{{"KEY":"{OPEN}","\\u0052KEY1":"{FULL}",REST}}', FULL),
+    "something behind it": (f'{{"KEY":"{FULL}",REST}} x', FULL),
+    "another object behind it": (f'{{"KEY":"{FULL}",REST}}{{"KEY":"{OPEN}",REST}}', FULL),
+    "another object on the next line": (f'{{"KEY":"{FULL}",REST}}\n{{"KEY":"{OPEN}",REST}}\n', FULL),
+    "NUL behind it": (f'{{"KEY":"{FULL}",REST}}\0', FULL),
+    "a lone surrogate": ('{"KEY":"!\\ud800:sandbox.local",REST}', f"!{REPLACED}:sandbox.local"),
+    "a pair of surrogates the wrong way round": ('{"KEY":"!\\udc00\\ud800",REST}', f"!{REPLACED}{REPLACED}"),
+    "bytes that are no UTF-8": ('{"KEY":"!\udcff:sandbox.local",REST}', f"!{REPLACED}:sandbox.local"),
+    "an overlong slash": ('{"KEY":"!\udcc0\udcaf",REST}', f"!{REPLACED}{REPLACED}"),
+    "UTF-8's surrogates": ('{"KEY":"!\udced\udca0\udc80",REST}', f"!{REPLACED}{REPLACED}{REPLACED}"),
+}
+"""Read by a lax parser without complaint."""
+REFUSED_BY_ALL: dict[str, str] = {
+    "nothing": "",
+    "space": " ",
+    "a list": f'[{{"KEY":"{OPEN}",REST}}]',
+    "a string": f'"{OPEN}"',
+    "a number": "7",
+    "no JSON": "room=!open",
+    "cut off": f'{{"KEY":"{OPEN}"',
+    "single quotes": f"{{'KEY':'{OPEN}',REST}}",
+    "a comment": f'{{"KEY":"{OPEN}",/**/REST}}',
+    "a trailing comma": f'{{"KEY":"{OPEN}",REST,}}',
+    "a byte order mark": f'\ufeff{{"KEY":"{OPEN}",REST}}',
+    "UTF-16": f'\udcff\udcfe{{\0"\0K\0"\0:\0"\0{OPEN}',
+    "NaN": f'{{"KEY":"{OPEN}","x":NaN,REST}}',
+    "minus Infinity": f'{{"KEY":"{OPEN}","x":-Infinity,REST}}',
+    "a room that is a number": '{"KEY":7,REST}',
+    "a room that is a list": f'{{"KEY":["{OPEN}"],REST}}',
+    "a room that is an object": f'{{"KEY":{{"a":"{OPEN}"}},REST}}',
+    "a room that is true": '{"KEY":true,REST}',
+    "a room that is false": '{"KEY":false,REST}',
+    "a line end in a string": f'{{"KEY":"{OPEN}\n",REST}}',
+    "lists a hundred thousand deep": '{"KEY":"!x","x":' + "[" * 100_000,
+    "objects a hundred thousand deep": '{"x":' * 100_000 + "1" + "}" * 100_000,
+    "a number of a million digits": '{"KEY":"!x","expires_in":' + "9" * 500_000 + ",REST}",
+}
+
+
+def written(pattern: str, route: Route) -> bytes:
+    """The bytes of a pattern for a route; what stands as a lone ``\\udcXX`` is the raw byte XX."""
+    key = route.room_key
+    for name, text in (
+        ("KEY1", key[1:]),
+        ("KEY", key),
+        ("UPPER", key.upper()),
+        ("CAPITAL", key[:-1] + key[-1].upper()),
+        ("REST", route.rest),
+    ):
+        pattern = pattern.replace(name, text)
+    return pattern.encode("utf-8", "surrogateescape")
+
+
+OTHER_KEYS = (
+    # name, what is added behind a proper body, where a lax reader finds it, and what it finds there
+    ("a long s", '"\u017flot_id":"other"', "slot_id", "other"),
+    ("a second slot", '"slot_id":"other"', "slot_id", "other"),
+    ("a slot in capitals", '"SLOT_ID":"other"', "slot_id", "other"),
+    ("a Kelvin sign", '"openid_to\u212aen":{"acce\u017f\u017f_to\u212aen":"z"}', "openid_token.access_token", "z"),
+    ("a second token that merges", '"openid_token":{"access_token":"z"}', "openid_token.access_token", "z"),
+    ("a second member that merges", '"member":{"claimed_user_id":"@b:x"}', "member.claimed_user_id", "@b:x"),
+    ("a member in capitals", '"Member":{"Claimed_User_Id":"@b:x"}', "member.claimed_user_id", "@b:x"),
+    ("a second user", '"USER_ID":"@b:b"', "user_id", "@b:b"),
+    ("a second device", '"DEVICE_ID":"E"', "device_id", "E"),
+    ("a second member id", '"member_ID":"n"', "member_id", "n"),
+)  # fmt: skip
+
+
+def hidden_elsewhere(route: Route) -> dict[str, tuple[bytes, list[str], str]]:
+    """Bodies that are hostile in another key than the room's, as far as the route has it."""
+    proper = f'{{"{route.room_key}":"{OPEN}",{route.rest},'
+    return {
+        name: ((proper + added + "}").encode(), path.split("."), found)
+        for name, added, path, found in OTHER_KEYS
+        if path.split(".")[0] in route.schema
+    }
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_each_body_is_another_room_to_a_lax_reader_and_none_to_us(route: Route) -> None:
+    for name, (pattern, room) in PATTERNS.items():
+        body = written(pattern, route)
+        assert (name, decode(body, route.schema)[route.room_key]) == (name, room)
+        unreadable(name, route, body)
+    for name, (body, path, found) in hidden_elsewhere(route).items():
+        read: Any = decode(body, route.schema)
+        for key in path:
+            read = read[key]
+        assert (name, read) == (name, found)
+        unreadable(name, route, body)
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_what_is_no_request_is_none_to_anybody(route: Route) -> None:
+    for name, pattern in REFUSED_BY_ALL.items():
+        body = written(pattern, route)
+        with pytest.raises(NotDecodable):
+            decode(body, route.schema)
+        unreadable(name, route, body)
+
+
+def unreadable(name: str, route: Route, body: bytes) -> None:
+    with pytest.raises(Unreadable) as refusal:
+        read_request(TOKEN_ROUTES[route.path], body)
+    assert not any(room in str(refusal.value) for room in (OPEN, FULL)), f"{name} is quoted"
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest_twisted.ensureDeferred
+async def test_a_hostile_body_gets_upstreams_own_400_and_nothing_is_forwarded(stage: Stage, route: Route) -> None:
+    bodies = {name: written(pattern, route) for name, (pattern, _) in PATTERNS.items()}
+    bodies |= {name: written(pattern, route) for name, pattern in REFUSED_BY_ALL.items()}
+    bodies |= {name: body for name, (body, _, _) in hidden_elsewhere(route).items()}
+    for name, body in bodies.items():
+        answer = await stage.request("POST", stage.url + route.path, body, route.headers)
+        content = {"errcode": "M_NOT_JSON", "error": "Error reading request"}
+        assert (name, answer.code, json.loads(answer.body)) == (name, 400, content)
+        allowed = answer.headers.getRawHeaders("access-control-allow-origin")
+        assert (name, allowed) == (name, ["*"] if route.cors else None)
+        assert answer.headers.getRawHeaders("content-type") == ["application/json"]
+    assert list(stage.authorizer.seen) == []
+    assert stage.homeserver.asked["room_state"] == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_two_shapes_in_one_body_are_refused(stage: Stage) -> None:
+    """``/sfu/get`` takes either body; which of the two rooms counts is up to upstream's release."""
+    body = f'{{"room":"{OPEN}","device_id":"D","room_id":"{FULL}","slot_id":"s",{MEMBER},{OPENID}}}'.encode()
+    answer = await stage.request("POST", stage.url + "/sfu/get", body)
+    assert (answer.code, json.loads(answer.body)["errcode"]) == (400, "M_NOT_JSON")
+    assert list(stage.authorizer.seen) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_users_header_that_stands_there_twice_is_refused(stage: Stage) -> None:
+    from tests.raw_http import exchange
+
+    body = b'{"room_id":"!r:x","slot_id":"s","member_id":"m"}'
+    head = f"POST {CLIENT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    twice = "X-Matrix-User-Identifier: @a:x\r\nX-Matrix-User-Identifier: @b:x\r\n\r\n"
+    (answer,) = await exchange(stage.url, (head + twice).encode() + body)
+    assert (answer.code, answer.json()["errcode"]) == (400, "M_NOT_JSON")
+    assert list(stage.authorizer.seen) == []
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest_twisted.ensureDeferred
+async def test_what_goes_on_is_our_own_writing_and_reads_the_same_to_a_lax_reader(
+    set_stage: SetStage, route: Route
+) -> None:
+    """Odd but unambiguous bodies: whatever they held, upstream reads of ours what we read."""
+    rooms = ("!a:b", "!\U0001f600:b", "!\u2028<>&:b", '!"\\/:b', "!\x7f\u0000:b", "!ſK:b", "!" + "x" * 3000)
+    async with recorder() as upstream:
+        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        for room in rooms:
+            for ascii_only in (True, False):
+                value = json.dumps(room, ensure_ascii=ascii_only)
+                text = f' \r\n\t{{ "{route.room_key}" :{value} , {route.rest}}} \n'
+                await stage.request("POST", stage.url + route.path, text.encode(), route.headers)
+                forwarded = upstream.requests[-1].partition(b"\r\n\r\n")[2]
+                assert forwarded != text.encode()
+                assert decode(forwarded, route.schema) == decode(text.encode(), route.schema)
+                assert decode(forwarded, route.schema)[route.room_key] == room
+        assert len(upstream.requests) == 2 * len(rooms)
+
+
+@pytest_twisted.ensureDeferred
+async def test_unknown_keys_are_upstreams_to_judge(stage: Stage) -> None:
+    body = f'{{"room":"{OPEN}","device_id":"D",{OPENID},"what":{{"nested":[1.5,null,true]}}}}'.encode()
+    answer = await stage.request("POST", stage.url + "/sfu/get", body)
+    assert answer.code == 400
+    (asked,) = stage.authorizer.seen
+    assert json.loads(asked.body) == json.loads(body)
