@@ -120,6 +120,8 @@ class RoomService:
 
     def _UpdateParticipant(self, request: pb.UpdateParticipantRequest) -> ParticipantInfo:
         participant = self._served(request)
+        if self._sfu.deaf:
+            return participant.info()
         before = participant.grant.to_permission()
         participant.name = request.name or participant.name
         participant.metadata = request.metadata or participant.metadata

@@ -17,6 +17,7 @@ from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.defer import Deferred
 
 from lotusguard.sandbox import twirp
+from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.go_http import NOT_FOUND
 from lotusguard.sandbox.grants import VideoGrant
 from lotusguard.sandbox.room_service import Change, RoomService
@@ -44,6 +45,8 @@ class Sfu(StandIn):
     :ivar events: the latest webhook events, oldest first, whether sent anywhere or not.
     :ivar granted_by_token: by (alias, participant sid), what the token granted that it came with.
     :ivar update_log: the latest changes that RoomService was asked for, oldest first.
+    :ivar room_faults: by alias, what to do instead of answering RoomService's questions about that room.
+    :ivar deaf: take UpdateParticipant, tell how the participant is, and change nothing.
     :ivar stale: entries of participants that nobody serves any more; see ``add_stale``.
     """
 
@@ -69,6 +72,8 @@ class Sfu(StandIn):
         self.remote_unmute = remote_unmute
         self.now = now
         self.rooms: dict[str, SfuRoom] = {}
+        self.room_faults: dict[str, Fault] = {}
+        self.deaf = False
         self.stale: dict[tuple[str, str], tuple[ParticipantInfo, int]] = {}
         self.events: deque[WebhookEvent] = deque(maxlen=REMEMBERED)
         self.update_log: deque[Change] = deque(maxlen=REMEMBERED)
@@ -93,6 +98,13 @@ class Sfu(StandIn):
         if asked.path.startswith(twirp.PREFIX):
             return asked.path.removeprefix(twirp.PREFIX)
         return "control" if asked.path.startswith(CONTROL) else ""
+
+    def fault_for(self, asked: Asked, route: str) -> Fault | None:
+        if self.room_faults and route in twirp.REQUESTS:
+            about = getattr(twirp.read(asked, route)[0], "room", "")
+            if about in self.room_faults:
+                return self.room_faults[about]
+        return super().fault_for(asked, route)
 
     async def answer(self, asked: Asked, route: str) -> Reply:
         if route == "control":

@@ -118,7 +118,7 @@ class StandIn:
             except Refusal as refusal:
                 return refusal.reply
 
-        fault = self._fault_of(route)
+        fault = self._spoiling(self.fault_for(asked, route))
         try:
             reply = await (fault.spoil(request, self.clock, answer) if fault else answer())
         except CancelledError:
@@ -129,8 +129,11 @@ class StandIn:
         if reply is not None and request.channel is not None:
             _send(request, reply)
 
-    def _fault_of(self, route: str) -> Fault | None:
-        fault = self.faults.get(route, self.fault)
+    def fault_for(self, asked: Asked, route: str) -> Fault | None:
+        """The fault that was set for such a request, if one was."""
+        return self.faults.get(route, self.fault)
+
+    def _spoiling(self, fault: Fault | None) -> Fault | None:
         if fault is None or fault.times is None:
             return fault
         if fault.times <= 0:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of running calls share: rooms, wide old tokens, policy changes, webhooks by hand, counters."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+from livekit.protocol.models import TrackSource
+
+from lotusguard.clients.http import Answer
+from lotusguard.rules.identity import room_alias
+from lotusguard.sandbox.sfu_participant import Participant
+from lotusguard.sandbox.stage import KEY, SECRET, Stage
+from lotusguard.sandbox.tokens import mint
+
+ALICE, BOB, CAROL, DAVE = (f"@{name}:sandbox.local" for name in ("alice", "bob", "carol", "dave"))
+_ids = count(1)
+
+
+def room_of(stage: Stage, max_users: int | None = None, **quality: bool) -> str:
+    """A room with a policy, and users to be in it."""
+    for user in (ALICE, BOB, CAROL, DAVE):
+        if user not in stage.homeserver.users:
+            stage.homeserver.add_user(user.split(":")[0][1:])
+    room_id: str = stage.homeserver.create_room(creator=ALICE)
+    put_policy(stage, room_id, max_users, **quality)
+    return room_id
+
+
+def put_policy(stage: Stage, room_id: str, max_users: int | None = None, **quality: bool) -> None:
+    """The room's admin writes a policy; what is left out is not limited."""
+    limit = {} if max_users is None else {"max_users": max_users}
+    stage.homeserver.set_state(room_id, "io.lotus.voice_limit", limit)
+    stage.homeserver.set_state(room_id, "io.lotus.room_quality", quality)
+
+
+async def change_policy(stage: Stage, room_id: str, max_users: int | None = None, **quality: bool) -> None:
+    """The same, and the homeserver's module tells the guard."""
+    put_policy(stage, room_id, max_users, **quality)
+    answer = await stage.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
+    assert answer.code == 202
+
+
+def old_token(user: str, room_id: str, *, device: str = "PHONE", **video: Any) -> str:
+    """A token as lk-jwt-service issues it, which never passed the guard: wide, and good for an hour."""
+    grant = {
+        "roomJoin": True, "room": room_alias(room_id), "canPublish": True, "canSubscribe": True,
+        "canUpdateOwnMetadata": True, **video,
+    }  # fmt: skip
+    claims = {"sub": f"{user}:{device}", "identity": f"{user}:{device}", "video": grant}
+    return mint(KEY, SECRET, claims, now=time.time(), valid_for=3600)
+
+
+def published(participant: Participant) -> list[str]:
+    """The labels of what a participant publishes now."""
+    return sorted(TrackSource.Name(track.source) for track in participant.tracks.values())
+
+
+def counted(stage: Stage, name: str, **labels: str) -> float:
+    """The value of one of the guard's metrics."""
+    return stage.guard.metrics.registry.get_sample_value(f"lotusguard_{name}", labels) or 0.0
+
+
+def event_about(kind: str, participant: Participant, **more: Any) -> dict[str, Any]:
+    """A webhook as the SFU writes it: camelCase, zero values left out."""
+    who = {"sid": participant.sid, "identity": participant.identity, "state": "ACTIVE"}
+    return {
+        "event": kind, "room": {"sid": "RM_1", "name": participant.room.name}, "participant": who,
+        "id": f"EV_hand{next(_ids)}", "createdAt": str(int(time.time())), **more,
+    }  # fmt: skip
+
+
+async def tell(
+    stage: Stage, event: Mapping[str, Any] | bytes, *, authorization: str | None = None, **headers: str
+) -> Answer:
+    """POST a webhook by hand. :param authorization: instead of the true one."""
+    body = event if isinstance(event, bytes) else json.dumps(event).encode()
+    given = {"Content-Type": "application/webhook+json", **headers}
+    given["Authorization"] = stage.sfu.webhooks.authorization(body) if authorization is None else authorization
+    return await stage.request("POST", f"{stage.url}/sfu_webhook", body, given)
