@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``deploy/upgrade`` with real venvs, real pip and real processes; only the releases are tiny ones that can be told to fail."""
+"""``deploy/upgrade`` with real venvs, real pip and real processes; only the releases are tiny ones that fail when told to."""
 
 from __future__ import annotations
 

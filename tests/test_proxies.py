@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reverse proxies' snippets in ``deploy/proxy``, in real proxies where there are any, the guard behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
+
+from lotusguard.sandbox.stage import Stage
+from tests.calls import ALICE, BOB, room_of
+
+SNIPPETS = Path(__file__).parent.parent / "deploy" / "proxy"
+Start = Callable[[str, Stage], Awaitable[str]]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def nginx(name: str, folder: Path, port: int, guard: str) -> list[str]:
+    """An nginx with the snippet, its addresses replaced by ours. :return: its arguments."""
+    snippet = (SNIPPETS / name).read_text(encoding="utf-8")
+    snippet, replaced = re.subn(r"(127\.0\.0\.1|192\.0\.2\.10):8070", guard, snippet)
+    assert replaced == 1
+    snippet = re.sub(r"^\s*ssl_certificate.*\n", "", snippet, flags=re.M).replace("443 ssl", f"127.0.0.1:{port}")
+    if "server {" not in snippet:
+        snippet = f"server {{ listen 127.0.0.1:{port};\n{snippet} }}"
+    temporary = "".join(
+        f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {folder}/pid; error_log stderr warn;\n"
+        f"events {{ }}\nhttp {{ access_log off; {temporary} {snippet} }}\n",
+        encoding="utf-8",
+    )
+    return ["-p", str(folder), "-e", "stderr", "-c", f"{folder}/nginx.conf"]
+
+
+def caddy(name: str, folder: Path, port: int, guard: str) -> list[str]:
+    """A Caddy with the snippet, its addresses replaced by ours. :return: its arguments."""
+    snippet = (SNIPPETS / name).read_text(encoding="utf-8")
+    snippet = snippet.replace("127.0.0.1:8070", guard)
+    snippet = re.sub(r"^matrix-rtc\.example\.org", f"http://127.0.0.1:{port}", snippet, flags=re.M)
+    config = folder / "Caddyfile"
+    config.write_text("{\n\tadmin off\n\tauto_https off\n}\n" + snippet, encoding="utf-8")
+    return ["run", "--config", str(config), "--adapter", "caddyfile"]
+
+
+def begun(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """The proxy's process; what it says is in ``output``."""
+    with (folder / "output").open("wb") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env={"HOME": str(folder)})
+
+
+PROXIES = {"nginx.conf": nginx, "nginx-proxy-manager.conf": nginx, "Caddyfile": caddy}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the proxy that a snippet is for, in front of a stage. :return: the address that clients would be told."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    async def started(name: str, stage: Stage) -> str:
+        proxy = PROXIES[name]
+        program = shutil.which(proxy.__name__, path=os.environ["PATH"] + ":/usr/sbin")
+        if program is None:
+            pytest.skip(f"there is no {proxy.__name__}")
+        port = free_port()
+        arguments = proxy(name, tmp_path, port, stage.url.removeprefix("http://"))
+        running.append(begun([program, *arguments], tmp_path))
+        for _ in range(200):
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", port)) == 0:
+                    return f"http://127.0.0.1:{port}/livekit/jwt"
+            await deferLater(reactor, 0.05)
+        raise AssertionError((tmp_path / "output").read_text())
+
+    yield started
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+
+
+@pytest.mark.parametrize("snippet", PROXIES)
+@pytest_twisted.ensureDeferred
+async def test_joins_are_decided_behind_the_proxy(stage: Stage, start: Start, snippet: str) -> None:
+    address = await start(snippet, stage)
+    room_id = room_of(stage, 1)
+
+    async def ask(user: str) -> tuple[int, dict[str, str], Sequence[str] | None]:
+        body = {"room": room_id, "device_id": "PHONE", "openid_token": stage.homeserver.openid_token(user)}
+        answer = await stage.request(
+            "POST", f"{address}/sfu/get", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        return answer.code, json.loads(answer.body), answer.headers.getRawHeaders("access-control-allow-origin")
+
+    code, given, allowed = await ask(ALICE)
+    assert (code, allowed) == (200, ["*"])
+    stage.sfu.connect(given["jwt"])
+    code, given, allowed = await ask(BOB)
+    assert (code, given["error"], allowed) == (403, "This voice channel is full.", ["*"])
+    asked = next(asked for asked in stage.authorizer.seen if asked.path == "/sfu/get")
+    assert asked.header("X-Forwarded-For") == "127.0.0.1, 127.0.0.1"
+
+
+@pytest.mark.parametrize("snippet", PROXIES)
+@pytest_twisted.ensureDeferred
+async def test_webhooks_do_not_come_in_from_outside(stage: Stage, start: Start, snippet: str) -> None:
+    address = await start(snippet, stage)
+    spellings = (
+        "sfu_webhook",
+        "sfu%5Fwebhook",
+        "%73fu_webhook?x=1",
+        "/sfu_webhook",
+        "x/../sfu_webhook",
+        "./sfu_webhook/",
+    )
+    for spelling in spellings:
+        answer = await stage.request("POST", f"{address}/{spelling}", b"{}")
+        assert answer.code == 404, spelling
+    assert stage.authorizer.asked["sfu_webhook"] == 0
+    forged = stage.guard.metrics.webhooks.labels("forged")._value.get()
+    assert forged == 0, "it reached the guard"
+    assert (await stage.request("GET", f"{address}/healthz")).code == 200
