@@ -7,26 +7,13 @@ import json
 from typing import Any
 
 import pytest_twisted
+from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.clients.http import Answer
 from lotusguard.rules.tokens import read_unverified
 from lotusguard.sandbox.stage import Stage
+from tests.calls import ALICE, BOB, CAROL, room_of
 from tests.conftest import SetStage, until
-
-ALICE, BOB, CAROL = "@alice:sandbox.local", "@bob:sandbox.local", "@carol:sandbox.local"
-
-
-def room_of(stage: Stage, max_users: int | None = None, **quality: bool) -> str:
-    """A room with a policy, and users to be in it."""
-    for user in (ALICE, BOB, CAROL):
-        if user not in stage.homeserver.users:
-            stage.homeserver.add_user(user.split(":")[0][1:])
-    room_id: str = stage.homeserver.create_room(creator=ALICE)
-    if max_users is not None:
-        stage.homeserver.set_state(room_id, "io.lotus.voice_limit", {"max_users": max_users})
-    if quality:
-        stage.homeserver.set_state(room_id, "io.lotus.room_quality", quality)
-    return room_id
 
 
 def claims_of(answer: Answer) -> dict[str, Any]:
@@ -106,8 +93,6 @@ async def test_a_running_screen_share_is_revoked_when_the_policy_changes(set_sta
 
 @pytest_twisted.ensureDeferred
 async def test_200_users_at_once_on_10_seats_admit_exactly_10(stage: Stage) -> None:
-    from twisted.internet.defer import Deferred, gatherResults
-
     room_id = room_of(stage, 10)
     users = [f"@u{number}:sandbox.local" for number in range(200)]
     for user in users:

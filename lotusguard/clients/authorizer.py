@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from attrs import frozen
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
-from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost
+from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost, DNSLookupError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.web.client import ResponseNeverReceived
@@ -96,7 +96,7 @@ class Authorizer:
                 response = await self._send(request)
             except (CancelledError, UpstreamFailed):
                 raise
-            except ConnectError:
+            except (ConnectError, DNSLookupError, OSError):
                 if self._clock.seconds() + pause > began + self._grace:
                     raise self._failed(502, "unreachable") from None
                 await deferLater(self._clock, pause)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Container
 from random import random
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import treq
 from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, TimeoutError
+from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -123,11 +124,19 @@ class FixedAgent(Agent):
         """:param uri: a request target such as ``/path?query``, not a whole URI."""
         return self._requestWithEndpoint(
             self._key, self._fixed, method, self._uri, headers, bodyProducer, self._prefix + uri
-        )
+        ).addErrback(_plainly_cancelled)
+
+
+def _plainly_cancelled(failure: Failure) -> Failure:
+    """A cancelled request fails with `CancelledError`, which Twisted wraps in what was interrupted by it."""
+    reasons = getattr(failure.value, "reasons", ())
+    if failure.check(ConnectingCancelledError) or any(reason.check(CancelledError) for reason in reasons):
+        raise CancelledError
+    return failure
 
 
 async def collected(response: IResponse, limit: int) -> bytes:
-    """The body of a response, read whole.
+    """The body of a response, read whole. Cancelled, it drops the connection.
 
     :raises BodyTooLarge: it is longer than ``limit`` bytes; the connection is dropped.
     """
@@ -141,8 +150,31 @@ async def collected(response: IResponse, limit: int) -> bytes:
             raise BodyTooLarge
         parts.append(chunk)
 
-    await treq.collect(response, part)
+    abortable = _Abortable(response)
+    try:
+        await treq.collect(cast(IResponse, abortable), part)
+    except CancelledError:
+        abortable.abort()
+        raise
     return b"".join(parts)
+
+
+class _Abortable:
+    """A response whose delivery can be broken off; treq would wait on for a body that never ends."""
+
+    def __init__(self, response: IResponse) -> None:
+        self._response = response
+        self.length = response.length
+        self._receiver: Any = None
+
+    def deliverBody(self, receiver: Any) -> None:
+        self._receiver = receiver
+        self._response.deliverBody(receiver)
+
+    def abort(self) -> None:
+        transport = getattr(self._receiver, "transport", None)
+        if transport is not None:
+            transport.loseConnection()
 
 
 class Neighbour:

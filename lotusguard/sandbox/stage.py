@@ -79,6 +79,10 @@ class Stage:
     async def stop(self) -> None:
         """Stop everything, the guard first."""
         await self.guard.stopService()
+        await self.stop_neighbours()
+
+    async def stop_neighbours(self) -> None:
+        """Stop the stand-ins."""
         for standin in (self.authorizer, self.sfu, self.homeserver):
             await standin.stop()
         await self._pool.closeCachedConnections()
