@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 from livekit.protocol.models import TrackSource
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from lotusguard.clients.http import Answer
 from lotusguard.rules.identity import room_alias
@@ -82,3 +84,31 @@ async def tell(
     given = {"Content-Type": "application/webhook+json", **headers}
     given["Authorization"] = stage.sfu.webhooks.authorization(body) if authorization is None else authorization
     return await stage.request("POST", f"{stage.url}/sfu_webhook", body, given)
+
+
+async def seen_in(stage: Stage, room_id: str) -> list[tuple[str, bool]]:
+    """Who sits in a room's call as far as the guard knows: user and whether on a seat."""
+    answer = await stage.operator("GET", "/rooms")
+    rooms = {room["room_id"]: room["present"] for room in json.loads(answer.body)["rooms"]}
+    return sorted((who["user"], who["seated"]) for who in rooms.get(room_id, ()))
+
+
+@contextmanager
+def logged() -> Iterator[list[LogEvent]]:
+    """What is logged meanwhile."""
+    events: list[LogEvent] = []
+    globalLogPublisher.addObserver(events.append)
+    try:
+        yield events
+    finally:
+        globalLogPublisher.removeObserver(events.append)
+
+
+def named(events: list[LogEvent], name: str) -> list[str]:
+    """The texts of those log events."""
+    return [formatEvent(event) for event in events if event.get("event_name") == name]
+
+
+def crashes(events: list[LogEvent]) -> list[str]:
+    """What was logged as a failure of our own."""
+    return [formatEvent(event) for event in events if "log_failure" in event]

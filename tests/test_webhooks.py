@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SFU's webhooks: handed to upstream whatever we think of them, acted on only when true, and only once."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+import pytest_twisted
+from livekit.protocol.models import DisconnectReason
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from lotusguard.sandbox.faults import Fault
+from lotusguard.sandbox.sfu_participant import Participant
+from lotusguard.sandbox.stage import KEY, SECRET, Stage
+from lotusguard.sandbox.tokens import mint
+from lotusguard.sandbox.webhooks import WebhookSender
+from tests.calls import (
+    ALICE,
+    BOB,
+    CAROL,
+    change_policy,
+    counted,
+    crashes,
+    event_about,
+    logged,
+    named,
+    old_token,
+    published,
+    put_policy,
+    room_of,
+    seen_in,
+    tell,
+)
+from tests.conftest import SetStage, until
+
+
+@pytest_twisted.async_yield_fixture
+async def deaf(set_stage: SetStage) -> Any:
+    """A stage whose SFU tells nobody anything, so that webhooks can be delivered by hand."""
+    stage = await set_stage(guard_reconcile_interval=3600)
+    stage.sfu.webhooks.urls[:] = []
+    yield stage
+
+
+async def at_rest(stage: Stage) -> None:
+    """Everything that a webhook set going has been done."""
+    await until(lambda: not stage.guard._enforcement._running)
+
+
+# -- handed on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b' {"event" :\t"x"}\r\n\x00', b"\xff\xfe\x00 no json", b"x" * 70_000])
+@pytest.mark.parametrize("authorization", ["a.b.c", "Bearer xyz", None])
+@pytest_twisted.ensureDeferred
+async def test_whatever_comes_is_handed_to_upstream_as_it_came(
+    deaf: Stage, body: bytes, authorization: str | None
+) -> None:
+    headers = {"Content-Type": "application/webhook+json", "X-Other": "kept"}
+    if authorization is not None:
+        headers["Authorization"] = authorization
+    answer = await deaf.request("POST", f"{deaf.url}/sfu_webhook", body, headers)
+    assert answer.code == 200
+    seen = deaf.authorizer.webhooks[-1]
+    assert seen.body == body
+    given = {name.lower(): value for name, value in seen.headers}
+    assert given.get("authorization") == authorization
+    assert given["content-type"] == "application/webhook+json"
+    assert given["x-other"] == "kept"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_true_webhook_is_true_for_upstream_as_well(stage: Stage) -> None:
+    await stage.enter(ALICE, room_of(stage, 2))
+    await stage.sfu.drained()
+    assert [json.loads(seen.body)["event"] for seen in stage.authorizer.webhooks][-1] == "participant_joined"
+    assert all(seen.verified for seen in stage.authorizer.webhooks)
+    assert counted(stage, "webhooks_total", outcome="accepted") == len(stage.authorizer.webhooks)
+    assert {sent.status for sent in stage.sfu.webhooks.attempts} == {200}
+
+
+@pytest_twisted.ensureDeferred
+async def test_it_is_answered_with_upstream_s_answer(deaf: Stage) -> None:
+    alice = await deaf.enter(ALICE, room_of(deaf, 1))
+    deaf.authorizer.faults["sfu_webhook"] = Fault.status(503, b"not now", times=1)
+    event = event_about("participant_joined", alice)
+    answer = await tell(deaf, event)
+    assert (answer.code, answer.body) == (503, b"not now")
+    assert (await tell(deaf, event)).code == 200  # the SFU tries again
+    assert counted(deaf, "webhooks_total", outcome="accepted") == 1
+    assert counted(deaf, "webhooks_total", outcome="duplicate") == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_answer_does_not_wait_for_our_work(deaf: Stage) -> None:
+    alice = await deaf.enter(ALICE, room_of(deaf, 1))
+    deaf.sfu.room_faults[alice.room.name] = Fault.hang()
+    looks = deaf.sfu.asked["ListParticipants"]
+    answer = await tell(deaf, event_about("participant_joined", alice))
+    assert answer.code == 200
+    await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
+    assert deaf.guard._enforcement._running
+
+
+@pytest_twisted.ensureDeferred
+async def test_without_a_key_webhooks_are_handed_on_and_not_read(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, livekit_key="", livekit_secret="")
+    assert (await tell(stage, b"{}", authorization="a.b.c")).code == 200
+    assert stage.authorizer.webhooks[-1].body == b"{}"
+    assert counted(stage, "webhooks_total", outcome="unread") == 1
+
+
+# -- believed ----------------------------------------------------------------------------------------
+
+
+def forgeries(stage: Stage, body: bytes) -> dict[str, str]:
+    now = time.time()
+
+    def sender(key: str = KEY, secret: str = SECRET, at: float = now) -> str:
+        return WebhookSender(reactor, reactor, stage.sfu.pool, key=key, secret=secret, now=lambda: at).authorization(
+            body
+        )
+
+    true = sender()
+    head, claims, signature = true.split(".")
+    return {
+        "nothing": "",
+        "no token": "hello",
+        "Bearer": f"Bearer {true}",
+        "another secret": sender(secret="x" * 32),
+        "another key": sender(key="otherkey"),
+        "expired": sender(at=now - 600),
+        "not yet valid": sender(at=now + 600),
+        "another body": stage.sfu.webhooks.authorization(body + b" "),
+        "no hash": mint(KEY, SECRET, {}, now=now, valid_for=300),
+        "no expiry": mint(KEY, SECRET, {"exp": None, "sha256": "x"}, now=now, valid_for=300),
+        "unsigned": f"eyJhbGciOiJub25lIn0.{claims}.",
+        "cut short": f"{head}.{claims}.{signature[:-4]}",
+    }
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_forged_webhook_changes_nothing_and_is_handed_on(deaf: Stage) -> None:
+    room_id = room_of(deaf, 1)
+    alice = await deaf.enter(ALICE, room_id)
+    await tell(deaf, event_about("participant_joined", alice))
+    await at_rest(deaf)
+    assert await seen_in(deaf, room_id) == [(ALICE, True)]
+    before = dict(deaf.sfu.asked)
+    body = json.dumps(event_about("participant_left", alice)).encode()
+    for number, (name, authorization) in enumerate(forgeries(deaf, body).items(), 1):
+        with logged() as events:
+            assert (await tell(deaf, body, authorization=authorization)).code == 200, name
+        assert deaf.authorizer.webhooks[-1].body == body, name
+        assert await seen_in(deaf, room_id) == [(ALICE, True)], name
+        assert counted(deaf, "webhooks_total", outcome="forged") == number, name
+        assert len(named(events, "webhook_forged")) == 1, name
+    assert dict(deaf.sfu.asked) == before
+    await tell(deaf, body)  # while the true one does
+    assert await seen_in(deaf, room_id) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_that_is_delivered_twice_is_acted_on_once(deaf: Stage) -> None:
+    alice = await deaf.enter(ALICE, room_of(deaf, 1))
+    event = event_about("track_published", alice)
+    await tell(deaf, event)
+    await at_rest(deaf)
+    looks = deaf.sfu.asked["ListParticipants"]
+    for _ in range(3):
+        await tell(deaf, event)
+    await at_rest(deaf)
+    assert deaf.sfu.asked["ListParticipants"] == looks
+    assert counted(deaf, "webhooks_total", outcome="duplicate") == 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_events_without_an_id_are_no_duplicates_of_each_other(deaf: Stage) -> None:
+    room_id = room_of(deaf, 2)
+    for user in (ALICE, BOB):
+        event = event_about("participant_joined", await deaf.enter(user, room_id))
+        del event["id"]
+        await tell(deaf, event)
+    assert counted(deaf, "webhooks_total", outcome="accepted") == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_replayed_joined_brings_nobody_back(deaf: Stage) -> None:
+    room_id = room_of(deaf, 2)
+    alice = await deaf.enter(ALICE, room_id)
+    joined = event_about("participant_joined", alice)
+    await tell(deaf, joined)
+    await at_rest(deaf)
+    deaf.sfu.disconnect(alice.room.name, alice.identity)
+    await tell(deaf, event_about("participant_left", alice))
+    for event in (joined, {**joined, "id": "EV_another"}):
+        await tell(deaf, event)
+        await at_rest(deaf)
+        assert await seen_in(deaf, room_id) == []
+
+
+# -- read --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"event": "participant_left", "room": None, "participant": None},
+        {"event": "participant_left", "room": {"name": 7}, "participant": "Alice"},
+        {"event": "participant_joined", "participant": {"sid": ["x"], "identity": {}}},
+        {"event": "participant_joined", "participant": {}},
+        {"event": "egress_started", "egressInfo": {"egressId": "EG_1"}},
+        {"event": ["participant_left"], "id": {}},
+        {"event": "a_later_release_s", "surprise": [1, {"x": None}]},
+        {"id": 7, "room": {}, "participant": [], "event": None},
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_strange_events_are_answered_and_break_nothing(deaf: Stage, strange: dict[str, Any]) -> None:
+    room_id = room_of(deaf, 1)
+    alice = await deaf.enter(ALICE, room_id)
+    await tell(deaf, event_about("participant_joined", alice))
+    await at_rest(deaf)
+    with logged() as events:
+        assert (await tell(deaf, event_about("", alice) | strange)).code == 200
+        await at_rest(deaf)
+    assert crashes(events) == []
+    assert await seen_in(deaf, room_id) == [(ALICE, True)]
+
+
+@pytest.mark.parametrize("body", [b"[]", b"7", b"not json", b"\xff", b"[" * 100_000])
+@pytest_twisted.ensureDeferred
+async def test_a_signed_body_that_is_no_event_is_handed_on(deaf: Stage, body: bytes) -> None:
+    with logged() as events:
+        assert (await tell(deaf, body)).code == 200
+    assert crashes(events) == []
+    assert deaf.authorizer.webhooks[-1].body == body
+    assert counted(deaf, "webhooks_total", outcome="forged") == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_unknown_fields_and_absent_zeros_do_not_matter(deaf: Stage) -> None:
+    room_id = room_of(deaf)
+    alice = await deaf.enter(ALICE, room_id)
+    share = alice.publish("SCREEN_SHARE")
+    assert share is not None
+    put_policy(deaf, room_id, allow_screenshare=False)
+    deaf.guard._enforcement._policies.drop(room_id)
+    event = event_about("track_published", alice, track={"sid": share.sid}, later={"unknown": [1]})
+    event["participant"] = {"sid": alice.sid, "identity": alice.identity, "newField": {}}
+    await tell(deaf, event)
+    await until(lambda: published(alice) == [])
+
+
+# -- who is there ------------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_leaving_frees_a_seat_at_once(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    await stage.sfu.drained()
+    await at_rest(stage)
+    assert await seen_in(stage, room_id) == [(ALICE, True)]
+    stage.sfu.disconnect(alice.room.name, alice.identity)
+    await stage.sfu.drained()
+    assert await seen_in(stage, room_id) == []
+    await stage.enter(BOB, room_id)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_never_became_active_frees_the_seat_too(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    answer = await stage.ask_token(ALICE, room_id)
+    alice = stage.sfu.connect(json.loads(answer.body)["jwt"], activate=False)
+    assert (await stage.ask_token(BOB, room_id)).code == 403  # that look saw Alice arrive
+    assert await seen_in(stage, room_id) == [(ALICE, True)]
+    stage.sfu.disconnect(alice.room.name, alice.identity)
+    await stage.sfu.drained()
+    assert stage.sfu.events[-1].event == "participant_connection_aborted"
+    assert await seen_in(stage, room_id) == []
+    await stage.enter(BOB, room_id)
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_end_of_a_room_frees_all_its_seats(deaf: Stage) -> None:
+    room_id = room_of(deaf, 2)
+    alice, bob = await deaf.enter(ALICE, room_id), await deaf.enter(BOB, room_id)
+    for who in (alice, bob):
+        await tell(deaf, event_about("participant_joined", who))
+    await at_rest(deaf)
+    alice.room.close()
+    finished = event_about("room_finished", alice)
+    del finished["participant"]
+    await tell(deaf, finished)
+    await at_rest(deaf)
+    assert await seen_in(deaf, room_id) == []
+
+
+def reconnected(stage: Stage, room_id: str) -> Participant:
+    return stage.sfu.connect(old_token(ALICE, room_id))
+
+
+LATE = {"sent after the new one's joined": True, "sent before it": False}
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+@pytest.mark.parametrize("reason", [{}, {"disconnectReason": "DUPLICATE_IDENTITY"}])
+@pytest_twisted.ensureDeferred
+async def test_the_left_of_an_old_session_does_not_unseat_the_new_one(
+    deaf: Stage, late: bool, reason: dict[str, str]
+) -> None:
+    room_id = room_of(deaf, 1)
+    old = await deaf.enter(ALICE, room_id)
+    await tell(deaf, event_about("participant_joined", old))
+    await at_rest(deaf)
+    new = reconnected(deaf, room_id)
+    assert (new.identity, new.sid != old.sid) == (old.identity, True)
+    left = event_about("participant_left", old)
+    left["participant"] |= reason
+    for event in (event_about("participant_joined", new), left) if late else (left, event_about("track", new)):
+        await tell(deaf, event)
+        await at_rest(deaf)
+    assert (await deaf.ask_token(BOB, room_id)).code == 403
+    assert await seen_in(deaf, room_id) == [(ALICE, True)]
+    assert new.connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_reconnect_keeps_the_seat_in_a_room_whose_cap_was_lowered(stage: Stage) -> None:
+    room_id = room_of(stage, 3)
+    for user in (ALICE, BOB, CAROL):
+        await stage.enter(user, room_id)
+    await stage.sfu.drained()
+    await change_policy(stage, room_id, 1)
+    await at_rest(stage)
+    new = reconnected(stage, room_id)
+    await stage.sfu.drained()
+    await at_rest(stage)
+    assert [event.participant.disconnect_reason for event in stage.sfu.events if event.event == "participant_left"] == [
+        DisconnectReason.DUPLICATE_IDENTITY
+    ]
+    assert await seen_in(stage, room_id) == [(ALICE, True), (BOB, True), (CAROL, True)]
+    assert new.connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(deaf: Stage) -> None:
+    room_id = room_of(deaf, 2)
+    alice = await deaf.enter(ALICE, room_id)
+    await tell(deaf, event_about("participant_joined", alice))
+    await at_rest(deaf)
+    looks = deaf.sfu.asked["ListParticipants"]
+    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.0005, times=1)  # what it tells is what it was when asked
+    await tell(deaf, event_about("track_published", alice))
+    await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
+    await deferLater(reactor, 0.02)  # it has begun to answer
+    deaf.sfu.disconnect(alice.room.name, alice.identity)
+    await tell(deaf, event_about("participant_left", alice))
+    assert deaf.guard._enforcement._running
+    await at_rest(deaf)
+    assert await seen_in(deaf, room_id) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_look_that_began_before_somebody_came_does_not_unseat_them(deaf: Stage) -> None:
+    room_id = room_of(deaf, 2)
+    alice = await deaf.enter(ALICE, room_id)
+    await tell(deaf, event_about("participant_joined", alice))
+    await at_rest(deaf)
+    looks = deaf.sfu.asked["ListParticipants"]
+    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.0005, times=1)
+    await tell(deaf, event_about("track_published", alice))
+    await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
+    await deferLater(reactor, 0.02)
+    bob = deaf.sfu.connect(old_token(BOB, room_id))
+    told: Deferred[Any] = Deferred.fromCoroutine(tell(deaf, event_about("participant_joined", bob)))
+    await told
+    await at_rest(deaf)
+    assert await seen_in(deaf, room_id) == [(ALICE, True), (BOB, True)]
