@@ -15,6 +15,7 @@ from twisted.internet.task import deferLater
 
 from lotusguard.config import Settings
 from lotusguard.sandbox.stage import Stage
+from tests.synapse import guarded, set_guarded, synapse  # noqa: F401 (fixtures: a real homeserver)
 
 SetStage = Callable[..., Awaitable[Stage]]
 

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard before a real homeserver: policies that a room's admin writes, tokens that real users have."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import pytest_twisted
+
+from lotusguard.clients.http import Answer
+from lotusguard.rules.tokens import read_unverified
+from tests.conftest import until
+from tests.synapse import Guarded, MakeGuarded, Synapse, User
+
+VOICE_LIMIT, ROOM_QUALITY = "io.lotus.voice_limit", "io.lotus.room_quality"
+FULL = {"errcode": "M_FORBIDDEN", "error": "This voice channel is full."}
+
+
+async def users_of(synapse: Synapse) -> tuple[User, User, User]:
+    return await synapse.user("alice"), await synapse.user("bob"), await synapse.user("carol")
+
+
+def video_of(answer: Answer) -> dict[str, Any]:
+    claims = read_unverified(json.loads(answer.body)["jwt"])
+    assert claims is not None
+    video: dict[str, Any] = claims["video"]
+    return video
+
+
+async def ready(guarded: Guarded) -> tuple[int, dict[str, Any]]:
+    answer = await guarded.stage.operator("GET", "/readyz")
+    return answer.code, json.loads(answer.body)
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("room_version", ["10", "12"])
+async def test_the_cap_that_a_rooms_admin_set_holds_on_both_routes(guarded: Guarded, room_version: str) -> None:
+    """From version 12 on, room IDs have no server's name in them."""
+    synapse, stage = guarded.synapse, guarded.stage
+    alice, bob, carol = await users_of(synapse)
+    room_id = await synapse.create_room(alice, room_version=room_version)
+    await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
+    await guarded.enter(alice, room_id)
+    bobs = await guarded.enter(bob, room_id, new=True)
+    issued = len(stage.authorizer.issued)
+    for new in (False, True):
+        answer = await guarded.ask_token(carol, room_id, new=new)
+        assert (answer.code, json.loads(answer.body)) == (403, FULL)
+        assert (await guarded.ask_token(alice, room_id, new=new, device="TABLET")).code == 200
+    assert [one.user for one in stage.authorizer.issued][issued:] == [alice.user_id] * 2
+    stage.sfu.disconnect(bobs.room.name, bobs.identity)
+    assert (await guarded.ask_token(carol, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_raised_cap_lets_the_next_one_in(set_guarded: MakeGuarded) -> None:
+    guarded = await set_guarded(guard_policy_ttl=0.01)
+    alice, bob, _ = await users_of(guarded.synapse)
+    room_id = await guarded.synapse.create_room(alice)
+    await guarded.synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
+    await guarded.enter(alice, room_id)
+    assert (await guarded.ask_token(bob, room_id, new=True)).code == 403
+    await guarded.synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
+    assert (await guarded.ask_token(bob, room_id, new=True)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("new", [False, True])
+async def test_sources_that_the_rooms_admin_forbids_are_not_in_the_token(guarded: Guarded, new: bool) -> None:
+    alice, bob, _ = await users_of(guarded.synapse)
+    room_id = await guarded.synapse.create_room(alice)
+    await guarded.synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False, "allow_camera": True})
+    answer = await guarded.ask_token(bob, room_id, new=new)
+    assert video_of(answer)["canPublishSources"] == ["microphone", "camera"]
+    bobs = guarded.stage.sfu.connect(json.loads(answer.body)["jwt"])
+    assert bobs.publish("CAMERA")
+    assert not bobs.publish("SCREEN_SHARE")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_room_that_the_homeserver_does_not_know_has_no_policy(guarded: Guarded) -> None:
+    alice, _, _ = await users_of(guarded.synapse)
+    answer = await guarded.ask_token(alice, "!nowhere:real.test")
+    assert answer.code == 200
+    assert json.loads(answer.body)["jwt"] == guarded.stage.authorizer.issued[-1].token
+    decided = json.loads((await guarded.stage.operator("GET", "/rooms")).body)["decisions"][-1]
+    assert (decided["reason"], decided["unenforced"]) == ("no_policy", [])
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("new", [False, True])
+async def test_a_bad_openid_token_gets_upstreams_own_401_from_a_full_room(guarded: Guarded, new: bool) -> None:
+    alice, bob, carol = await users_of(guarded.synapse)
+    room_id = await guarded.synapse.create_room(alice)
+    await guarded.synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
+    await guarded.enter(bob, room_id)
+    false = {**await guarded.synapse.openid_token(carol), "access_token": "nobodysToken"}
+    answer = await guarded.ask_token(carol, room_id, new=new, openid_token=false)
+    refusal = {"errcode": "M_UNAUTHORIZED", "error": "The request could not be authorised."}
+    assert (answer.code, json.loads(answer.body)) == (401, refusal)
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("new", [False, True])
+async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_knew_them(guarded: Guarded, new: bool) -> None:
+    """The stage's own homeserver is the other one: upstream can ask it, the guard cannot."""
+    synapse, stage = guarded.synapse, guarded.stage
+    alice, _, _ = await users_of(synapse)
+    room_id = await synapse.create_room(alice)
+    await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
+    alices = await guarded.enter(alice, room_id)
+    stage.homeserver.add_user("dora")
+    issued = len(stage.authorizer.issued)
+    answer = await stage.ask_token("@dora:sandbox.local", room_id, new=new)
+    assert (answer.code, json.loads(answer.body)) == (403, FULL)
+    assert len(stage.authorizer.issued) == issued + 1
+    stage.sfu.disconnect(alices.room.name, alices.identity)
+    assert (await stage.ask_token("@dora:sandbox.local", room_id, new=new)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_server_name_is_the_homeservers_own_unless_it_is_set(set_guarded: MakeGuarded) -> None:
+    """Whose users can be refused before upstream hears of them: those of the server whose name we know."""
+    synapse = (await set_guarded()).synapse
+    alice, bob, _ = await users_of(synapse)
+    room_id = await synapse.create_room(alice)
+    await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
+    for settings, asked_upstream in (({}, 0), ({"guard_server_name": "elsewhere.test"}, 1)):
+        guarded = await set_guarded(**settings)
+        await guarded.enter(alice, room_id)
+        issued = len(guarded.stage.authorizer.issued)
+        assert (await guarded.ask_token(bob, room_id)).code == 403
+        assert len(guarded.stage.authorizer.issued) == issued + asked_upstream
+
+
+@pytest_twisted.ensureDeferred
+async def test_with_an_admins_token_it_says_that_it_enforces(guarded: Guarded) -> None:
+    code, report = await ready(guarded)
+    assert (code, report["ready"], report["reasons"]) == (200, True, [])
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize(("whose", "status"), [("of no admin", 403), ("of nobody", 401)])
+async def test_with_a_token_that_may_not_read_policies_it_lets_in_and_says_so(
+    set_guarded: MakeGuarded, synapse: Synapse, whose: str, status: int
+) -> None:
+    alice, bob, _ = await users_of(synapse)
+    guarded = await set_guarded(matrix_token=alice.token if whose == "of no admin" else "syt_nobody")
+    room_id = await synapse.create_room(alice)
+    await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
+    await guarded.enter(alice, room_id)
+    answer = await guarded.ask_token(bob, room_id)
+    assert answer.code == 200
+    assert json.loads(answer.body)["jwt"] == guarded.stage.authorizer.issued[-1].token
+    code, report = await ready(guarded)
+    assert (code, report["ready"]) == (503, False)
+    assert report["enforcing"] == {"cap": False, "sources": False, "in_call": False}
+    assert [reason for reason in report["reasons"] if f"status_{status}" in reason]
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_address_without_the_admin_api_is_not_taken_for_rooms_without_policies(
+    set_guarded: MakeGuarded, synapse: Synapse
+) -> None:
+    """A proxy that keeps the admin API to itself answers 404 as well."""
+    alice, _, _ = await users_of(synapse)
+    guarded = await set_guarded(synapse_api=f"{synapse.url}/elsewhere")
+    room_id = await synapse.create_room(alice)
+    assert (await guarded.ask_token(alice, room_id)).code == 200
+    decided = json.loads((await guarded.stage.operator("GET", "/rooms")).body)["decisions"][-1]
+    assert decided["unenforced"] == ["policy:garbage"]
+    code, report = await ready(guarded)
+    assert (code, report["enforcing"]["cap"]) == (503, False)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_call_that_is_older_than_the_guard_is_found_among_the_homeservers_rooms(
+    set_guarded: MakeGuarded,
+) -> None:
+    guarded = await set_guarded(guard_reconcile_interval=0.2)
+    synapse, stage = guarded.synapse, guarded.stage
+    alice, _, _ = await users_of(synapse)
+    room_id = await synapse.create_room(alice)
+    await synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False})
+    body = {"room": room_id, "device_id": "PHONE", "openid_token": await synapse.openid_token(alice)}
+    past_the_guard = await stage.request("POST", f"{stage.authorizer.url}/sfu/get", json.dumps(body).encode())
+    alices = stage.sfu.connect(json.loads(past_the_guard.body)["jwt"])
+    assert alices.publish("SCREEN_SHARE")
+    await until(lambda: not alices.tracks, 10)
