@@ -11,7 +11,8 @@ from itertools import count
 from typing import Any
 
 from livekit.protocol.models import TrackSource
-from twisted.logger import LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from zope.interface import implementer
 
 from lotusguard.clients.http import Answer
 from lotusguard.rules.identity import room_alias
@@ -97,11 +98,16 @@ async def seen_in(stage: Stage, room_id: str) -> list[tuple[str, bool]]:
 def logged() -> Iterator[list[LogEvent]]:
     """What is logged meanwhile."""
     events: list[LogEvent] = []
-    globalLogPublisher.addObserver(events.append)
+
+    @implementer(ILogObserver)
+    def observe(event: LogEvent) -> None:
+        events.append(event)
+
+    globalLogPublisher.addObserver(observe)
     try:
         yield events
     finally:
-        globalLogPublisher.removeObserver(events.append)
+        globalLogPublisher.removeObserver(observe)
 
 
 def named(events: list[LogEvent], name: str) -> list[str]:
