@@ -31,7 +31,10 @@ def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILo
     :param format_: ``text`` or ``json``. :param stream: standard output by default.
     """
     observer = FileLogObserver(stream or sys.stdout, _as_json if format_ == "json" else _as_text)
-    predicate = LogLevelFilterPredicate(LogLevel.levelWithName(level))
+    wanted = LogLevel.levelWithName(level)
+    predicate = LogLevelFilterPredicate(wanted)
+    if wanted is LogLevel.info:  # each connection to a neighbour has two lines there, which tell nobody anything
+        predicate.setLogLevelForNamespace("twisted.web.client._HTTP11ClientFactory", LogLevel.warn)
     return FilteringLogObserver(observer, [predicate])
 
 
@@ -54,12 +57,15 @@ def _as_json(event: LogEvent) -> str:
             line[name] = value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
     if "log_failure" in event:
         line["traceback"] = event["log_failure"].getTraceback()
-    return json.dumps(line, default=str, ensure_ascii=False) + "\n"
+    return json.dumps(line, default=str) + "\n"
 
 
 def _one_line(text: str, event: LogEvent) -> str:
-    """What callers wrote must not look like a line of ours; tracebacks may have their lines."""
-    return text if "log_failure" in event else text.replace("\r", "\\r").replace("\n", "\\n")
+    """What callers wrote must not look like a line of ours, nor steer a terminal; tracebacks may have their lines."""
+    if text.isprintable():
+        return text
+    kept = "\n" if "log_failure" in event else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _time(event: LogEvent) -> str:

@@ -141,8 +141,8 @@ class Policies:
         for kind in malformed - (before.malformed if before else frozenset()):
             self._metrics.malformed_policies.labels(kind).inc()
             log.warn(
-                "{room_id}: {event} holds what cannot be used; it limits nothing: {content}",
-                room_id=room_id, event=kind, content=str(events[kind])[:200], event_name="malformed_policy",
+                "{room_id}: {event_type} holds what cannot be used; it limits nothing: {content}",
+                room_id=room_id, event_type=kind, content=str(events[kind])[:200], event_name="malformed_policy",
             )  # fmt: skip
         if self._remembered.get(room_id) is before:  # else somebody knows better by now
             self._remembered[room_id] = _Remembered(policy, malformed, began)

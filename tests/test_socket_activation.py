@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lotusguard.socket``: systemd holds the port, and nobody is refused while the guard restarts."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from lotusguard.sandbox.stage import KEY, SECRET, Stage
+from tests.calls import ALICE, BOB, room_of
+from tests.guardprocess import CHECKOUT, TWISTD, GuardProcess
+
+DROP_IN = CHECKOUT / "deploy" / "systemd" / "lotusguard.service.d" / "socket.conf"
+ACTIVATED = "import os; os.environ['LISTEN_PID'] = str(os.getpid()); " + TWISTD
+
+
+class Activated:
+    """A guard on a socket that somebody else holds, as the drop-in has systemd start it."""
+
+    def __init__(self, stage: Stage, folder: Path) -> None:
+        self.held = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.url = f"http://127.0.0.1:{self.held.getsockname()[1]}"
+        self.process = GuardProcess()
+        self._environment = {
+            "PYTHONPATH": str(CHECKOUT),
+            "LISTEN_FDS": "1",
+            "LISTEN_FDNAMES": "lotusguard.socket",
+            "STATE_DIRECTORY": str(folder),
+            "GUARD_UPSTREAM": stage.authorizer.url,
+            "GUARD_ADMIN_PORT": "",
+            "LIVEKIT_API": stage.sfu.url,
+            "LIVEKIT_KEY": KEY,
+            "LIVEKIT_SECRET": SECRET,
+            "SYNAPSE_API": stage.homeserver.url,
+            "MATRIX_TOKEN": stage.admin_token,
+        }
+
+    async def start(self) -> None:
+        """Start it, with the held socket as descriptor 3."""
+        started = next(line for line in DROP_IN.read_text().splitlines() if line.startswith("ExecStart=/"))
+        arguments = shlex.split(started)[1:]
+        self.process = GuardProcess()
+        reactor.spawnProcess(
+            self.process,
+            sys.executable,
+            [sys.executable, "-c", ACTIVATED, *arguments],
+            self._environment,
+            childFDs={0: "w", 1: "r", 2: "r", 3: self.held.fileno()},
+        )
+        while "public door listens" not in self.process.output:
+            assert not self.process.ended.called, self.process.output
+            await deferLater(reactor, 0.01)
+
+    async def end(self) -> int | str:
+        """What ``systemctl stop`` does."""
+        self.process.signal("TERM")
+        return await self.process.ended
+
+
+@pytest_twisted.async_yield_fixture
+async def activated(stage: Stage, tmp_path: Path) -> AsyncIterator[Activated]:
+    guard = Activated(stage, tmp_path)
+    await guard.start()
+    stage.url = guard.url
+    yield guard
+    if not guard.process.ended.called:
+        guard.process.signal("KILL")
+        await guard.process.ended
+    guard.held.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_guard_serves_on_the_socket_that_systemd_holds(stage: Stage, activated: Activated) -> None:
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id)
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_comes_while_it_restarts_waits_and_is_answered(stage: Stage, activated: Activated) -> None:
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id)
+    assert await activated.end() == "SIGTERM", activated.process.output
+    asking = [Deferred.fromCoroutine(stage.ask_token(user, room_id)) for user in (ALICE, BOB, BOB)]
+    await deferLater(reactor, 0.2)
+    assert not any(asked.called for asked in asking), "there was nobody to answer"
+    await activated.start()
+    codes = [(await asked).code for asked in asking]
+    assert codes == [200, 403, 403]
