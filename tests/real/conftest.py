@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One real stack for all tests in this folder; skipped where its programs are not at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.real.stack import Stack, executable
+
+RECONCILE_SELDOM = 3600.0
+RunStack = Callable[..., Stack]
+
+
+@pytest.fixture(scope="session")
+def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Synapse, lk-jwt-service and livekit-server, running."""
+    found = {
+        variable: executable(variable, name)
+        for variable, name in (("LIVEKIT_SERVER", "livekit-server"), ("LK_JWT_SERVICE", "lk-jwt-service"))
+    }
+    for variable, path in found.items():
+        if path is None:
+            pytest.skip(f"{variable} names no executable, and none is on PATH")
+    for module in ("livekit.rtc", "synapse", "cryptography"):
+        pytest.importorskip(module)
+    stack = Stack(tmp_path_factory.mktemp("real"), str(found["LIVEKIT_SERVER"]), str(found["LK_JWT_SERVICE"]))
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def run_stack(neighbours: Stack) -> RunStack:
+    """Gives the stack with the guard running, its settings by lower-case name."""
+
+    def run(**settings: object) -> Stack:
+        neighbours.run_guard(**settings)
+        return neighbours
+
+    return run
+
+
+@pytest.fixture
+def stack(run_stack: RunStack) -> Stack:
+    """The stack with a guard that acts on webhooks alone, and asks for the policy every time it needs it."""
+    return run_stack(guard_reconcile_interval=RECONCILE_SELDOM, guard_policy_ttl=0.001)

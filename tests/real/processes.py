@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that the tests run beside themselves on loopback, each ended by its own process id. Tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPHandler, HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
+
+from attrs import define, field
+
+
+def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
+    """A port of loopback that nobody had a moment ago."""
+    with socket.socket(socket.AF_INET, kind) as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 10.0, what: str = "it") -> Any:
+    """Wait until something holds that other processes bring about, and give its value back."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not come about in {seconds:g} s"
+        time.sleep(0.02)
+    return value
+
+
+@define
+class HttpAnswer:
+    """An answer, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+    @property
+    def content(self) -> Any:
+        return json.loads(self.body)
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_opener: OpenerDirector = build_opener(ProxyHandler({}), HTTPHandler(), _NoRedirects())
+
+
+def http(
+    method: str, url: str, content: Any = None, *, bearer: str = "", timeout: float = 30.0, **headers: str
+) -> HttpAnswer:
+    """One request with a JSON body. :raises OSError: there was no answer."""
+    body = None if content is None else json.dumps(content).encode()
+    request = Request(url, body, {"Content-Type": "application/json", **headers}, method=method)
+    if bearer:
+        request.add_header("Authorization", f"Bearer {bearer}")
+    try:
+        with _opener.open(request, timeout=timeout) as answer:
+            return HttpAnswer(answer.status, dict(answer.headers), answer.read())
+    except HTTPError as refused:
+        with refused:
+            return HttpAnswer(refused.code, dict(refused.headers), refused.read())
+
+
+@define
+class Program:
+    """One program, its environment and where its output goes.
+
+    :ivar ready: a URL that answers 200 when it is up.
+    """
+
+    name: str
+    command: Sequence[str | Path]
+    environment: Mapping[str, str]
+    output: Path
+    ready: str
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, wait: bool = True) -> None:
+        assert self.process is None, f"{self.name} runs already"
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                [str(word) for word in self.command],
+                env={**inherited, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self.output.parent,
+            )
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        eventually(self._answers, 60.0, f"{self.name} answering at {self.ready}")
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, f"{self.name} ended:\n{self.output.read_text(errors='replace')[-4000:]}"
+        try:
+            return http("GET", self.ready, timeout=2.0).status == 200
+        except (URLError, OSError):
+            return False
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End it, if it runs, and wait until it is gone."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.send_signal(how)
+        try:
+            process.wait(25.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
+        self.stop(how)
+        self.start()
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used so far."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

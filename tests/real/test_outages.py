@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls while the guard, lk-jwt-service and LiveKit are killed and come back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import pytest
+
+from tests.real.conftest import RunStack
+from tests.real.processes import HttpAnswer, eventually
+from tests.real.stack import Stack
+
+
+@pytest.fixture
+def stack(run_stack: RunStack) -> Stack:
+    """A guard that reconciles, as it does everywhere."""
+    return run_stack(guard_reconcile_interval=0.5, guard_policy_ttl=0.2)
+
+
+@pytest.fixture
+def crowd() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(20) as people:
+        yield people
+
+
+def burst(crowd: ThreadPoolExecutor, stack: Stack, users: list[str], room_id: str) -> list[Future[HttpAnswer]]:
+    """All of them ask at once, half of them on each route."""
+    return [crowd.submit(stack.ask_token, user, room_id, new=n % 2 == 0) for n, user in enumerate(users)]
+
+
+def test_nobody_in_a_call_notices_that_the_guard_was_killed(stack: Stack) -> None:
+    alice, bob, carol = stack.users("alice", "bob", "carol")
+    room_id = stack.room(2)
+    here, there = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id, new=True)
+    for source in ("MICROPHONE", "SCREEN_SHARE"):
+        there.publish(source)
+        here.hears(there, source)
+    stack.kill_guard()
+    for source in ("MICROPHONE", "SCREEN_SHARE"):
+        here.hears(there, source)
+    assert stack.guard is not None
+    stack.guard.start()
+    here.hears(there, "MICROPHONE")
+    # It knows again who is who: the hashed identity too, so the room is full for others and not for its people.
+    assert stack.ask_token(carol, room_id, new=True).status == 403
+    assert stack.ask_token(bob, room_id, new=True).status == 200
+    assert stack.ask_token(alice, room_id, device="TABLET").status == 200
+    stack.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
+    eventually(lambda: here.tracks_of(there) == ["MICROPHONE"], 10.0, "the screen share's end")
+    here.hears(there, "MICROPHONE")
+    assert [(call.ended, call.look()["reconnects"]) for call in (here, there)] == [(None, 0)] * 2
+
+
+def test_a_policy_changed_while_the_guard_was_away_holds_when_it_is_back(stack: Stack) -> None:
+    alice, bob, carol = stack.users("alice", "bob", "carol")
+    room_id = stack.room(2)
+    here, there = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id)
+    for source in ("MICROPHONE", "SCREEN_SHARE"):
+        there.publish(source)
+        here.hears(there, source)
+    wide = stack.ask_token(carol, room_id, at=stack.authorizer_url).content["jwt"]
+    stack.kill_guard()
+    stack.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
+    past_us = stack.connect(carol, wide)
+    assert stack.guard is not None
+    stack.guard.start()
+    eventually(lambda: here.tracks_of(there) == ["MICROPHONE"], 10.0, "the screen share's end")
+    here.hears(there, "MICROPHONE")
+    assert (here.ended, there.ended) == (None, None)
+    eventually(lambda: past_us.look()["may_publish"] == ["CAMERA", "MICROPHONE"] or past_us.ended, 10.0, "narrowing")
+
+
+def test_a_burst_survives_a_restart_of_lk_jwt_service(stack: Stack, crowd: ThreadPoolExecutor) -> None:
+    users = stack.users(*["somebody"] * 20)
+    room_id = stack.room(10)
+    stack.authorizer.stop(signal.SIGKILL)
+    asked = burst(crowd, stack, users, room_id)
+    stack.authorizer.start()
+    assert sorted(one.result().status for one in asked) == [200] * 10 + [403] * 10
+
+
+def test_a_killed_lk_jwt_service_costs_no_seats(stack: Stack, crowd: ThreadPoolExecutor) -> None:
+    users = stack.users(*["somebody"] * 20)
+    room_id = stack.room(10)
+    asked = burst(crowd, stack, users, room_id)
+    eventually(lambda: any(one.done() for one in asked), 10.0, "the first answer")
+    stack.authorizer.restart(signal.SIGKILL)
+    first = [one.result() for one in asked]
+    admitted = {user for user, answer in zip(users, first, strict=True) if answer.status == 200}
+    assert len(admitted) <= 10
+    again = [one.result() for one in burst(crowd, stack, users, room_id)]
+    assert sum(answer.status == 200 for answer in again) == 10
+    assert all(answer.status == 200 for user, answer in zip(users, again, strict=True) if user in admitted)
+
+
+def test_the_cap_holds_again_after_livekit_was_killed_in_a_burst(stack: Stack, crowd: ThreadPoolExecutor) -> None:
+    users = stack.users(*["somebody"] * 20)
+    room_id = stack.room(5)
+    asked = burst(crowd, stack, users, room_id)
+    eventually(lambda: any(one.done() for one in asked), 10.0, "the first answer")
+    stack.sfu.restart(signal.SIGKILL)
+    assert {one.result().status for one in asked} <= {200, 403, 500, 502, 503, 504}
+
+    def decided(user: str) -> HttpAnswer | None:
+        answer = stack.ask_token(user, room_id)
+        return answer if answer.status in (200, 403) else None
+
+    calls = []
+    for user in users:
+        answer: HttpAnswer = eventually(partial(decided, user), 15.0, "a decision")
+        if answer.status == 200:
+            calls.append(stack.connect(user, answer.content["jwt"]))
+    eventually(lambda: sum(call.ended is None for call in calls) == 5, 10.0, "as many as there are seats")
+    (late,) = stack.users("late")
+    assert stack.ask_token(late, room_id).status == 403
+
+
+def test_a_guard_killed_in_a_burst_keeps_its_promises_and_makes_no_more(
+    stack: Stack, crowd: ThreadPoolExecutor
+) -> None:
+    users = stack.users(*["somebody"] * 20)
+    room_id = stack.room(10)
+    asked = burst(crowd, stack, users, room_id)
+    eventually(lambda: sum(one.done() for one in asked) >= 3, 10.0, "the first answers")
+    stack.kill_guard()
+    admitted = {
+        user for user, one in zip(users, asked, strict=True) if one.exception() is None and one.result().status == 200
+    }
+    assert stack.guard is not None
+    stack.guard.start()
+    again = [one.result() for one in burst(crowd, stack, users, room_id)]
+    let_in = {user for user, answer in zip(users, again, strict=True) if answer.status == 200}
+    assert len(let_in) == 10
+    assert admitted <= let_in
