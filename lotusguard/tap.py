@@ -116,7 +116,7 @@ class Guard(MultiService):
             homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale
         )
         roster = Roster(sfu, seats, ledger, policies, reactor)
-        admission = Admission(
+        admission = self.admission = Admission(
             policies=policies,
             roster=roster,
             seats=seats,

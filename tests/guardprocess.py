@@ -85,11 +85,11 @@ class ProcessStage(Stage):
         environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"}
         self.process = GuardProcess()
         arguments = [sys.executable, "-c", TWISTD, "-n", "--pidfile=", "lotusguard"]
-        reactor.spawnProcess(self.process, sys.executable, arguments, environment)  # type: ignore[attr-defined]
+        reactor.spawnProcess(self.process, sys.executable, arguments, environment)
         self.sfu.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
         while "public door listens" not in self.process.output:
             assert not self.process.ended.called, self.process.output
-            await deferLater(reactor, 0.01)  # type: ignore[arg-type]
+            await deferLater(reactor, 0.01)
 
     async def end(self, name: str) -> int | str:
         """Send the guard a signal and wait until it has ended; tells how."""

@@ -114,7 +114,7 @@ async def test_a_seat_that_only_an_unanswered_request_holds_is_waited_for(stage:
 async def test_nothing_is_scheduled_upstream_for_who_is_refused(stage: Stage) -> None:
     room_id = room_of(stage, 1)
     await stage.enter(ALICE, room_id)
-    delay = {"delay_id": "d", "delay_timeout": 8000}
+    delay: dict[str, Any] = {"delay_id": "d", "delay_timeout": 8000}
     for new in (False, True):
         assert (await stage.ask_token(BOB, room_id, new=new, **delay)).code == 403
     assert not stage.authorizer.jobs

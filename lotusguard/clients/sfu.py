@@ -135,4 +135,7 @@ def _message(answer: Answer, kind: type[M]) -> M:
         raise ValueError(answer.code)
     if b"protobuf" not in (answer.headers.getRawHeaders(b"content-type") or [b""])[0]:
         raise ValueError("no protobuf")
-    return kind.FromString(answer.body)
+    message = kind.FromString(answer.body)
+    if answer.body and not message.ListFields():
+        raise ValueError("nothing in it is what was asked for")
+    return message

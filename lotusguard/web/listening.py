@@ -18,6 +18,9 @@ from lotusguard.web.site import GuardSite
 
 log = Logger()
 
+FLUSHING = 1.0
+"""Seconds for which callers may take in the last bytes before we hang up for good."""
+
 
 class CannotOpen(SystemExit):
     """The door cannot be opened; ends the process with one line."""
@@ -82,7 +85,9 @@ class Listening(Service):
             log.warn("hanging up on {n} callers who still wait", n=len(self._site.channels), event_name="drained_out")
         for channel in list(self._site.channels):
             channel.loseConnection()
-        await deferLater(self._reactor, 0)
+        end = self._reactor.seconds() + FLUSHING
+        while self._site.channels and self._reactor.seconds() < end:
+            await deferLater(self._reactor, 0.01)
         for channel in list(self._site.channels):
             channel.forceAbortClient()
 

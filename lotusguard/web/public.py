@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable
-from typing import TypeVar
 from uuid import uuid4
 
 from klein import Klein
@@ -14,7 +12,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from lotusguard.clients.authorizer import Authorizer, Forwarded, UpstreamFailed
+from lotusguard.clients.authorizer import Authorizer, UpstreamFailed
 from lotusguard.guard.admission import Admission, RoomFull
 from lotusguard.metrics import Metrics
 from lotusguard.rules.requests import TOKEN_ROUTES, Unreadable, read_request
@@ -24,7 +22,6 @@ from lotusguard.web.site import RELAY_PATH, WEBHOOK_PATH, PublicRequest
 from lotusguard.web.webhooks import Webhooks
 
 log = Logger()
-T = TypeVar("T")
 
 _UNREACHABLE = "The call service cannot be reached."
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -77,6 +74,7 @@ class PublicDoor:
         if request.method != b"POST":
             await self._relay(request)
             return
+        self._begin(request, "token")
         route = request.token_route
         assert route is not None
         request_id = _request_id(request)
@@ -93,9 +91,7 @@ class PublicDoor:
             return
         going = forwarded(request, asked.body, request_id)
         try:
-            answer = await self._counted(
-                request, "token", self._admission.join(asked, request_id, lambda: self._authorizer.ask(going))
-            )
+            answer = await self._admission.join(asked, request_id, lambda: self._authorizer.ask(going))
         except RoomFull:
             refuse(request, 403, "M_FORBIDDEN", "This voice channel is full.", cors=route.cors)
         else:
@@ -109,25 +105,24 @@ class PublicDoor:
 
     async def _relay(self, request: PublicRequest) -> None:
         """Anything else: handed on as it came, answered as upstream answers."""
+        self._begin(request, "relay")
         body = request.body()
         going = forwarded(request, body if body or has_body(request) else None, _request_id(request))
-        await self._counted(request, "relay", self._relayed(request, going))
-
-    async def _relayed(self, request: PublicRequest, going: Forwarded) -> None:
         response = await self._authorizer.open(going)
         await relay(request, response, self._clock, self._idle)
 
-    async def _counted(self, request: PublicRequest, kind: str, work: Awaitable[T]) -> T:
+    def _begin(self, request: PublicRequest, kind: str) -> None:
+        """Count a request, and see to it that nobody hangs up on its caller before the answer is out."""
+        self._metrics.requests.labels(kind).inc()
         self.in_flight.add(request)
-        try:
-            return await work
-        finally:
-            self._metrics.requests.labels(kind).inc()
-            self.in_flight.discard(request)
-            if not self.in_flight:
-                waiters, self._emptied = self._emptied, []
-                for waiter in waiters:
-                    waiter.callback(None)
+        request.notifyFinish().addBoth(lambda _: self._end(request))
+
+    def _end(self, request: PublicRequest) -> None:
+        self.in_flight.discard(request)
+        if not self.in_flight:
+            waiters, self._emptied = self._emptied, []
+            for waiter in waiters:
+                waiter.callback(None)
 
     # -- what goes wrong ---------------------------------------------------------------------------------
 

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of the neighbours: joins go on, in bounded time, and what passed unenforced is said and counted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
+
+from lotusguard.clients.http import Answer
+from lotusguard.sandbox.faults import Fault
+from lotusguard.sandbox.stage import Stage
+from tests.calls import ALICE, BOB, CAROL, DAVE, room_of
+from tests.conftest import SetStage, until
+
+ILLNESSES = {
+    "slow": Fault.delay(30),
+    "hanging": Fault.hang(),
+    "500": Fault.status(500),
+    "garbage": Fault.garbage(b"\x00\xff not what you asked for"),
+    "truncated": Fault.truncated(),
+    "redirecting": Fault.redirect("http://127.0.0.1:9/"),
+    "endless": Fault.endless(),
+    "wrongly typed": Fault.wrong_types(),
+    "hanging up": Fault.close(),
+}
+
+
+def counted(stage: Stage, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
+    return sum(
+        sample.value
+        for metric in stage.guard.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == f"lotusguard_{name}" and labels.items() <= sample.labels.items()
+    )
+
+
+def ail_synapse(stage: Stage, fault: Fault | None) -> None:
+    """The admin API is ill; upstream's verifying of OpenID tokens is not, so that joins can go on."""
+    for route in ("room_state", "whoami"):
+        if fault is None:
+            stage.homeserver.faults.pop(route, None)
+        else:
+            stage.homeserver.faults[route] = fault
+
+
+async def timed(asking: Any) -> tuple[Answer, float]:
+    began = reactor.seconds()
+    return await asking, reactor.seconds() - began
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("illness", ILLNESSES)
+async def test_a_join_goes_on_whatever_ails_synapse(set_stage: SetStage, illness: str) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=0.2)
+    room_id = room_of(stage, 1, allow_screenshare=False)
+    ail_synapse(stage, ILLNESSES[illness])
+    answer, seconds = await timed(stage.ask_token(ALICE, room_id))
+    assert answer.code == 200
+    assert seconds < 2
+    assert json.loads(answer.body)["jwt"] == stage.authorizer.issued[-1].token
+    assert counted(stage, "fail_open_total", check="policy") == 1
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("illness", ILLNESSES)
+async def test_a_join_goes_on_whatever_ails_livekit(set_stage: SetStage, illness: str) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=0.2)
+    room_id = room_of(stage, 1, allow_screenshare=False)
+    stage.sfu.faults["ListParticipants"] = ILLNESSES[illness]
+    for user in (ALICE, BOB):
+        answer, seconds = await timed(stage.ask_token(user, room_id))
+        assert answer.code == 200
+        assert seconds < 2
+        assert json.loads(answer.body)["jwt"] != stage.authorizer.issued[-1].token
+    assert counted(stage, "fail_open_total", check="cap") == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_after_a_few_failures_nobody_waits_and_a_probe_finds_out_when_it_is_well(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=0.15)
+    rooms = [room_of(stage, 1) for _ in range(8)]
+    ail_synapse(stage, Fault.hang())
+    for room_id in rooms[:6]:
+        assert (await stage.ask_token(ALICE, room_id)).code == 200
+    assert counted(stage, "breaker_open", neighbour="synapse") == 1
+    answer, seconds = await timed(stage.ask_token(ALICE, rooms[6]))
+    assert answer.code == 200
+    assert seconds < 0.12
+    assert counted(stage, "fail_open_total", reason="not_waited_for") >= 1
+    ail_synapse(stage, None)
+    await until(lambda: counted(stage, "breaker_open", neighbour="synapse") == 0, seconds=8)
+    assert (await stage.ask_token(ALICE, rooms[7])).code == 200
+    assert (await stage.ask_token(BOB, rooms[7])).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_last_known_policy_serves_while_synapse_is_away(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_lookup_timeout=0.2)
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id)
+    ail_synapse(stage, Fault.close())
+    await deferLater(reactor, 0.06)
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+    assert counted(stage, "cache_lookups_total", cache="policies", result="stale") >= 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_last_known_policy_is_not_believed_for_ever(set_stage: SetStage) -> None:
+    stage = await set_stage(
+        guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1, guard_lookup_timeout=0.2
+    )
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id)
+    ail_synapse(stage, Fault.close())
+    await deferLater(reactor, 0.12)
+    assert (await stage.ask_token(BOB, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_look_up_serves_all_who_wait_for_it(stage: Stage) -> None:
+    room_id = room_of(stage, 50, allow_camera=False)
+    before = stage.homeserver.asked["room_state"]
+    stage.homeserver.faults["room_state"] = Fault.delay(0.1)
+    await gatherResults([Deferred.fromCoroutine(stage.ask_token(ALICE, room_id)) for _ in range(30)])
+    assert stage.homeserver.asked["room_state"] - before == 2  # one for each type of event
+    assert stage.sfu.asked["ListParticipants"] == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_old_synapse_that_ignores_the_type_is_filtered_and_asked_once(stage: Stage) -> None:
+    stage.homeserver.ignores_type = True
+    first, second = room_of(stage, 1), room_of(stage, 1)
+    for room_id in (first, second):
+        await stage.enter(ALICE, room_id)
+        assert (await stage.ask_token(BOB, room_id)).code == 403
+    assert stage.homeserver.asked["room_state"] == 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_room_that_synapse_does_not_know_has_no_policy(stage: Stage) -> None:
+    room_of(stage)
+    answer = await stage.ask_token(ALICE, "!unknown:sandbox.local")
+    assert answer.code == 200
+    assert counted(stage, "fail_open_total") == 0
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("new", [False, True])
+async def test_a_join_is_held_while_upstream_restarts(stage: Stage, new: bool) -> None:
+    room_id = room_of(stage, 2)
+    await stage.authorizer.stop_listening()
+    asking = Deferred.fromCoroutine(stage.ask_token(ALICE, room_id, new=new))
+    await deferLater(reactor, 0.2)
+    assert not asking.called
+    await stage.authorizer.listen()
+    assert (await asking).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_502_with_cors_when_upstream_stays_away(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_grace=0.2)
+    room_id = room_of(stage, 1)
+    await stage.authorizer.stop_listening()
+    answer = await stage.ask_token(ALICE, room_id)
+    assert answer.code == 502
+    assert json.loads(answer.body)["errcode"] == "M_UNKNOWN"
+    assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
+    await stage.authorizer.listen()
+    assert (await stage.ask_token(BOB, room_id)).code == 200  # alice's seat was given back
+
+
+@pytest_twisted.ensureDeferred
+async def test_504_with_cors_when_upstream_does_not_answer_in_time(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=0.2)
+    room_id = room_of(stage, 1)
+    stage.authorizer.fault = Fault.hang()
+    answer = await stage.ask_token(ALICE, room_id)
+    assert answer.code == 504
+    assert json.loads(answer.body)["errcode"] == "M_UNKNOWN"
+    assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
+    stage.authorizer.fault = None
+    assert (await stage.ask_token(BOB, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("illness", ["truncated", "endless", "garbage"])
+async def test_upstreams_broken_answers_are_no_500(set_stage: SetStage, illness: str) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=0.5)
+    room_id = room_of(stage, 1)
+    stage.authorizer.fault = ILLNESSES[illness]
+    answer = await stage.ask_token(ALICE, room_id)
+    assert answer.code in (200, 502)
+    stage.authorizer.fault = None
+    assert (await stage.ask_token(BOB, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_kept_alive_connection_that_upstream_closed_is_not_the_callers_problem(stage: Stage) -> None:
+    room_id = room_of(stage)
+    assert (await stage.ask_token(ALICE, room_id)).code == 200
+    stage.authorizer.faults["sfu_get"] = Fault.close(times=1)
+    assert (await stage.ask_token(ALICE, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_both_neighbours_hanging_cost_one_budget_and_not_two(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=0.3, guard_policy_ttl=0.01)
+    room_id = room_of(stage, 3)
+    await stage.enter(ALICE, room_id)
+    ail_synapse(stage, Fault.hang())
+    stage.sfu.fault = Fault.hang()
+    stage.authorizer.full_access = ["nobody"]
+    answer, seconds = await timed(stage.ask_token(BOB, room_id))
+    assert answer.code == 200
+    assert seconds < 0.55
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_passes_unenforced_is_one_event_and_one_count(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    stage.sfu.fault = Fault.status(500)
+    stage.authorizer.full_access = ["nobody"]
+    for user in (ALICE, BOB, CAROL, DAVE):
+        await stage.ask_token(user, room_id)
+    assert counted(stage, "fail_open_total", check="cap", reason="status_500") == 4
+    decisions = list(stage.guard.admission.decisions)
+    assert [decision.unenforced for decision in decisions] == [["cap:status_500"]] * 4

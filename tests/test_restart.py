@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard as a process: it leaves without dropping anybody, and what it promised survives ``kill -9``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
+
+from lotusguard.clients.http import Answer
+from lotusguard.sandbox.faults import Fault
+from tests.calls import ALICE, BOB, CAROL, room_of
+from tests.conftest import until
+from tests.guardprocess import ProcessStage
+
+
+@pytest_twisted.async_yield_fixture
+async def process(tmp_path: Path) -> AsyncIterator[ProcessStage]:
+    stage = ProcessStage(reactor, guard_state_dir=tmp_path / "state", guard_log_format="json")
+    await stage.start()
+    yield stage
+    await stage.stop()
+
+
+async def survived(asking: Any) -> Answer | None:
+    """The answer, or nothing when the guard was killed meanwhile."""
+    try:
+        answer: Answer = await asking
+    except Exception:
+        return None
+    return answer
+
+
+@pytest_twisted.ensureDeferred
+async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(process: ProcessStage) -> None:
+    room_id = room_of(process, 10)
+    users = [f"@u{number}:sandbox.local" for number in range(200)]
+    for user in users:
+        process.homeserver.add_user(user.split(":")[0][1:])
+    let_in: set[str] = set()
+
+    async def ask(user: str, new: bool) -> int | None:
+        answer = await survived(process.ask_token(user, room_id, new=new))
+        if answer is not None and answer.code == 200:
+            let_in.add(user)
+        return answer.code if answer is not None else None
+
+    first = gatherResults([Deferred.fromCoroutine(ask(user, n % 2 == 0)) for n, user in enumerate(users)])
+    await until(lambda: len(let_in) >= 3, seconds=20)
+    assert await process.end("KILL") == "SIGKILL"
+    await first
+    already = len(let_in)
+    assert 3 <= already <= 10
+    await process.start_guard()
+    await gatherResults([Deferred.fromCoroutine(ask(user, n % 2 == 1)) for n, user in enumerate(users)])
+    assert len(let_in) == 10
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_killed_guard_knows_rooms_users_and_promises_when_it_is_back(process: ProcessStage) -> None:
+    room_id = room_of(process, 2)
+    await process.enter(ALICE, room_id, new=True)
+    assert (await process.ask_token(BOB, room_id)).code == 200
+    await process.sfu.drained()
+    await deferLater(reactor, 0.6)  # «on disk within a second» is the promise for what nobody waits for
+    await process.end("KILL")
+    await process.start_guard()
+    assert (await process.ask_token(CAROL, room_id)).code == 403
+    assert (await process.ask_token(ALICE, room_id, new=True)).code == 200
+    assert (await process.ask_token(BOB, room_id, device="TABLET")).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_sigterm_finishes_what_is_in_flight_and_then_leaves(process: ProcessStage) -> None:
+    room_id = room_of(process)
+    process.authorizer.fault = Fault.delay(0.5)
+    asking = Deferred.fromCoroutine(process.ask_token(ALICE, room_id))
+    await until(lambda: process.authorizer.seen)
+    process.process.signal("TERM")
+    await deferLater(reactor, 0.2)
+    assert not process.process.ended.called
+    with pytest.raises(Exception, match="refused"):
+        await process.request("GET", process.url + "/healthz")
+    assert (await asking).code == 200
+    assert await process.process.ended in ("SIGTERM", 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_sigterm_waits_for_nobody_longer_than_upstream_may_take(tmp_path: Path) -> None:
+    stage = ProcessStage(reactor, guard_upstream_timeout=0.5, guard_upstream_grace=0.2)
+    await stage.start()
+    try:
+        room_id = room_of(stage)
+        stage.authorizer.fault = Fault.hang()
+        asking = Deferred.fromCoroutine(survived(stage.ask_token(ALICE, room_id)))
+        await until(lambda: stage.authorizer.seen)
+        await stage.end("TERM")
+        answer = await asking
+        assert answer is None or answer.code == 504
+    finally:
+        await stage.stop()
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("corrupt", [b"this is no database", b"SQLite format 3\x00" + b"\xff" * 4000])
+async def test_a_corrupt_ledger_is_set_aside_and_said_so(process: ProcessStage, tmp_path: Path, corrupt: bytes) -> None:
+    room_id = room_of(process, 1)
+    await process.end("KILL")
+    path = tmp_path / "state" / "lotusguard.sqlite3"
+    for rest in ("-wal", "-shm"):
+        path.with_name(path.name + rest).unlink(missing_ok=True)
+    path.write_bytes(corrupt)
+    await process.start_guard()
+    assert "set aside" in process.process.output
+    assert [found.name for found in path.parent.glob("*.corrupt-*")]
+    await process.enter(ALICE, room_id)
+    assert (await process.ask_token(BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unwritable_state_directory_is_said_and_the_guard_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    stage = ProcessStage(reactor, guard_state_dir=tmp_path / "file" / "state")
+    await stage.start()
+    try:
+        room_id = room_of(stage, 1)
+        await stage.enter(ALICE, room_id)
+        assert (await stage.ask_token(BOB, room_id)).code == 403
+        report = json.loads((await stage.operator("GET", "/readyz")).body)
+        assert report["state"]["kept"] is False
+        assert "state" in report["state"]["error"]
+        assert "memory only" in stage.process.output
+    finally:
+        await stage.stop()
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_decision_is_one_line_for_machines(process: ProcessStage) -> None:
+    room_id = room_of(process, 1)
+    await process.ask_token(ALICE, room_id)
+    await process.ask_token(BOB, room_id)
+    await until(lambda: process.process.output.count('"event": "join"') == 2)
+    lines = [json.loads(line) for line in process.process.output.splitlines()]
+    allowed, refused = (line for line in lines if line["event"] == "join")
+    assert (allowed["verdict"], allowed["user"], allowed["room_id"]) == ("allowed", ALICE, room_id)
+    assert (refused["verdict"], refused["user"], refused["reason"]) == ("refused", BOB, "full")
+    assert set(allowed["stages"]) >= {"policy", "roster", "upstream", "total"}
+    assert process.authorizer.seen[0].header("X-Request-ID") == allowed["request_id"]
