@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
@@ -22,6 +23,7 @@ MOST_ROOMS = 200_000
 NOT_AGAIN = 3600.0
 """Seconds for which an alias that was not found is not looked for again."""
 WANTED_KEPT = 5_000
+Found = Callable[[str], None]
 
 
 class Discovery:
@@ -31,21 +33,24 @@ class Discovery:
         self._homeserver = homeserver
         self._ledger = ledger
         self._clock = clock
-        self._wanted: set[str] = set()
-        self._sought: set[str] = set()
+        self._wanted: dict[str, Found] = {}
+        self._sought: dict[str, Found] = {}
         self._not_found: OrderedDict[str, float] = OrderedDict()
         self._search: Deferred[object] | None = None
         metrics.cache_limit.labels("unknown_aliases").set(WANTED_KEPT)
         metrics.cache_entries.labels("unknown_aliases").set_function(lambda: len(self._not_found))
 
-    def want(self, alias: str) -> None:
-        """Look for this alias if it was not looked for lately. Returns at once."""
+    def want(self, alias: str, found: Found) -> None:
+        """Look for this alias if it was not looked for lately. Returns at once.
+
+        :param found: called with the alias when the ledger knows it.
+        """
         if self._homeserver is None or not self._homeserver.well:
             return
         if self._clock.seconds() - self._not_found.get(alias, float("-inf")) < NOT_AGAIN:
             return
         if alias not in self._sought and len(self._wanted) < WANTED_KEPT:
-            self._wanted.add(alias)
+            self._wanted[alias] = found
         if self._search is None:
             self._search = in_background(
                 self._searched(self._homeserver), lambda failure: log.failure("looking for SFU rooms failed", failure)
@@ -55,16 +60,17 @@ class Discovery:
         try:
             # What is wanted while this runs may have been passed by already: it waits for the next search.
             while self._wanted:
-                wanted, self._wanted = self._wanted, set()
-                self._sought = set(wanted)
+                wanted, self._wanted = self._wanted, {}
+                self._sought = wanted
                 async for room_id in homeserver.room_ids(MOST_ROOMS):
                     for alias in (room_alias(room_id, ROOM_SLOT), room_id):  # old releases named the room itself
                         if alias in wanted:
-                            wanted.discard(alias)
+                            found = wanted.pop(alias)
                             await self._ledger.learn_alias(alias, Slot(room_id, ROOM_SLOT))
                             log.info(
                                 "SFU room {alias} is {room_id}", alias=alias, room_id=room_id, event_name="discovered"
                             )
+                            found(alias)
                     if not wanted:
                         break
                 for alias in wanted:
@@ -75,7 +81,7 @@ class Discovery:
         except NeighbourFailed as failed:
             log.warn("looking for SFU rooms stopped: {reason}", reason=failed.reason, event_name="discovery_failed")
         finally:
-            self._sought = set()
+            self._sought = {}
             self._search = None
 
     def stop(self) -> None:

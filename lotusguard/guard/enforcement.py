@@ -97,7 +97,7 @@ class Enforcement:
             return
         slot = await self._ledger.slot_of(alias)
         if slot is None:
-            self._discovery.want(alias)
+            self._discovery.want(alias, self.enforce)
             return
         participant = event.get("participant")
         sid, identity = _text(participant, "sid"), _text(participant, "identity")
@@ -136,7 +136,7 @@ class Enforcement:
         for alias in occupied:
             slot = await self._ledger.slot_of(alias)
             if slot is None:
-                self._discovery.want(alias)
+                self._discovery.want(alias, self.enforce)
             elif alias not in self._running:
                 self.enforce(alias, in_turn=True)
         self.round_at = self._clock.seconds()

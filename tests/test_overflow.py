@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who comes in past the cap without a seat is put out again; who was in, or may be, never is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from lotusguard.clients.http import Answer
+from lotusguard.guard.seatbook import MemorySeatBook, Present
+from lotusguard.metrics import Metrics
+from lotusguard.rules.seats import Claim, RoomSeats, Session
+from lotusguard.rules.tokens import SfuKey
+from lotusguard.sandbox.faults import Fault
+from lotusguard.sandbox.sfu_participant import Participant
+from lotusguard.sandbox.stage import KEY, SECRET, Stage
+from tests.calls import (
+    ALICE,
+    BOB,
+    CAROL,
+    DAVE,
+    change_policy,
+    counted,
+    crashes,
+    logged,
+    named,
+    old_token,
+    put_policy,
+    room_of,
+    seen_in,
+)
+from tests.conftest import SetStage, until
+
+
+async def at_rest(stage: Stage) -> None:
+    """Every webhook has been delivered and worked on."""
+    await stage.sfu.drained()
+    await until(lambda: not stage.guard._enforcement._running)
+
+
+def put_out(stage: Stage) -> list[str]:
+    """Who was put out so far."""
+    return [change.identity.split(":")[0] for change in stage.sfu.update_log if change.method == "RemoveParticipant"]
+
+
+async def look_again(stage: Stage, *whose: Participant) -> None:
+    for who in whose:
+        stage.guard._enforcement.enforce(who.room.name)
+    await at_rest(stage)
+
+
+# -- put out ---------------------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_old_token_does_not_get_into_a_full_room_however_often_it_is_tried(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    with logged() as events:
+        for times in (1, 2, 3):
+            bob = stage.sfu.connect(old_token(BOB, room_id))
+            await until(lambda bob=bob: not bob.connected)  # type: ignore[misc]
+            await at_rest(stage)
+            assert counted(stage, "ejections_total") == times
+    assert alice.connected
+    assert put_out(stage) == ["@bob"] * 3
+    assert len(named(events, "ejected")) == 3
+    assert await seen_in(stage, room_id) == [(ALICE, True)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_another_issuer_s_guests_count_as_users_of_their_own(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id, new=True)
+    guest = stage.sfu.connect(old_token("aGFzaGVk", room_id))
+    await until(lambda: not guest.connected)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_seat_that_is_free_is_given_to_whoever_comes(stage: Stage) -> None:
+    room_id = room_of(stage, 2)
+    await stage.enter(ALICE, room_id)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await at_rest(stage)
+    assert bob.connected
+    assert (await stage.ask_token(CAROL, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_promised_seat_is_not_for_somebody_with_an_old_token(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    answer = await stage.ask_token(ALICE, room_id)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await until(lambda: not bob.connected)
+    alice = stage.sfu.connect(json.loads(answer.body)["jwt"])
+    await at_rest(stage)
+    assert alice.connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_reconciling_finds_whom_no_webhook_told_of(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=0.1)
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    await at_rest(stage)
+    stage.sfu.webhooks.urls[:] = []
+    alice.room._count()
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await until(lambda: not bob.connected)
+    assert alice.connected
+
+
+# -- never put out ---------------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_further_devices_and_second_connections_of_who_is_in_stay(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id)
+    further = [
+        stage.sfu.connect(old_token(ALICE, room_id, device="TABLET")),
+        stage.sfu.connect(old_token(ALICE, room_id), publish="screen"),
+        await stage.enter(ALICE, room_id, new=True),
+    ]
+    await at_rest(stage)
+    assert all(who.connected for who in further)
+    assert put_out(stage) == []
+
+
+@pytest.mark.parametrize("kind", ["egress", "agent"])
+@pytest_twisted.ensureDeferred
+async def test_recorders_and_agents_take_no_seat_and_are_not_put_out(stage: Stage, kind: str) -> None:
+    room_id = room_of(stage, 1)
+    key = SfuKey(KEY, SECRET)
+    recorder = stage.sfu.connect(key.sign(key.read(old_token("recorder", room_id)) | {"kind": kind}))
+    await at_rest(stage)
+    alice = await stage.enter(ALICE, room_id)
+    await look_again(stage, alice)
+    assert recorder.connected
+    assert alice.connected
+    assert await seen_in(stage, room_id) == [(ALICE, True)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_was_in_when_the_cap_was_lowered_stays(stage: Stage) -> None:
+    room_id = room_of(stage, 3)
+    everybody = [await stage.enter(user, room_id) for user in (ALICE, BOB, CAROL)]
+    await at_rest(stage)
+    for cap in (2, 1):
+        await change_policy(stage, room_id, cap)
+        await look_again(stage, *everybody)
+    assert all(who.connected for who in everybody)
+    late = stage.sfu.connect(old_token(DAVE, room_id))
+    await until(lambda: not late.connected)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_was_in_when_a_cap_was_set_again_stays(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    everybody = [await stage.enter(ALICE, room_id)]
+    await at_rest(stage)
+    await change_policy(stage, room_id)
+    await look_again(stage, *everybody)
+    everybody += [await stage.enter(BOB, room_id), stage.sfu.connect(old_token(CAROL, room_id))]
+    await at_rest(stage)
+    await change_policy(stage, room_id, 1)
+    await look_again(stage, *everybody)
+    assert all(who.connected for who in everybody)
+    assert (await stage.ask_token(DAVE, room_id)).code == 403
+    late = stage.sfu.connect(old_token(DAVE, room_id))
+    await until(lambda: not late.connected)
+    assert put_out(stage) == ["@dave"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_was_in_when_the_guard_started_again_stays(set_stage: SetStage, tmp_path: Any) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
+    room_id = room_of(stage, 3)
+    everybody = [await stage.enter(user, room_id) for user in (ALICE, BOB, CAROL)]
+    await at_rest(stage)
+    await stage.guard.stopService()
+    put_policy(stage, room_id, 1)
+    await stage.start_guard()
+    await look_again(stage, *everybody)
+    assert all(who.connected for who in everybody)
+    late = stage.sfu.connect(old_token(DAVE, room_id))
+    await until(lambda: not late.connected)
+
+
+@pytest_twisted.ensureDeferred
+async def test_allow_only_says_so(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_overflow="allow")
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    with logged() as events:
+        bob = stage.sfu.connect(old_token(BOB, room_id))
+        await at_rest(stage)
+        await look_again(stage, alice, bob)
+    assert bob.connected
+    assert not stage.sfu.asked["RemoveParticipant"]
+    assert counted(stage, "withheld_total", action="eject") == 1
+    assert counted(stage, "ejections_total") == 0
+    assert [bob.identity in text for text in named(events, "withheld")] == [True]
+    assert (await stage.ask_token(CAROL, room_id)).code == 403  # who asks is still refused
+    assert (await stage.ask_token(BOB, room_id)).code == 200  # and who is in is not
+
+
+# -- not while anything is unknown -------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_is_put_out_while_it_is_unknown_who_is_in(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    await at_rest(stage)
+    stage.sfu.faults["ListParticipants"] = Fault.status(500)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await at_rest(stage)
+    assert counted(stage, "enforcement_failures_total", action="look", reason="status_500")
+    assert bob.connected
+    del stage.sfu.faults["ListParticipants"]
+    await look_again(stage, alice)
+    assert not bob.connected
+
+
+async def in_another_slot(stage: Stage, room_id: str) -> Participant:
+    """Alice, on the only seat, in a slot of the room that others do not use."""
+    assert (await stage.ask_token(ALICE, room_id)).code == 200  # which is how the guard knows the usual one
+    answer = await stage.ask_token(ALICE, room_id, new=True, slot_id="m.call#second")
+    alice = stage.sfu.connect(json.loads(answer.body)["jwt"])
+    await at_rest(stage)
+    return alice
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_seats_are_the_room_s_over_all_its_slots(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await in_another_slot(stage, room_id)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await until(lambda: not bob.connected)
+    assert alice.connected
+    assert alice.room.name != bob.room.name
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_is_put_out_while_another_slot_is_unknown(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await in_another_slot(stage, room_id)
+    stage.sfu.room_faults[alice.room.name] = Fault.status(500)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await at_rest(stage)
+    assert bob.connected
+    assert counted(stage, "enforcement_failures_total", action="eject", reason="status_500") == 1
+    stage.sfu.room_faults.clear()
+    await look_again(stage, bob)
+    assert not bob.connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_is_put_out_for_who_left_another_slot_unnoticed(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await in_another_slot(stage, room_id)
+    urls, stage.sfu.webhooks.urls[:] = list(stage.sfu.webhooks.urls), []
+    stage.sfu.disconnect(alice.room.name, alice.identity)
+    stage.sfu.webhooks.urls[:] = urls
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await at_rest(stage)
+    assert bob.connected
+    assert await seen_in(stage, room_id) == [(BOB, True)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unanswered_request_puts_nobody_out(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=0.4)
+    room_id = room_of(stage, 1)
+    stage.authorizer.faults["sfu_get"] = Fault.hang(times=1)
+    asking: Deferred[Answer] = Deferred.fromCoroutine(stage.ask_token(ALICE, room_id))
+    await until(lambda: stage.authorizer.asked["sfu_get"] == 1)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await at_rest(stage)
+    await look_again(stage, bob)
+    assert not asking.called
+    assert bob.connected
+    assert (await asking).code == 504
+    await look_again(stage, bob)
+    assert bob.connected  # nothing came of it: the seat is Bob's
+    assert await seen_in(stage, room_id) == [(BOB, True)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_answered_one_does(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    stage.authorizer.faults["sfu_get"] = Fault.delay(0.2, times=1)
+    asking: Deferred[Answer] = Deferred.fromCoroutine(stage.ask_token(ALICE, room_id))
+    await until(lambda: stage.authorizer.asked["sfu_get"] == 1)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await at_rest(stage)
+    assert bob.connected
+    assert (await asking).code == 200
+    await look_again(stage, bob)
+    assert not bob.connected
+
+
+# -- when it does not come about -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("status", "reason"), [(500, "status_500"), (503, "node_gone")])
+@pytest_twisted.ensureDeferred
+async def test_who_could_not_be_put_out_is_tried_again(stage: Stage, status: int, reason: str) -> None:
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    await at_rest(stage)
+    stage.sfu.faults["RemoveParticipant"] = Fault.status(status)
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    await at_rest(stage)
+    assert bob.connected
+    assert (BOB, False) in await seen_in(stage, room_id)
+    del stage.sfu.faults["RemoveParticipant"]
+    await look_again(stage, alice)
+    assert not bob.connected
+    assert counted(stage, "enforcement_failures_total", action="eject", reason=reason) == 1
+    assert counted(stage, "ejections_total") == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_stale_entry_is_no_failure_and_does_not_save_the_others(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    await at_rest(stage)
+    stage.sfu.add_stale(alice.room.name, f"{CAROL}:PHONE", 404)
+    with logged() as events:
+        bob = stage.sfu.connect(old_token(BOB, room_id))
+        await until(lambda: not bob.connected)
+        await at_rest(stage)
+    assert crashes(events) == []
+    assert counted(stage, "ejections_total") == 1
+    assert alice.connected
+
+
+# -- in the seat book itself -----------------------------------------------------------------------------------
+
+
+def book(clock: Clock) -> MemorySeatBook:
+    return MemorySeatBook(None, clock, Metrics(), seat_ttl=30)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_newcomer_does_not_sit_down_before_who_was_there_already() -> None:
+    clock = Clock()
+    seats = book(clock)
+    alice, bob = Present("PA_a", "alice", "alice"), Present("PA_b", "bob", "bob")
+    await seats.arrive("!r", "alias", bob, 1)  # a webhook, before we ever looked
+    await seats.observe("!r", "alias", [bob, alice], 1, clock.seconds())
+    assert await seats.overflow("!r", 1) == [(Session("alias", "PA_b"), "bob")]
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_came_while_there_was_no_cap_is_no_newcomer() -> None:
+    clock = Clock()
+    seats = book(clock)
+    alice, bob = Present("PA_a", "alice", "alice"), Present("PA_b", "bob", "bob")
+    await seats.arrive("!r", "alias", bob, 1)
+    await seats.forget("!r")
+    await seats.observe("!r", "alias", [alice, bob], 1, clock.seconds())
+    assert await seats.overflow("!r", 1) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_promises_of_a_room_without_a_cap_end_with_their_time() -> None:
+    clock = Clock()
+    seats = book(clock)
+    claim = await seats.take("!r", "alice", 1)
+    assert isinstance(claim, Claim)
+    await seats.settle("!r", claim, "alice", "alias", "alice:D")
+    clock.advance(31)
+    await seats.forget("!r")
+    assert seats.rooms["!r"].idle(clock.seconds())
+
+
+def test_a_look_that_was_overtaken_by_a_later_one_brings_nobody_back() -> None:
+    room = RoomSeats()
+    room.observe("alias", [("PA_a", "alice", "alice")], 2, since=1, now=2)
+    room.observe("alias", [], 2, since=5, now=6)
+    room.observe("alias", [("PA_a", "alice", "alice")], 2, since=3, now=7)
+    assert room.users() == set()
+    assert room.observed_since(["alias"]) == 5
