@@ -58,8 +58,8 @@ _opener: OpenerDirector = build_opener(ProxyHandler({}), HTTPHandler(), _NoRedir
 def http(
     method: str, url: str, content: Any = None, *, bearer: str = "", timeout: float = 30.0, **headers: str
 ) -> HttpAnswer:
-    """One request with a JSON body. :raises OSError: there was no answer."""
-    body = None if content is None else json.dumps(content).encode()
+    """One request with a JSON body, or with these bytes. :raises OSError: there was no answer."""
+    body = content if content is None or isinstance(content, bytes) else json.dumps(content).encode()
     request = Request(url, body, {"Content-Type": "application/json", **headers}, method=method)
     if bearer:
         request.add_header("Authorization", f"Bearer {bearer}")

@@ -24,6 +24,7 @@ from lotusguard.rules.tokens import SfuKey
 from tests.real.callers import Call, MediaClients
 from tests.real.certificates import write_certificate
 from tests.real.processes import HttpAnswer, Program, free_port, http
+from tests.real.recorder import Recorder
 
 KEY, SECRET = "realkey", "a-real-secret-for-loopback-only-000"
 OPERATORS = "operators-of-the-real-stack"
@@ -53,6 +54,7 @@ class Stack:
         self.authorizer_url = self._url("authorizer")
         self.guard_url = self._url("guard")
         self.operators_url = self._url("operators")
+        self.recorder = Recorder()
         self.synapse = self._synapse()
         self.sfu = self._sfu(livekit_server)
         self.authorizer = self._authorizer(lk_jwt_service)
@@ -78,6 +80,7 @@ class Stack:
         for program in (self.guard, self.authorizer, self.sfu, self.synapse):
             if program is not None:
                 program.stop()
+        self.recorder.close()
 
     # -- programs ----------------------------------------------------------------------------------------
 
@@ -155,7 +158,7 @@ class Stack:
                 "turn": {"enabled": False},
                 "room": {"auto_create": False},
                 "keys": {KEY: SECRET},
-                "webhook": {"api_key": KEY, "urls": [f"{self.guard_url}/sfu_webhook"]},
+                "webhook": {"api_key": KEY, "urls": [f"{self.guard_url}/sfu_webhook", self.recorder.url]},
             },
         )
         return Program("livekit-server", [livekit_server, "--config", config], {}, self.place / "sfu.log", self.sfu_url)
@@ -284,9 +287,14 @@ class Stack:
 
     def sfu_call(self, method: str, content: dict[str, Any]) -> HttpAnswer:
         """A RoomService call as JSON, with every right in the room it names."""
-        grant = {"roomAdmin": True, "roomList": True, "roomCreate": True, "room": content.get("room", "")}
-        token = SfuKey(KEY, SECRET).sign({"iss": KEY, "exp": int(time.time()) + 600, "video": grant})
+        token = self.sfu_token(roomAdmin=True, roomList=True, roomCreate=True, room=content.get("room", ""))
         return http("POST", f"{self.sfu_url}/twirp/livekit.RoomService/{method}", content, bearer=token)
+
+    def sfu_token(self, claims: dict[str, Any] | None = None, **video: object) -> str:
+        """A token for the SFU that says what a test wants it to; claims that are ``None`` are left out."""
+        said: dict[str, Any] = {"iss": KEY, "sub": "somebody", "exp": int(time.time()) + 600, "video": video}
+        said.update(claims or {})
+        return SfuKey(KEY, SECRET).sign({name: value for name, value in said.items() if value is not None})
 
     def participants(self, room_id: str) -> list[dict[str, Any]]:
         """Who is in the call, as the SFU has it."""
