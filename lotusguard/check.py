@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lotusguard check``: would this configuration enforce anything? Asks everybody, in bounded time. Under the roof."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+
+from lotusguard.check_asking import Neighbour
+from lotusguard.check_homeserver import HomeserverCheck, Us
+from lotusguard.check_host import GuardCheck, check_state_directory
+from lotusguard.check_livekit import LiveKitCheck
+from lotusguard.check_report import Findings, Report
+from lotusguard.check_upstream import UpstreamCheck
+from lotusguard.clients.http import connection_pool
+from lotusguard.clients.waiting import together
+from lotusguard.config import Settings, suspicions
+
+PATIENCE, LONGEST = 5.0, 15.0
+"""Seconds for one answer, and for everything."""
+SKEW_SEEN, SKEW_HARMFUL = 5.0, 60.0
+"""Seconds by which clocks may differ before it is told; and before LiveKit refuses tokens."""
+ORDER = ["settings", "ports", "state directory", "synapse", "livekit", "lk-jwt-service", "clocks", "guard", "webhooks"]
+
+
+async def check(
+    settings: Settings,
+    reactor: Any,
+    *,
+    patience: float = PATIENCE,
+    longest: float = LONGEST,
+    now: Callable[[], float] = time.time,
+) -> Report:
+    """Ask everybody and report. :param now: our clock, in seconds since the epoch."""
+    report = Report(order=ORDER)
+    pool = connection_pool(reactor)
+
+    def neighbour(setting: str, base: str) -> Neighbour:
+        return Neighbour(setting, base, reactor, pool, patience, now)
+
+    asking = Check(settings, reactor, report, neighbour, patience, now)
+    try:
+        await Deferred.fromCoroutine(asking.run()).addTimeout(longest, reactor)
+    except TimeoutError:
+        Findings(report, "settings").wrong(
+            "time", f"not done after {longest:g} s; what is not listed was not looked at", "see who answers so slowly"
+        )
+    finally:
+        await pool.closeCachedConnections()
+    return report
+
+
+class Check:
+    """One check. What depends on nothing is asked at once; then the trial; then what came of it.
+
+    :param neighbour: makes somebody to ask, of the setting's name and the address.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        reactor: Any,
+        report: Report,
+        neighbour: Callable[[str, str], Neighbour],
+        patience: float,
+        now: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._report = report
+        self._neighbours = [
+            neighbour("SYNAPSE_API", settings.synapse_api),
+            neighbour("LIVEKIT_API", settings.livekit_api),
+            neighbour("GUARD_UPSTREAM", settings.guard_upstream),
+        ]
+        synapse, livekit, upstream = self._neighbours
+        self._homeserver = HomeserverCheck(settings, synapse, self._about("synapse"))
+        self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), now)
+        self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), reactor)
+        public = neighbour("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
+        operators = (
+            neighbour("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
+            if settings.guard_admin_port
+            else None
+        )
+        self._guard = GuardCheck(settings, public, operators, reactor, patience=patience)
+        self._us: Us | None = None
+        self._is_upstream = self._runs = self._just_now = False
+
+    async def run(self) -> None:
+        """Ask everybody."""
+        self._look_at_settings()
+        await together(
+            (
+                self._part("synapse", self._ask_synapse()),
+                self._part("livekit", self._livekit.run()),
+                self._part("lk-jwt-service", self._ask_upstream()),
+                self._part("ports", self._look_at_ports()),
+                self._part("state directory", self._look_at_state()),
+            )
+        )
+        await self._part("lk-jwt-service", self._try_a_token())
+        self._compare_clocks()
+        await self._part("webhooks", self._guard.check_webhooks(self._about("webhooks"), self._runs, self._just_now))
+        if self._runs:
+            await self._part("guard", self._guard.check_running(self._about("guard")))
+
+    def _about(self, what: str) -> Findings:
+        return Findings(self._report, what)
+
+    async def _part(self, about: str, work: Awaitable[None] | Coroutine[Any, Any, Any]) -> None:
+        """What surprises us in one part does not keep the others from being looked at."""
+        try:
+            await work
+        except CancelledError:
+            raise
+        except Exception as error:
+            self._about(about).wrong(
+                "understood",
+                f"an answer that nobody expects ({type(error).__name__})",
+                "see what the address points to",
+            )
+
+    def _look_at_settings(self) -> None:
+        say, settings = self._about("settings"), self._settings
+        for suspicion in suspicions(settings):
+            say.warning("suspicious", suspicion, "correct it")
+        if settings.guard_dry_run:
+            say.warning("GUARD_DRY_RUN", "is on: all is decided and logged, nothing is enforced", "GUARD_DRY_RUN=off")
+        if not settings.guard_admin_token.get_secret_value() and settings.guard_admin_port is not None:
+            say.warning(
+                "GUARD_ADMIN_TOKEN",
+                "is not set: /rooms answers nobody, and Synapse cannot tell of changed policies",
+                "set it (openssl rand -hex 32), and give it to the Synapse module",
+            )
+
+    async def _ask_synapse(self) -> None:
+        self._us = await self._homeserver.run()
+
+    async def _ask_upstream(self) -> None:
+        self._is_upstream = await self._upstream.run()
+
+    async def _look_at_ports(self) -> None:
+        self._runs = await self._guard.check_ports(self._about("ports"))
+
+    async def _look_at_state(self) -> None:
+        check_state_directory(self._settings, self._about("state directory"))
+
+    async def _try_a_token(self) -> None:
+        if not self._is_upstream:
+            return
+        if self._us is None or self._us.openid is None:
+            self._about("lk-jwt-service").unknown(
+                "its tokens", "it was not asked for one: that takes an OpenID token from Synapse"
+            )
+            return
+        self._just_now = await self._upstream.trial(self._us, self._livekit)
+
+    def _compare_clocks(self) -> None:
+        say = self._about("clocks")
+        for who in self._neighbours:
+            if who.skew is None:
+                continue
+            ahead = f"{abs(who.skew):.0f} s {'ahead of' if who.skew > 0 else 'behind'} ours"
+            if abs(who.skew) > SKEW_HARMFUL:
+                say.wrong(who.setting, f"{ahead}: tokens are refused, or live too long", "run NTP on both machines")
+            elif abs(who.skew) > SKEW_SEEN:
+                say.warning(who.setting, ahead, "run NTP on both machines")
+            else:
+                say.fine(who.setting, "as ours, to the second that is told")
+
+
+def _address(host: str, port: int | None) -> str:
+    """Where to reach what listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

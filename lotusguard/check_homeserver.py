@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lotusguard check`` asks Synapse: is it there, is our token an admin's, does it tell policies? Under the roof."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from attrs import frozen
+
+from lotusguard.check_asking import Neighbour, NoAnswer, errcode_of, json_of
+from lotusguard.check_report import Findings
+from lotusguard.config import Settings
+from lotusguard.rules.identity import server_of
+
+NEW_TOKEN = "log in as a server admin and put the access token into MATRIX_TOKEN"
+MAIN_PROCESS = (
+    "point SYNAPSE_API to the main process's own listener, with the `client` resource, not to a proxy or worker"
+)
+
+
+@frozen
+class Us:
+    """Whom our access token belongs to, and an OpenID token of theirs if Synapse gave one."""
+
+    user: str
+    openid: dict[str, Any] | None
+
+
+class HomeserverCheck:
+    """Asks Synapse. :param findings: takes what was found."""
+
+    def __init__(self, settings: Settings, synapse: Neighbour, findings: Findings) -> None:
+        self._settings = settings
+        self._synapse = synapse
+        self._say = findings
+        self._headers = {"Authorization": f"Bearer {settings.matrix_token.get_secret_value()}"}
+
+    async def run(self) -> Us | None:
+        """:return: who we are, when that is known. Trouble is told, not raised."""
+        say = self._say
+        try:
+            if not await self._is_there():
+                return None
+            if not self._settings.matrix_token.get_secret_value():
+                say.wrong(
+                    "access token",
+                    "MATRIX_TOKEN is not set: no room's policy can be read, nothing is enforced",
+                    NEW_TOKEN,
+                )
+                return None
+            user = await self._whose_token()
+            if user is None:
+                return None
+            self._server_name(user)
+            room_id = await self._room_for_admins(user)
+            if room_id is not None:
+                await self._type_filter(room_id)
+            return Us(user, await self._openid(user))
+        except NoAnswer as why:
+            say.wrong("reachable", str(why), why.remedy)
+            return None
+
+    async def _is_there(self) -> bool:
+        base = self._settings.synapse_api
+        answer = await self._synapse.ask("GET", "/_matrix/client/versions")
+        if answer.code != 200 or "versions" not in json_of(answer):
+            self._say.wrong(
+                "reachable",
+                f"{base} answers, but not as a Matrix homeserver ({answer.code} to /_matrix/client/versions)",
+                "correct SYNAPSE_API: Synapse's own listener, usually http://127.0.0.1:8008",
+            )
+            return False
+        answer = await self._synapse.ask("GET", "/_synapse/admin/v1/server_version", headers=self._headers)
+        version = json_of(answer).get("server_version")
+        if answer.code == 404 or (answer.code == 200 and not version):
+            self._say.wrong(
+                "reachable", f"{base} is a homeserver, but its admin API is not there ({answer.code})", MAIN_PROCESS
+            )
+            return False
+        self._say.fine("reachable", f"{base}, Synapse {version}" if version else f"{base}, version not told")
+        return True
+
+    async def _whose_token(self) -> str | None:
+        answer = await self._synapse.ask("GET", "/_matrix/client/v3/account/whoami", headers=self._headers)
+        user = json_of(answer).get("user_id")
+        if answer.code == 200 and isinstance(user, str) and user.startswith("@"):
+            return user
+        if answer.code in (401, 403):
+            self._say.wrong("access token", f"Synapse does not take MATRIX_TOKEN ({errcode_of(answer)})", NEW_TOKEN)
+        else:
+            self._say.wrong("access token", f"Synapse does not tell whose it is ({errcode_of(answer)})", MAIN_PROCESS)
+        return None
+
+    def _server_name(self, user: str) -> None:
+        ours, theirs = self._settings.guard_server_name, server_of(user)
+        if ours and ours != theirs:
+            self._say.wrong(
+                "server name",
+                f"GUARD_SERVER_NAME is {ours!r}, Synapse's is {theirs!r}: callers are not verified before a refusal",
+                f"set GUARD_SERVER_NAME={theirs}, or leave it out",
+            )
+        else:
+            self._say.fine("server name", theirs if ours else f"{theirs} (asked of Synapse)")
+
+    async def _room_for_admins(self, user: str) -> str | None:
+        """Some room's ID, ``""`` when there is none; ``None`` when we are not told, for we are no admin."""
+        answer = await self._synapse.ask("GET", "/_synapse/admin/v1/rooms?limit=1", headers=self._headers)
+        if answer.code == 403:
+            self._say.wrong(
+                "access token",
+                f"MATRIX_TOKEN is {user}'s, who is no server admin: no room's policy can be read",
+                f"make {user} an admin (PUT /_synapse/admin/v1/users/{user}/admin), or {NEW_TOKEN}",
+            )
+            return None
+        rooms = json_of(answer).get("rooms")
+        if answer.code != 200 or not isinstance(rooms, list):
+            self._say.wrong("access token", f"the admin API does not list rooms ({errcode_of(answer)})", MAIN_PROCESS)
+            return None
+        self._say.fine("access token", f"{user}, a server admin")
+        return str(rooms[0].get("room_id", "")) if rooms else ""
+
+    async def _type_filter(self, room_id: str) -> None:
+        if not room_id:
+            self._say.unknown("state by type", "Synapse has no room to try it with")
+            return
+        target = f"/_synapse/admin/v1/rooms/{quote(room_id, safe='')}/state?type=m.room.create"
+        answer = await self._synapse.ask("GET", target, headers=self._headers)
+        events = json_of(answer).get("state")
+        if answer.code != 200 or not isinstance(events, list):
+            self._say.unknown("state by type", f"the state of {room_id} is not told ({errcode_of(answer)})")
+        elif any(event.get("type") != "m.room.create" for event in events):
+            self._say.warning(
+                "state by type",
+                "this release answers a room's whole state whatever type is asked for: right, but slow in large rooms",
+                "upgrade Synapse when you can",
+            )
+        else:
+            self._say.fine("state by type", "only what is asked for is sent")
+
+    async def _openid(self, user: str) -> dict[str, Any] | None:
+        """An OpenID token of our own; and whether it can be verified where the guard does that."""
+        target = f"/_matrix/client/v3/user/{quote(user, safe='')}/openid/request_token"
+        answer = await self._synapse.post_json(target, {}, **self._headers)
+        openid = json_of(answer)
+        token = openid.get("access_token")
+        if answer.code != 200 or not isinstance(token, str):
+            self._say.unknown("OpenID", f"Synapse gives {user} no OpenID token ({errcode_of(answer)})")
+            return None
+        target = f"/_matrix/federation/v1/openid/userinfo?access_token={quote(token, safe='')}"
+        answer = await self._synapse.ask("GET", target)
+        if answer.code == 200 and json_of(answer).get("sub") == user:
+            self._say.fine("OpenID", "callers can be verified before they are refused")
+        else:
+            self._say.warning(
+                "OpenID",
+                f"callers cannot be verified here ({errcode_of(answer)}): they are refused only after lk-jwt-service "
+                "has made a room for them",
+                "add the `openid` resource (or `federation`) to the listener that SYNAPSE_API points to",
+            )
+        return openid
