@@ -74,6 +74,14 @@ def test_an_expired_promise_is_over_once_somebody_has_looked() -> None:
     assert isinstance(seats.take("b", 1, TTL + 1), Claim)
 
 
+def test_a_look_begun_before_a_promise_ended_does_not_end_it() -> None:
+    seats = RoomSeats()
+    seats.observe("room", [], 1, since=0, now=0)
+    seats.settle(taken(seats, "a", 1), "a", ("room", "a"), 0, TTL)
+    seats.observe("room", [], 1, since=TTL - 1, now=TTL + 1)
+    assert seats.take("b", 1, TTL + 1) is Refusal.FULL
+
+
 def test_a_request_that_failed_gives_its_seat_back_and_no_other() -> None:
     seats = RoomSeats()
     first = taken(seats, "a", 1)

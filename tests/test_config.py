@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: every wrong value is one line that names the variable, the fault and what is expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lotusguard.config import ConfigurationError, read_settings, suspicions
+
+WRONG = [
+    ("GUARD_BIND_PORT", "http", "port number"),
+    ("GUARD_BIND_PORT", "70000", "port number"),
+    ("GUARD_BIND_PORT", "", "port number"),
+    ("GUARD_BIND_HOST", " ", "an address"),
+    ("GUARD_ADMIN_PORT", "-1", "port number"),
+    ("GUARD_UPSTREAM", "127.0.0.1:8071", "URL"),
+    ("GUARD_UPSTREAM", "ftp://127.0.0.1", "URL"),
+    ("GUARD_UPSTREAM", "http://user:pass@127.0.0.1", "URL"),
+    ("GUARD_UPSTREAM", "http://127.0.0.1:port", "URL"),
+    ("LIVEKIT_API", "ws://127.0.0.1:7880", "URL"),
+    ("SYNAPSE_API", "", "URL"),
+    ("GUARD_POLICY_TTL", "ten", "seconds"),
+    ("GUARD_POLICY_TTL", "0", "seconds"),
+    ("GUARD_SEAT_TTL", "inf", "seconds"),
+    ("GUARD_UPSTREAM_GRACE", "-1", "0 or more"),
+    ("GUARD_RECONCILE_INTERVAL", "nan", "seconds"),
+    ("GUARD_OVERFLOW", "kick", "eject or allow"),
+    ("GUARD_RESTORE", "perhaps", "on or off"),
+    ("GUARD_DRY_RUN", "2", "on or off"),
+    ("GUARD_MAX_BODY", "1k", "bytes"),
+    ("GUARD_LOG_LEVEL", "loud", "debug or info"),
+    ("GUARD_LOG_FORMAT", "xml", "text or json"),
+    ("LIVEKIT_KEY_FROM_FILE", "/does/not/exist", "a file we may read"),
+    ("LIVEKIT_KEY_FILE", "/does/not/exist", "a file we may read"),
+    ("MATRIX_TOKEN_FROM_FILE", "/does/not/exist", "a file we may read"),
+    ("GUARD_ADMIN_TOKEN_FROM_FILE", "/does/not/exist", "a file we may read"),
+    ("GUARD_CONFIG", "/does/not/exist", "YAML"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), WRONG)
+def test_a_wrong_value_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as error:
+        read_settings()
+    line = str(error.value)
+    assert line.startswith(f"{name}: ")
+    assert expected in line
+    assert "\n" not in line
+
+
+def test_the_defaults_are_the_contracts() -> None:
+    settings = read_settings()
+    assert settings.guard_bind_host == "0.0.0.0"
+    assert (settings.guard_bind_port, settings.guard_admin_port) == (8070, 8072)
+    assert settings.guard_upstream == "http://127.0.0.1:8071"
+    assert settings.sfu_key is None
+    assert settings.state_dir is None
+    assert settings.guard_overflow == "eject"
+
+
+def test_the_environment_of_voice_limit_guard_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": "9070", "GUARD_UPSTREAM": "http://10.0.0.2:8071/",
+        "LIVEKIT_API": "http://10.0.0.3:7880", "LIVEKIT_KEY": "key", "LIVEKIT_SECRET": "secret",
+        "SYNAPSE_API": "http://10.0.0.4:8008", "MATRIX_TOKEN": "syt_x",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings = read_settings()
+    assert settings.guard_upstream == "http://10.0.0.2:8071"
+    assert settings.sfu_key is not None
+    assert (settings.sfu_key.key, settings.sfu_key.secret) == ("key", "secret")
+    assert settings.matrix_token.get_secret_value() == "syt_x"
+
+
+def test_secrets_come_from_files_as_lk_jwt_service_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(" from-file \r\n")
+    (tmp_path / "secret").write_text("hush\n")
+    (tmp_path / "both").write_text("both-key: both-secret\n")
+    monkeypatch.setenv("LIVEKIT_KEY", "plain")
+    monkeypatch.setenv("LIVEKIT_KEY_FROM_FILE", str(tmp_path / "key"))
+    monkeypatch.setenv("LIVEKIT_SECRET_FROM_FILE", str(tmp_path / "secret"))
+    key = read_settings().sfu_key
+    assert key is not None
+    assert (key.key, key.secret) == ("from-file", "hush")
+    monkeypatch.setenv("LIVEKIT_KEY_FILE", str(tmp_path / "both"))
+    key = read_settings().sfu_key
+    assert key is not None
+    assert (key.key, key.secret) == ("both-key", "both-secret")
+
+
+@pytest.mark.parametrize("text", ["only-a-key", "a: b: c", ""])
+def test_a_key_file_that_holds_no_pair_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
+    (tmp_path / "both").write_text(text)
+    monkeypatch.setenv("LIVEKIT_KEY_FILE", str(tmp_path / "both"))
+    with pytest.raises(ConfigurationError, match=r"LIVEKIT_KEY_FILE: .*`key: secret`"):
+        read_settings()
+
+
+def test_the_file_is_overridden_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "guard.yaml").write_text("guard_bind_port: 1000\nguard_dry_run: true\nguard_admin_port:\n")
+    monkeypatch.setenv("GUARD_CONFIG", str(tmp_path / "guard.yaml"))
+    monkeypatch.setenv("GUARD_BIND_PORT", "2000")
+    settings = read_settings()
+    assert (settings.guard_bind_port, settings.guard_dry_run, settings.guard_admin_port) == (2000, True, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("guard_bind_prot: 1", "guard_bind_prot: no setting has this name; did you mean guard_bind_port?"),
+        ("guard_bind_port: x", "GUARD_BIND_PORT: 'x' is not valid"),
+        ("a: [", "GUARD_CONFIG: "),
+        ("- 1", "GUARD_CONFIG: "),
+    ],
+)
+def test_a_wrong_file_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "guard.yaml").write_text(text)
+    monkeypatch.setenv("GUARD_CONFIG", str(tmp_path / "guard.yaml"))
+    with pytest.raises(ConfigurationError) as error:
+        read_settings()
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_admin_port_is_no_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUARD_ADMIN_PORT", "")
+    assert read_settings().guard_admin_port is None
+
+
+@pytest.mark.parametrize(("value", "level"), [("WARNING", "warn"), ("Debug", "debug"), ("fatal", "critical")])
+def test_log_levels_have_their_usual_names(monkeypatch: pytest.MonkeyPatch, value: str, level: str) -> None:
+    monkeypatch.setenv("GUARD_LOG_LEVEL", value)
+    assert read_settings().guard_log_level == level
+
+
+def test_the_state_directory_is_systemds_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/lotusguard:/var/lib/other")
+    assert read_settings().state_dir == Path("/var/lib/lotusguard")
+    monkeypatch.setenv("GUARD_STATE_DIR", "/srv/guard")
+    assert read_settings().state_dir == Path("/srv/guard")
+
+
+def test_secrets_are_in_no_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secret: Any = ["MATRIX-SECRET"]
+    with pytest.raises(ConfigurationError) as error:
+        read_settings(matrix_token=secret)
+    assert "MATRIX-SECRET" not in str(error.value)
+    settings = read_settings(livekit_key="k", livekit_secret="LK-SECRET", matrix_token="MX-SECRET")
+    assert "SECRET" not in repr(settings)
+    assert "SECRET" not in repr(settings.sfu_key)
+
+
+def test_what_is_probably_not_meant_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("x")
+    path.chmod(0o644)
+    monkeypatch.setenv("GUARD_SEATS_TTL", "5")
+    monkeypatch.setenv("MATRIX_TOKEN_FROM_FILE", str(path))
+    said = "\n".join(suspicions(read_settings()))
+    assert "GUARD_SEATS_TTL is no setting; did you mean GUARD_SEAT_TTL?" in said
+    assert "MATRIX_TOKEN_FROM_FILE" in said
+    path.chmod(0o600)
+    monkeypatch.delenv("GUARD_SEATS_TTL")
+    assert suspicions(read_settings()) == []
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        read_settings().guard_bind_port = 1
