@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks``: measures everything, leaves ``benchmarks/results.json`` and the chart. Benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks import scenarios
+from benchmarks.chart import chart
+from benchmarks.figures import Figure, markdown
+from benchmarks.processes import Callers, Neighbours, cores, raise_file_limit
+from benchmarks.scenarios import Bench
+
+HERE = Path(__file__).parent
+LIBRARIES = ("twisted", "klein", "treq", "pyjwt", "protobuf", "livekit-protocol", "prometheus-client")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and callers; nothing is written")
+    parser.add_argument("--rounds", type=int, default=0)
+    options = parser.parse_args()
+    raise_file_limit()
+    if cores()[0] == cores()[1]:
+        say("there is one core only: the load takes its time from what is measured")
+    figures: list[Figure] = []
+    with Neighbours() as neighbours, Callers() as callers:
+        quick = options.quick
+        bench = Bench(
+            neighbours, callers, options.rounds or (2 if quick else 5), 600 if quick else 2000,
+            500 if quick else 4000, say, figures,
+        )  # fmt: skip
+        scenarios.joins(bench)
+        scenarios.crowd(bench)
+        scenarios.hung(bench)
+        scenarios.big_room(bench)
+        scenarios.reconciling(bench, 5.0 if quick else 12.0)
+        scenarios.policy_change(bench)
+        scenarios.start_up(bench)
+    wheel = wheel_size()
+    if wheel is not None:
+        figures.append(Figure("wheel", "kB", [wheel / 1000], digits=0))
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "quick": quick,
+        "figures": [figure.as_json() for figure in figures],
+    }
+    sys.stdout.write("\n" + markdown(figures))
+    if not quick:
+        (HERE / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        (HERE.parent / "docs" / "benchmarks.svg").write_text(chart(found["figures"]))
+
+
+def say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What this ran on, and how busy that was."""
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    return {
+        "processor": processor, "cores": len(os.sched_getaffinity(0)), "system": f"Linux {platform.release()}",
+        "python": platform.python_version(), "load_average_at_the_end": [round(load, 1) for load in os.getloadavg()],
+    }  # fmt: skip
+
+
+def wheel_size() -> int | None:
+    """Bytes of the wheel; ``None`` where it cannot be built without a network."""
+    with TemporaryDirectory(prefix="bench") as directory:
+        tree = Path(directory) / "tree"
+        tree.mkdir()
+        for name in ("lotusguard", "twisted"):
+            shutil.copytree(HERE.parent / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            if (HERE.parent / name).exists():
+                shutil.copy(HERE.parent / name, tree)
+        command = [sys.executable, "-m", "build", "--wheel", "--outdir", directory, str(tree)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return None
+        return next(Path(directory).glob("*.whl")).stat().st_size
+
+
+if __name__ == "__main__":
+    main()

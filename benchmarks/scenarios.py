@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured, one function a scenario; each fills the figures it is about. Benchmarks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+
+from attrs import define
+
+from benchmarks.figures import Figure, percentile
+from benchmarks.load import Load, Outcome
+from benchmarks.processes import Callers, FloorProcess, GuardProcess, Neighbours, PeerProcess, Subject
+from benchmarks.standing_in import BIG_ROOM, SERVER_NAME, cached_alias, room_id, user_id
+from lotusguard.rules.tokens import read_unverified
+
+MS = 1000.0
+UPSTREAM_SECOND = 1.0
+CROWD_AIM = 1 / 8
+Say = Callable[[str], None]
+
+
+@define
+class Bench:
+    """One run of the benchmarks: who helps, how thorough it is, what came out so far."""
+
+    neighbours: Neighbours
+    callers: Callers
+    rounds: int
+    joins: int
+    crowd: int
+    say: Say
+    figures: list[Figure]
+
+    def figure(self, name: str, unit: str, aim: float | None = None, digits: int = 2) -> Figure:
+        figure = Figure(name, unit, aim=aim, digits=digits)
+        self.figures.append(figure)
+        return figure
+
+    def load(self, subject: Subject, callers: int, requests: int, **how: object) -> Outcome:
+        """Make a load and see that every caller got a token. :raises RuntimeError: somebody did not."""
+        outcome = self.callers.make(Load(subject.port, callers, requests, **how))  # type: ignore[arg-type]
+        if outcome.statuses != {"200": requests}:
+            raise RuntimeError(f"{subject.name}: {outcome.statuses}")
+        return outcome
+
+
+def sources_of(answer: str) -> list[str]:
+    """``canPublishSources`` of the token in an answer."""
+    claims = read_unverified(json.loads(answer)["jwt"])
+    return list(claims["video"].get("canPublishSources", ())) if claims else []
+
+
+def joins(bench: Bench) -> None:
+    """CPU per join, joins per second and waiting times at 1, 32 and 500 callers. The guard enforces cap and sources."""
+    loads = {1: bench.joins // 4, 32: bench.joins, 500: bench.joins}
+    rows = {
+        callers: (
+            bench.figure(f"CPU per join, {callers} callers", "ms", 0.5 if callers == 32 else None),
+            bench.figure(f"joins per second on one core, {callers} callers", "1/s", digits=0),
+            bench.figure(f"p50, {callers} callers", "ms", digits=1),
+            bench.figure(f"p99, {callers} callers", "ms", digits=1),
+        )
+        for callers in loads
+    }
+    with (
+        GuardProcess(bench.neighbours) as guard,
+        PeerProcess(bench.neighbours) as peer,
+        FloorProcess(bench.neighbours) as floor,
+    ):
+        subjects: tuple[Subject, ...] = (guard, peer, floor)
+        for subject in subjects:
+            bench.load(subject, 32, bench.joins // 2)
+        for number in range(bench.rounds):
+            for callers, requests in loads.items():
+                for place, subject in enumerate(subjects):
+                    before = subject.cpu()
+                    outcome = bench.load(subject, callers, requests)
+                    measured = (
+                        (subject.cpu() - before) / requests * MS,
+                        requests / outcome.seconds,
+                        percentile(outcome.latencies, 0.5) * MS,
+                        percentile(outcome.latencies, 0.99) * MS,
+                    )
+                    for figure, value in zip(rows[callers], measured, strict=True):
+                        (figure.guard, figure.peer, figure.floor)[place].append(value)
+                    if subject is guard and "screen_share" in sources_of(outcome.sample):
+                        raise RuntimeError("the guard did not enforce the sources")
+            cpu = rows[32][0]
+            bench.say(f"round {number + 1}: CPU per join {cpu.guard[-1]:.2f} ms, the peer {cpu.peer[-1]:.2f} ms")
+
+
+def crowd(bench: Bench) -> None:
+    """So many callers at once, each with a connection of its own, on an upstream that takes a second.
+
+    Who got no answer at all counts with the time until the callers gave up.
+    """
+    name = f"{bench.crowd:,} callers at once"
+    succeeded = bench.figure(f"{name}: succeeded", "", digits=0)
+    p99 = bench.figure(f"{name}: p99", "s", CROWD_AIM)
+    memory = bench.figure(f"{name}: peak memory", "MB", 1.0, digits=0)
+    threads = bench.figure(f"{name}: threads", "", digits=0)
+    bench.neighbours.ask({"upstream_delay": UPSTREAM_SECOND})
+    for _ in range(max(1, bench.rounds // 2)):
+        for kind in (GuardProcess, PeerProcess):
+            with kind(bench.neighbours) as subject:
+                bench.callers.make(Load(subject.port, 8, 50))  # the rooms' policies are known
+                watched = Watched(subject)
+                outcome = watched.during(lambda: bench.callers.make(Load(subject.port, bench.crowd, bench.crowd)))
+                unanswered = [outcome.seconds] * (bench.crowd - len(outcome.latencies))
+                values = (
+                    outcome.statuses.get("200", 0),
+                    percentile(outcome.latencies + unanswered, 0.99),
+                    subject.status("VmHWM") / 1024,
+                    watched.threads,
+                )
+                for figure, value in zip((succeeded, p99, memory, threads), values, strict=True):
+                    (figure.guard if kind is GuardProcess else figure.peer).append(value)
+                bench.say(f"{name}, {subject.name}: {outcome.statuses}, p99 {values[1]:.1f} s")
+    bench.neighbours.ask({"upstream_delay": 0.0})
+
+
+class Watched:
+    """Looks at a process's threads while something is done to it."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.threads = 0
+
+    def during(self, work: Callable[[], Outcome]) -> Outcome:
+        from threading import Event, Thread
+
+        done = Event()
+
+        def look() -> None:
+            while not done.wait(0.1):
+                self.threads = max(self.threads, self.subject.status("Threads"))
+
+        looking = Thread(target=look)
+        looking.start()
+        try:
+            return work()
+        finally:
+            done.set()
+            looking.join()
+
+
+def hung(bench: Bench) -> None:
+    """SFU and homeserver take every request and answer none."""
+    first = bench.figure("neighbours hung: slowest of the first 20 joins", "s", None)
+    later = bench.figure("neighbours hung: later joins, p50", "ms", None, digits=1)
+    added = bench.figure("neighbours hung: later joins' p50 over normal", "ms", 50.0, digits=1)
+    first.aim = 1.6  # GUARD_LOOKUP_TIMEOUT, and what a join takes anyway
+    for _ in range(max(1, bench.rounds // 2)):
+        with GuardProcess(bench.neighbours) as guard:
+            bench.load(guard, 4, 200)
+            normal = percentile(bench.load(guard, 1, 100).latencies, 0.5) * MS
+            bench.neighbours.ask({"hang": True})
+            first.guard.append(max(bench.load(guard, 20, 20, first=1000, rooms=20).latencies))
+            waited = percentile(bench.load(guard, 1, 100, first=2000, rooms=20).latencies, 0.5) * MS
+            bench.neighbours.ask({"hang": False})
+        later.guard.append(waited)
+        added.guard.append(max(0.0, waited - normal))
+    bench.say(f"neighbours hung: first joins {median(first.guard):.2f} s, later {median(later.guard):.1f} ms")
+    with PeerProcess(bench.neighbours) as peer:
+        bench.neighbours.ask({"hang": True})
+        slow = bench.load(peer, 4, 8, first=1000, rooms=8)
+        bench.neighbours.ask({"hang": False})
+    bench.say(f"neighbours hung: the peer's joins {percentile(slow.latencies, 0.5):.1f} s, first and later")
+    bench.figure("neighbours hung: the peer's joins, every one", "s").peer.append(percentile(slow.latencies, 0.5))
+
+
+def big_room(bench: Bench) -> None:
+    """The first join of rooms with 10,000 members, whose policy nobody knows yet."""
+    for honours in (True, False):
+        name = f"10,000 members, homeserver {'honours' if honours else 'ignores'} type"
+        size = bench.figure(f"{name}: policy lookup", "kB", digits=1)
+        waited = bench.figure(f"{name}: first join", "ms", digits=1)
+        bench.neighbours.ask({"honour_type": honours})
+        for kind in (GuardProcess, PeerProcess):
+            with kind(bench.neighbours) as subject:
+                bench.load(subject, 1, 50)
+                for number in range(max(2, bench.rounds)):
+                    bench.neighbours.ask({"reset": True})
+                    outcome = bench.load(subject, 1, 1, room=BIG_ROOM, first=number, rooms=1)
+                    told = bench.neighbours.ask({})
+                    (size.guard if kind is GuardProcess else size.peer).append(told["bytes"]["synapse"] / 1000)
+                    (waited.guard if kind is GuardProcess else waited.peer).append(outcome.latencies[0] * MS)
+        bench.say(
+            f"{name}: {median(size.guard):.1f} kB, {median(waited.guard):.0f} ms (peer {median(waited.peer):.0f})"
+        )
+    bench.neighbours.ask({"honour_type": True})
+
+
+def reconciling(bench: Bench, seconds: float) -> None:
+    """300 rooms of 20 people, all with a policy, beside 50 joins a second."""
+    share = bench.figure("reconciling 300 rooms of 20: share of a core", "%", 25.0, digits=1)
+    p99 = {
+        interval: bench.figure(f"p99 of 50 joins/s, {label} reconciling 300 rooms", "ms", digits=1)
+        for interval, label in (("3600", "without"), ("3", "while"))
+    }
+    bench.neighbours.ask({"rooms": 300})
+    for _ in range(max(1, bench.rounds // 2)):
+        for interval, figure in p99.items():
+            with GuardProcess(bench.neighbours, {"GUARD_RECONCILE_INTERVAL": interval}) as guard:
+                bench.load(guard, 8, 600, rooms=300)  # every room is known
+                time.sleep(4)
+                before, began = guard.cpu(), time.monotonic()
+                time.sleep(seconds)
+                if interval == "3":
+                    share.guard.append((guard.cpu() - before) / (time.monotonic() - began) * 100)
+                paced = bench.load(guard, 1, int(50 * seconds), rate=50.0, rooms=50)
+                figure.guard.append(percentile(paced.latencies, 0.99) * MS)
+    bench.neighbours.ask({"rooms": 50})
+    bench.say(f"reconciling: {median(share.guard):.1f} % of a core")
+
+
+def policy_change(bench: Bench) -> None:
+    """From ``POST /policy-changed`` until 20 people in the call have lost their camera."""
+    first = bench.figure("policy change to first revocation", "ms", digits=1)
+    last = bench.figure("policy change to last of 20 revocations", "ms", digits=1)
+    people = 20
+    with GuardProcess(bench.neighbours, {"GUARD_RECONCILE_INTERVAL": "3600"}) as guard:
+        for number in range(max(2, bench.rounds)):
+            bench.neighbours.ask({"rooms": number + 1, "participants": people, "forbid": ["allow_screenshare"]})
+            bench.load(guard, 1, 5, first=number, rooms=1)
+            bench.neighbours.ask({"reset": True, "forbid": ["allow_camera", "allow_screenshare"]})
+            began = time.monotonic()
+            status = guard.operator("/policy-changed", json.dumps({"room_id": room_id(number)}).encode())
+            if status != 202:
+                raise RuntimeError(f"the operators' door answered {status}")
+            while len(updated := bench.neighbours.ask({})["updated_at"]) < people:
+                if time.monotonic() > began + 10:
+                    raise RuntimeError("nothing was revoked")
+                time.sleep(0.01)
+            first.guard.append((updated[0] - began) * MS)
+            last.guard.append((updated[-1] - began) * MS)
+            somebody = [cached_alias(room_id(number)), f"{user_id(number * people)}:PHONE"]
+            told = bench.neighbours.ask({"participant": somebody})["participant"]
+            if told["permission"]["canPublishSources"] != ["MICROPHONE"]:
+                raise RuntimeError("the camera was not taken")
+    bench.neighbours.ask({"rooms": 50, "forbid": ["allow_screenshare"]})
+    bench.say(f"policy change: last of {people} revocations after {median(last.guard):.0f} ms")
+
+
+def start_up(bench: Bench) -> None:
+    """From starting the process to its first answer, and what it needs when nothing happens."""
+    ready = bench.figure("start-up to first answer", "s")
+    memory = bench.figure("memory after start-up", "MB", digits=0)
+    for _ in range(max(2, bench.rounds)):
+        for kind in (GuardProcess, PeerProcess):
+            with kind(bench.neighbours) as subject:
+                time.sleep(0.3)
+                (ready.guard if kind is GuardProcess else ready.peer).append(subject.ready)
+                (memory.guard if kind is GuardProcess else memory.peer).append(subject.status("VmRSS") / 1024)
+    bench.say(f"start-up {median(ready.guard):.2f} s, {median(memory.guard):.0f} MB ({SERVER_NAME})")
