@@ -11,7 +11,7 @@ import base64
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from attrs import field, frozen
@@ -33,6 +33,10 @@ class NotOurs(Exception):
 
 class _Hs256(HMACAlgorithm):
     """HS256 for secrets of any length: LiveKit takes short ones, ``lotusguard check`` speaks about them."""
+
+    def prepare_key(self, key: str | bytes) -> bytes:
+        """Ours come from our own settings: whether one is a public key by mistake is not asked at every join."""
+        return key.encode("utf-8") if isinstance(key, str) else key
 
     def check_key_length(self, key: bytes) -> str | None:
         return None
@@ -129,9 +133,11 @@ _VIDEO_GRANTS = (
 )  # fmt: skip
 
 
-def _known(claims: Mapping[str, Any], names: Iterable[str], *, others: bool) -> dict[str, Any]:
-    """The claims under their exact names, read as Go does: without case, the last one wins."""
-    exact = {folded(name): name for name in names}
+_TOP_FOLDED, _VIDEO_FOLDED = ({folded(name): name for name in names} for names in (_TOP_CLAIMS, _VIDEO_GRANTS))
+
+
+def _known(claims: Mapping[str, Any], exact: Mapping[str, str], *, others: bool) -> dict[str, Any]:
+    """The claims under their exact names (by the folded ones), read as Go does: without case, the last one wins."""
     known: dict[str, Any] = {}
     for key, value in claims.items():
         name = exact.get(folded(key))
@@ -160,8 +166,8 @@ def narrowed(claims: Mapping[str, Any], policy: Policy, now: float, longest_life
     :param now: seconds since the epoch.
     :param longest_life: seconds; ``exp`` is at most that far away afterwards.
     """
-    kept = _known(claims, _TOP_CLAIMS, others=True)
-    video = _known(kept["video"], _VIDEO_GRANTS, others=False) if isinstance(kept.get("video"), Mapping) else {}
+    kept = _known(claims, _TOP_FOLDED, others=True)
+    video = _known(kept["video"], _VIDEO_FOLDED, others=False) if isinstance(kept.get("video"), Mapping) else {}
     if policy.forbidden:
         before = granted_sources(video)
         left = [source for source in before if source not in policy.forbidden]
