@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from lotusguard.clients.homeserver import Homeserver
@@ -58,6 +59,7 @@ class Discovery:
 
     async def _searched(self, homeserver: Homeserver) -> None:
         try:
+            await deferLater(self._clock, 0)  # a round asks for several: one search for all of them
             # What is wanted while this runs may have been passed by already: it waits for the next search.
             while self._wanted:
                 wanted, self._wanted = self._wanted, {}
