@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation is true: settings, events and links are compared, and commands are run.
+
+A code block that begins with ```` ```sh run ```` is run by bash, all of a page's in one go, in front of a stage: what
+the page's readers would put into the variables is in the environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from pydantic import SecretStr
+from twisted.internet.threads import deferToThread
+
+from lotusguard.config import Settings
+from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, Stage
+from tests.calls import ALICE, room_of
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+EVENTS_PAGE = ROOT / "docs" / "metrics-and-logs.md"
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def commands_of(page: Path) -> str:
+    """All that is to be run on a page, in order."""
+    return "\n".join(re.findall(r"^ *```sh run\n(.*?)^ *```", text_of(page), re.M | re.S))
+
+
+def names(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# -- settings --------------------------------------------------------------------------------------------
+
+
+def written_default(name: str) -> str:
+    """A setting's default as people write it."""
+    value: Any = Settings.model_fields[name].default
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "–" if value in (None, "") else str(value)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", CONFIGURATION], ids=names)
+def test_the_table_has_every_setting_with_its_default(page: Path) -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]*)`? \| \S", text_of(page), re.M)
+    wanted = {name.upper(): written_default(name) for name in Settings.model_fields} | {"GUARD_CONFIG": "–"}
+    assert dict(rows) == wanted
+    assert len(rows) == len(wanted)
+
+
+def test_no_page_names_a_setting_that_there_is_not() -> None:
+    known = {name.upper() for name in Settings.model_fields} | {"GUARD_CONFIG"}
+    for page in PAGES:
+        for name in re.findall(r"\b(?:GUARD|SYNAPSE_API|MATRIX_TOKEN)(?:_[A-Z]+)*\b", text_of(page)):
+            assert name in known or name == "GUARD", f"{names(page)}: {name}"
+
+
+# -- log events ------------------------------------------------------------------------------------------
+
+
+def logged_events() -> set[str]:
+    """The names of the events that the code logs."""
+    found = set()
+    for module in (ROOT / "lotusguard").rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "event_name":
+                assert isinstance(node.value, ast.Constant), f"{module}: an event has one name"
+                found.add(str(node.value.value))
+    return found
+
+
+def test_the_documentation_lists_every_event() -> None:
+    section = text_of(EVENTS_PAGE).partition("## Logs")[2]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == logged_events() | {"log"}
+
+
+# -- links -----------------------------------------------------------------------------------------------
+
+OTHERS = {"SECURITY.md", "docs/real-stack.md", "docs/benchmarks.md"}
+"""Pages that are written elsewhere."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page)):
+        path = (page.parent / target).resolve()
+        assert path.exists() or str(path.relative_to(ROOT)) in OTHERS, target
+    for target in re.findall(r"`(deploy/[\w./-]+)`", text_of(page)):
+        assert (ROOT / target).exists(), target
+
+
+# -- commands --------------------------------------------------------------------------------------------
+
+
+def run(script: str, environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=names)
+@pytest_twisted.ensureDeferred
+async def test_the_commands_of_a_page_work(stage: Stage, tmp_path: Path, page: Path) -> None:
+    room_id = room_of(stage, 2)
+    await stage.enter(ALICE, room_id)
+    alice = next(token for token, user in stage.homeserver.logins.items() if user.user_id == ALICE)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "lotusguard").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lotusguard.cli "$@"\n')
+    (tools / "lotusguard").chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "GUARD": stage.url,
+        "OPERATORS": stage.admin_url,
+        "SYNAPSE": stage.homeserver.url,
+        "LIVEKIT": stage.sfu.url,
+        "AUTHORIZER": stage.authorizer.url,
+        "ROOM": room_id,
+        "TOKEN": alice,
+        "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
+        "GUARD_UPSTREAM": stage.authorizer.url,
+        "LIVEKIT_API": stage.sfu.url,
+        "LIVEKIT_KEY": KEY,
+        "LIVEKIT_SECRET": SECRET,
+        "SYNAPSE_API": stage.homeserver.url,
+        "MATRIX_TOKEN": stage.admin_token,
+    }
+    done = await deferToThread(run, commands_of(page), environment, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_state_events_page_writes_a_policy_that_is_enforced(stage: Stage, tmp_path: Path) -> None:
+    room_id = room_of(stage)
+    alice = next(token for token, user in stage.homeserver.logins.items() if user.user_id == ALICE)
+    environment = {"PATH": os.environ["PATH"], "SYNAPSE": stage.homeserver.url, "ROOM": room_id, "TOKEN": alice}
+    script = commands_of(ROOT / "docs" / "state-events.md")
+    first = script.index("io.lotus.room_quality")
+    done = await deferToThread(run, script[: script.rindex("curl", 0, first)], environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert stage.homeserver.rooms[room_id].state["io.lotus.voice_limit", ""]["content"] == {"max_users": 10}
+    done = await deferToThread(run, script, environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"allow_screenshare": False, "allow_camera": True}

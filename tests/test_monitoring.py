@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Alerts, dashboard and documentation name metrics and labels that there are; the documentation names all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import Metric
+
+from lotusguard.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent
+ALERTS = ROOT / "deploy" / "monitoring" / "alerts.yaml"
+DASHBOARD = ROOT / "deploy" / "monitoring" / "dashboard.json"
+METRICS_PAGE = ROOT / "docs" / "metrics-and-logs.md"
+
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+
+
+def families() -> list[Metric]:
+    """The metrics, but for the client library's own about Python's garbage collector."""
+    return [family for family in Metrics().registry.collect() if not family.name.startswith("python_gc")]
+
+
+def samples() -> dict[str, set[str]]:
+    """Names as they stand in ``/metrics``, with their labels."""
+    registry = Metrics().registry
+    found = {}
+    for family in families():
+        collector = registry._names_to_collectors.get(family.name)
+        labels = set(getattr(collector, "_labelnames", ()))
+        for suffix in SUFFIXES[family.type]:
+            found[family.name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
+    return found
+
+
+def expressions() -> Iterator[str]:
+    for group in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]:
+        for rule in group["rules"]:
+            yield rule["expr"]
+    for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
+        for target in panel["targets"]:
+            yield target["expr"]
+
+
+@pytest.mark.parametrize("expression", list(expressions()))
+def test_expressions_are_over_metrics_and_labels_that_there_are(expression: str) -> None:
+    known = samples()
+    named = re.findall(r"(lotusguard_\w+)(?:\{([^}]*)\})?", expression)
+    assert named or "up{" in expression
+    for name, matchers in named:
+        assert name in known
+        labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)) - {"instance", "job"}
+        assert labels <= known[name]
+    grouped = {label for by in re.findall(r"by \(([^)]*)\)", expression) for label in re.split(r",\s*", by)}
+    assert grouped <= set().union(*(known[name] for name, _ in named), {"instance"})
+
+
+def test_what_alerts_say_uses_labels_that_survive() -> None:
+    for group in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]:
+        for rule in group["rules"]:
+            kept = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", rule["expr"]))))
+            if not kept and "sum" not in rule["expr"]:
+                kept = set().union(*samples().values())
+            used = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+            assert used <= kept, rule["alert"]
+
+
+def test_every_alert_says_what_is_the_matter_and_is_in_the_documentation() -> None:
+    troubleshooting = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for group in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]:
+        for rule in group["rules"]:
+            assert rule["annotations"]["summary"].endswith((".", "?"))
+            assert rule["alert"] in troubleshooting
+
+
+def test_the_documentation_lists_every_metric_with_its_labels() -> None:
+    listed = {
+        name: set(labels.split(",")) - {""}
+        for name, labels in re.findall(r"^\| `(lotusguard_\w+?)(?:\{([\w,]+)\})?` \|", METRICS_PAGE.read_text(), re.M)
+    }
+    wanted = {}
+    for family in families():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        wanted[name] = samples()[family.name + SUFFIXES[family.type][0]] - {"le"}
+    assert listed == wanted
+
+
+def test_no_page_names_a_metric_that_there_is_not() -> None:
+    known = set(samples()) | {family.name for family in families()}
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for name in re.findall(r"\blotusguard_[a-z_]+", page.read_text(encoding="utf-8")):
+            if name != "lotusguard_plugin":
+                assert name in known, page
