@@ -127,15 +127,26 @@ def _run(work: Callable[[Any], Awaitable[T]]) -> T | None:
     async def worked() -> T:
         return await work(reactor)
 
-    def done(result: Any) -> None:
-        outcome.append(result)
-        if reactor.running:
-            reactor.stop()
+    def begin() -> None:
+        working = Deferred.fromCoroutine(worked())
 
-    reactor.callWhenRunning(lambda: Deferred.fromCoroutine(worked()).addBoth(done))
+        def done(result: Any) -> None:
+            if not outcome:
+                outcome.append(result)
+                reactor.stop()
+
+        def interrupted() -> Deferred[Any] | None:
+            if outcome:
+                return None
+            outcome.append(None)
+            working.cancel()
+            return working
+
+        working.addBoth(done)
+        reactor.addSystemEventTrigger("before", "shutdown", interrupted)
+
+    reactor.callWhenRunning(begin)
     reactor.run()
-    if not outcome:
-        return None
     if isinstance(outcome[0], Failure):
         outcome[0].raiseException()
     result: T = outcome[0]

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Awaitable, Mapping
 from typing import TextIO
 
+from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 
 _CODES = {"green": "32", "red": "31", "yellow": "33", "bold": "1", "dim": "2"}
@@ -23,10 +24,11 @@ class Terminal:
 
     def __init__(self, stream: TextIO, environ: Mapping[str, str]) -> None:
         self._stream = stream
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
         capable = environ.get("TERM", "") not in ("", "dumb")
         self.coloured = stream.isatty() and capable and not environ.get("NO_COLOR")
         try:
-            "".join(_PLAIN).encode(getattr(stream, "encoding", None) or "ascii")
+            "".join(_PLAIN).encode(self._encoding)
             self._marks: Mapping[int, str] = {}
         except UnicodeEncodeError:
             self._marks = {ord(mark): plain for mark, plain in _PLAIN.items()}
@@ -46,10 +48,8 @@ class Terminal:
     def line(self, text: str = "") -> None:
         """Write one line, at once."""
         line = text.translate(self._marks) if self._marks else text
-        encoding = getattr(self._stream, "encoding", None)
-        if encoding:  # what a neighbour said may hold anything
-            line = line.encode(encoding, "replace").decode(encoding)
-        self._stream.write(line + "\n")
+        # what a neighbour said may hold anything
+        self._stream.write(line.encode(self._encoding, "replace").decode(self._encoding) + "\n")
         self._stream.flush()
 
 
@@ -89,6 +89,8 @@ class Account:
         began = self._clock.seconds()
         try:
             seen, mark = await work, self._terminal.paint("✓", "green")
+        except CancelledError:
+            raise
         except Exception as trouble:
             reason = str(trouble) if isinstance(trouble, NotAsItShould) else f"{type(trouble).__name__}: {trouble}"
             self._tell(self._terminal.paint("✗", "red", "bold"), began, what, reason, "red")

@@ -77,10 +77,12 @@ def script(stage: Stage) -> str:
 
 
 async def serve(reactor: Any, out: TextIO) -> None:
-    """Start everything, say what to do with it, and serve until the reactor stops."""
+    """Start everything, say what to do with it, and serve until cancelled."""
     stage = Stage(reactor)
     await stage.start()
-    reactor.addSystemEventTrigger("before", "shutdown", lambda: Deferred.fromCoroutine(stage.stop()))
-    out.write(script(stage))
-    out.flush()
-    await Deferred()
+    try:
+        out.write(script(stage))
+        out.flush()
+        await Deferred()
+    finally:
+        await stage.stop()

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``lotusguard`` command, run as people run it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lotusguard import __version__
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "lotusguard.cli"]
+SECRET = "a-secret-that-must-not-be-told-to-anybody"
+
+
+def environment(**settings: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+
+
+def lotusguard(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], env=environment(**settings), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as trying:
+        trying.bind(("127.0.0.1", 0))
+        port: int = trying.getsockname()[1]
+        return port
+
+
+def nowhere() -> dict[str, str]:
+    """Settings of neighbours that are not there, and ports nobody holds."""
+    names = ("GUARD_UPSTREAM", "LIVEKIT_API", "SYNAPSE_API")
+    addresses = {name: f"http://127.0.0.1:{free_port()}" for name in names}
+    return addresses | {"GUARD_BIND_PORT": str(free_port()), "GUARD_ADMIN_PORT": str(free_port())}
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_it_tells_its_version() -> None:
+    asked = lotusguard("--version")
+    assert (asked.returncode, asked.stdout) == (0, f"lotusguard {__version__}\n")
+
+
+def test_without_a_command_it_says_what_there_is() -> None:
+    asked = lotusguard()
+    assert asked.returncode == 2
+    assert "sandbox" in asked.stderr
+    assert "check" in asked.stderr
+    assert "twistd -n lotusguard" in asked.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("GUARD_UPSTREAM", "ws://127.0.0.1:8071", "'ws://127.0.0.1:8071' is no http(s) URL"),
+        ("LIVEKIT_API", "localhost:7880", "'localhost:7880' is no http(s) URL"),
+        ("GUARD_BIND_PORT", "80a", "expected a port number"),
+        ("GUARD_POLICY_TTL", "-1", "expected a number of seconds greater than 0"),
+        ("GUARD_DRY_RUN", "perhaps", "expected on or off"),
+        ("GUARD_OVERFLOW", "kick", "eject"),
+        ("MATRIX_TOKEN_FROM_FILE", "/does/not/exist", "cannot be read"),
+        ("LIVEKIT_KEY_FILE", "/dev/null", "does not hold one key and one secret"),
+        ("GUARD_CONFIG", "/does/not/exist.yaml", "is no file"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_status_2(name: str, value: str, said: str) -> None:
+    asked = lotusguard("check", **{name: value, "LIVEKIT_SECRET": SECRET})
+    assert asked.returncode == 2
+    assert asked.stdout == ""
+    lines = asked.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"lotusguard: {name}: ")
+    assert said in lines[0]
+    assert SECRET not in asked.stderr
+
+
+def test_a_wrong_setting_is_told_to_machines_too() -> None:
+    asked = lotusguard("check", "--json", GUARD_BIND_PORT="99999")
+    assert asked.returncode == 2
+    report = json.loads(asked.stdout)
+    assert report["fine"] is False
+    assert report["error"].startswith("GUARD_BIND_PORT: ")
+
+
+def test_check_tells_people_what_is_wrong_and_what_to_do() -> None:
+    settings = nowhere()
+    asked = lotusguard("check", **settings, LIVEKIT_KEY="key", LIVEKIT_SECRET=SECRET, MATRIX_TOKEN=SECRET)
+    assert asked.returncode == 1
+    assert asked.stderr == ""
+    for name in ("SYNAPSE_API", "LIVEKIT_API", "GUARD_UPSTREAM"):
+        assert f"nothing listens on {settings[name].removeprefix('http://')}" in asked.stdout
+        assert f"→ start it, or correct the address in {name} ({settings[name]})" in asked.stdout
+    assert asked.stdout.splitlines()[-1].startswith("✗ 3 wrong")
+    assert SECRET not in asked.stdout
+    assert "\x1b" not in asked.stdout
+
+
+def test_check_tells_machines_the_same() -> None:
+    asked = lotusguard("check", "--json", **nowhere())
+    assert asked.returncode == 1
+    report = json.loads(asked.stdout)
+    assert report["fine"] is False
+    assert report["version"] == __version__
+    wrong = {(one["about"], one["asked"]) for one in report["findings"] if one["state"] == "wrong"}
+    assert wrong == {
+        ("synapse", "reachable"),
+        ("livekit", "reachable"),
+        ("livekit", "key"),
+        ("lk-jwt-service", "reachable"),
+    }
+    assert all(one["remedy"] for one in report["findings"] if one["state"] in ("wrong", "warning"))
+
+
+def test_the_play_succeeds_and_touches_nothing_of_the_operator(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    asked = lotusguard(
+        "sandbox",
+        "--play",
+        GUARD_STATE_DIR=str(state),
+        GUARD_DRY_RUN="on",
+        LIVEKIT_KEY_FILE="/does/not/exist",
+        GUARD_CONFIG="/does/not/exist",
+    )
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert asked.stdout.splitlines()[-1].startswith("✓ All 20 steps turned out as they should")
+    assert asked.stderr == "", "no log in between"
+    assert not state.exists()
+
+
+def test_the_play_fails_with_a_guard_that_enforces_nothing() -> None:
+    sabotaged = (
+        "import sys; from lotusguard.sandbox import play; play.SETTINGS['guard_dry_run'] = True; "
+        "from lotusguard.cli import main; sys.exit(main(['sandbox', '--play', '--verbose']))"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", sabotaged], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert asked.returncode == 1
+    assert "carol is refused: answered 200" in asked.stdout.splitlines()[-1]
+    assert "would_refuse @carol:sandbox.local" in asked.stderr, "with --verbose the guard's log is there"
+
+
+def test_an_interrupted_play_is_no_success() -> None:
+    with running("sandbox", "--play") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "alice joins" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
+def test_the_play_is_coloured_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    play = [*COMMAND, "sandbox", "--play"]
+    process = subprocess.Popen(play, env=environment(TERM="xterm"), cwd=ROOT, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while b"alice joins" not in seen:
+            seen += os.read(ours, 4096)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert "\x1b[32m✓\x1b[0m".encode() in seen
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs curl and bash")
+def test_what_the_sandbox_prints_can_be_pasted_and_does_what_it_says() -> None:
+    with running("sandbox") as process:
+        assert process.stdout is not None
+        script = ""
+        for line in process.stdout:
+            script += line
+            if "Ctrl-C" in line:
+                break
+        # As an interactive shell would: `!` in room IDs must survive its history.
+        pasted = subprocess.run(
+            ["bash", "--norc", "-c", "set -o history -o histexpand -e\n" + script],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert pasted.returncode == 0, pasted.stderr
+        assert pasted.stderr == ""
+        assert pasted.stdout.count('"state": "ACTIVE"') == 4, "alice and bob, as they join and as they are listed"
+        assert '"error": "This voice channel is full."' in pasted.stdout
+        assert '"seats_held": 2' in pasted.stdout
+        assert '"verdict": "refused"' in pasted.stdout
+        assert '"ready": true' in pasted.stdout
+        assert '"SCREEN_SHARE"' not in pasted.stdout
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert "refused @carol:sandbox.local" in log
+
+
+def test_the_sandbox_ends_with_ctrl_c() -> None:
+    with running("sandbox") as process:
+        assert process.stdout is not None
+        assert "sandbox" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
