@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archives: what is in them, that they come out the same each time, and that an installed wheel is a service."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lotusguard import __version__
+
+ROOT = Path(__file__).parent.parent
+SITE = sysconfig.get_paths()["purelib"]
+IN_THE_ARCHIVE = ("lotusguard", "twisted", "tests", "deploy", "docs", "benchmarks")
+FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", "Makefile", ".gitignore")
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def build(folder: Path) -> Path:
+    """Archives built from a copy of the sources, as ``make dist`` builds them but without the network."""
+    sources = folder / "sources"
+    for name in IN_THE_ARCHIVE:
+        if (ROOT / name).exists():
+            shutil.copytree(
+                ROOT / name, sources / name, copy_function=shutil.copy,
+                ignore=shutil.ignore_patterns("__pycache__", "dropin.cache", "results"),
+            )  # fmt: skip
+    for name in FILES:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, sources / name)
+    done = run(
+        sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", sources,
+        cwd=folder, SOURCE_DATE_EPOCH="1700000000",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel."""
+    return build(tmp_path_factory.mktemp("first"))
+
+
+def the_wheel(dist: Path) -> Path:
+    (wheel,) = dist.glob("*.whl")
+    return wheel
+
+
+def test_built_twice_the_archives_are_the_same_byte_for_byte(dist: Path, tmp_path: Path) -> None:
+    again = build(tmp_path)
+    names = sorted(path.name for path in dist.iterdir())
+    assert names == [f"lotusguard-{__version__}-py3-none-any.whl", f"lotusguard-{__version__}.tar.gz"]
+    for name in names:
+        assert (dist / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_the_index_would_take_them(dist: Path) -> None:
+    done = run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *dist.iterdir(), cwd=dist)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_wheel_lays_the_plugin_beside_twisteds_own(dist: Path) -> None:
+    with zipfile.ZipFile(the_wheel(dist)) as archive:
+        names = set(archive.namelist())
+    assert {name for name in names if name.startswith("twisted/")} == {"twisted/plugins/lotusguard_plugin.py"}
+    assert "lotusguard/py.typed" in names
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lotusguard").rglob("*.py")}
+    assert modules <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith("tests") for name in names)
+
+
+def test_the_source_archive_has_what_operators_need(dist: Path) -> None:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+    for name in ("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "docs/install.md", "tests/test_packaging.py"):
+        assert name in members
+    assert members["deploy/upgrade"].mode & 0o111
+    assert not any("__pycache__" in name or "dropin.cache" in name for name in members)
+
+
+# -- installed -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A venv in which the wheel is installed; what it depends on is borrowed from ours."""
+    venv = tmp_path_factory.mktemp("installed") / "venv"
+    folder = venv.parent
+    assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=folder).returncode == 0
+    done = run(
+        venv / "bin" / "python", "-m", "pip", "install", "--no-index", "--no-deps", "--quiet", the_wheel(dist),
+        cwd=folder, PYTHONPATH=SITE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return venv
+
+
+def twistd(venv: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "from twisted.scripts.twistd import run; run()"
+    return run(venv / "bin" / "python", "-c", code, *arguments, cwd=venv, PYTHONPATH=SITE, **environment)
+
+
+def test_an_installed_wheel_is_a_service_for_twistd_and_twist(installed: Path) -> None:
+    assert "lotusguard" in twistd(installed, "--help").stdout
+    told = twistd(installed, "lotusguard", "--help")
+    assert "--admin-listen" in told.stdout
+    twist = "from twisted.application.twist._twist import Twist; Twist.main()"
+    listed = run(installed / "bin" / "python", "-c", twist, "--help", cwd=installed, PYTHONPATH=SITE)
+    assert "lotusguard" in listed.stdout
+    where = "import lotusguard; print(lotusguard.__file__)"
+    found = run(installed / "bin" / "python", "-c", where, cwd=installed, PYTHONPATH=SITE)
+    assert found.stdout.startswith(str(installed)), "it was the checkout that was tested"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("GUARD_BIND_PORT", "eighty", "'eighty' is not valid"),
+        ("GUARD_BIND_PORT", "70000", "'70000' is not valid"),
+        ("GUARD_UPSTREAM", "127.0.0.1:8071", "is no http(s) URL of a service"),
+        ("GUARD_SEAT_TTL", "0", "'0' is not valid"),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_with_one_line_that_names_it(
+    installed: Path, name: str, value: str, fault: str
+) -> None:
+    done = twistd(installed, "-n", "--pidfile=", "lotusguard", **{name: value})
+    assert done.returncode != 0
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert line.startswith(f"lotusguard: {name}: ")
+    assert fault in line
+    assert "expected" in line
+
+
+def test_a_port_that_is_taken_ends_the_start_with_a_line_that_names_the_setting(installed: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        done = twistd(
+            installed, "-n", "--pidfile=", "lotusguard",
+            GUARD_BIND_HOST="127.0.0.1", GUARD_BIND_PORT=port, GUARD_ADMIN_PORT="",
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert "lotusguard: GUARD_BIND_PORT: cannot listen on" in done.stdout.splitlines()[-1]
+    assert done.stdout.count("MATRIX_TOKEN is not set") == 1
+    assert not done.stderr, "what is in the log is said once"
+
+
+def test_the_wheel_alone_plays_a_call(installed: Path) -> None:
+    done = run(installed / "bin" / "lotusguard", "sandbox", "--play", cwd=installed, PYTHONPATH=SITE)
+    assert done.returncode == 0, done.stdout + done.stderr
