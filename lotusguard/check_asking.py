@@ -89,8 +89,12 @@ class Neighbour:
     def _explained(self, error: Exception) -> NoAnswer:
         parts = urlsplit(self.base)
         host = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+        secure = parts.scheme == "https"
         if isinstance(error, TimeoutError):
-            return NoAnswer(f"no answer within {self._patience:g} s", f"see what {self.setting} ({self.base}) is doing")
+            doing = f"see what {self.setting} ({self.base}) is doing"
+            return NoAnswer(
+                f"no answer within {self._patience:g} s", f"{doing}; it may not speak TLS" if secure else doing
+            )
         if isinstance(error, DNSLookupError):
             return NoAnswer(f"the name {parts.hostname!r} is not known", f"correct the host name in {self.setting}")
         if isinstance(error, ConnectError):
@@ -101,7 +105,6 @@ class Neighbour:
             return NoAnswer(f"cannot connect to {host}{why}", correct)
         if isinstance(error, BodyTooLarge):
             return NoAnswer("the answer does not end", f"see what {self.setting} ({self.base}) points to")
-        secure = parts.scheme == "https"
         if isinstance(error, ResponseFailed):
             why = "; ".join(
                 sorted({reason.getErrorMessage() or type(reason.value).__name__ for reason in error.reasons})
