@@ -142,11 +142,15 @@ def test_what_became_free_is_given_away_only_after_another_look() -> None:
     seats = RoomSeats()
     seats.observe("room", [], 1, since=0, now=0)
     seated(seats, "a", 1)
-    assert seats.observed_since(["room"]) == 0
     seats.leave(Session("room", "PA_a"), 1)
-    assert seats.observed_since(["room"]) < 0
-    seats.observe("room", [("PA_tablet", "tablet", "a")], 1, since=2, now=2)
+    assert seats.take("b", 1, 1) is Refusal.FULL
+    seats.observe("room", [("PA_b", "b", "b"), ("PA_tablet", "tablet", "a")], 1, since=2, now=2)
     assert seats.take("b", 1, 2) is Refusal.FULL
+    assert [at.sid for at in seats.overflow(1, 2)] == ["PA_b"]
+    seats.leave(Session("room", "PA_tablet"), 3)
+    seats.leave(Session("room", "PA_b"), 3)
+    seats.observe("room", [], 1, since=4, now=4)
+    assert isinstance(seats.take("b", 1, 4), Claim)
 
 
 def test_a_look_that_a_later_one_overtook_says_nothing() -> None:
@@ -218,7 +222,9 @@ def test_who_comes_without_a_seat_into_a_full_room_is_overflow_until_a_seat_is_f
     assert seats.take("late", 1, 1) is Refusal.FULL
     seats.leave(Session("room", "PA_a"), 2)
     assert seats.overflow(1, 2) == []
-    assert seats.holds("late", 2)
+    seats.observe("room", [("PA_late", "late", "late")], 1, since=3, now=3)
+    assert seats.overflow(1, 3) == []
+    assert seats.holds("late", 3)
 
 
 def test_nobody_is_put_out_for_requests_that_may_come_to_nothing() -> None:
@@ -276,6 +282,7 @@ class Calls(RuleBasedStateMachine):
 
     def _look_if_before(self, since: float) -> None:
         if self.seats.observed_since(["room"]) < since:
+            self.now += 0.001
             self.looks.insert(0, (self.now, [(sid, user, user) for sid, user in self.inside.items()]))
             self.a_look_ends()
 
@@ -326,6 +333,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule()
     def a_look_begins(self) -> None:
+        self.now += 0.001
         self.looks.append((self.now, [(sid, user, user) for sid, user in self.inside.items()]))
 
     @precondition(lambda self: self.looks)

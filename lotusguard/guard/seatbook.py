@@ -167,7 +167,6 @@ class MemorySeatBook:
         if room is not None:
             room.sessions.clear()
             room.observed.clear()
-            room.doubtful.clear()
             room.claims = [claim for claim in room.claims if claim.expires > self._clock.seconds()]
 
     def occupied(self) -> list[str]:

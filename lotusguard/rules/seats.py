@@ -75,8 +75,6 @@ class RoomSeats:
     claims: list[Claim] = Factory(list)
     observed: dict[str, float] = Factory(dict)
     """alias → the start of the last complete look at who is in it"""
-    doubtful: dict[str, float] = Factory(dict)
-    """alias → since when the last look at it does not tell enough to give away what became free"""
     gone: dict[Session, float] = Factory(dict)
     touched: float = 0.0
 
@@ -89,7 +87,7 @@ class RoomSeats:
         if user is None or not self.holds(user, now):
             named, anonymous = self._held(now)
             if len(named) + anonymous >= cap:
-                return Refusal.FULL if len(self._certain(now)) >= cap else Refusal.BUSY
+                return Refusal.FULL if len(self.users() | self.awaited(now)) >= cap else Refusal.BUSY
         claim = Claim(user)
         self.claims.append(claim)
         return claim
@@ -142,13 +140,14 @@ class RoomSeats:
         """A session ended. What ended once never comes back: a late message of an old session
         says nothing about the new one.
 
-        The seat may have been for a further device that we have not heard of yet, so nobody gets it before the
-        next look.
+        Their user may be there with a further device that we have not heard of yet: the seat stays theirs until
+        somebody has looked, as with a promise that ends now.
         """
         self.touched = now
         self.gone[at] = now
-        if self.sessions.pop(at, None) is not None:
-            self.doubtful[at.alias] = now
+        seat = self.sessions.pop(at, None)
+        if seat is not None and seat.seated and not self.holds(seat.user, now):
+            self.claims.append(Claim(seat.user, expires=now))
 
     def observe(
         self,
@@ -181,36 +180,34 @@ class RoomSeats:
             if at.alias == alias and at not in there and seat.since < since:
                 del self.sessions[at]
         self.observed[alias] = since
-        if self.doubtful.get(alias, since) <= since:
-            self.doubtful.pop(alias, None)
         self.gone = {at: when for at, when in self.gone.items() if when > now - GONE_MEMORY}
         horizon = min(now, self.observed_since(self.observed))
         self.claims = [
             claim
             for claim in self.claims
             # who is there under a token of before the look has nothing left to arrive for
-            if claim.expires > horizon and not (claim.issued_to in identities and claim.issued_at <= since)
+            if claim.expires >= horizon and not (claim.issued_to in identities and claim.issued_at <= since)
         ]
         self.touched = now
 
     def observed_since(self, aliases: Iterable[str]) -> float:
         """The oldest of the last looks at these SFU rooms; minus infinity when one was never looked at."""
-        never = -math.inf
-        return min((never if a in self.doubtful else self.observed.get(a, never) for a in aliases), default=never)
+        return min((self.observed.get(alias, -math.inf) for alias in aliases), default=-math.inf)
 
     def overflow(self, cap: int | None, now: float) -> list[Session]:
         """Who is to be put out: sessions without a seat in a room that is certainly full.
 
-        Whoever can be given a seat by now gets it. While only unanswered requests fill the room, nobody is
-        put out, for those may come to nothing.
+        Whoever can be given a seat by now gets it. While it takes unanswered requests to fill the room, or promises
+        that have ended since the last look, nobody is put out, for those may come to nothing.
         """
         out = []
+        promised = {claim.user for claim in self.claims if not claim.in_flight and claim.expires > now}
         for at, seat in self.sessions.items():
             if seat.seated:
                 continue
             if cap is None or self.holds(seat.user, now) or self._free_besides(seat.user, cap, now):
                 seat.seated = True
-            elif len(self._certain(now, seated_only=True)) >= cap:
+            elif len(promised.union(seat.user for seat in self.sessions.values() if seat.seated)) >= cap:
                 out.append(at)
         return out
 
@@ -238,16 +235,12 @@ class RoomSeats:
 
     def _lives(self, claim: Claim, now: float) -> bool:
         # A claim that ended since the last look counts until the next one: its user may have arrived meanwhile.
-        return claim.expires > min(now, self.observed_since(self.observed))
+        return claim.expires >= min(now, self.observed_since(self.observed))
 
     def _held(self, now: float) -> tuple[set[str], int]:
         live = [claim for claim in self.claims if self._lives(claim, now)]
         named = self.users() | {claim.user for claim in live if claim.user is not None}
         return named, sum(1 for claim in live if claim.user is None)
-
-    def _certain(self, now: float, *, seated_only: bool = False) -> set[str]:
-        there = {seat.user for seat in self.sessions.values() if seat.seated or not seated_only}
-        return there | self.awaited(now)
 
     def _free_besides(self, user: str, cap: int, now: float) -> bool:
         seated = {seat.user for seat in self.sessions.values() if seat.seated}
