@@ -14,8 +14,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import pytest_twisted
+from twisted.internet.threads import deferToThread
 
 from lotusguard import __version__
+from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, Stage
+from tests.guardprocess import free_port
+from tests.test_upgrade import Host
 
 ROOT = Path(__file__).parent.parent
 SITE = sysconfig.get_paths()["purelib"]
@@ -31,7 +36,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
     )  # fmt: skip
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, version: str = __version__) -> Path:
     """Archives built from a copy of the sources, as ``make dist`` builds them but without the network."""
     sources = folder / "sources"
     for name in IN_THE_ARCHIVE:
@@ -43,6 +48,8 @@ def build(folder: Path) -> Path:
     for name in FILES:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, sources / name)
+    about = sources / "lotusguard" / "__init__.py"
+    about.write_text(about.read_text(encoding="utf-8").replace(__version__, version), encoding="utf-8")
     done = run(
         sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", sources,
         cwd=folder, SOURCE_DATE_EPOCH="1700000000",
@@ -166,3 +173,57 @@ def test_a_port_that_is_taken_ends_the_start_with_a_line_that_names_the_setting(
 def test_the_wheel_alone_plays_a_call(installed: Path) -> None:
     done = run(installed / "bin" / "lotusguard", "sandbox", "--play", cwd=installed, PYTHONPATH=SITE)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- put in place ----------------------------------------------------------------------------------------
+
+TWISTD = """#!{venv}/bin/python
+from twisted.scripts.twistd import run
+run()
+"""
+
+
+class RealHost(Host):
+    """A host with the real thing installed; what that depends on is borrowed from our venv, ``twistd`` included."""
+
+    def __init__(self, folder: Path, stage: Stage) -> None:
+        super().__init__(folder)
+        settings = {
+            "GUARD_BIND_HOST": "127.0.0.1",
+            "GUARD_BIND_PORT": free_port(),
+            "GUARD_ADMIN_PORT": self.port,
+            "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
+            "GUARD_STATE_DIR": folder / "state",
+            "GUARD_UPSTREAM": stage.authorizer.url,
+            "LIVEKIT_API": stage.sfu.url,
+            "LIVEKIT_KEY": KEY,
+            "LIVEKIT_SECRET": SECRET,
+            "SYNAPSE_API": stage.homeserver.url,
+            "MATRIX_TOKEN": stage.admin_token,
+        }
+        lines = [f"{name}={value}\n" for name, value in settings.items()]
+        (folder / "env").write_text("".join(lines), encoding="utf-8")
+        stage.sfu.webhooks.urls[:] = [f"http://127.0.0.1:{settings['GUARD_BIND_PORT']}/sfu_webhook"]
+        python = folder / "python"
+        script = TWISTD.format(venv="$3")
+        python.write_text(
+            f'#!/bin/sh\nset -e\n"{sys.executable}" "$@" --without-pip\n'
+            f'cat >"$3/bin/twistd" <<END\n{script}END\nchmod +x "$3/bin/twistd"\n',
+            encoding="utf-8",
+        )
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_real_release_is_checked_rehearsed_and_switched_to(dist: Path, stage: Stage, tmp_path: Path) -> None:
+    host = RealHost(tmp_path, stage)
+    newer = build(tmp_path / "newer", "0.1.99")
+    try:
+        first = await deferToThread(host.upgrade, the_wheel(dist))
+        assert first.returncode == 0, first.stdout + first.stderr
+        await deferToThread(subprocess.run, [str(host.restart)], env=host.environment, check=True)
+        done = await deferToThread(host.upgrade, the_wheel(newer), LOTUSGUARD_START_SECONDS="30")
+        assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log").read_text()
+        assert "0.1.99" in await deferToThread(host.running)
+        assert host.current() == "0.1.99"
+    finally:
+        await deferToThread(host.stop)

@@ -98,7 +98,8 @@ class Host:
         self.restart = self._script(
             "restart",
             f'[ ! -f "{self.pidfile}" ] || kill "$(cat "{self.pidfile}")" 2>/dev/null && sleep 0.2 || true\n'
-            f'"{folder}/prefix/current/bin/twistd" -n lotusguard </dev/null >/dev/null 2>&1 &\n'
+            f'set -a; . "{folder}/env"\n'
+            f'"{folder}/prefix/current/bin/twistd" -n --pidfile= lotusguard </dev/null >"{folder}/log" 2>&1 &\n'
             f'echo $! >"{self.pidfile}"',
         )
         # venvs without a pip of their own are made in a moment; they get the one we run with
