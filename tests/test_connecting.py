@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connecting to a neighbour that is down costs a join next to nothing."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.error import ConnectError
+from twisted.web.client import HTTPConnectionPool
+
+from lotusguard.clients.http import FixedAgent, collected, connection_pool
+from lotusguard.sandbox.homeserver import Homeserver
+
+NOTICEABLE = 0.25
+"""Seconds. Twisted's ``HostnameEndpoint`` as it comes takes 0.3."""
+
+
+@pytest_twisted.async_yield_fixture
+async def pool() -> AsyncIterator[HTTPConnectionPool]:
+    pool = connection_pool(reactor)
+    yield pool
+    await pool.closeCachedConnections()
+
+
+def free_port() -> int:
+    with socket.socket() as trying:
+        trying.bind(("127.0.0.1", 0))
+        port: int = trying.getsockname()[1]
+        return port
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_refused_connection_is_noticed_at_once(pool: HTTPConnectionPool, host: str) -> None:
+    agent = FixedAgent(reactor, f"http://{host}:{free_port()}", pool, 5)
+    await _refused(agent)  # the resolver's threads are up now
+    began = reactor.seconds()
+    await _refused(agent)
+    assert reactor.seconds() - began < NOTICEABLE
+
+
+async def _refused(agent: FixedAgent) -> None:
+    with pytest.raises(ConnectError):
+        await agent.request(b"GET", b"/")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_name_with_an_address_that_refuses_is_reached_by_the_other(pool: HTTPConnectionPool) -> None:
+    homeserver = Homeserver(reactor)
+    await homeserver.start()  # on 127.0.0.1 only; localhost may be ::1 as well
+    try:
+        agent = FixedAgent(reactor, f"http://localhost:{homeserver.port}", pool, 5)
+        response = await agent.request(b"GET", b"/_matrix/client/versions")
+        assert b"versions" in await collected(response, 10_000)
+    finally:
+        await homeserver.stop()
