@@ -6,6 +6,7 @@ It only takes away, keeps every other flag, and one bad room or participant does
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -108,7 +109,8 @@ class Enforcement:
             if not replaced:
                 await self._seats.leave(slot.room_id, alias, sid)
         elif kind == "participant_joined" and cap is not None and _takes_a_seat(participant):
-            who = Present(sid, identity, await self._ledger.user_behind(alias, identity))
+            user = await self._ledger.user_behind(alias, identity)
+            who = Present(sid, identity, user, joined=_joined(participant))
             await self._seats.arrive(slot.room_id, alias, who, cap)
         # One who was replaced by their own new session keeps the seat until that is seen, or nobody is.
         if kind not in _LEFT or replaced:
@@ -231,6 +233,12 @@ _EVENTS_OF_INTEREST = (*_LEFT, "participant_joined", "track_published", "room_fi
 def _text(holder: object, key: str) -> str:
     value = holder.get(key) if isinstance(holder, dict) else None
     return value if isinstance(value, str) else ""
+
+
+def _joined(participant: object) -> float:
+    """When they came, by the SFU's clock, which gives whole seconds; infinity where that is not said."""
+    seconds = _text(participant, "joinedAt")
+    return int(seconds) + 1 if seconds.isdecimal() and len(seconds) < 16 else math.inf
 
 
 def _takes_a_seat(participant: object) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -25,11 +26,12 @@ DISK_PATIENCE = 0.25
 
 @frozen
 class Present:
-    """Somebody in the call, as far as seats go."""
+    """Somebody in the call, as far as seats go. ``joined`` is when they came, at the latest."""
 
     sid: str
     identity: str
     user: str
+    joined: float = math.inf
 
 
 class SeatBook(Protocol):
@@ -145,7 +147,7 @@ class MemorySeatBook:
             self._newcomers.setdefault(room_id, set()).add(Session(alias, who.sid))
             return
         awaited = room.awaited(now)
-        room.arrive(Session(alias, who.sid), who.user, who.identity, cap, now)
+        room.arrive(Session(alias, who.sid), who.user, who.identity, cap, now, joined=who.joined)
         self._kept(room_id, awaited - room.awaited(now))
 
     async def leave(self, room_id: str, alias: str, sid: str) -> None:

@@ -120,10 +120,14 @@ class RoomSeats:
             claim.user == user and self._lives(claim, now) for claim in self.claims
         )
 
-    def arrive(self, at: Session, user: str, identity: str, cap: int | None, now: float) -> bool:
+    def arrive(
+        self, at: Session, user: str, identity: str, cap: int | None, now: float, *, joined: float = math.inf
+    ) -> bool:
         """Somebody is in the call. Idempotent.
 
         :param cap: seats there are; ``None`` seats whoever comes.
+        :param joined: when they came, at the latest. What they were promised after that is not what they came for:
+            news can be late, and this an old session that has ended since.
         :return: whether they sit on a seat; if not, they came in past the cap (an old token, another issuer).
         """
         self.touched = now
@@ -133,7 +137,11 @@ class RoomSeats:
         if seat is None:
             seated = cap is None or self.holds(user, now) or self._free_besides(user, cap, now)
             seat = self.sessions[at] = Seating(user, identity, now, seated)
-            self.claims = [claim for claim in self.claims if claim.user != user or claim.in_flight]
+            self.claims = [
+                claim
+                for claim in self.claims
+                if claim.user != user or claim.in_flight or joined < claim.issued_at < math.inf
+            ]
         return seat.seated
 
     def leave(self, at: Session, now: float) -> None:
@@ -175,7 +183,7 @@ class RoomSeats:
             at = Session(alias, sid)
             there.add(at)
             identities.add((alias, identity))
-            self.arrive(at, user, identity, None if first and sid not in newcomers else cap, now)
+            self.arrive(at, user, identity, None if first and sid not in newcomers else cap, now, joined=since)
         for at, seat in list(self.sessions.items()):
             if at.alias == alias and at not in there and seat.since < since:
                 del self.sessions[at]
