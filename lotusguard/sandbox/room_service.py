@@ -20,7 +20,7 @@ from lotusguard.sandbox.sfu_participant import Participant
 if TYPE_CHECKING:
     from lotusguard.sandbox.sfu import Sfu
 
-_NO_PARTICIPANT = ("not_found", "participant does not exist")
+_NO_PARTICIPANT = ("not_found", "twirp error unknown: participant does not exist")
 _NO_ROOM = ("not_found", "requested room does not exist")
 _NO_NODE = ("unavailable", "no response from servers")
 

@@ -73,6 +73,8 @@ class Stack:
         self.server_admin = self.register("server_admin", admin=True)
         self.moderator = self.register("moderator")
         self.clients = MediaClients(self.place / "clients.log")
+        self.delegates = http("OPTIONS", f"{self.authorizer_url}/delegate_delayed_leave").status == 200
+        """Whether this lk-jwt-service delegates leaves: 0.5.0 does not, its main branch does."""
 
     def stop(self) -> None:
         if hasattr(self, "clients"):

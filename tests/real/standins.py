@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our stand-ins for lk-jwt-service and LiveKit as programs of their own, to be held against the real ones. Tests.
+
+Arguments: key, secret, port of the authorizer, port of the SFU, address of the SFU that the authorizer uses, the
+homeserver's name and its address.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from twisted.internet import task
+from twisted.internet.defer import Deferred
+
+from lotusguard.sandbox.authorizer import Authorizer
+from lotusguard.sandbox.sfu import Sfu
+
+
+async def run(reactor: Any) -> None:
+    key, secret, port, sfu_port, sfu_url, server_name, homeserver_url = sys.argv[1:]
+    homeservers = {server_name: homeserver_url}
+    await Sfu(reactor, key=key, secret=secret, port=int(sfu_port)).start()
+    await Authorizer(
+        reactor, key=key, secret=secret, sfu_url=sfu_url, homeservers=homeservers, full_access=(server_name,),
+        port=int(port),
+    ).start()  # fmt: skip
+    await Deferred()  # until somebody ends us
+
+
+if __name__ == "__main__":
+    task.react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
