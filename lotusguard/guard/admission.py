@@ -38,6 +38,7 @@ ROSTER_AGE = 2.0
 never older than their request."""
 NO_CAP = 2**31
 DECISIONS_KEPT = 500
+STAGES = ("policy", "roster", "verify", "seat", "upstream", "total")
 T = TypeVar("T")
 Forward = Callable[[], Awaitable[Answer]]
 
@@ -110,6 +111,7 @@ class Admission:
         self._key = key
         self._clock = clock
         self._metrics = metrics
+        self._stage_seconds = {stage: metrics.join_seconds.labels(stage) for stage in STAGES}
         self._lookup_timeout = lookup_timeout
         self._token_ttl = token_ttl
         self._dry_run = dry_run
@@ -183,7 +185,8 @@ class Admission:
     async def _seat(self, join: _Join, cap: int, since: float) -> bool:
         """Take a seat if there is one.
 
-        What is known of who is in is as young as ``since``; before there is no seat, as young as the request.
+        What is known of who is in is as young as ``since``; before there is no seat, as young as the request and
+        as the latest leaving.
         """
         request, decision = join.request, join.decision
         while True:
@@ -194,9 +197,11 @@ class Admission:
                 return True
             if taken is Refusal.BUSY:
                 await self._timed(decision, "seat", self._seats.freed(join.room_id))
-            elif since >= decision.began:
-                return False
-            since = max(since, decision.began)
+            else:
+                owed = max(decision.began, await self._seats.doubted_since(join.room_id))
+                if since >= owed:
+                    return False
+                since = owed
 
     async def _seat_regardless(self, join: _Join) -> None:
         """Who is let in because we cannot tell still takes up a seat."""
@@ -336,12 +341,13 @@ class Admission:
         self.decisions.append(decision)
         self._metrics.joins.labels(decision.verdict, decision.reason).inc()
         for stage, seconds in decision.stages.items():
-            self._metrics.join_seconds.labels(stage).observe(seconds)
+            self._stage_seconds[stage].observe(seconds)
+        line = "{verdict} {user} in {room_id}: {reason}, {total:.0f} ms [{request_id}]"
         log.info(
-            "{verdict} {user} in {room_id}: {reason}, {total:.0f} ms [{request_id}]{unenforced}",
+            line + " unenforced: {unenforced}" if decision.unenforced else line,
             verdict=decision.verdict, user=decision.user or "somebody", room_id=decision.room_id,
             reason=decision.reason, total=total * 1000, request_id=decision.request_id, route=decision.route,
-            unenforced=" unenforced: " + ", ".join(decision.unenforced) if decision.unenforced else "",
+            unenforced=decision.unenforced,
             stages={stage: round(seconds, 6) for stage, seconds in decision.stages.items()}, event_name="join",
         )  # fmt: skip
 

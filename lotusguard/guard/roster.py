@@ -39,7 +39,7 @@ class Roster:
         self._ledger = ledger
         self._policies = policies
         self._clock = clock
-        self._looks: SharedCalls[tuple[str, str], None] = SharedCalls(self._look)
+        self._looks: SharedCalls[tuple[str, str], float] = SharedCalls(self._look)
 
     async def fresh(self, room_id: str, slot_id: str, budget: Budget, since: float) -> None:
         """See to it that the last look at all SFU rooms of a Matrix room began at ``since`` or later.
@@ -51,8 +51,11 @@ class Roster:
             raise NeighbourFailed("livekit", "no_livekit_key")
         alias = room_alias(room_id, slot_id)
         known = {*await self._ledger.aliases_of(room_id), room_alias(room_id, ROOM_SLOT), alias}
-        if await self._seats.observed_since(room_id, known) < since:
-            await budget.wait(self._looks.get((room_id, alias)))
+        for _ in range(2):  # a look that others wait for already may have begun too early
+            if await self._seats.observed_since(room_id, known) >= since:
+                return
+            if await budget.wait(self._looks.get((room_id, alias))) >= since:
+                return
 
     async def observed(
         self, room_id: str, alias: str, participants: Iterable[ParticipantInfo], since: float
@@ -67,7 +70,8 @@ class Roster:
         await self._seats.observe(room_id, alias, present, cap, since)
         return present
 
-    async def _look(self, key: tuple[str, str]) -> None:
+    async def _look(self, key: tuple[str, str]) -> float:
+        """Look into all SFU rooms of a Matrix room. :return: when it began."""
         assert self._sfu is not None
         room_id, asked = key
         since = self._clock.seconds()
@@ -82,3 +86,4 @@ class Roster:
             participants = found.get(alias, ())
             if participants or alias in lasting:  # a slot that is only asked for leaves no trace
                 await self.observed(room_id, alias, participants, since)
+        return since

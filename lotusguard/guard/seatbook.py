@@ -53,6 +53,9 @@ class SeatBook(Protocol):
     async def observed_since(self, room_id: str, aliases: Iterable[str]) -> float:
         """When the oldest of the last looks at these SFU rooms began; minus infinity for never."""
 
+    async def doubted_since(self, room_id: str) -> float:
+        """When somebody left, or a promise ended, that no look has confirmed yet; minus infinity when none did."""
+
     async def observe(
         self, room_id: str, alias: str, present: Collection[Present], cap: int | None, since: float
     ) -> None:
@@ -126,6 +129,9 @@ class MemorySeatBook:
 
     async def observed_since(self, room_id: str, aliases: Iterable[str]) -> float:
         return self._room(room_id).observed_since(aliases)
+
+    async def doubted_since(self, room_id: str) -> float:
+        return self._room(room_id).doubted_since(self._clock.seconds())
 
     async def observe(
         self, room_id: str, alias: str, present: Collection[Present], cap: int | None, since: float

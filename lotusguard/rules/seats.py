@@ -202,6 +202,12 @@ class RoomSeats:
         """The oldest of the last looks at these SFU rooms; minus infinity when one was never looked at."""
         return min((self.observed.get(alias, -math.inf) for alias in aliases), default=-math.inf)
 
+    def doubted_since(self, now: float) -> float:
+        """Since when a look has been owed: the latest end of a claim that counts only because nobody has looked
+        since; minus infinity when none is."""
+        ended = (claim.expires for claim in self.claims if claim.expires <= now and self._lives(claim, now))
+        return max(ended, default=-math.inf)
+
     def overflow(self, cap: int | None, now: float) -> list[Session]:
         """Who is to be put out: sessions without a seat in a room that is certainly full.
 
