@@ -47,11 +47,12 @@ async def set_stage() -> AsyncIterator[SetStage]:
 
 @pytest_twisted.async_yield_fixture
 async def stage(set_stage: SetStage) -> AsyncIterator[Stage]:
-    """A stage as it is by default, but for reconciling, which is left to those tests that want it."""
-    yield await set_stage(guard_reconcile_interval=3600)
+    """A stage as it is by default, but for reconciling, which is left to those tests that want it, and for patience:
+    that the machine is busy is no reason to let something pass."""
+    yield await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
 
 
-def until(condition: Callable[[], Any], seconds: float = 5.0) -> Deferred[None]:
+def until(condition: Callable[[], Any], seconds: float = 15.0) -> Deferred[None]:
     """Wait until something holds that other parts of this process bring about; fails after ``seconds``."""
 
     async def wait() -> None:

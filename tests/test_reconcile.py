@@ -161,10 +161,11 @@ async def test_a_round_fails_with_the_sfu_and_says_so(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault.hang(), Fault.status(500), Fault.garbage(), Fault.delay(1.2), Fault.close()], ids=lambda f: f.kind
+    "fault", [Fault.hang(), Fault.status(500), Fault.garbage(), Fault.delay(2), Fault.close()], ids=lambda f: f.kind
 )
 @pytest_twisted.ensureDeferred
-async def test_an_ill_room_does_not_delay_the_others(stage: Stage, fault: Fault) -> None:
+async def test_an_ill_room_does_not_delay_the_others(set_stage: SetStage, fault: Fault) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=3)
     ill, *others = await calls_where_sharing_ends(stage, 6)
     stage.sfu.room_faults[ill.room.name] = fault
     await stage.guard._enforcement.reconcile()
@@ -188,6 +189,7 @@ async def test_rounds_leave_alone_what_an_earlier_one_is_still_at(stage: Stage) 
         await until(lambda: other.room.name not in stage.guard._enforcement._running)
         assert asked_about(stage).count(other.room.name) == rounds
     assert asked_about(stage).count(ill.room.name) == 1
+    assert not stage.guard._enforcement._again
 
 
 @pytest_twisted.ensureDeferred
@@ -208,7 +210,7 @@ async def test_only_so_many_rooms_are_worked_on_at_once(stage: Stage) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_when_many_rooms_hang_webhooks_and_joins_go_on(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=4)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
     everybody = await calls_where_sharing_ends(stage, 2 * ROOMS_AT_ONCE)
     full = room_of(stage, 1)
     await stage.enter(ALICE, full)
@@ -221,7 +223,7 @@ async def test_when_many_rooms_hang_webhooks_and_joins_go_on(set_stage: SetStage
     await until(lambda: len(stage.sfu.in_flight) == ROOMS_AT_ONCE)
     assert last.room.name in enforcement._queued
     await tell(stage, event_about("track_published", last))  # which does not wait for its turn
-    await until(lambda: ended(last), seconds=3)
+    await until(lambda: ended(last), seconds=8)
     assert (await stage.ask_token(ALICE, full)).code == 200
     assert (await stage.ask_token(BOB, full)).code == 403
     assert len(stage.sfu.in_flight) == ROOMS_AT_ONCE  # they still hang

@@ -41,7 +41,7 @@ from tests.conftest import SetStage, until
 @pytest_twisted.async_yield_fixture
 async def deaf(set_stage: SetStage) -> Any:
     """A stage whose SFU tells nobody anything, so that webhooks can be delivered by hand."""
-    stage = await set_stage(guard_reconcile_interval=3600)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
     stage.sfu.webhooks.urls[:] = []
     yield stage
 
