@@ -209,7 +209,7 @@ class Enforcement:
             return
         known = await self._policies.get(slot.room_id, Budget(self._clock, self._lookup_timeout))
         policy, certain = known.policy, known.freshness is Freshness.FRESH
-        if policy.max_users is None:
+        if policy.max_users is None and certain:
             await self._seats.forget(slot.room_id)
         if not policy and not await self._corrections.owes(alias):
             self.watched.pop(alias, None)
