@@ -102,8 +102,8 @@ def parsed(received: bytes) -> tuple[list[Response], bytes]:
         headers = [tuple(part.strip() for part in line.decode("latin-1").split(":", 1)) for line in lines]
         names = {name.lower(): value for name, value in headers}
         code = int(status.split(b" ")[1])
-        if code < 200 or code in (204, 304):
-            body = b""
+        if code < 200 or code in (204, 304) or rest.startswith(b"HTTP/1."):
+            body = b""  # to a HEAD, in the last case
         elif "chunked" in names.get("transfer-encoding", ""):
             body, whole, rest = _chunks(rest)
             if not whole:
