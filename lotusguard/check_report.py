@@ -103,4 +103,9 @@ class Findings:
         self._add(asked, "unknown", reason, remedy)
 
     def _add(self, asked: str, state: State, reason: str, remedy: str = "") -> None:
-        self._report.findings.append(Finding(self._about, asked, state, reason, remedy))
+        self._report.findings.append(Finding(self._about, asked, state, _plain(reason), _plain(remedy)))
+
+
+def _plain(text: str) -> str:
+    """What a neighbour said must not move the terminal's cursor, nor look like lines of ours."""
+    return "".join(character if character.isprintable() else "?" for character in text)

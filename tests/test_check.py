@@ -167,6 +167,15 @@ async def test_an_old_synapse_that_answers_the_whole_state(stage: Stage) -> None
     assert report.fine
 
 
+@pytest_twisted.ensureDeferred
+async def test_what_a_neighbour_says_does_not_reach_the_terminal_as_it_is(stage: Stage) -> None:
+    stage.homeserver.faults["server_version"] = Fault.status(
+        200, b'{"server_version": "1.0\\u001b[2J\\n  all is well"}'
+    )
+    reason = found(await checked(stage), "synapse", "reachable").reason
+    assert reason.endswith("Synapse 1.0?[2J?  all is well")
+
+
 # -- LiveKit -------------------------------------------------------------------------------------------------
 
 

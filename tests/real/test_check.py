@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lotusguard check`` asks the real programs: what it makes of their own words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.real.stack import CHECKOUT, Stack
+
+OTHER_SECRET = "another-secret-of-the-same-length-1"
+
+
+def checked(stack: Stack, **settings: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
+    """Exit status and findings of a check with the running guard's settings, and these over them."""
+    assert stack.guard is not None
+    environment = os.environ | stack.guard.environment | settings
+    asked = subprocess.run(
+        [sys.executable, "-m", "lotusguard.cli", "check", "--json"],
+        env=environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert asked.stderr == ""
+    return asked.returncode, {(one["about"], one["asked"]): one for one in json.loads(asked.stdout)["findings"]}
+
+
+def test_nothing_is_wrong_and_no_room_is_left(stack: Stack) -> None:
+    stack.room(2)
+    before = stack.sfu_call("ListRooms", {}).content["rooms"]
+    status, findings = checked(stack)
+    assert {name: one for name, one in findings.items() if one["state"] != "fine"} == {}
+    assert status == 0
+    assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("carries our key and secret")
+    assert findings["lk-jwt-service", "the trial's room"]["reason"] == "was made at LIVEKIT_API, and is deleted again"
+    assert findings["webhooks", "arrive"]["reason"].endswith("on the trial's room")
+    assert findings["synapse", "state by type"]["reason"] == "only what is asked for is sent"
+    assert stack.sfu_call("ListRooms", {}).content["rooms"] == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "finding", "said"),
+    [
+        ({"LIVEKIT_SECRET": OTHER_SECRET}, ("livekit", "key"), "LIVEKIT_SECRET is not its secret"),
+        ({"LIVEKIT_SECRET": OTHER_SECRET}, ("lk-jwt-service", "its tokens"), "but not with our LIVEKIT_SECRET"),
+        ({"LIVEKIT_KEY": "otherkey"}, ("livekit", "key"), "LiveKit does not know the API key 'otherkey'"),
+        ({"LIVEKIT_KEY": "otherkey"}, ("lk-jwt-service", "its tokens"), "key 'realkey', ours is 'otherkey'"),
+        ({"MATRIX_TOKEN": "syt_old"}, ("synapse", "access token"), "401 M_UNKNOWN_TOKEN"),
+        ({"GUARD_SERVER_NAME": "example.org"}, ("synapse", "server name"), "'example.org'"),
+    ],
+)
+def test_wrong_credentials(stack: Stack, settings: dict[str, str], finding: tuple[str, str], said: str) -> None:
+    status, findings = checked(stack, **settings)
+    assert status == 1
+    assert findings[finding]["state"] == "wrong"
+    assert said in findings[finding]["reason"]
+
+
+def test_a_token_of_somebody_who_is_no_admin(stack: Stack) -> None:
+    status, findings = checked(stack, MATRIX_TOKEN=stack.tokens[stack.moderator])
+    assert status == 1
+    assert "who is no server admin" in findings["synapse", "access token"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "other", "about"),
+    [
+        ("SYNAPSE_API", "sfu_url", "synapse"),
+        ("SYNAPSE_API", "authorizer_url", "synapse"),
+        ("LIVEKIT_API", "homeserver_url", "livekit"),
+        ("LIVEKIT_API", "authorizer_url", "livekit"),
+        ("GUARD_UPSTREAM", "homeserver_url", "lk-jwt-service"),
+        ("GUARD_UPSTREAM", "sfu_url", "lk-jwt-service"),
+        ("GUARD_UPSTREAM", "guard_url", "lk-jwt-service"),
+        ("GUARD_UPSTREAM", "operators_url", "lk-jwt-service"),
+    ],
+)
+def test_mistaken_addresses(stack: Stack, setting: str, other: str, about: str) -> None:
+    status, findings = checked(stack, **{setting: getattr(stack, other)})
+    assert status == 1
+    wrong = {name for name, one in findings.items() if one["state"] == "wrong"}
+    assert {about for about, _ in wrong} == {about}
+    assert setting in "".join(findings[name]["remedy"] for name in wrong)
