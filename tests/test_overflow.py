@@ -115,6 +115,22 @@ async def test_reconciling_finds_whom_no_webhook_told_of(set_stage: SetStage) ->
     assert alice.connected
 
 
+@pytest_twisted.ensureDeferred
+async def test_of_several_whom_no_webhook_told_of_the_first_to_come_has_the_seat(stage: Stage) -> None:
+    room_id = room_of(stage, 2)
+    alice = await stage.enter(ALICE, room_id)
+    await at_rest(stage)
+    stage.sfu.webhooks.urls[:] = []
+    now = stage.sfu.now
+    stage.sfu.now = lambda: now() + 1
+    bob = stage.sfu.connect(old_token(BOB, room_id))
+    stage.sfu.now = lambda: now() + 2
+    carol = stage.sfu.connect(old_token(CAROL, room_id))
+    await look_again(stage, alice)
+    assert bob.connected
+    assert not carol.connected
+
+
 # -- never put out ---------------------------------------------------------------------------------------
 
 
@@ -389,3 +405,19 @@ def test_a_look_that_was_overtaken_by_a_later_one_brings_nobody_back() -> None:
     room.observe("alias", [("PA_a", "alice", "alice")], 2, since=3, now=7)
     assert room.users() == set()
     assert room.observed_since(["alias"]) == 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_left_is_not_remembered_for_ever() -> None:
+    clock = Clock()
+    seats = book(clock)
+    await seats.arrive("!r", "alias", Present("PA_0", "alice", "alice"), 5)
+    await seats.take("!r", "alice", 5)
+    for number in range(100):
+        await seats.leave("!r", "alias", f"PA_{number}")
+    clock.advance(60)
+    seats.prune()
+    assert len(seats.rooms["!r"].gone) == 100
+    clock.advance(61)
+    seats.prune()
+    assert not seats.rooms["!r"].gone

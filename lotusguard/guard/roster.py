@@ -63,7 +63,7 @@ class Roster:
         """A complete list of who is in one SFU room, asked for at ``since``."""
         present = [
             Present(p.sid, p.identity, await self._ledger.user_behind(alias, p.identity))
-            for p in participants
+            for p in sorted(participants, key=lambda p: p.joined_at)  # the SFU lists them in no order
             if counts(p)
         ]
         cap = self._policies.last_known(room_id).max_users

@@ -186,6 +186,8 @@ class MemorySeatBook:
         now = self._clock.seconds()
         for room_id in [r for r, room in self.rooms.items() if now - room.touched > IDLE_ROOM and room.idle(now)]:
             del self.rooms[room_id]
+        for room in self.rooms.values():
+            room.forget_gone(now)
         if len(self._newcomers) > ROOMS_KEPT:
             self._newcomers.clear()
 

@@ -157,6 +157,10 @@ class RoomSeats:
         if seat is not None and seat.seated and not self.holds(seat.user, now):
             self.claims.append(Claim(seat.user, expires=now))
 
+    def forget_gone(self, now: float) -> None:
+        """Of who left long ago no late news comes any more."""
+        self.gone = {at: when for at, when in self.gone.items() if when > now - GONE_MEMORY}
+
     def observe(
         self,
         alias: str,
@@ -188,7 +192,7 @@ class RoomSeats:
             if at.alias == alias and at not in there and seat.since < since:
                 del self.sessions[at]
         self.observed[alias] = since
-        self.gone = {at: when for at, when in self.gone.items() if when > now - GONE_MEMORY}
+        self.forget_gone(now)
         horizon = min(now, self.observed_since(self.observed))
         self.claims = [
             claim

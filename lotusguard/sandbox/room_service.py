@@ -88,7 +88,8 @@ class RoomService:
 
     def _ListParticipants(self, request: pb.ListParticipantsRequest) -> pb.ListParticipantsResponse:
         room = self._sfu.rooms.get(request.room)
-        present = [] if room is None else [who.info() for who in room.participants.values()]
+        # The real one comes from a map, in no order; nobody is to rely on that of joining.
+        present = [] if room is None else [who.info() for who in reversed(room.participants.values())]
         stale = [info for (alias, _), (info, _status) in self._sfu.stale.items() if alias == request.room]
         return pb.ListParticipantsResponse(participants=present + stale)
 
