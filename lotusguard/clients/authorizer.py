@@ -60,7 +60,8 @@ class Authorizer:
         self._timeout = timeout
         self._grace = grace
         self._seconds = metrics.neighbour_seconds.labels("upstream")
-        self._calls = metrics.neighbour_calls
+        self._answered = metrics.neighbour_calls.labels("upstream", "ok")
+        self._unanswered = metrics.neighbour_calls.labels("upstream", "failed")
 
     async def ask(self, request: Forwarded) -> Answer:
         """Forward a request and wait for the whole answer. :raises UpstreamFailed:"""
@@ -110,7 +111,7 @@ class Authorizer:
                 raise self._failed(502, "garbage") from None
             else:
                 self._seconds.observe(self._clock.seconds() - began)
-                self._calls.labels("upstream", "ok").inc()
+                self._answered.inc()
                 return response
 
     async def _send(self, request: Forwarded) -> IResponse:
@@ -134,5 +135,5 @@ class Authorizer:
             raise NeighbourFailed("upstream", "unreachable") from None
 
     def _failed(self, code: int, reason: str) -> UpstreamFailed:
-        self._calls.labels("upstream", "failed").inc()
+        self._unanswered.inc()
         return UpstreamFailed(code, reason)

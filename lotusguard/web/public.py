@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from lotusguard.clients.authorizer import Authorizer, UpstreamFailed
 from lotusguard.guard.admission import Admission, RoomFull
 from lotusguard.metrics import Metrics
-from lotusguard.rules.requests import TOKEN_ROUTES, Unreadable, read_request
+from lotusguard.rules.requests import Unreadable, read_request
 from lotusguard.web.answers import refuse
 from lotusguard.web.forwarding import forwarded, give, has_body, relay
 from lotusguard.web.site import RELAY_PATH, WEBHOOK_PATH, PublicRequest
@@ -53,8 +53,6 @@ class PublicDoor:
         self._emptied: list[Deferred[None]] = []
         metrics.in_flight.set_function(lambda: len(self.in_flight))
         self.app = Klein()
-        for path in TOKEN_ROUTES:
-            self.app.route(path, endpoint=path)(self._token)
         self.app.route(WEBHOOK_PATH, endpoint=WEBHOOK_PATH)(self._webhook)
         self.app.route(RELAY_PATH, endpoint=RELAY_PATH)(self._relay)
         self.app.handle_errors(UpstreamFailed)(self._upstream_failed)  # type: ignore[arg-type]
@@ -68,6 +66,12 @@ class PublicDoor:
             await waiter
 
     # -- routes ------------------------------------------------------------------------------------------
+
+    def answer_token(self, request: PublicRequest) -> None:
+        """Answer what came for a token route, unless its caller goes away before."""
+        answering = Deferred.fromCoroutine(self._token(request))
+        request.notifyFinish().addErrback(lambda _: answering.cancel())
+        answering.addErrback(self._not_answered, request)
 
     async def _token(self, request: PublicRequest) -> None:
         """A request for a token: read strictly, decided on, forwarded as we read it."""
@@ -125,6 +129,14 @@ class PublicDoor:
                 waiter.callback(None)
 
     # -- what goes wrong ---------------------------------------------------------------------------------
+
+    def _not_answered(self, failure: Failure, request: PublicRequest) -> None:
+        if request.channel is None:
+            return  # the caller went away
+        if failure.check(UpstreamFailed):
+            self._upstream_failed(request, failure)
+        else:
+            self._unexpected(request, failure)
 
     def _upstream_failed(self, request: PublicRequest, failure: Failure) -> None:
         error = failure.value
