@@ -77,20 +77,26 @@ def test_no_page_names_a_setting_that_there_is_not() -> None:
 # -- log events ------------------------------------------------------------------------------------------
 
 
-def logged_events() -> set[str]:
-    """The names of the events that the code logs."""
-    found = set()
+def logged_events() -> dict[str, set[str]]:
+    """The names of the events that the code logs, with their levels."""
+    found: dict[str, set[str]] = {}
     for module in (ROOT / "lotusguard").rglob("*.py"):
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg == "event_name":
-                assert isinstance(node.value, ast.Constant), f"{module}: an event has one name"
-                found.add(str(node.value.value))
+        for call in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call):
+                for name in [word.value for word in call.keywords if word.arg == "event_name"]:
+                    assert isinstance(name, ast.Constant), f"{module}: an event has one name"
+                    levels = {node.attr for node in ast.walk(call.func) if isinstance(node, ast.Attribute)}
+                    found.setdefault(str(name.value), set()).update(levels)
     return found
 
 
-def test_the_documentation_lists_every_event() -> None:
+def test_the_documentation_lists_every_event_with_its_levels() -> None:
     section = text_of(EVENTS_PAGE).partition("## Logs")[2]
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == logged_events() | {"log"}
+    listed = {
+        name: set(levels.split(", ")) for name, levels in re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", section, re.M)
+    }
+    assert listed.pop("log") == {"any"}
+    assert listed == logged_events()
 
 
 # -- links -----------------------------------------------------------------------------------------------

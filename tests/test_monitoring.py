@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,19 @@ def test_expressions_are_over_metrics_and_labels_that_there_are(expression: str)
         assert labels <= known[name]
     grouped = {label for by in re.findall(r"by \(([^)]*)\)", expression) for label in re.split(r",\s*", by)}
     assert grouped <= set().union(*(known[name] for name, _ in named), {"instance"})
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool")
+def test_prometheus_takes_the_expressions(tmp_path: Path) -> None:
+    rules = [
+        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m")}
+        for number, expression in enumerate(expressions())
+    ]
+    every = tmp_path / "rules.yaml"
+    every.write_text(yaml.safe_dump({"groups": [{"name": "every", "rules": rules}]}))
+    for path in (ALERTS, every):
+        done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_alerts_say_uses_labels_that_survive() -> None:
