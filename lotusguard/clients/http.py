@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Container
+from contextlib import suppress
 from random import random
 from typing import Any, TypeVar, cast
 
@@ -315,19 +316,17 @@ class Neighbour:
             self._probing = self._clock.callLater(PROBE_INTERVAL * (1 + random() / 4), self._probe_now)
 
     def _probe_now(self) -> None:
-        async def probe() -> None:
-            try:
-                if self.breaker.open and self.probe is not None:
-                    await self.probe()
-            except NeighbourFailed:
-                pass
-            finally:
-                self._probing = None
-                if self.breaker.open:
-                    self._probe_later()
+        self._probing = None
+        if self.probe is None or not self.breaker.open:  # it was a call that found it well again
+            return
+        probing = self._probing = Deferred.fromCoroutine(_tried(self.probe))
+        probing.addErrback(_unexpected)
+        probing.addBoth(lambda _: self._probed())  # may be at once, so after it was noted
 
-        self._probing = Deferred.fromCoroutine(probe())
-        self._probing.addErrback(_unexpected)
+    def _probed(self) -> None:
+        self._probing = None
+        if self.breaker.open:
+            self._probe_later()
 
     def stop(self) -> None:
         """No more probes."""
@@ -335,6 +334,11 @@ class Neighbour:
         if self._probing is not None:
             self._probing.cancel()
             self._probing = None
+
+
+async def _tried(probe: Callable[[], Awaitable[object]]) -> None:
+    with suppress(NeighbourFailed):
+        await probe()
 
 
 def _unexpected(failure: Failure) -> None:
