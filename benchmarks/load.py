@@ -33,6 +33,7 @@ class Load:
 
     :ivar callers: how many ask at the same time. :ivar requests: how many requests they make altogether.
     :ivar rate: requests per second over all callers, sent whether or not answers came; 0 is as fast as answered.
+    :ivar fresh: a connection for each request, as nginx makes them unless it is told otherwise.
     :ivar room: the room IDs' part before their number. :ivar rooms: how many rooms, ``first`` the first's number.
     """
 
@@ -40,6 +41,7 @@ class Load:
     callers: int
     requests: int
     rate: float = 0.0
+    fresh: bool = False
     room: str = "!room"
     first: int = 0
     rooms: int = 50
@@ -109,6 +111,11 @@ class Caller(asyncio.Protocol):
             return
         self.run.answered(time.perf_counter() - self.began, self.buffer[9:12].decode(), body)
         self.buffer = b""
+        if self.run.load.fresh and self.run.left > 0:
+            self.ended = True
+            self.transport.close()
+            self.run.again()
+            return
         self.began = time.perf_counter()
         self.ask()
 
@@ -135,6 +142,7 @@ class Run:
         self.statuses: Counter[str] = Counter()
         self.sample = b""
         self.callers = load.callers
+        self.calling: set[asyncio.Future[None]] = set()
         self.done: asyncio.Event = asyncio.Event()
 
     def next_request(self) -> bytes | None:
@@ -168,6 +176,12 @@ class Run:
             except TimeoutError:
                 self.statuses["unanswered"] += self.callers
         return Outcome(self.latencies, dict(self.statuses), time.perf_counter() - began, self.sample.decode())
+
+    def again(self) -> None:
+        """The next request of a caller that takes a new connection each time."""
+        calling = asyncio.ensure_future(self._call())
+        self.calling.add(calling)
+        calling.add_done_callback(self.calling.discard)
 
     async def _call(self) -> None:
         try:

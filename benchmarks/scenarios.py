@@ -65,6 +65,7 @@ def joins(bench: Bench) -> None:
         )
         for callers in loads
     }
+    fresh = bench.figure("CPU per join, 32 callers, a connection each time", "ms")
     with (
         GuardProcess(bench.neighbours) as guard,
         PeerProcess(bench.neighbours) as peer,
@@ -88,6 +89,11 @@ def joins(bench: Bench) -> None:
                         (figure.guard, figure.peer, figure.floor)[place].append(value)
                     if subject is guard and "screen_share" in sources_of(outcome.sample):
                         raise RuntimeError("the guard did not enforce the sources")
+            for place, subject in enumerate(subjects):
+                before = subject.cpu()
+                bench.load(subject, 32, bench.joins // 2, fresh=True)
+                used = (subject.cpu() - before) / (bench.joins // 2) * MS
+                (fresh.guard, fresh.peer, fresh.floor)[place].append(used)
             cpu = rows[32][0]
             bench.say(f"round {number + 1}: CPU per join {cpu.guard[-1]:.2f} ms, the peer {cpu.peer[-1]:.2f} ms")
 

@@ -43,7 +43,7 @@ log = Logger()
 
 
 BACKLOG = 4096
-"""Callers the kernel may keep waiting to be accepted. Who finds no place tries again a second later, or three, or seven."""
+"""Callers the kernel may keep waiting to be accepted. Who finds no place tries again after 1 s, 3 s, 7 s."""
 
 
 class Options(usage.Options):
@@ -65,7 +65,7 @@ def makeService(options: Options) -> Guard:
         settings = read_settings()
     except ConfigurationError as error:
         raise SystemExit(f"lotusguard: {error}") from None
-    reactor.callWhenRunning(spare_collector)  # type: ignore[attr-defined]
+    reactor.callWhenRunning(spare_collector)
     return Guard(settings, reactor, listen=options["listen"], admin_listen=options["admin-listen"])
 
 
