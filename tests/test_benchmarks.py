@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks can be believed: their arithmetic, their peer, and that a small round of them runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from xml.etree import ElementTree
+
+import jwt
+import pytest
+
+from benchmarks.chart import SHOWN, chart
+from benchmarks.figures import Figure, markdown, percentile
+from benchmarks.load import Load
+from benchmarks.processes import Callers, GuardProcess, Neighbours, PeerProcess, Subject
+from benchmarks.profile import library_of, table
+from benchmarks.scenarios import sources_of
+from benchmarks.standing_in import SECRET, Scene, SfuRooms, cached_alias, issued_token, room_id, room_state
+
+
+def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed() -> None:
+    assert percentile(range(1, 101), 0.99) == 99
+    assert percentile(range(1, 101), 0.5) == 50
+    assert percentile([7.0], 0.99) == 7.0
+    assert percentile([3, 1, 2], 1.0) == 3
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 0.5)
+
+
+def test_ratios_are_taken_within_a_round_and_their_median_counts() -> None:
+    figure = Figure("cost", "ms", guard=[1.0, 10.0, 1.0], peer=[2.0, 20.0, 4.0], aim=0.5)
+    assert figure.ratio == 0.5
+    assert figure.met is True
+    assert Figure("cost", "ms", guard=[3.0], peer=[4.0], aim=0.5).met is False
+    assert Figure("share", "%", guard=[20.0, 30.0, 10.0], aim=25.0).met is True
+    assert Figure("share", "%", guard=[20.0]).met is None
+
+
+def test_the_table_says_what_was_missed() -> None:
+    text = markdown([Figure("cost", "ms", guard=[3.0], peer=[4.0], aim=0.5), Figure("only", "s", peer=[2.0])])
+    assert "| cost [ms] | 3.00 | 4.00 | 0.75 | ≤ 0.5 **missed** |" in text
+    assert "| only [s] | – | 2.00 |  |  |" in text
+
+
+def test_the_chart_is_an_svg_with_a_pair_of_bars_for_each_figure() -> None:
+    name = SHOWN[0][0]
+    svg = chart([Figure(name, "ms", guard=[1.0], peer=[2.0]).as_json()])
+    bars = [
+        float(rect.get("width", "0")) for rect in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")
+    ]
+    assert bars[-1] == pytest.approx(2 * bars[-2])
+
+
+def test_profiled_functions_are_grouped_by_library() -> None:
+    assert library_of("/x/site-packages/twisted/web/http.py", "f") == "twisted.web"
+    assert library_of("/x/site-packages/klein/_app.py", "f") == "klein"
+    assert library_of("/src/lotusguard/guard/admission.py", "join") == "lotusguard.guard"
+    assert library_of("~", "<method 'poll' of 'select.epoll' objects>") == "waiting"
+    stats: dict[Any, Any] = {
+        ("/src/lotusguard/rules/a.py", 1, "f"): (1, 10, 0.5, 0.5, {}),
+        ("~", 0, "poll"): (1, 1, 9.0, 9.0, {}),
+    }
+    assert table(stats, joins=10, most=5).startswith("10 joins under cProfile, 50000 us each")
+
+
+def test_the_stand_ins_issue_true_tokens_and_answer_in_both_formats() -> None:
+    token = issued_token(room_id(1), "@a:x", "D").decode()
+    claims = jwt.decode(token, SECRET, algorithms=["HS256"])
+    assert (claims["sub"], claims["video"]["room"]) == ("@a:x:D", cached_alias(room_id(1)))
+    rooms = SfuRooms.of(Scene(rooms=2, participants=3))
+    in_json = json.loads(rooms.participants(cached_alias(room_id(1)), as_json=True))
+    assert len(in_json["participants"]) == 3
+    assert len(json.loads(room_state(Scene(honour_type=False), room_id(1), "io.lotus.voice_limit"))["state"]) == 32
+    assert len(json.loads(room_state(Scene(), room_id(1), "io.lotus.voice_limit"))["state"]) == 1
+
+
+@pytest.fixture(scope="module")
+def helpers() -> Iterator[tuple[Neighbours, Callers]]:
+    with Neighbours() as neighbours, Callers() as callers:
+        yield neighbours, callers
+
+
+@pytest.mark.parametrize("kind", [GuardProcess, PeerProcess])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_small_round_runs(helpers: tuple[Neighbours, Callers], kind: type[Subject], fresh: bool) -> None:
+    neighbours, callers = helpers
+    with kind(neighbours) as subject:
+        before = subject.cpu()
+        outcome = callers.make(Load(subject.port, 4, 100, fresh=fresh))
+        assert outcome.statuses == {"200": 100}
+        assert len(outcome.latencies) == 100
+        assert subject.cpu() > before
+        narrowed = sources_of(outcome.sample)
+    assert narrowed == (["microphone", "camera"] if kind is GuardProcess else [])
+
+
+@pytest.mark.parametrize("kind", [GuardProcess, PeerProcess])
+def test_both_enforce_the_cap(helpers: tuple[Neighbours, Callers], kind: type[Subject]) -> None:
+    neighbours, callers = helpers
+    neighbours.ask({"cap": 20})
+    try:
+        with kind(neighbours) as subject:
+            statuses = callers.make(Load(subject.port, 1, 20, rooms=1)).statuses
+    finally:
+        neighbours.ask({"cap": 50})
+    assert statuses == {"200": 10, "403": 10}, "ten of them are in the call, which is full"
