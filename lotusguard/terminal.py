@@ -76,9 +76,9 @@ class Account:
         for line in below:
             self._terminal.line(self._terminal.paint(line, "dim"))
 
-    def act(self, text: str) -> None:
+    def act(self, text: str, *below: str) -> None:
         self._terminal.line()
-        self._terminal.line(self._terminal.paint(text, "bold"))
+        self.title(text, *below)
 
     async def step(self, what: str, work: Awaitable[str]) -> None:
         """Take one step.

@@ -89,7 +89,7 @@ class Play:
 
     async def _an_outage(self) -> None:
         step = self._account.step
-        self._account.act("Synapse goes away")
+        self._account.act("Synapse goes away", "Its main process; a worker still tells lk-jwt-service who callers are.")
         await step("its admin API does not answer any more", self._synapse_goes())
         await step("dave is refused: the last known cap serves", self._refused("dave", known=False))
         await step("carol hangs up, and her seat is dave's", self._takes_over("carol", "dave", "alice dave"))
@@ -126,7 +126,7 @@ class Play:
         expect(users == present.split(), f"the SFU has {users}")
         connections = len(self._participants())
         held = await self._until(lambda: self._seats_held(len(users)), "the guard counts other seats")
-        return f"200; in the call: {_listed(users)} ({connections} connections, {held} of the seats taken)"
+        return f"200; in the call: {_listed(users)} ({_many(connections, 'connection')}, {_many(held, 'seat')} taken)"
 
     async def _joins_in_time(self, name: str, present: str) -> str:
         """Once the guard has heard of the changed policy, which takes as long as it believes the old one."""
@@ -146,7 +146,7 @@ class Play:
         expect(answer.headers.getRawHeaders("access-control-allow-origin") == ["*"], "no CORS header")
         expect(name not in self._users(), f"the SFU has {self._users()}")
         if not known:
-            return f"{text} (Synapse not answering, lk-jwt-service told who asks; its token was kept back)"
+            return f"{text} (only lk-jwt-service could tell who asks: its token was kept back)"
         expect(len(self._stage.authorizer.issued) == issued, "lk-jwt-service had issued a token all the same")
         expect(set(self._stage.sfu.rooms) == rooms, "lk-jwt-service had made a room all the same")
         return f"{text} (lk-jwt-service was not asked for a token)"
@@ -269,6 +269,10 @@ class Play:
                 return held
             expect(self._stage.reactor.seconds() < end, f"{otherwise}, {PATIENCE:.0f} s later")
             await deferLater(self._stage.reactor, 0.02)
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _id(name: str) -> str:
