@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
-from lotusguard.guard.seatbook import MemorySeatBook, Present
+from lotusguard.guard.seatbook import RECONNECTING, MemorySeatBook, Present
 from lotusguard.metrics import Metrics
 from lotusguard.rules.seats import Claim, RoomSeats, Session
 from lotusguard.rules.tokens import SfuKey
@@ -421,3 +421,18 @@ async def test_who_left_is_not_remembered_for_ever() -> None:
     clock.advance(61)
     seats.prune()
     assert not seats.rooms["!r"].gone
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_seat_is_kept_for_a_reconnect_only_so_long() -> None:
+    clock = Clock()
+    seats = book(clock)
+    alice = Present("PA_a", "alice", "alice")
+    await seats.observe("!r", "alias", [alice], 1, clock.seconds())
+    await seats.leave("!r", "alias", "PA_a", replaced=True)
+    clock.advance(RECONNECTING - 1)
+    await seats.observe("!r", "alias", [], 1, clock.seconds())
+    assert not isinstance(await seats.take("!r", "bob", 1), Claim)
+    clock.advance(2)
+    await seats.observe("!r", "alias", [], 1, clock.seconds())
+    assert isinstance(await seats.take("!r", "bob", 1), Claim)

@@ -349,6 +349,29 @@ async def test_a_reconnect_keeps_the_seat_in_a_room_whose_cap_was_lowered(stage:
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away(deaf: Stage) -> None:
+    """The SFU ends the old one first, and lists nobody for a moment."""
+    room_id = room_of(deaf, 2)
+    alice, bob = await deaf.enter(ALICE, room_id), await deaf.enter(BOB, room_id)
+    for who in (alice, bob):
+        await tell(deaf, event_about("participant_joined", who))
+    await change_policy(deaf, room_id, 1)
+    await at_rest(deaf)
+    deaf.sfu.disconnect(alice.room.name, alice.identity, DisconnectReason.DUPLICATE_IDENTITY)
+    left = event_about("participant_left", alice)
+    left["participant"]["disconnectReason"] = "DUPLICATE_IDENTITY"
+    await tell(deaf, left)
+    deaf.guard._enforcement.enforce(alice.room.name)
+    await at_rest(deaf)
+    assert await seen_in(deaf, room_id) == [(BOB, True)]
+    new = reconnected(deaf, room_id)
+    await tell(deaf, event_about("participant_joined", new))
+    await at_rest(deaf)
+    assert await seen_in(deaf, room_id) == [(ALICE, True), (BOB, True)]
+    assert new.connected
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(deaf: Stage) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)

@@ -103,17 +103,15 @@ class Enforcement:
         participant = event.get("participant")
         sid, identity = _text(participant, "sid"), _text(participant, "identity")
         cap = self._policies.last_known(slot.room_id).max_users
-        replaced = _text(participant, "disconnectReason") == "DUPLICATE_IDENTITY"
         if kind in _LEFT:
             await self._ledger.remember_taken(alias, sid, frozenset())
-            if not replaced:
-                await self._seats.leave(slot.room_id, alias, sid)
+            replaced = _text(participant, "disconnectReason") == "DUPLICATE_IDENTITY"
+            await self._seats.leave(slot.room_id, alias, sid, replaced=replaced)
         elif kind == "participant_joined" and cap is not None and _takes_a_seat(participant):
             user = await self._ledger.user_behind(alias, identity)
             who = Present(sid, identity, user, joined=_joined(participant))
             await self._seats.arrive(slot.room_id, alias, who, cap)
-        # One who was replaced by their own new session keeps the seat until that is seen, or nobody is.
-        if kind not in _LEFT or replaced:
+        if kind not in _LEFT:
             self.enforce(alias)
 
     async def policy_changed(self, room_id: str) -> None:

@@ -20,6 +20,9 @@ from lotusguard.rules.seats import Claim, Refusal, RoomSeats, Session
 IDLE_ROOM = 600.0
 """Seconds after which a room where nobody is and nobody is awaited is forgotten."""
 ROOMS_KEPT = 20_000
+RECONNECTING = 10.0
+"""Seconds for which a seat is kept for whose old session the SFU ended for their new one. The new one is listed only a
+little later, and is told of when its media flow."""
 DISK_PATIENCE = 0.25
 """Seconds for which an answer waits until its promise is on disk. Longer would put a sick disk in the way."""
 
@@ -64,8 +67,8 @@ class SeatBook(Protocol):
     async def arrive(self, room_id: str, alias: str, who: Present, cap: int | None) -> None:
         """Somebody came in."""
 
-    async def leave(self, room_id: str, alias: str, sid: str) -> None:
-        """Somebody went."""
+    async def leave(self, room_id: str, alias: str, sid: str, *, replaced: bool = False) -> None:
+        """Somebody went. :param replaced: because their new session is coming."""
 
     async def overflow(self, room_id: str, cap: int | None) -> Sequence[tuple[Session, str]]:
         """Sessions past the cap with their identities."""
@@ -156,10 +159,10 @@ class MemorySeatBook:
         room.arrive(Session(alias, who.sid), who.user, who.identity, cap, now, joined=who.joined)
         self._kept(room_id, awaited - room.awaited(now))
 
-    async def leave(self, room_id: str, alias: str, sid: str) -> None:
-        room = self.rooms.get(room_id)
+    async def leave(self, room_id: str, alias: str, sid: str, *, replaced: bool = False) -> None:
+        room, now = self.rooms.get(room_id), self._clock.seconds()
         if room is not None:
-            room.leave(Session(alias, sid), self._clock.seconds())
+            room.leave(Session(alias, sid), now, back_by=now + RECONNECTING if replaced else None)
         self._no_newcomers(room_id, {Session(alias, sid)})
 
     async def overflow(self, room_id: str, cap: int | None) -> Sequence[tuple[Session, str]]:

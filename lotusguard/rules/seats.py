@@ -144,18 +144,20 @@ class RoomSeats:
             ]
         return seat.seated
 
-    def leave(self, at: Session, now: float) -> None:
+    def leave(self, at: Session, now: float, *, back_by: float | None = None) -> None:
         """A session ended. What ended once never comes back: a late message of an old session
         says nothing about the new one.
 
         Their user may be there with a further device that we have not heard of yet: the seat stays theirs until
         somebody has looked, as with a promise that ends now.
+
+        :param back_by: until when the seat is kept for a new session that is known to be on its way.
         """
         self.touched = now
         self.gone[at] = now
         seat = self.sessions.pop(at, None)
         if seat is not None and seat.seated and not self.holds(seat.user, now):
-            self.claims.append(Claim(seat.user, expires=now))
+            self.claims.append(Claim(seat.user, expires=now if back_by is None else back_by))
 
     def forget_gone(self, now: float) -> None:
         """Of who left long ago no late news comes any more."""
