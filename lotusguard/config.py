@@ -240,8 +240,16 @@ def suspicions(settings: Settings) -> list[str]:
         if name.startswith("GUARD_") and name.lower() not in known:
             near = difflib.get_close_matches(name.lower(), known, 1)
             found.append(f"{name} is no setting" + (f"; did you mean {near[0].upper()}?" if near else ""))
-    for field in Settings.model_fields:
-        path = getattr(settings, field) if field.endswith("_file") else None
-        if path is not None and path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
-            found.append(f"{field.upper()}: {str(path)!r} can be read by everybody on this machine (chmod o= it)")
+    for name, path in _files_with_secrets(settings):
+        if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+            found.append(f"{name}: {str(path)!r} can be read by everybody on this machine (chmod o= it)")
     return found
+
+
+def _files_with_secrets(settings: Settings) -> list[tuple[str, Path]]:
+    files = [(name, getattr(settings, name)) for name in Settings.model_fields if name.endswith("_file")]
+    config = os.environ.get("GUARD_CONFIG")
+    content = yaml.safe_load(Path(config).read_bytes()) if config else None
+    if config and isinstance(content, dict) and any(_is_secret(name) for name in content):
+        files.append(("guard_config", Path(config)))
+    return [(name.upper(), path) for name, path in files if path is not None]

