@@ -34,14 +34,15 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def run_stack(neighbours: Stack) -> RunStack:
-    """Gives the stack with the guard running, its settings by lower-case name."""
+def run_stack(neighbours: Stack) -> Iterator[RunStack]:
+    """Gives the stack with the guard running, its settings by lower-case name. Calls end with the test."""
 
     def run(**settings: object) -> Stack:
         neighbours.run_guard(**settings)
         return neighbours
 
-    return run
+    yield run
+    neighbours.clients.tell("all_leave")
 
 
 @pytest.fixture

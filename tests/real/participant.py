@@ -73,7 +73,7 @@ class Caller:
 
     # -- commands ----------------------------------------------------------------------------------------
 
-    async def publish(self, source: str, video: bool | None = None, patience: float = 5.0) -> None:
+    async def publish(self, source: str, video: bool | None = None, patience: float = 10.0) -> None:
         """Publish synthetic frames under a source's label.
 
         :param video: of what kind the track really is; by default of its label's.
@@ -153,6 +153,10 @@ class Stage:
         await self.callers.pop(who).leave()
         return {}
 
+    async def all_leave(self) -> dict[str, Any]:
+        await asyncio.gather(*(self.leave(who) for who in list(self.callers)))
+        return {}
+
 
 async def main() -> None:
     stage = Stage()
@@ -164,8 +168,7 @@ async def main() -> None:
         task = asyncio.ensure_future(answer(stage, json.loads(line)))
         at_work.add(task)
         task.add_done_callback(at_work.discard)
-    for who in list(stage.callers):
-        await stage.leave(who)
+    await stage.all_leave()
 
 
 async def answer(stage: Stage, asked: dict[str, Any]) -> None:

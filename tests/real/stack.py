@@ -119,6 +119,7 @@ class Stack:
                     {**listener, "port": self._ports["client"], "resources": [{"names": ["client", "openid"]}]},
                     {**listener, "port": self._ports["openid"], "tls": True, "resources": [{"names": ["openid"]}]},
                 ],
+                "bcrypt_rounds": 4,
                 "registration_shared_secret": REGISTRATION,
                 "macaroon_secret_key": REGISTRATION,
                 "form_secret": REGISTRATION,
