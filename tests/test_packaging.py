@@ -36,22 +36,14 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
     )  # fmt: skip
 
 
-def build(folder: Path, version: str = __version__) -> Path:
-    """Archives built from a copy of the sources, as ``make dist`` builds them but without the network."""
-    sources = folder / "sources"
-    for name in IN_THE_ARCHIVE:
-        if (ROOT / name).exists():
-            shutil.copytree(
-                ROOT / name, sources / name, copy_function=shutil.copy,
-                ignore=shutil.ignore_patterns("__pycache__", "dropin.cache", "results"),
-            )  # fmt: skip
-    for name in FILES:
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, sources / name)
-    about = sources / "lotusguard" / "__init__.py"
+def build(sources: Path, folder: Path, version: str = __version__) -> Path:
+    """Archives of a copy of the sources, built as ``make dist`` does but without the network."""
+    copy = folder / "sources"
+    shutil.copytree(sources, copy, copy_function=shutil.copy)  # its files' times are other ones
+    about = copy / "lotusguard" / "__init__.py"
     about.write_text(about.read_text(encoding="utf-8").replace(__version__, version), encoding="utf-8")
     done = run(
-        sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", sources,
+        sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", copy,
         cwd=folder, SOURCE_DATE_EPOCH="1700000000",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,9 +51,23 @@ def build(folder: Path, version: str = __version__) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the archives are made of, without what lies around in a checkout."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in IN_THE_ARCHIVE:
+        if (ROOT / name).exists():
+            ignored = shutil.ignore_patterns("__pycache__", "dropin.cache", "results")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in FILES:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dist(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel."""
-    return build(tmp_path_factory.mktemp("first"))
+    return build(sources, tmp_path_factory.mktemp("first"))
 
 
 def the_wheel(dist: Path) -> Path:
@@ -69,8 +75,8 @@ def the_wheel(dist: Path) -> Path:
     return wheel
 
 
-def test_built_twice_the_archives_are_the_same_byte_for_byte(dist: Path, tmp_path: Path) -> None:
-    again = build(tmp_path)
+def test_built_twice_the_archives_are_the_same_byte_for_byte(sources: Path, dist: Path, tmp_path: Path) -> None:
+    again = build(sources, tmp_path)
     names = sorted(path.name for path in dist.iterdir())
     assert names == [f"lotusguard-{__version__}-py3-none-any.whl", f"lotusguard-{__version__}.tar.gz"]
     for name in names:
@@ -83,12 +89,12 @@ def test_the_index_would_take_them(dist: Path) -> None:
     assert done.stdout.count("PASSED") == 2
 
 
-def test_the_wheel_lays_the_plugin_beside_twisteds_own(dist: Path) -> None:
+def test_the_wheel_lays_the_plugin_beside_twisteds_own(sources: Path, dist: Path) -> None:
     with zipfile.ZipFile(the_wheel(dist)) as archive:
         names = set(archive.namelist())
     assert {name for name in names if name.startswith("twisted/")} == {"twisted/plugins/lotusguard_plugin.py"}
     assert "lotusguard/py.typed" in names
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lotusguard").rglob("*.py")}
+    modules = {str(path.relative_to(sources)) for path in (sources / "lotusguard").rglob("*.py")}
     assert modules <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)
@@ -214,9 +220,11 @@ class RealHost(Host):
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_real_release_is_checked_rehearsed_and_switched_to(dist: Path, stage: Stage, tmp_path: Path) -> None:
+async def test_a_real_release_is_checked_rehearsed_and_switched_to(
+    sources: Path, dist: Path, stage: Stage, tmp_path: Path
+) -> None:
     host = RealHost(tmp_path, stage)
-    newer = build(tmp_path / "newer", "0.1.99")
+    newer = build(sources, tmp_path / "newer", "0.1.99")
     try:
         first = await deferToThread(host.upgrade, the_wheel(dist))
         assert first.returncode == 0, first.stdout + first.stderr
