@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.http import Answer
 from lotusguard.guard.seatbook import RECONNECTING, MemorySeatBook, Present
@@ -242,6 +243,27 @@ async def test_nobody_is_put_out_while_it_is_unknown_who_is_in(stage: Stage) -> 
     del stage.sfu.faults["ListParticipants"]
     await look_again(stage, alice)
     assert not bob.connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_was_let_in_while_nobody_knew_the_policy_is_not_put_out_when_it_is_known_again(
+    set_stage: SetStage,
+) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1)
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    await at_rest(stage)
+    stage.homeserver.faults["room_state"] = Fault.status(500)
+    await deferLater(reactor, 0.12)  # it is too old to be of any use now
+    bob = await stage.enter(BOB, room_id)
+    await at_rest(stage)
+    del stage.homeserver.faults["room_state"]
+    await change_policy(stage, room_id, 1)
+    await look_again(stage, alice, bob)
+    assert await seen_in(stage, room_id) == [(ALICE, True), (BOB, True)]
+    assert bob.connected
+    late = stage.sfu.connect(old_token(CAROL, room_id))
+    await until(lambda: not late.connected)
 
 
 async def in_another_slot(stage: Stage, room_id: str) -> Participant:

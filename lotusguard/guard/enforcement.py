@@ -209,6 +209,8 @@ class Enforcement:
         policy, certain = known.policy, known.freshness is Freshness.FRESH
         if policy.max_users is None and certain:
             await self._seats.forget(slot.room_id)
+        if known.freshness is Freshness.UNKNOWN:  # who is let in meanwhile is not put out when it is known again
+            await self._seats.seat_all(slot.room_id)
         if not policy and not await self._corrections.owes(alias):
             self.watched.pop(alias, None)
             return

@@ -170,7 +170,9 @@ class MemorySeatBook:
         return [(at, room.sessions[at].identity) for at in room.overflow(cap, self._clock.seconds())]
 
     async def seat_all(self, room_id: str) -> None:
-        self._room(room_id).seat_all()
+        room = self.rooms.get(room_id)
+        if room is not None:
+            room.seat_all()
 
     async def forget(self, room_id: str) -> None:
         self._newcomers.pop(room_id, None)
