@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from lotusguard.config import Settings, read_settings
-from lotusguard.tap import Options
+from lotusguard.tap import BACKLOG, Options
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNITS = DEPLOY / "systemd"
@@ -96,9 +96,10 @@ def test_lk_jwt_service_is_moved_to_where_the_guard_looks_for_it() -> None:
 
 
 def test_the_socket_is_the_port_that_the_service_has_without_it() -> None:
-    stream = _Unit(UNITS / "lotusguard.socket")["Socket"]["ListenStream"]
+    section = _Unit(UNITS / "lotusguard.socket")["Socket"]
     fields = Settings.model_fields
-    assert stream == f"{fields['guard_bind_host'].default}:{fields['guard_bind_port'].default}"
+    assert int(section["Backlog"]) == BACKLOG
+    assert section["ListenStream"] == f"{fields['guard_bind_host'].default}:{fields['guard_bind_port'].default}"
 
 
 def test_the_example_environment_is_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
