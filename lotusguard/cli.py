@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(asked: argparse.Namespace) -> int:
-    from lotusguard.check import check
+    from lotusguard.check.everything import check
 
     _log_to("text", "critical")
     try:

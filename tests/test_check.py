@@ -14,8 +14,8 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 
-from lotusguard.check import check
-from lotusguard.check_report import Finding, Report
+from lotusguard.check.everything import check
+from lotusguard.check.report import Finding, Report
 from lotusguard.config import read_settings
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.homeserver import Homeserver
@@ -521,7 +521,7 @@ async def test_a_state_directory_that_everybody_can_read(stage: Stage, tmp_path:
 async def test_a_full_file_system(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, state in ((10 * 1024, "wrong"), (10 * 1024 * 1024, "warning")):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
-        monkeypatch.setattr("lotusguard.check_host.shutil.disk_usage", lambda _, usage=usage: usage)
+        monkeypatch.setattr("lotusguard.check.host.shutil.disk_usage", lambda _, usage=usage: usage)
         assert found(await checked(stage, guard_state_dir=tmp_path), "state directory", "space").state == state
 
 

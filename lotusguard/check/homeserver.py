@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from attrs import frozen
 
-from lotusguard.check_asking import Neighbour, NoAnswer, errcode_of, json_of
-from lotusguard.check_report import Findings
+from lotusguard.check.asking import Neighbour, NoAnswer, errcode_of, json_of
+from lotusguard.check.report import Findings
 from lotusguard.config import Settings
 from lotusguard.rules.identity import server_of
 

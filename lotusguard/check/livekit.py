@@ -16,8 +16,8 @@ from livekit.protocol.room import (
     ListRoomsResponse,
 )
 
-from lotusguard.check_asking import Neighbour, NoAnswer
-from lotusguard.check_report import Findings
+from lotusguard.check.asking import Neighbour, NoAnswer
+from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
 from lotusguard.rules.tokens import SfuKey

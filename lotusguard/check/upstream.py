@@ -12,10 +12,10 @@ from uuid import uuid4
 
 from twisted.internet.threads import deferToThreadPool
 
-from lotusguard.check_asking import Neighbour, NoAnswer, errcode_of, json_of
-from lotusguard.check_homeserver import Us
-from lotusguard.check_livekit import SAME_KEY, LiveKitCheck
-from lotusguard.check_report import Findings
+from lotusguard.check.asking import Neighbour, NoAnswer, errcode_of, json_of
+from lotusguard.check.homeserver import Us
+from lotusguard.check.livekit import SAME_KEY, LiveKitCheck
+from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
 from lotusguard.rules.identity import room_alias, server_of

@@ -9,12 +9,12 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 
-from lotusguard.check_asking import Neighbour
-from lotusguard.check_homeserver import HomeserverCheck, Us
-from lotusguard.check_host import GuardCheck, check_state_directory
-from lotusguard.check_livekit import LiveKitCheck
-from lotusguard.check_report import Findings, Report
-from lotusguard.check_upstream import UpstreamCheck
+from lotusguard.check.asking import Neighbour
+from lotusguard.check.homeserver import HomeserverCheck, Us
+from lotusguard.check.host import GuardCheck, check_state_directory
+from lotusguard.check.livekit import LiveKitCheck
+from lotusguard.check.report import Findings, Report
+from lotusguard.check.upstream import UpstreamCheck
 from lotusguard.clients.http import connection_pool
 from lotusguard.clients.waiting import together
 from lotusguard.config import Settings, suspicions

@@ -15,8 +15,8 @@ from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
 from lotusguard import __version__
-from lotusguard.check_asking import Neighbour, NoAnswer, json_of
-from lotusguard.check_report import Findings
+from lotusguard.check.asking import Neighbour, NoAnswer, json_of
+from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
 
