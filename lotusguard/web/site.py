@@ -24,6 +24,8 @@ RECEIVE_TIMEOUT = 60
 """Seconds from a connection's last answer (or its beginning) until the next request is there, whole."""
 DISCARDED = 16
 """How many times the longest body is read and thrown away for the sake of a proper 413, before we just hang up."""
+HELD = 256
+"""How many bodies of the greatest length are held at once, all in all, be they whole or on their way."""
 WEBHOOK_PATH = "/sfu_webhook"
 RELAY_PATH = "/relay"
 """Where Klein sends everything that is nobody's route in particular."""
@@ -82,16 +84,25 @@ class GuardRequest(Request):
     cors = False
     """Whether its answers carry CORS headers."""
     _size = 0
+    _held = 0
 
     def gotLength(self, length: int | None) -> None:
         self.content = BytesIO()
+        site: GuardSite = self.channel.site
+
+        def let_go(_: object) -> None:
+            site.held -= self._held
+
+        self.notifyFinish().addBoth(let_go)
 
     def handleContentChunk(self, data: bytes) -> None:
         self._size += len(data)
-        limit = self.channel.site.max_body
-        if self._size <= limit:
+        site: GuardSite = self.channel.site
+        if self._size <= site.max_body and site.held + len(data) <= site.max_body * HELD:
             self.content.write(data)
-        elif self._size > limit * DISCARDED:
+            self._held += len(data)
+            site.held += len(data)
+        elif self._size <= site.max_body or self._size > site.max_body * DISCARDED:
             self.channel.loseConnection()
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
@@ -174,6 +185,8 @@ class GuardSite(Site):
         resource: IResource = app.resource()
         super().__init__(resource, requestFactory=request, timeout=RECEIVE_TIMEOUT, reactor=reactor)
         self.max_body = max_body
+        self.held = 0
+        """Bytes of all bodies that are in memory."""
         self.channels: set[Channel] = set()
         self.closing = False
 

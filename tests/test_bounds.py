@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller can make the guard hold, and for how long: time, bytes, connections and memory have bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import pytest_twisted
+from klein import Klein
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+
+from lotusguard.guard import enforcement, ledger, policies, seatbook
+from lotusguard.rules.requests import TOKEN_ROUTES
+from lotusguard.sandbox.stage import Stage
+from lotusguard.web import site
+from lotusguard.web.site import DISCARDED, RECEIVE_TIMEOUT, GuardSite
+from tests.calls import ALICE, BOB, CAROL, room_of
+from tests.conftest import SetStage, until
+from tests.raw_http import connect, exchange
+
+HEAD = b"POST /sfu/get HTTP/1.1\r\nHost: x\r\n"
+
+
+# -- time, on a clock of its own ---------------------------------------------------------------------------------
+
+
+class Wire:
+    """A connection to a site, without a socket."""
+
+    def __init__(self, max_body: int = 1000) -> None:
+        self.clock = Clock()
+        app = Klein()
+        self.answers: list[Deferred[bytes]] = []
+
+        @app.route("/relay")
+        def never(request: Any) -> Deferred[bytes]:
+            self.answers.append(Deferred())
+            return self.answers[-1]
+
+        self.site = GuardSite(app, self.clock, max_body=max_body)
+        self.transport = StringTransport()
+        self.channel = self.site.buildProtocol(None)
+        self.channel.makeConnection(self.transport)
+
+    @property
+    def hung_up(self) -> bool:
+        return bool(self.transport.disconnecting)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /relay", HEAD, HEAD + b"Content-Length: 500\r\n\r\n{", b"\r\n"])
+def test_a_half_sent_request_is_not_waited_for_for_ever(sent: bytes) -> None:
+    wire = Wire()
+    wire.channel.dataReceived(sent)
+    wire.clock.advance(RECEIVE_TIMEOUT - 1)
+    assert not wire.hung_up
+    wire.clock.advance(2)
+    assert wire.hung_up
+
+
+@pytest.mark.parametrize("start", [b"GET /relay HTTP/1.1\r\nX-A: ", HEAD + b"Content-Length: 900\r\n\r\n"])
+def test_a_request_that_trickles_in_gains_no_time_by_each_byte(start: bytes) -> None:
+    wire = Wire()
+    wire.channel.dataReceived(start)
+    for _ in range(RECEIVE_TIMEOUT - 1):
+        wire.clock.advance(1)
+        wire.channel.dataReceived(b"a")
+        assert not wire.hung_up
+    wire.clock.advance(2)
+    assert wire.hung_up
+
+
+def test_a_request_that_is_being_answered_has_no_such_limit_and_the_next_one_has_it_anew() -> None:
+    wire = Wire()
+    wire.channel.dataReceived(b"GET /relay HTTP/1.1\r\nHost: x\r\n\r\n")
+    wire.clock.advance(RECEIVE_TIMEOUT * 10)
+    assert not wire.hung_up
+    wire.answers[0].callback(b"late")
+    assert wire.transport.value().endswith(b"late\r\n0\r\n\r\n") or wire.transport.value().endswith(b"late")
+    wire.clock.advance(RECEIVE_TIMEOUT - 1)
+    assert not wire.hung_up
+    wire.clock.advance(2)
+    assert wire.hung_up
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_body_over_the_limit_gets_413_and_is_not_forwarded(set_stage: SetStage, chunked: bool) -> None:
+    stage = await set_stage(guard_max_body=2048, guard_reconcile_interval=3600)
+    for path in (*TOKEN_ROUTES, "/sfu_webhook", "/other"):
+        body = b'{"room":"' + b"x" * 2048 + b'"}'
+        framing, sent = f"Content-Length: {len(body)}", body
+        if chunked:
+            framing, sent = "Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()
+        after = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        refused, next_one = await exchange(stage.url, head + sent + after)
+        assert (path, refused.code, refused.json()["errcode"]) == (path, 413, "M_TOO_LARGE")
+        cors = path in TOKEN_ROUTES and TOKEN_ROUTES[path].cors
+        assert (path, refused.all("access-control-allow-origin")) == (path, ["*"] if cors else [])
+        assert next_one.code == 200
+    assert {asked.path for asked in stage.authorizer.seen} == {"/healthz"}
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_body_of_just_the_limit_goes_through(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_max_body=2048, guard_reconcile_interval=3600)
+    for size, code in ((2048, 404), (2049, 413)):
+        assert (await stage.request("POST", stage.url + "/other", b"x" * size)).code == code
+    assert len(stage.authorizer.seen[-1].body) == 2048
+
+
+def test_what_goes_far_over_the_limit_is_hung_up_on_and_never_held() -> None:
+    wire = Wire(max_body=1000)
+    wire.channel.dataReceived(HEAD + b"Content-Length: 999999999\r\n\r\n")
+    for _ in range(DISCARDED + 1):
+        assert not wire.hung_up
+        wire.channel.dataReceived(b"x" * 1000)
+    assert wire.hung_up
+    assert wire.site.held <= 1000
+
+
+@pytest_twisted.ensureDeferred
+async def test_half_sent_bodies_together_are_bounded_and_let_go_of(
+    set_stage: SetStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "HELD", 4)
+    stage = await set_stage(guard_max_body=100_000, guard_reconcile_interval=3600)
+    doors = stage.guard.public._site
+    callers = [await connect(stage.url) for _ in range(10)]
+    for caller in callers:
+        caller.send(HEAD + b"Content-Length: 100000\r\n\r\n" + b"x" * 90_000)
+    await until(lambda: sum(caller.open for caller in callers) <= 4)
+    assert doors.held <= 400_000
+    for caller in callers:
+        caller.drop()
+    await until(lambda: doors.held == 0)
+    assert (await stage.ask_token(ALICE, room_of(stage, 1))).code == 200
+    await until(lambda: doors.held == 0)
+
+
+# -- many at once --------------------------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_others_are_served_while_hundreds_of_connections_say_nothing(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    silent = [await connect(stage.url) for _ in range(300)]
+    for n, caller in enumerate(silent):
+        caller.send([b"", b"POST /sfu/get HT", HEAD, HEAD + b"Content-Length: 500\r\n\r\n{"][n % 4])
+    began = stage.reactor.seconds()
+    assert (await stage.ask_token(ALICE, room_id)).code == 200
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+    assert stage.reactor.seconds() - began < 2
+    for caller in silent:
+        assert caller.open
+        caller.drop()
+    await until(lambda: len(stage.guard.public._site.channels) <= 2)
+
+
+def entries(metrics: str) -> dict[str, tuple[float, float]]:
+    """By cache, how many entries it has and may have."""
+    values: dict[tuple[str, str], float] = {
+        (kind, cache): float(value)
+        for kind, cache, value in re.findall(r'^lotusguard_cache_(\w+)\{cache="(\w+)"\} (\S+)$', metrics, re.MULTILINE)
+    }
+    return {cache: (values["entries", cache], values["limit", cache]) for kind, cache in values if kind == "limit"}
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_flood_of_rooms_fills_no_cache_past_its_limit_and_others_keep_their_seats(
+    set_stage: SetStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in (
+        (policies, "ROOMS_REMEMBERED"), (seatbook, "ROOMS_KEPT"), (ledger, "ALIASES_KEPT"),
+        (ledger, "IDENTITIES_KEPT"), (ledger, "TAKEN_KEPT"), (enforcement, "EVENTS_REMEMBERED"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, 40)
+    stage = await set_stage(guard_reconcile_interval=3600)
+    kept = room_of(stage, 1)
+    await stage.enter(ALICE, kept)
+    small = [stage.homeserver.create_room() for _ in range(60)]
+    for room_id in small:
+        stage.homeserver.set_state(room_id, "io.lotus.voice_limit", {"max_users": 2})
+    unknown = [f"!nobody{n}:sandbox.local" for n in range(60)]
+    for batch in range(0, 60, 10):
+        asked = [
+            stage.ask_token(CAROL, room_id, new=n % 2 == 0, device=f"D{n}")
+            for n, room_id in enumerate(small[batch : batch + 10] + unknown[batch : batch + 10])
+        ]
+        answers = await gatherResults([Deferred.fromCoroutine(ask) for ask in asked])
+        assert {answer.code for answer in answers} == {200}
+        assert (await stage.ask_token(BOB, kept)).code == 403
+        for number in range(10):
+            event = json.dumps({"id": f"EV_{batch}_{number}", "event": "room_started", "room": {"name": "x"}}).encode()
+            headers = {"Authorization": stage.sfu.webhooks.authorization(event)}
+            await stage.request("POST", stage.url + "/sfu_webhook", event, headers)
+    caches = entries((await stage.operator("GET", "/metrics")).body.decode())
+    assert caches["policies"] == (40, 40)
+    assert caches["aliases"] == (40, 40)
+    assert [cache for cache, (has, may) in caches.items() if has > may] == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_flood_of_slots_of_one_room_is_no_way_around_its_cap_nor_without_bound(
+    set_stage: SetStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slot is the client's choice, and each one another SFU room."""
+    monkeypatch.setattr(ledger, "ALIASES_KEPT", 30)
+    monkeypatch.setattr(ledger, "IDENTITIES_KEPT", 30)
+    stage = await set_stage(guard_reconcile_interval=3600)
+    room_id = room_of(stage, 1)
+    await stage.enter(ALICE, room_id)
+    for n in range(50):
+        body = {"slot_id": f"slot{n}"}
+        assert (await stage.ask_token(ALICE, room_id, new=True, **body)).code == 200
+    assert (await stage.ask_token(BOB, room_id, new=True, slot_id="another")).code == 403
+    caches = entries((await stage.operator("GET", "/metrics")).body.decode())
+    assert [cache for cache, (has, may) in caches.items() if has > may] == []
