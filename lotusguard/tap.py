@@ -16,7 +16,8 @@ from twisted.python.components import Componentized
 
 from lotusguard.clients.authorizer import Authorizer
 from lotusguard.clients.homeserver import Homeserver
-from lotusguard.clients.http import FixedAgent, Neighbour, connection_pool
+from lotusguard.clients.http import FixedAgent, connection_pool
+from lotusguard.clients.neighbour import Neighbour
 from lotusguard.clients.sfu import Sfu
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.admission import Admission

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import jwt
 import pytest
 
+from benchmarks.__main__ import with_table
 from benchmarks.chart import SHOWN, chart
 from benchmarks.figures import Figure, markdown, percentile
 from benchmarks.load import Load
@@ -42,6 +43,13 @@ def test_the_table_says_what_was_missed() -> None:
     text = markdown([Figure("cost", "ms", guard=[3.0], peer=[4.0], aim=0.5), Figure("only", "s", peer=[2.0])])
     assert "| cost [ms] | 3.00 | 4.00 | 0.75 | ≤ 0.5 **missed** |" in text
     assert "| only [s] | – | 2.00 |  |  |" in text
+
+
+def test_the_page_gets_a_new_table_and_keeps_the_rest() -> None:
+    page = with_table("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n", "new\n")
+    assert page == "before\n<!-- table -->\nnew\n<!-- /table -->\nafter\n"
+    with pytest.raises(ValueError, match="no place"):
+        with_table("no marks", "new\n")
 
 
 def test_the_chart_is_an_svg_with_a_pair_of_bars_for_each_figure() -> None:

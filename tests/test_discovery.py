@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.homeserver import ROOMS_A_PAGE, Homeserver
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.guard.discovery import NOT_AGAIN, Discovery
 from lotusguard.guard.ledger import RememberingLedger, Slot
 from lotusguard.metrics import Metrics

@@ -14,7 +14,8 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IResponse
 from zope.interface import implementer
 
-from lotusguard.clients.http import Answer, Neighbour, NeighbourFailed
+from lotusguard.clients.http import Answer
+from lotusguard.clients.neighbour import Neighbour, NeighbourFailed
 from lotusguard.metrics import Metrics
 
 

@@ -21,7 +21,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.guard.enforcement import ROOMS_AT_ONCE
 from lotusguard.guard.reconciler import JITTER, Every
 from lotusguard.sandbox.faults import Fault

@@ -9,7 +9,7 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.task import Clock
 
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.waiting import Budget, SharedCalls, together
 from lotusguard.guard.policies import Freshness, Known, Policies
 from lotusguard.metrics import Metrics

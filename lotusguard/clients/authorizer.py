@@ -12,7 +12,8 @@ from twisted.web.client import ResponseNeverReceived
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IResponse
 
-from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, NeighbourFailed, collected
+from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, collected
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.metrics import Metrics
 
 TOKEN_ANSWER_LIMIT = 1024 * 1024

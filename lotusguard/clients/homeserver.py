@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import Answer, Neighbour, json_object
+from lotusguard.clients.http import Answer, json_object
+from lotusguard.clients.neighbour import Neighbour
 from lotusguard.clients.waiting import SharedCalls, together
 from lotusguard.rules.identity import server_of
 from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT

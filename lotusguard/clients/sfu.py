@@ -26,7 +26,8 @@ from livekit.protocol.room import (
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import Answer, Neighbour
+from lotusguard.clients.http import Answer
+from lotusguard.clients.neighbour import Neighbour
 from lotusguard.rules.tokens import SfuKey
 
 M = TypeVar("M", bound=Message)

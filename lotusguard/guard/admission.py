@@ -18,7 +18,8 @@ from twisted.logger import Logger
 
 from lotusguard.clients.authorizer import UpstreamFailed
 from lotusguard.clients.homeserver import Homeserver
-from lotusguard.clients.http import Answer, NeighbourFailed
+from lotusguard.clients.http import Answer
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.waiting import Budget
 from lotusguard.guard.ledger import Ledger, Slot
 from lotusguard.guard.policies import Freshness, Policies

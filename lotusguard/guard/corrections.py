@@ -14,7 +14,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.sfu import NodeGone, NoSuchParticipant, Sfu
 from lotusguard.clients.waiting import Budget, together
 from lotusguard.guard.ledger import Ledger, Slot

@@ -12,7 +12,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from lotusguard.clients.homeserver import Homeserver
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.waiting import in_background
 from lotusguard.guard.ledger import Ledger, Slot
 from lotusguard.metrics import Metrics

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.sfu import Sfu
 from lotusguard.clients.waiting import Budget, in_background
 from lotusguard.guard.corrections import Corrections

@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.authorizer import Authorizer
 from lotusguard.clients.homeserver import Homeserver
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.sfu import Sfu
 from lotusguard.clients.waiting import SharedCalls, together
 from lotusguard.guard.admission import Admission

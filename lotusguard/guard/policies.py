@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.homeserver import Homeserver
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.waiting import Budget, SharedCalls
 from lotusguard.metrics import Metrics
 from lotusguard.rules.policy import NO_POLICY, ROOM_QUALITY, VOICE_LIMIT, Policy, forbidden_sources, max_users

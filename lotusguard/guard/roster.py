@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from livekit.protocol.models import ParticipantInfo
 from twisted.internet.interfaces import IReactorTime
 
-from lotusguard.clients.http import NeighbourFailed
+from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.sfu import Sfu
 from lotusguard.clients.waiting import Budget, SharedCalls, together
 from lotusguard.guard.ledger import Ledger
