@@ -25,9 +25,10 @@ from twisted.web.http_headers import Headers
 
 from benchmarks.processes import free_port, raise_file_limit
 from benchmarks.soak_guard import GuardLog, GuardUnderSoak
+from benchmarks.soak_table import SOME, Row, show, table
 from benchmarks.soak_truth import POLICY_TTL, RECOVERY, SEAT_TTL, TOKEN_TTL, Disturbance, Truth
 from benchmarks.soak_users import User, World
-from lotusguard.clients.http import IDLE_CONNECTIONS, BytesBody, FixedAgent, collected, connection_pool
+from lotusguard.clients.http import BytesBody, FixedAgent, collected, connection_pool
 from lotusguard.rules.identity import room_alias
 from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT, Policy, forbidden_sources, max_users
 from lotusguard.rules.sources import MICROPHONE, Source
@@ -40,10 +41,6 @@ from lotusguard.sandbox.standin import StandIn
 log = Logger()
 reactor: Any = twisted_reactor
 KEY, SECRET, OPERATORS = "soakkey", "a-secret-for-a-soak-and-nothing-else", "soak-operators"
-GONE_WITHIN = 5.0
-"""Seconds within which what is forbidden has to be gone while all are well: policy's age, a round, and some."""
-SOME = 8
-"""Descriptors that may be open when nobody asks anything: the guard asks its neighbours all the time."""
 FAULTS: tuple[Callable[[], Fault], ...] = (
     Fault.hang, Fault.garbage, Fault.truncated, Fault.wrong_types, Fault.close, Fault.late_close, Fault.endless,
     lambda: Fault.status(500), lambda: Fault.status(503), lambda: Fault.status(404), lambda: Fault.delay(0.5),
@@ -68,7 +65,7 @@ class Soak:
         self.users = users
         self.pool = connection_pool(reactor)
 
-    async def run(self) -> list[tuple[str, object, object, bool]]:
+    async def run(self) -> list[Row]:
         """The whole soak. :return: the table: what, how much, allowed, whether it held."""
         await self._set_up()
         idle = self.guard.descriptors()
@@ -85,7 +82,7 @@ class Soak:
         for standin in (self.authorizer, self.sfu, self.homeserver):
             await standin.stop()
         await self.pool.closeCachedConnections()
-        return self._table(idle, left)
+        return table(self.truth, GuardLog.read(self.log), self.guard.growth(), self.users, idle, left)
 
     async def _set_up(self) -> None:
         await self.homeserver.start()
@@ -231,49 +228,6 @@ class Soak:
                 break
         return left
 
-    # -- what is to be told ------------------------------------------------------------------------------
-
-    def _table(self, idle: int, left: int) -> list[tuple[str, object, object, bool]]:
-        truth, said = self.truth, GuardLog.read(self.log)
-        blamed = [s for s in truth.suspicions if not said.unenforced.get(s.request_id)]
-        for suspicion in blamed:
-            print(f"  {suspicion.what}: {suspicion.detail} [{suspicion.request_id}]")  # noqa: T201
-        for traceback in said.tracebacks[:3]:
-            print(traceback)  # noqa: T201
-        unexplained = [f for f in said.fail_open if not truth.disturbed(f[0], f[0])]
-        for at, check, reason in unexplained[:5]:
-            print(f"  {at:.1f} {check} not enforced without a fault: {reason}")  # noqa: T201
-        measured, most, warm, end = self.guard.growth()
-        none = [
-            (what, sum(s.what == what for s in blamed), 0)
-            for what in (
-                "let in past the cap", "a seat's holder refused", "refused beside a free seat", "refused without a cap",
-                "put out of their own seat", "a token for another room", "a token with a forbidden source",
-                "a token that lives too long",
-            )
-        ]  # fmt: skip
-        none += [
-            (what, truth.counts[what], 0)
-            for what in ("requests that hung", "failures without a fault", "wrong exits on SIGTERM")
-        ]
-        lost = sum(n for what, n in truth.counts.items() if what.startswith("connections lost without"))
-        none += [("connections lost without a fault", lost, 0)]
-        none += [("unenforced without a fault", len(unexplained), 0), ("tracebacks logged", len(said.tracebacks), 0)]
-        rows: list[tuple[str, object, object, bool]] = [(what, n, most_, n <= most_) for what, n, most_ in none]
-        for what in ("forbidden tracks", "disguised tracks", "past the cap"):
-            seconds = truth.longest[what]
-            rows.append((f"{what}: longest life, s", f"{seconds:.1f}", GONE_WITHIN, seconds <= GONE_WITHIN))
-        allowed = self.users * 2 + 3 * IDLE_CONNECTIONS + 40
-        rows.append(("descriptors at most", most, allowed, most <= allowed))
-        rows.append(("descriptors left when idle", left, f"{idle} + {SOME}", left <= idle + SOME))
-        bound = int(warm * 1.15) + 4096
-        rows.append((f"memory after {measured:.0f} s, kB (warm {warm})", end, bound, end <= bound))
-        print()  # noqa: T201
-        for name, count in sorted(truth.counts.items()):
-            print(f"  {name:44} {count}")  # noqa: T201
-        print(f"  {'passed unenforced, all during faults':44} {len(said.fail_open) - len(unexplained)}")  # noqa: T201
-        return rows
-
 
 def main() -> None:
     """Run a soak and print its table."""
@@ -284,7 +238,7 @@ def main() -> None:
     parser.add_argument("--keep-log", type=Path, help="where to copy the guard's log")
     options = parser.parse_args()
     raise_file_limit()
-    rows: list[tuple[str, object, object, bool]] = []
+    rows: list[Row] = []
     failed: list[object] = []
 
     def done(outcome: Any) -> None:
@@ -302,9 +256,7 @@ def main() -> None:
             options.keep_log.write_bytes(soak.log.read_bytes())
     if failed:
         sys.exit(str(failed[0]))
-    print(f"\n  {'what must hold':44} {'found':>10} {'allowed':>10}")  # noqa: T201
-    for what, found, allowed, held in rows:
-        print(f"  {what:44} {found!s:>10} {allowed!s:>10}  {'ok' if held else 'BROKEN'}")  # noqa: T201
+    show(rows)
     sys.exit(0 if all(row[3] for row in rows) else 1)
 
 
