@@ -22,6 +22,7 @@ from lotusguard.clients.sfu import Sfu
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.admission import Admission
 from lotusguard.guard.corrections import Corrections
+from lotusguard.guard.decisions import Journal
 from lotusguard.guard.discovery import Discovery
 from lotusguard.guard.enforcement import Enforcement
 from lotusguard.guard.health import Health
@@ -123,13 +124,15 @@ class Guard(MultiService):
             homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale
         )
         roster = Roster(sfu, seats, ledger, policies, reactor)
-        admission = self.admission = Admission(
+        journal = self.journal = Journal(reactor, metrics)
+        admission = Admission(
             policies=policies,
             roster=roster,
             seats=seats,
             ledger=ledger,
             homeserver=homeserver,
             key=key,
+            journal=journal,
             clock=reactor,
             metrics=metrics,
             lookup_timeout=timeout,
@@ -163,7 +166,7 @@ class Guard(MultiService):
             sfu=sfu,
             homeserver=homeserver,
             authorizer=authorizer,
-            admission=admission,
+            journal=journal,
             enforcement=enforcement,
             store=self._store,
             store_error=store_error,
@@ -189,7 +192,7 @@ class Guard(MultiService):
         if admin_listen or settings.guard_admin_port is not None:
             door = AdminDoor(
                 health=health,
-                admission=admission,
+                journal=journal,
                 enforcement=enforcement,
                 policies=policies,
                 seats=seats,

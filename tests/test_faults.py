@@ -230,5 +230,5 @@ async def test_what_passes_unenforced_is_one_event_and_one_count(stage: Stage) -
     for user in (ALICE, BOB, CAROL, DAVE):
         await stage.ask_token(user, room_id)
     assert counted(stage, "fail_open_total", check="cap", reason="status_500") == 4
-    decisions = list(stage.guard.admission.decisions)
+    decisions = list(stage.guard.journal.decisions)
     assert [decision.unenforced for decision in decisions] == [["cap:status_500"]] * 4

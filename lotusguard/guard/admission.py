@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from attrs import Factory, define, field
+from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -21,6 +20,7 @@ from lotusguard.clients.homeserver import Homeserver
 from lotusguard.clients.http import Answer
 from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.waiting import Budget
+from lotusguard.guard.decisions import Decision, Journal
 from lotusguard.guard.ledger import Ledger, Slot
 from lotusguard.guard.policies import Freshness, Policies
 from lotusguard.guard.roster import Roster
@@ -38,32 +38,12 @@ ROSTER_AGE = 2.0
 """Seconds that a look at the SFU may be old when somebody is let in. Before anybody is refused it is
 never older than their request."""
 NO_CAP = 2**31
-DECISIONS_KEPT = 500
-STAGES = ("policy", "roster", "verify", "seat", "upstream", "total")
-T = TypeVar("T")
+NO_KEY = "no_livekit_key"
 Forward = Callable[[], Awaitable[Answer]]
 
 
 class RoomFull(Exception):
     """There is no seat for the caller."""
-
-
-@define
-class Decision:
-    """One join: what is known of it, and in the end what became of it. One line in the log each.
-
-    :ivar stages: seconds by stage.
-    """
-
-    request_id: str
-    route: str
-    room_id: str | None
-    user: str | None
-    began: float
-    verdict: str = "allowed"
-    reason: str = "no_policy"
-    unenforced: list[str] = Factory(list)
-    stages: dict[str, float] = Factory(dict)
 
 
 @define
@@ -98,6 +78,7 @@ class Admission:
         ledger: Ledger,
         homeserver: Homeserver | None,
         key: SfuKey | None,
+        journal: Journal,
         clock: IReactorTime,
         metrics: Metrics,
         lookup_timeout: float,
@@ -110,15 +91,12 @@ class Admission:
         self._ledger = ledger
         self._homeserver = homeserver
         self._key = key
+        self._journal = journal
         self._clock = clock
         self._metrics = metrics
-        self._stage_seconds = {stage: metrics.join_seconds.labels(stage) for stage in STAGES}
         self._lookup_timeout = lookup_timeout
         self._token_ttl = token_ttl
         self._dry_run = dry_run
-        self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
-        self.secret_mismatch_at: float | None = None
-        """When a token was last issued that our secret did not sign."""
 
     async def join(self, request: TokenRequest, request_id: str, forward: Forward) -> Answer:
         """Decide one token request.
@@ -126,7 +104,7 @@ class Admission:
         :param forward: hands the request to upstream and brings its answer.
         :raises RoomFull: refused. :raises UpstreamFailed: there is no answer.
         """
-        decision = Decision(request_id, request.route.path, request.room_id, request.user, self._clock.seconds())
+        decision = self._journal.begin(request_id, request.route.path, request.room_id, request.user)
         try:
             return await self._joined(request, decision, forward)
         except RoomFull:
@@ -139,27 +117,27 @@ class Admission:
             decision.verdict, decision.reason = "failed", "caller_went_away"
             raise
         finally:
-            self._record(decision)
+            self._journal.end(decision)
 
     async def _joined(self, request: TokenRequest, decision: Decision, forward: Forward) -> Answer:
         if request.room_id is None:
             decision.reason = "no_room"
-            return await self._timed(decision, "upstream", forward())
+            return await self._journal.timed(decision, "upstream", forward())
         join = _Join(request, request.room_id, Budget(self._clock, self._lookup_timeout), decision, user=request.user)
         join.policy = await self._policy(join)
         try:
             if join.policy.max_users is not None:
                 await self._find_seat(join, join.policy.max_users)
-            answer = await self._timed(decision, "upstream", forward())
+            answer = await self._journal.timed(decision, "upstream", forward())
             return await self._answered(join, answer)
         finally:
             if join.claim is not None:  # nothing came of it
                 await self._seats.release(join.room_id, join.claim)
 
     async def _policy(self, join: _Join) -> Policy:
-        known = await self._timed(join.decision, "policy", self._policies.get(join.room_id, join.budget))
+        known = await self._journal.timed(join.decision, "policy", self._policies.get(join.room_id, join.budget))
         if known.freshness is Freshness.UNKNOWN:
-            self._unenforced(join.decision, "policy", known.reason)
+            self._journal.unenforced(join.decision, "policy", known.reason)
         elif known.policy:
             join.decision.reason = "policy" if known.freshness is Freshness.FRESH else "stale_policy"
         return known.policy
@@ -175,13 +153,13 @@ class Admission:
             elif not seated and not await self._seat(join, cap, join.decision.began):
                 self._refuse(join)
         except (NeighbourFailed, TimeoutError) as trouble:
-            self._unenforced(join.decision, "cap", _reason(trouble))
+            self._journal.unenforced(join.decision, "cap", _reason(trouble))
             await self._seat_regardless(join)
         except (RoomFull, CancelledError):
             raise
         except Exception:
             log.failure("deciding on a seat in {room_id} failed", room_id=join.room_id)
-            self._unenforced(join.decision, "cap", "internal_error")
+            self._journal.unenforced(join.decision, "cap", "internal_error")
 
     async def _seat(self, join: _Join, cap: int, since: float) -> bool:
         """Take a seat if there is one.
@@ -191,13 +169,15 @@ class Admission:
         """
         request, decision = join.request, join.decision
         while True:
-            await self._timed(decision, "roster", self._roster.fresh(join.room_id, request.slot_id, join.budget, since))
+            await self._journal.timed(
+                decision, "roster", self._roster.fresh(join.room_id, request.slot_id, join.budget, since)
+            )
             taken = await self._seats.take(join.room_id, join.user, cap)
             if isinstance(taken, Claim):
                 join.claim = taken
                 return True
             if taken is Refusal.BUSY:
-                await self._timed(decision, "seat", self._seats.freed(join.room_id))
+                await self._journal.timed(decision, "seat", self._seats.freed(join.room_id))
             else:
                 owed = max(decision.began, await self._seats.doubted_since(join.room_id))
                 if since >= owed:
@@ -221,7 +201,7 @@ class Admission:
             return False
         asked = Deferred.fromCoroutine(homeserver.local_user(openid))
         try:
-            user = await self._timed(join.decision, "verify", join.budget.wait(asked))
+            user = await self._journal.timed(join.decision, "verify", join.budget.wait(asked))
         except (NeighbourFailed, TimeoutError) as trouble:
             join.decision.unenforced.append(f"early_refusal:{_reason(trouble)}")
             return False
@@ -252,14 +232,14 @@ class Admission:
             raise
         except Exception:
             log.failure("an issued token for {room_id} could not be worked on", room_id=join.room_id)
-            self._unenforced(join.decision, "sources", "internal_error")
+            self._journal.unenforced(join.decision, "sources", "internal_error")
             return answer
 
     async def _issued(self, join: _Join, answer: Answer, content: dict[str, Any]) -> Answer:
         claims, mismatch = self._claims(content["jwt"]) if join.policy else (read_unverified(content["jwt"]), "")
         issued = issued_to(claims) if claims is not None else None
         if issued is None:
-            self._unenforced(join.decision, "sources", "unreadable_token")
+            self._journal.unenforced(join.decision, "sources", "unreadable_token")
             return answer
         user = join.user or user_of(issued.identity, join.request.device_id)
         join.decision.user = user
@@ -267,13 +247,16 @@ class Admission:
             await self._late_seat(join, user)
         if join.claim is not None:
             settled = self._seats.settle(join.room_id, join.claim, user, issued.alias, issued.identity)
-            await self._timed(join.decision, "seat", settled)
+            await self._journal.timed(join.decision, "seat", settled)
             join.claim = None
         await self._remember(join, issued, user)
         if not join.policy:
             return answer
+        if mismatch == NO_KEY:
+            self._journal.unenforced(join.decision, "sources", NO_KEY)
+            return answer
         if mismatch:
-            self._secret_mismatch(join.decision, mismatch)
+            self._journal.secret_mismatch(join.decision, mismatch)
             return answer
         if self._dry_run:
             self._metrics.withheld.labels("narrow").inc()
@@ -287,7 +270,7 @@ class Admission:
     def _claims(self, token: str) -> tuple[dict[str, Any] | None, str]:
         """The claims, and why they are not ours to change if so."""
         if self._key is None:
-            return read_unverified(token), "no_livekit_key"
+            return read_unverified(token), NO_KEY
         try:
             return self._key.read(token), ""
         except NotOurs as other:
@@ -301,56 +284,12 @@ class Admission:
             if not await self._seat(join, join.policy.max_users, self._clock.seconds() - ROSTER_AGE):
                 self._refuse(join)
         except (NeighbourFailed, TimeoutError) as trouble:
-            self._unenforced(join.decision, "cap", _reason(trouble))
+            self._journal.unenforced(join.decision, "cap", _reason(trouble))
             await self._seat_regardless(join)
 
     async def _remember(self, join: _Join, issued: Issued, user: str) -> None:
         slot = Slot(join.room_id, join.request.slot_id)
         await self._ledger.learn(issued.alias, slot, issued.identity, user)
-
-    def _secret_mismatch(self, decision: Decision, why: str) -> None:
-        if self._key is not None:
-            self.secret_mismatch_at = self._clock.seconds()
-            self._metrics.secret_mismatches.inc()
-            log.critical(
-                "upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign ({why}): they are not narrowed",
-                why=why, event_name="secret_mismatch",
-            )  # fmt: skip
-        self._unenforced(decision, "sources", "secret_mismatch" if self._key else why)
-
-    # -- saying so ---------------------------------------------------------------------------------------
-
-    def _unenforced(self, decision: Decision, check: str, reason: str) -> None:
-        """Something passes without being enforced: one event, one count."""
-        decision.unenforced.append(f"{check}:{reason}")
-        self._metrics.fail_open.labels(check, reason).inc()
-        log.warn(
-            "{check} not enforced for {user} in {room_id}: {reason}",
-            check=check, reason=reason, user=decision.user, room_id=decision.room_id,
-            request_id=decision.request_id, event_name="fail_open",
-        )  # fmt: skip
-
-    async def _timed(self, decision: Decision, stage: str, work: Awaitable[T]) -> T:
-        began = self._clock.seconds()
-        try:
-            return await work
-        finally:
-            decision.stages[stage] = decision.stages.get(stage, 0.0) + self._clock.seconds() - began
-
-    def _record(self, decision: Decision) -> None:
-        total = decision.stages["total"] = self._clock.seconds() - decision.began
-        self.decisions.append(decision)
-        self._metrics.joins.labels(decision.verdict, decision.reason).inc()
-        for stage, seconds in decision.stages.items():
-            self._stage_seconds[stage].observe(seconds)
-        line = "{verdict} {user} in {room_id}: {reason}, {total:.0f} ms [{request_id}]"
-        log.info(
-            line + " unenforced: {unenforced}" if decision.unenforced else line,
-            verdict=decision.verdict, user=decision.user or "somebody", room_id=decision.room_id,
-            reason=decision.reason, total=total * 1000, request_id=decision.request_id, route=decision.route,
-            unenforced=decision.unenforced,
-            stages={stage: round(seconds, 6) for stage, seconds in decision.stages.items()}, event_name="join",
-        )  # fmt: skip
 
 
 def _token_answer(answer: Answer) -> dict[str, Any] | None:

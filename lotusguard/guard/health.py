@@ -15,7 +15,7 @@ from lotusguard.clients.homeserver import Homeserver
 from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.sfu import Sfu
 from lotusguard.clients.waiting import SharedCalls, together
-from lotusguard.guard.admission import Admission
+from lotusguard.guard.decisions import Journal
 from lotusguard.guard.enforcement import Enforcement
 from lotusguard.guard.store import Store
 
@@ -43,7 +43,7 @@ class Health:
         sfu: Sfu | None,
         homeserver: Homeserver | None,
         authorizer: Authorizer,
-        admission: Admission,
+        journal: Journal,
         enforcement: Enforcement,
         store: Store | None,
         store_error: str | None,
@@ -54,7 +54,7 @@ class Health:
         self._sfu = sfu
         self._homeserver = homeserver
         self._authorizer = authorizer
-        self._admission = admission
+        self._journal = journal
         self._enforcement = enforcement
         self._store = store
         self._store_error = store_error
@@ -79,7 +79,7 @@ class Health:
             )
         )
         webhook_at, round_at = self._enforcement.webhook_at, self._enforcement.round_at
-        mismatch_at = self._admission.secret_mismatch_at
+        mismatch_at = self._journal.secret_mismatch_at
         mismatch = mismatch_at is not None and now - mismatch_at < MISMATCH_REMEMBERED
         reasons = []
         if livekit:

@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from werkzeug.exceptions import HTTPException
 
 from lotusguard import __version__
-from lotusguard.guard.admission import Admission
+from lotusguard.guard.decisions import Journal
 from lotusguard.guard.enforcement import Enforcement
 from lotusguard.guard.health import Health
 from lotusguard.guard.ledger import Ledger
@@ -64,7 +64,7 @@ class AdminDoor:
         self,
         *,
         health: Health,
-        admission: Admission,
+        journal: Journal,
         enforcement: Enforcement,
         policies: Policies,
         seats: MemorySeatBook,
@@ -74,7 +74,7 @@ class AdminDoor:
         token: str,
     ) -> None:
         self._health = health
-        self._admission = admission
+        self._journal = journal
         self._enforcement = enforcement
         self._policies = policies
         self._seats = seats
@@ -128,7 +128,7 @@ class AdminDoor:
         for alias, participants in self._enforcement.watched.items():
             slot = await self._ledger.slot_of(alias)
             watched[alias] = {"participants": participants, "room_id": slot.room_id if slot else None}
-        decisions = [asdict(decision) for decision in list(self._admission.decisions)[-100:]]
+        decisions = [asdict(decision) for decision in list(self._journal.decisions)[-100:]]
         answer_json(request, 200, {"rooms": listed, "sfu_rooms": watched, "decisions": decisions})
 
     @app.route("/policy-changed", methods=["POST"])
