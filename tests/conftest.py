@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
@@ -16,6 +17,10 @@ from twisted.internet.task import deferLater
 from lotusguard.config import Settings
 from lotusguard.sandbox.stage import Stage
 from tests.synapse import guarded, set_guarded, synapse  # noqa: F401 (fixtures: a real homeserver)
+
+# how long an example takes is the machine's affair, and says nothing about the code
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 SetStage = Callable[..., Awaitable[Stage]]
 
