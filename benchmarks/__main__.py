@@ -22,6 +22,7 @@ from benchmarks.processes import Callers, Neighbours, cores, raise_file_limit
 from benchmarks.scenarios import Bench
 
 HERE = Path(__file__).parent
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
 LIBRARIES = ("twisted", "klein", "treq", "pyjwt", "protobuf", "livekit-protocol", "prometheus-client")
 
 
@@ -36,8 +37,9 @@ def main() -> None:
     figures: list[Figure] = []
     with Neighbours() as neighbours, Callers() as callers:
         quick = options.quick
+        rounds = options.rounds or (2 if quick else 5)
         bench = Bench(
-            neighbours, callers, options.rounds or (2 if quick else 5), 600 if quick else 2000,
+            neighbours, callers, rounds, 600 if quick else 2000,
             500 if quick else 4000, say, figures,
         )  # fmt: skip
         scenarios.joins(bench)
@@ -59,7 +61,29 @@ def main() -> None:
     sys.stdout.write("\n" + markdown(figures))
     if not quick:
         (HERE / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        (HERE.parent / "docs" / "benchmarks.svg").write_text(chart(found["figures"]))
+        docs = HERE.parent / "docs"
+        (docs / "benchmarks.svg").write_text(chart(found["figures"]))
+        page = docs / "benchmarks.md"
+        page.write_text(with_table(page.read_text(), introduced(found, rounds) + markdown(figures)))
+
+
+def introduced(found: dict[str, Any], rounds: int) -> str:
+    """What the table was measured on, in a line."""
+    on, library = found["machine"], found["libraries"]
+    loads = "/".join(str(load) for load in on["load_average_at_the_end"])
+    return (
+        f"{on['processor']}, {on['cores']} cores, {on['system']}, Python {on['python']}, Twisted {library['twisted']}, "
+        f"{rounds} rounds; load average at the end {loads}.\n\n"
+    )
+
+
+def with_table(page: str, table: str) -> str:
+    """The page with another table between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError("the page has no place for the table")
+    return f"{before}{BEGIN}\n{table}{END}{after}"
 
 
 def say(text: str) -> None:
