@@ -282,6 +282,8 @@ async def test_what_a_crashed_node_left_behind_does_not_stop_the_rest(stage: Sta
     for number in range(4):
         stage.sfu.add_stale(room_alias(room_id), f"@ghost{number}:sandbox.local:D", status)
     alice, bob = await stage.enter(ALICE, room_id), await stage.enter(BOB, room_id)
+    await stage.sfu.drained()
+    await until(lambda: not stage.guard._enforcement._running)
     with logged() as events:
         for _ in range(4):
             await change_policy(stage, room_id, **NO_SCREEN)

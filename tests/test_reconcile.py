@@ -161,7 +161,7 @@ async def test_a_round_fails_with_the_sfu_and_says_so(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault.hang(), Fault.status(500), Fault.garbage(), Fault.delay(2), Fault.close()], ids=lambda f: f.kind
+    "fault", [Fault.hang(), Fault.status(500), Fault.garbage(), Fault.delay(1), Fault.close()], ids=lambda f: f.kind
 )
 @pytest_twisted.ensureDeferred
 async def test_an_ill_room_does_not_delay_the_others(set_stage: SetStage, fault: Fault) -> None:
