@@ -11,7 +11,7 @@ from statistics import median
 from attrs import define
 
 from benchmarks.figures import Figure, percentile
-from benchmarks.load import Load, Outcome
+from benchmarks.load import USERS_A_ROOM, Load, Outcome
 from benchmarks.processes import Callers, FloorProcess, GuardProcess, Neighbours, PeerProcess, Subject
 from benchmarks.standing_in import BIG_ROOM, SERVER_NAME, cached_alias, room_id, user_id
 from lotusguard.rules.tokens import read_unverified
@@ -108,13 +108,16 @@ def crowd(bench: Bench) -> None:
     p99 = bench.figure(f"{name}: p99", "s", CROWD_AIM)
     memory = bench.figure(f"{name}: peak memory", "MB", 1.0, digits=0)
     threads = bench.figure(f"{name}: threads", "", digits=0)
-    bench.neighbours.ask({"upstream_delay": UPSTREAM_SECOND})
+    rooms = bench.crowd // USERS_A_ROOM  # each caller is a user of their own
+    bench.neighbours.ask({"upstream_delay": UPSTREAM_SECOND, "rooms": rooms})
     for _ in range(max(1, bench.rounds // 2)):
         for kind in (GuardProcess, PeerProcess):
             with kind(bench.neighbours) as subject:
                 bench.callers.make(Load(subject.port, 8, 50))  # the rooms' policies are known
                 watched = Watched(subject)
-                outcome = watched.during(lambda: bench.callers.make(Load(subject.port, bench.crowd, bench.crowd)))
+                outcome = watched.during(
+                    lambda: bench.callers.make(Load(subject.port, bench.crowd, bench.crowd, rooms=rooms))
+                )
                 unanswered = [outcome.seconds] * (bench.crowd - len(outcome.latencies))
                 values = (
                     outcome.statuses.get("200", 0),
@@ -125,7 +128,7 @@ def crowd(bench: Bench) -> None:
                 for figure, value in zip((succeeded, p99, memory, threads), values, strict=True):
                     (figure.guard if kind is GuardProcess else figure.peer).append(value)
                 bench.say(f"{name}, {subject.name}: {outcome.statuses}, p99 {values[1]:.1f} s")
-    bench.neighbours.ask({"upstream_delay": 0.0})
+    bench.neighbours.ask({"upstream_delay": 0.0, "rooms": 50})
 
 
 class Watched:
