@@ -67,7 +67,7 @@ KEYS = (
 def spelt(draw: st.DrawFn, key: str) -> str:
     """A key as JSON text in another spelling, which some readers take for the same."""
     spellings = (
-        key.upper(), key.capitalize(), key[:-1] + key[-1].upper(), key.replace("s", "ſ").replace("k", "\u212a"),
+        key.upper(), key.capitalize(), key[:-1] + key[-1:].upper(), key.replace("s", "ſ").replace("k", "\u212a"),
         draw(st.sampled_from(KEYS)),
     )  # fmt: skip
     escaped = '"' + "".join(f"\\u{ord(letter):04x}" for letter in key) + '"'
