@@ -38,6 +38,7 @@ ROSTER_AGE = 2.0
 """Seconds that a look at the SFU may be old when somebody is let in. Before anybody is refused it is
 never older than their request."""
 NO_CAP = 2**31
+NEVER = float("-inf")
 NO_KEY = "no_livekit_key"
 Forward = Callable[[], Awaitable[Answer]]
 
@@ -147,7 +148,7 @@ class Admission:
     async def _find_seat(self, join: _Join, cap: int) -> None:
         """Hold a seat for this join, or find out that there is none. :raises RoomFull:"""
         try:
-            seated = await self._seat(join, cap, self._clock.seconds() - ROSTER_AGE)
+            seated = await self._seat(join, cap, NEVER)
             if not seated and not await self._known_caller(join):
                 join.late = True
             elif not seated and not await self._seat(join, cap, join.decision.began):
@@ -164,25 +165,31 @@ class Admission:
     async def _seat(self, join: _Join, cap: int, since: float) -> bool:
         """Take a seat if there is one.
 
-        What is known of who is in is as young as ``since``; before there is no seat, as young as the request and
-        as the latest leaving.
+        What is known of who is in is as young as ``since`` and no older than `ROSTER_AGE`; before there is no seat, as
+        young as the request and as the latest leaving.
         """
-        request, decision = join.request, join.decision
-        while True:
-            await self._journal.timed(
-                decision, "roster", self._roster.fresh(join.room_id, request.slot_id, join.budget, since)
-            )
-            taken = await self._seats.take(join.room_id, join.user, cap)
-            if isinstance(taken, Claim):
-                join.claim = taken
-                return True
-            if taken is Refusal.BUSY:
-                await self._journal.timed(decision, "seat", self._seats.freed(join.room_id))
-            else:
+        decision, waited = join.decision, False
+        try:
+            while True:
+                since = max(since, self._clock.seconds() - ROSTER_AGE)
+                look = self._roster.fresh(join.room_id, join.request.slot_id, join.budget, since)
+                await self._journal.timed(decision, "roster", look)
+                taken = await self._seats.take(join.room_id, join.user, cap)
+                if isinstance(taken, Claim):
+                    join.claim, waited = taken, False
+                    return True
+                if taken is Refusal.BUSY:
+                    freed = self._seats.freed(join.room_id, join.user, again=waited)
+                    waited = True
+                    await self._journal.timed(decision, "seat", freed)
+                    continue
                 owed = max(decision.began, await self._seats.doubted_since(join.room_id))
                 if since >= owed:
                     return False
                 since = owed
+        finally:
+            if waited:
+                await self._seats.waited_in_vain(join.room_id)
 
     async def _seat_regardless(self, join: _Join) -> None:
         """Who is let in because we cannot tell still takes up a seat."""
@@ -281,7 +288,7 @@ class Admission:
         assert join.policy.max_users is not None
         join.user = user
         try:
-            if not await self._seat(join, join.policy.max_users, self._clock.seconds() - ROSTER_AGE):
+            if not await self._seat(join, join.policy.max_users, NEVER):
                 self._refuse(join)
         except (NeighbourFailed, TimeoutError) as trouble:
             self._journal.unenforced(join.decision, "cap", _reason(trouble))

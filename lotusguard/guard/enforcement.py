@@ -30,6 +30,8 @@ log = Logger()
 ROOMS_AT_ONCE = 8
 """Rooms that reconciling works on at the same time."""
 EVENTS_REMEMBERED = 10_000
+COUNTED_BY = 10
+"""Seconds after which a new SFU room's count of participants is to be trusted: it comes up to 5 s late."""
 
 
 class Enforcement:
@@ -130,7 +132,11 @@ class Enforcement:
             return
         began = self._clock.seconds()
         rooms = await self._sfu.list_rooms()
-        occupied = {room.name for room in rooms if room.num_participants or room.num_publishers}
+        occupied = {
+            room.name
+            for room in rooms
+            if room.num_participants or room.num_publishers or room.creation_time > began - COUNTED_BY
+        }
         for alias in [alias for alias in self.watched if alias not in occupied]:
             occupied.add(alias)  # once more, to see that nobody is there
         for alias in occupied:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -44,8 +45,17 @@ class SeatBook(Protocol):
     async def take(self, room_id: str, user: str | None, cap: int) -> Claim | Refusal:
         """A seat for a request, or why there is none; ``user`` is ``None`` while not known."""
 
-    async def freed(self, room_id: str) -> None:
-        """Wait until a request of this room that was being answered has been."""
+    async def freed(self, room_id: str, user: str | None, *, again: bool) -> None:
+        """Wait until there may be a seat, because a request of this room that was being answered has been.
+
+        Who has waited longest is told first, and alone but for those who hold a seat by now: one request that is
+        answered makes place for one.
+
+        :param again: there was none after all; wait at the head of the queue.
+        """
+
+    async def waited_in_vain(self, room_id: str) -> None:
+        """Somebody who had waited was refused, or gave up: all others who wait may ask again."""
 
     async def settle(self, room_id: str, claim: Claim, user: str, alias: str, identity: str) -> None:
         """The token was issued: the seat is kept for its user until they arrive or the time is over."""
@@ -93,7 +103,7 @@ class MemorySeatBook:
         self._seat_ttl = seat_ttl
         self.rooms: dict[str, RoomSeats] = {}
         self._newcomers: dict[str, set[Session]] = {}
-        self._waiting: dict[str, list[Deferred[None]]] = {}
+        self._waiting: dict[str, deque[tuple[str | None, Deferred[None]]]] = {}
         metrics.cache_limit.labels("seats").set(ROOMS_KEPT)
         metrics.cache_entries.labels("seats").set_function(lambda: len(self.rooms))
         metrics.seats_held.set_function(lambda: sum(room.held(clock.seconds()) for room in self.rooms.values()))
@@ -107,10 +117,16 @@ class MemorySeatBook:
     async def take(self, room_id: str, user: str | None, cap: int) -> Claim | Refusal:
         return self._room(room_id).take(user, cap, self._clock.seconds())
 
-    async def freed(self, room_id: str) -> None:
+    async def freed(self, room_id: str, user: str | None, *, again: bool) -> None:
         waiter: Deferred[None] = Deferred()
-        self._waiting.setdefault(room_id, []).append(waiter)
+        queue = self._waiting.setdefault(room_id, deque())
+        (queue.appendleft if again else queue.append)((user, waiter))
         await waiter
+
+    async def waited_in_vain(self, room_id: str) -> None:
+        for _, waiter in self._waiting.pop(room_id, ()):
+            if not waiter.called:
+                waiter.callback(None)
 
     async def settle(self, room_id: str, claim: Claim, user: str, alias: str, identity: str) -> None:
         now = self._clock.seconds()
@@ -217,9 +233,18 @@ class MemorySeatBook:
         del self.rooms[idle]
 
     def _wake(self, room_id: str) -> None:
-        for waiter in self._waiting.pop(room_id, ()):
-            if not waiter.called:
-                waiter.callback(None)
+        queue = self._waiting.pop(room_id, None)
+        if queue is None:
+            return
+        holders = self._room(room_id).holders(self._clock.seconds())
+        there = [(user, waiter) for user, waiter in queue if not waiter.called]
+        first = next((waiter for user, waiter in there if user not in holders), None)
+        called = [waiter for user, waiter in there if user in holders or waiter is first]
+        left = deque((user, waiter) for user, waiter in there if user not in holders and waiter is not first)
+        if left:
+            self._waiting[room_id] = left
+        for waiter in called:
+            waiter.callback(None)
 
     def _kept(self, room_id: str, arrived: Iterable[str]) -> None:
         if self._store is not None:

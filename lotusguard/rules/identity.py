@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 
 ROOM_SLOT = "m.call#ROOM"
 """The slot that ``/sfu/get`` uses: the room's one call."""
@@ -23,6 +24,7 @@ def _hashed(parts: list[str]) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
 
 
+@lru_cache(maxsize=4096)
 def room_alias(room_id: str, slot_id: str = ROOM_SLOT) -> str:
     """The SFU room's name for a slot of a Matrix room (lk-jwt-service 0.4.3 and later)."""
     return _hashed([room_id, slot_id])

@@ -117,8 +117,13 @@ class RoomSeats:
     def holds(self, user: str, now: float) -> bool:
         """Whether this user holds a seat."""
         return any(seat.user == user and seat.seated for seat in self.sessions.values()) or any(
-            claim.user == user and self._lives(claim, now) for claim in self.claims
+            claim.user == user for claim in self._live(now)
         )
+
+    def holders(self, now: float) -> set[str]:
+        """All users who hold a seat."""
+        seated = {seat.user for seat in self.sessions.values() if seat.seated}
+        return seated.union(claim.user for claim in self._live(now) if claim.user is not None)
 
     def arrive(
         self, at: Session, user: str, identity: str, cap: int | None, now: float, *, joined: float = math.inf
@@ -211,7 +216,7 @@ class RoomSeats:
     def doubted_since(self, now: float) -> float:
         """Since when a look has been owed: the latest end of a claim that counts only because nobody has looked
         since; minus infinity when none is."""
-        ended = (claim.expires for claim in self.claims if claim.expires <= now and self._lives(claim, now))
+        ended = (claim.expires for claim in self._live(now) if claim.expires <= now)
         return max(ended, default=-math.inf)
 
     def overflow(self, cap: int | None, now: float) -> list[Session]:
@@ -242,7 +247,7 @@ class RoomSeats:
 
     def awaited(self, now: float) -> set[str]:
         """The users who were given a token and have not arrived."""
-        return {claim.user for claim in self.claims if claim.user and not claim.in_flight and self._lives(claim, now)}
+        return {claim.user for claim in self._live(now) if claim.user and not claim.in_flight}
 
     def held(self, now: float) -> int:
         """How many seats are held, unanswered requests included."""
@@ -251,19 +256,18 @@ class RoomSeats:
 
     def idle(self, now: float) -> bool:
         """Whether nobody is in the call and nobody awaited."""
-        return not self.sessions and not any(self._lives(claim, now) for claim in self.claims)
+        return not self.sessions and not self._live(now)
 
-    def _lives(self, claim: Claim, now: float) -> bool:
+    def _live(self, now: float) -> list[Claim]:
         # A claim that ended since the last look counts until the next one: its user may have arrived meanwhile.
-        return claim.expires >= min(now, self.observed_since(self.observed))
+        horizon = min(now, self.observed_since(self.observed))
+        return [claim for claim in self.claims if claim.expires >= horizon]
 
     def _held(self, now: float) -> tuple[set[str], int]:
-        live = [claim for claim in self.claims if self._lives(claim, now)]
+        live = self._live(now)
         named = self.users() | {claim.user for claim in live if claim.user is not None}
         return named, sum(1 for claim in live if claim.user is None)
 
     def _free_besides(self, user: str, cap: int, now: float) -> bool:
-        seated = {seat.user for seat in self.sessions.values() if seat.seated}
-        live = [claim for claim in self.claims if self._lives(claim, now)]
-        named = seated | {claim.user for claim in live if claim.user is not None}
-        return len(named - {user}) + sum(1 for claim in live if claim.user is None) < cap
+        unnamed = sum(1 for claim in self._live(now) if claim.user is None)
+        return len(self.holders(now) - {user}) + unnamed < cap
