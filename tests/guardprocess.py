@@ -17,7 +17,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
-from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, Stage
+from lotusguard.sandbox.stage import Stage
 
 CHECKOUT = Path(__file__).parent.parent
 TWISTD = "from twisted.scripts.twistd import run; run()"
@@ -67,20 +67,8 @@ class ProcessStage(Stage):
         if not hasattr(self, "port"):
             self.port, self.admin_port = free_port(), free_port()
         self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
-        values = {
-            "guard_bind_host": "127.0.0.1",
-            "guard_bind_port": self.port,
-            "guard_upstream": self.authorizer.url,
-            "livekit_api": self.sfu.url,
-            "livekit_key": KEY,
-            "livekit_secret": SECRET,
-            "synapse_api": self.homeserver.url,
-            "matrix_token": self.admin_token,
-            "guard_admin_port": self.admin_port,
-            "guard_admin_token": ADMIN_TOKEN,
-            **self._given,
-            **settings,
-        }
+        ports = {"guard_bind_port": self.port, "guard_admin_port": self.admin_port}
+        values = self.guard_settings() | ports | settings
         environment = {name.upper(): str(value) for name, value in values.items()}
         environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"}
         self.process = GuardProcess()

@@ -66,18 +66,16 @@ class Authorizer:
 
     async def ask(self, request: Forwarded) -> Answer:
         """Forward a request and wait for the whole answer. :raises UpstreamFailed:"""
-        whole = Deferred.fromCoroutine(self._whole(request))
-        try:
-            return await whole.addTimeout(self._timeout + self._grace, self._clock)
-        except TimeoutError:
-            raise self._failed(504, "timeout") from None
-
-    async def _whole(self, request: Forwarded) -> Answer:
         response = await self.open(request)
+        body = Deferred.fromCoroutine(collected(response, TOKEN_ANSWER_LIMIT))
+        if not body.called:  # it mostly comes along with the head
+            body.addTimeout(self._timeout, self._clock)
         try:
-            return Answer(response.code, response.headers, await collected(response, TOKEN_ANSWER_LIMIT))
+            return Answer(response.code, response.headers, await body)
         except CancelledError:
             raise
+        except TimeoutError:
+            raise self._failed(504, "timeout") from None
         except BodyTooLarge:
             raise self._failed(502, "endless") from None
         except Exception:

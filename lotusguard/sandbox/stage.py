@@ -50,24 +50,25 @@ class Stage:
         self.admin_token = self.homeserver.add_user("admin", admin=True)
         await self.start_guard()
 
+    def guard_settings(self) -> dict[str, object]:
+        """What the guard is set to: what makes the stage work, and over it what was given."""
+        return {
+            "guard_bind_host": "127.0.0.1",
+            "guard_bind_port": 0,
+            "guard_upstream": self.authorizer.url,
+            "livekit_api": self.sfu.url,
+            "livekit_key": KEY,
+            "livekit_secret": SECRET,
+            "synapse_api": self.homeserver.url,
+            "matrix_token": self.admin_token,
+            "guard_admin_port": 0,
+            "guard_admin_token": ADMIN_TOKEN,
+            **self._given,
+        }
+
     async def start_guard(self, **settings: object) -> None:
         """Start the guard, on the port it had before if it had one."""
-        self.settings = read_settings(
-            **{
-                "guard_bind_host": "127.0.0.1",
-                "guard_bind_port": 0,
-                "guard_upstream": self.authorizer.url,
-                "livekit_api": self.sfu.url,
-                "livekit_key": KEY,
-                "livekit_secret": SECRET,
-                "synapse_api": self.homeserver.url,
-                "matrix_token": self.admin_token,
-                "guard_admin_port": 0,
-                "guard_admin_token": ADMIN_TOKEN,
-                **self._given,
-                **settings,
-            }
-        )
+        self.settings = read_settings(**(self.guard_settings() | settings))
         self.guard = Guard(self.settings, self.reactor)
         self.guard.privilegedStartService()
         self.guard.startService()

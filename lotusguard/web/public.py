@@ -48,7 +48,7 @@ class PublicDoor:
         self._webhooks = webhooks
         self._clock = clock
         self._idle = idle
-        self._metrics = metrics
+        self._requests = {kind: metrics.requests.labels(kind) for kind in ("token", "relay")}
         self.in_flight: set[PublicRequest] = set()
         self._emptied: list[Deferred[None]] = []
         metrics.in_flight.set_function(lambda: len(self.in_flight))
@@ -117,7 +117,7 @@ class PublicDoor:
 
     def _begin(self, request: PublicRequest, kind: str) -> None:
         """Count a request, and see to it that nobody hangs up on its caller before the answer is out."""
-        self._metrics.requests.labels(kind).inc()
+        self._requests[kind].inc()
         self.in_flight.add(request)
         request.notifyFinish().addBoth(lambda _: self._end(request))
 
