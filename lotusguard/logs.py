@@ -40,7 +40,7 @@ def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILo
 
 def _as_text(event: LogEvent) -> str:
     level = event.get("log_level", LogLevel.info).name
-    text = eventAsText(event, includeTimestamp=False, includeSystem=False)
+    text = _said(event)
     return f"{_time(event)} {level:8} {_one_line(text, event)}\n"
 
 
@@ -50,7 +50,7 @@ def _as_json(event: LogEvent) -> str:
         "level": event.get("log_level", LogLevel.info).name,
         "event": event.get("event_name", "log"),
         "logger": event.get("log_namespace", ""),
-        "message": formatEvent(event),
+        "message": formatEvent(event) if "log_failure" in event else _said(event),
     }
     for name, value in event.items():
         if name not in _INTERNAL and name not in line and name != "event_name":
@@ -58,6 +58,18 @@ def _as_json(event: LogEvent) -> str:
     if "log_failure" in event:
         line["traceback"] = event["log_failure"].getTraceback()
     return json.dumps(line, default=str) + "\n"
+
+
+def _said(event: LogEvent) -> str:
+    """What an event says. Twisted's formatter goes through every field in Python, in case it is to be called; where
+    nothing is, ``str.format`` says the same at a tenth of the cost, and each join has a line."""
+    format_ = event.get("log_format")
+    if isinstance(format_, str) and "()" not in format_ and "log_failure" not in event:
+        try:
+            return format_.format_map(event)
+        except (LookupError, AttributeError, ValueError, TypeError):
+            pass  # Twisted's says what is wrong with it
+    return eventAsText(event, includeTimestamp=False, includeSystem=False)
 
 
 def _one_line(text: str, event: LogEvent) -> str:
