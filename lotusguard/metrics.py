@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from lotusguard import __version__
@@ -23,7 +22,6 @@ class Metrics:
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(namespace="lotusguard", registry=registry)
-        GCCollector(registry=registry)
 
         def counter(name: str, meaning: str, *labels: str) -> Counter:
             return Counter(f"lotusguard_{name}", meaning, labels, registry=registry)

@@ -25,8 +25,12 @@ SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_s
 
 
 def families() -> list[Metric]:
-    """The metrics, but for the client library's own about Python's garbage collector."""
-    return [family for family in Metrics().registry.collect() if not family.name.startswith("python_gc")]
+    """All metrics there are."""
+    return list(Metrics().registry.collect())
+
+
+def test_every_metric_is_named_as_ours() -> None:
+    assert not [family.name for family in families() if not family.name.startswith("lotusguard_")]
 
 
 def samples() -> dict[str, set[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 from livekit.protocol import room as pb
-from livekit.protocol.models import TrackSource
+from livekit.protocol.models import ParticipantPermission, TrackSource
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
@@ -464,3 +464,50 @@ async def test_a_change_that_is_told_does_not_wait_for_a_round(stage: Stage) -> 
     await change_policy(stage, room_id, **NO_SCREEN)
     await until(lambda: ended(alice))
     assert stage.sfu.asked["ListRooms"] == lists
+
+
+async def reconciled(
+    stage: Stage, *, forbid: bool = True, **video: Any
+) -> tuple[ParticipantPermission, ParticipantPermission]:
+    """The permission of somebody with an old token before and after a round, in a room where nobody may share."""
+    room_id = room_of(stage, **({"allow_screenshare": False} if forbid else {}))
+    await stage.ask_token(BOB, room_id)  # whose room it is, is learnt from a token
+    stage.sfu.webhooks.urls.clear()
+    participant = stage.sfu.connect(old_token(ALICE, room_id, **video))
+    before = participant.info().permission
+    await stage.guard._enforcement.reconcile()
+    await at_rest(stage)
+    return before, participant.info().permission
+
+
+@pytest_twisted.ensureDeferred
+async def test_reconcile_never_grants(stage: Stage) -> None:
+    for sources in (["microphone"], ["microphone", "camera"]):
+        before, after = await reconciled(stage, canPublishSources=sources)
+        assert after == before
+    before, after = await reconciled(stage, canPublish=False)
+    assert after == before
+    assert not after.can_publish
+
+
+@pytest_twisted.ensureDeferred
+async def test_reconcile_preserves_flags(stage: Stage) -> None:
+    flags = {"hidden": True, "canSubscribe": False, "canPublishData": False, "canUpdateOwnMetadata": True}
+    before, after = await reconciled(stage, **flags)
+    assert list(after.can_publish_sources) == [TrackSource.MICROPHONE, TrackSource.CAMERA]
+    after.can_publish_sources[:] = before.can_publish_sources
+    assert after == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_reconcile_disables_on_empty(stage: Stage) -> None:
+    before, after = await reconciled(stage, canPublishSources=["screen_share", "screen_share_audio"])
+    assert before.can_publish
+    assert not after.can_publish
+    assert not after.can_publish_sources
+
+
+@pytest_twisted.ensureDeferred
+async def test_reconcile_leaves_rooms_without_a_policy_alone(stage: Stage) -> None:
+    before, after = await reconciled(stage, forbid=False)
+    assert after == before
