@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import resource
-import sys
 from typing import Any, ClassVar
 
 from twisted.application.service import MultiService
@@ -59,7 +58,7 @@ class Options(usage.Options):
     ]
 
 
-def makeService(options: Options) -> Guard:
+def makeService(options: Options) -> Unbuilt:
     """What ``twistd lotusguard`` runs. A wrong setting ends it with one line."""
     from twisted.internet import reactor
 
@@ -68,7 +67,33 @@ def makeService(options: Options) -> Guard:
     except ConfigurationError as error:
         raise SystemExit(f"lotusguard: {error}") from None
     reactor.callWhenRunning(spare_collector)
-    return Guard(settings, reactor, listen=options["listen"], admin_listen=options["admin-listen"])
+    return Unbuilt(settings, reactor, options)
+
+
+class Unbuilt(MultiService):
+    """The guard before it is built: ``twistd`` may yet go into the background, where this process's threads and open
+    database would not follow."""
+
+    def __init__(self, settings: Settings, reactor: Any, options: Options) -> None:
+        super().__init__()
+        self._settings = settings
+        self._reactor = reactor
+        self._options = options
+
+    def setServiceParent(self, parent: Any) -> None:
+        """Under ``twistd`` the parent is the application, whose log has the format that was asked for, unless it goes
+        where twistd's own options say, or into the background."""
+        twistd = getattr(self._options, "parent", None) or {"nodaemon": True}
+        elsewhere = any(twistd.get(option) for option in ("logfile", "syslog", "logger"))
+        if isinstance(parent, Componentized) and twistd["nodaemon"] and not elsewhere:
+            observer = observer_for(self._settings.guard_log_format, self._settings.guard_log_level)
+            parent.setComponent(ILogObserver, observer)
+        super().setServiceParent(parent)
+
+    def privilegedStartService(self) -> None:
+        listen, admin_listen = self._options["listen"], self._options["admin-listen"]
+        Guard(self._settings, self._reactor, listen=listen, admin_listen=admin_listen).setServiceParent(self)
+        super().privilegedStartService()
 
 
 class Guard(MultiService):
@@ -228,14 +253,6 @@ class Guard(MultiService):
         self._supervised = Supervised(reactor)
         self._supervised.setServiceParent(self)
         self._store_error = store_error
-
-    def setServiceParent(self, parent: Any) -> None:
-        """Under ``twistd`` the parent is the application, whose log has the format that was asked for."""
-        if isinstance(parent, Componentized) and "--logfile" not in " ".join(sys.argv):
-            parent.setComponent(
-                ILogObserver, observer_for(self._settings.guard_log_format, self._settings.guard_log_level)
-            )
-        super().setServiceParent(parent)
 
     def privilegedStartService(self) -> None:
         raise_file_limit()

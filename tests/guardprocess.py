@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ class GuardProcess(ProcessProtocol):
 class ProcessStage(Stage):
     """A stage whose guard is a process of its own, listening on the same port each time it is started."""
 
+    twistd: Sequence[str] = ("-n", "--pidfile=")
+    """``twistd``'s own options."""
+
     async def start_guard(self, **settings: Any) -> None:
         """Start the process and wait until it listens."""
         if not hasattr(self, "port"):
@@ -72,10 +76,10 @@ class ProcessStage(Stage):
         environment = {name.upper(): str(value) for name, value in values.items()}
         environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"}
         self.process = GuardProcess()
-        arguments = [sys.executable, "-c", TWISTD, "-n", "--pidfile=", "lotusguard"]
+        arguments = [sys.executable, "-c", TWISTD, *self.twistd, "lotusguard"]
         reactor.spawnProcess(self.process, sys.executable, arguments, environment)
         self.sfu.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
-        while "public door listens" not in self.process.output:
+        while "public door listens" not in self.process.output and "-n" in self.twistd:
             assert not self.process.ended.called, self.process.output
             await deferLater(reactor, 0.01)
 

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +157,29 @@ async def test_one_decision_is_one_line_for_machines(process: ProcessStage) -> N
     assert (refused["verdict"], refused["user"], refused["reason"]) == ("refused", BOB, "full")
     assert set(allowed["stages"]) >= {"policy", "roster", "upstream", "total"}
     assert process.authorizer.seen[0].header("X-Request-ID") == allowed["request_id"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_in_the_background_it_serves_and_keeps_what_it_promised(tmp_path: Path) -> None:
+    """``twistd`` without ``-n`` forks after the service was made."""
+    stage = ProcessStage(reactor, guard_state_dir=tmp_path / "state")
+    pidfile, logfile = tmp_path / "pid", tmp_path / "log"
+    stage.twistd = [f"--pidfile={pidfile}", f"--logfile={logfile}", f"--rundir={tmp_path}"]
+    await stage.start()
+    pid = 0
+    try:
+        assert await stage.process.ended == 0
+        pid = int(pidfile.read_text())
+        room_id = room_of(stage, 1)
+        await until(lambda: logfile.exists() and "public door listens" in logfile.read_text())
+        assert (await stage.ask_token(ALICE, room_id)).code == 200
+        assert (await stage.ask_token(BOB, room_id)).code == 403
+        with closing(sqlite3.connect(tmp_path / "state" / "lotusguard.sqlite3")) as database:
+            assert database.execute("SELECT user FROM promises").fetchall() == [(ALICE,)]
+        os.kill(pid, signal.SIGTERM)
+        await until(lambda: not pidfile.exists())
+        pid = 0
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+        await stage.stop()
