@@ -124,9 +124,9 @@ def _state_of(room_id: str, kind: str) -> bytes:
 
 
 def _no_such_room(answer: Answer) -> bool:
-    """Whether the homeserver says so: a proxy that keeps the admin API to itself answers 404 in its own words, a
-    worker without it 404 ``M_UNRECOGNIZED``."""
-    return answer.code == 404 and json_object(answer).get("errcode") != "M_UNRECOGNIZED"
+    """Whether Synapse says so: a proxy that keeps the admin API to itself, or a worker without it, answers 404 too, and
+    to take that for «no policy» would lift every room's."""
+    return answer.code == 404 and json_object(answer).get("errcode") == "M_NOT_FOUND"
 
 
 def _room_or_none(answer: Answer) -> None:
