@@ -69,7 +69,7 @@ class Neighbour:
         metrics: Metrics,
         *,
         timeout: float,
-        limit: int = 64 * 1024 * 1024,
+        limit: int = 16 * 1024 * 1024,
     ) -> None:
         self.name = name
         self.breaker = Breaker()
