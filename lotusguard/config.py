@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     synapse_api: BaseUrl = "http://127.0.0.1:8008"
     matrix_token: SecretStr = SecretStr("")
     matrix_token_from_file: Path | None = None
-    guard_server_name: str = ""
+    guard_server_name: Annotated[str, AfterValidator(str.strip)] = ""
     guard_admin_host: str = "127.0.0.1"
     guard_admin_port: Annotated[Port | None, BeforeValidator(lambda v: None if v == "" else v)] = 8072
     guard_admin_token: SecretStr = SecretStr("")
@@ -202,7 +202,8 @@ def _explained(error: ValidationError) -> str:
         near = difflib.get_close_matches(name, Settings.model_fields, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{name}: no setting has this name{hint} (expected the names of the README, in lower case)"
-    given = "" if _is_secret(name) else f"{first['input']!r} "
+    hidden = _is_secret(name) or "@" in str(first["input"])  # a URL may hold a password
+    given = "" if hidden else f"{first['input']!r} "
     return f"{name.upper()}: {given}{_fault(first, cause)}; expected {_expectation(name)}"
 
 

@@ -150,6 +150,9 @@ def test_secrets_are_in_no_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(ConfigurationError) as error:
         read_settings(matrix_token=secret)
     assert "MATRIX-SECRET" not in str(error.value)
+    with pytest.raises(ConfigurationError) as error:
+        read_settings(guard_upstream="http://user:URL-SECRET@127.0.0.1")
+    assert "URL-SECRET" not in str(error.value)
     settings = read_settings(livekit_key="k", livekit_secret="LK-SECRET", matrix_token="MX-SECRET")
     assert "SECRET" not in repr(settings)
     assert "SECRET" not in repr(settings.sfu_key)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 
 from lotusguard.clients.http import Answer
+from lotusguard.rules.identity import room_alias
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.stage import KEY, SECRET, Stage
+from lotusguard.sandbox.tokens import mint
 from tests.calls import ALICE, BOB, CAROL, DAVE, room_of
 from tests.conftest import SetStage, until
 
@@ -232,3 +235,51 @@ async def test_what_passes_unenforced_is_one_event_and_one_count(stage: Stage) -
     assert counted(stage, "fail_open_total", check="cap", reason="status_500") == 4
     decisions = list(stage.guard.journal.decisions)
     assert [decision.unenforced for decision in decisions] == [["cap:status_500"]] * 4
+
+
+@pytest_twisted.ensureDeferred
+async def test_questions_that_synapse_does_not_like_are_no_illness(stage: Stage) -> None:
+    """A caller has a hand in what is asked: that must not stop the guard asking for other rooms."""
+    room_id = room_of(stage, 1)
+    stage.homeserver.faults["room_state"] = Fault.status(400, b'{"errcode":"M_INVALID_PARAM"}', times=20)
+    for number in range(8):
+        assert (await stage.ask_token(ALICE, f"!odd{number}:sandbox.local")).code == 200
+    stage.homeserver.faults.clear()
+    assert counted(stage, "breaker_open", neighbour="synapse") == 0
+    assert counted(stage, "fail_open_total", check="policy", reason="status_400") == 8
+    await stage.enter(ALICE, room_id)
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_synapse_that_became_newer_is_asked_for_both_types_again(set_stage: SetStage) -> None:
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
+    old, new = room_of(stage, 5), room_of(stage, 5, allow_camera=False)
+    stage.homeserver.ignores_type = True
+    await stage.enter(ALICE, old)
+    stage.homeserver.ignores_type = False
+    participant = await stage.enter(ALICE, new)
+    assert not participant.publish("CAMERA")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_list_of_nobody_may_be_called_not_found(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    stage.sfu.faults["ListParticipants"] = Fault.status(404, b'{"code":"not_found","msg":"no such room"}')
+    assert (await stage.ask_token(ALICE, room_id)).code == 200
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+    assert counted(stage, "fail_open_total") == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_call_in_another_slot_is_older_than_the_guard(stage: Stage) -> None:
+    """Its people count as soon as somebody asks for it, and stop counting when they leave."""
+    room_id, slot = room_of(stage, 1), "m.call#OLDER"
+    token = mint(KEY, SECRET, {
+        "sub": f"{ALICE}:OLD", "video": {"roomJoin": True, "room": room_alias(room_id, slot)},
+    }, now=time.time(), valid_for=3600)  # fmt: skip
+    alice = stage.sfu.connect(token)
+    assert (await stage.ask_token(BOB, room_id, new=True, slot_id=slot)).code == 403
+    assert (await stage.ask_token(BOB, room_id)).code == 403
+    stage.sfu.disconnect(alice.room.name, alice.identity)
+    assert (await stage.ask_token(BOB, room_id)).code == 200

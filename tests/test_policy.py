@@ -24,6 +24,8 @@ from lotusguard.rules.sources import CAMERA, SCREEN_SHARE, SCREEN_SHARE_AUDIO
         ({"max_users": None}, None, False),
         ({"max_users": "5"}, None, True),
         ({"max_users": True}, None, True),
+        ({"max_users": 10**400}, 10**400, False),
+        ({"max_users": float("nan")}, None, True),
         ({"max_users": [5]}, None, True),
         ({"max_users": float("inf")}, None, True),
         ([], None, True),

@@ -237,6 +237,14 @@ def test_nobody_is_put_out_for_requests_that_may_come_to_nothing() -> None:
     assert seats.overflow(1, 1) == [late]
 
 
+def test_who_is_listed_later_than_they_left_is_there() -> None:
+    seats = RoomSeats()
+    seated(seats, "a", 1)
+    seats.leave(Session("room", "PA_a"), 2)
+    seats.observe("room", [("PA_a", "a", "a")], 1, since=3, now=3)
+    assert seats.users() == {"a"}
+
+
 class Calls(RuleBasedStateMachine):
     """Users ask, are answered, arrive and leave in any order; looks and news come late, twice or never.
 

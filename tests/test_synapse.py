@@ -170,7 +170,7 @@ async def test_an_address_without_the_admin_api_is_not_taken_for_rooms_without_p
     room_id = await synapse.create_room(alice)
     assert (await guarded.ask_token(alice, room_id)).code == 200
     decided = json.loads((await guarded.stage.operator("GET", "/rooms")).body)["decisions"][-1]
-    assert decided["unenforced"] == ["policy:garbage"]
+    assert decided["unenforced"] == ["policy:status_404"]
     code, report = await ready(guarded)
     assert (code, report["enforcing"]["cap"]) == (503, False)
 

@@ -224,3 +224,24 @@ def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_believed(
     old.callback({"io.lotus.voice_limit": {"max_users": 9}})
     assert outcome(new) == Known(Policy(2), Freshness.FRESH)
     assert outcome(get(policies, clock)) == Known(Policy(2), Freshness.FRESH)
+
+
+def test_a_changed_policy_still_serves_as_long_as_any_when_the_homeserver_is_away(rooms: Rooms, clock: Clock) -> None:
+    homeserver: Any = rooms
+    policies = Policies(homeserver, clock, Metrics(), ttl=3600, stale=3600)
+    get(policies, clock)
+    rooms.answer(5)
+    policies.drop("!r")
+    policies.drop("!r")
+    stale = get(policies, clock)
+    rooms.fail()
+    assert outcome(stale) == Known(Policy(5), Freshness.STALE, "timeout")
+
+
+@pytest.mark.parametrize("room_id", ["!" + "a" * 300, "!room\x00:x", "!room\n:x"])
+def test_what_no_room_can_be_called_is_not_asked_for(
+    policies: Policies, rooms: Rooms, clock: Clock, room_id: str
+) -> None:
+    asked = Deferred.fromCoroutine(policies.get(room_id, Budget(clock, 1.5)))
+    assert outcome(asked) == Known(NO_POLICY, Freshness.FRESH)
+    assert not rooms.asked

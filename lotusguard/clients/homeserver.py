@@ -17,6 +17,8 @@ from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT
 from lotusguard.rules.requests import OpenID
 
 ROOMS_A_PAGE = 500
+LONGEST_TOKEN = 2048
+"""Characters of an OpenID token; Synapse's are a tenth of that. It travels in a target."""
 
 
 class Homeserver:
@@ -47,7 +49,9 @@ class Homeserver:
         has no events.
         """
         if self._ignores_type:
-            return await self._state(room_id, VOICE_LIMIT)
+            events = await self._state(room_id, VOICE_LIMIT)
+            # it may have become a newer one, which answers what was asked for and nothing else
+            return events if self._ignores_type else events | await self._state(room_id, ROOM_QUALITY)
         both = await together(self._state(room_id, kind) for kind in (VOICE_LIMIT, ROOM_QUALITY))
         return {kind: content for contents in both for kind, content in contents.items()}
 
@@ -58,7 +62,7 @@ class Homeserver:
             events = _ok(answer)["state"]
             if not isinstance(events, list):
                 raise TypeError("state is no list")
-            self._ignores_type = self._ignores_type or any(event["type"] != kind for event in events)
+            self._ignores_type = any(event["type"] != kind for event in events)
             return {
                 event["type"]: event["content"]
                 for event in events
@@ -86,7 +90,8 @@ class Homeserver:
         """
         if not self.server_name:
             await self._naming.get("")
-        if openid.server_name != self.server_name:
+        plain = openid.access_token.isascii() and openid.access_token.isprintable()
+        if openid.server_name != self.server_name or not plain or len(openid.access_token) > LONGEST_TOKEN:
             return None
 
         def read(answer: Answer) -> str | None:

@@ -29,6 +29,10 @@ CALLS_AT_ONCE = 32
 (50 in Synapse) would be answered by the kernel a second later."""
 
 
+_SHORT_OF_BREATH = (408, 429)
+"""Statuses of a neighbour that cannot keep up."""
+
+
 class NeighbourFailed(Exception):
     """A neighbour gave no usable answer. ``reason`` is one of a few words, fit for a metric's label."""
 
@@ -46,7 +50,7 @@ class NotWaitedFor(NeighbourFailed):
 
 
 class NeighbourRefused(NeighbourFailed):
-    """The neighbour is well and said no: our credentials are wrong."""
+    """The neighbour is well and said no: to our credentials, or to what was asked."""
 
 
 class Neighbour:
@@ -105,7 +109,7 @@ class Neighbour:
         :param answers: statuses that are for ``read`` although they look like a refusal or a failure.
         :param wait: ``False`` for a probe: made even while nobody waits for this neighbour.
         :raises NotWaitedFor: the breaker is open.
-        :raises NeighbourRefused: 401 or 403.
+        :raises NeighbourRefused: 401 or 403, or another 4xx that ``read`` can make nothing of.
         :raises NeighbourFailed: no usable answer in time.
         """
         if wait and self.breaker.open:
@@ -122,6 +126,11 @@ class Neighbour:
             try:
                 result = read(answer)
             except Exception:
+                if 400 <= answer.code < 500 and answer.code not in _SHORT_OF_BREATH:
+                    # It is well and does not like the question, which a caller may have had a hand in: no reason to
+                    # stop asking it other questions.
+                    self._well("refused")
+                    raise NeighbourRefused(self.name, f"status_{answer.code}") from None
                 raise NeighbourFailed(self.name, "garbage") from None
         except (NeighbourRefused, NotWaitedFor):
             raise

@@ -6,8 +6,9 @@ Protobuf on the wire: a JSON request with a name the SFU does not know is read a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -41,6 +42,12 @@ class NodeGone(NoSuchParticipant):
     """The node that holds the participant does not answer. They may be gone with it, or be back in a moment."""
 
 
+_PARTICIPANT_GONE = {404: NoSuchParticipant, 408: NodeGone, 503: NodeGone}
+"""Twirp's not_found, deadline_exceeded and unavailable."""
+_NO_SUCH_ROOM = {404: NoSuchParticipant}
+"""LiveKit answers an empty list; whoever answers not_found means the same."""
+
+
 class Sfu:
     """What the guard asks of LiveKit. Every method raises `NeighbourFailed` when there is no usable answer.
 
@@ -66,7 +73,11 @@ class Sfu:
     async def list_participants(self, alias: str) -> Sequence[ParticipantInfo]:
         """Who is in a room; nobody when there is no such room."""
         request = ListParticipantsRequest(room=alias)
-        return (await self._ask("ListParticipants", request, ListParticipantsResponse, alias)).participants
+        try:
+            found = await self._ask_of("ListParticipants", request, ListParticipantsResponse, alias, _NO_SUCH_ROOM)
+        except NoSuchParticipant:
+            return ()
+        return found.participants
 
     async def get_participant(self, alias: str, identity: str) -> ParticipantInfo:
         """:raises NoSuchParticipant:"""
@@ -112,29 +123,31 @@ class Sfu:
             b"POST", path, headers, request.SerializeToString(), read=partial(_message, kind=response)
         )
 
-    async def _ask_of(self, method: str, request: Message, response: type[M], alias: str) -> M:
+    async def _ask_of(
+        self,
+        method: str,
+        request: Message,
+        response: type[M],
+        alias: str,
+        gone: Mapping[int, type[NoSuchParticipant]] = MappingProxyType(_PARTICIPANT_GONE),
+    ) -> M:
         """Ask something of one participant, whose node may be gone: that is no illness of the SFU."""
         path, headers = self._request(method, alias)
 
         def read(answer: Answer) -> M | type[NoSuchParticipant]:
-            return _PARTICIPANT_GONE.get(answer.code) or _message(answer, response)
+            return gone.get(answer.code) or _message(answer, response)
 
-        found = await self._neighbour.call(
-            b"POST", path, headers, request.SerializeToString(), read=read, answers=_PARTICIPANT_GONE
-        )
+        found = await self._neighbour.call(b"POST", path, headers, request.SerializeToString(), read=read, answers=gone)
         if isinstance(found, type):
             raise found
         return found
 
 
-_PARTICIPANT_GONE = {404: NoSuchParticipant, 408: NodeGone, 503: NodeGone}
-"""Twirp's not_found, deadline_exceeded and unavailable."""
-
-
 def _message(answer: Answer, kind: type[M]) -> M:
     if answer.code != 200:
         raise ValueError(answer.code)
-    if b"protobuf" not in (answer.headers.getRawHeaders(b"content-type") or [b""])[0]:
+    content_type = (answer.headers.getRawHeaders(b"content-type") or [b""])[0].lower()
+    if b"json" in content_type or b"text" in content_type:
         raise ValueError("no protobuf")
     message = kind.FromString(answer.body)
     if answer.body and not message.ListFields():

@@ -246,7 +246,11 @@ class Admission:
         claims, mismatch = self._claims(content["jwt"]) if join.policy else (read_unverified(content["jwt"]), "")
         issued = issued_to(claims) if claims is not None else None
         if issued is None:
-            self._journal.unenforced(join.decision, "sources", "unreadable_token")
+            if join.policy:
+                self._journal.unenforced(join.decision, "sources", "unreadable_token")
+            if join.claim is not None and join.user is not None:  # a token was given, whatever it says
+                await self._seats.settle(join.room_id, join.claim, join.user, "", "")
+                join.claim = None
             return answer
         user = join.user or user_of(issued.identity, join.request.device_id)
         join.decision.user = user

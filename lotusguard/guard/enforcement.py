@@ -19,11 +19,12 @@ from lotusguard.clients.sfu import Sfu
 from lotusguard.clients.waiting import Budget, in_background
 from lotusguard.guard.corrections import Corrections
 from lotusguard.guard.discovery import Discovery
-from lotusguard.guard.ledger import Ledger
+from lotusguard.guard.ledger import Ledger, Slot
 from lotusguard.guard.policies import Freshness, Policies
 from lotusguard.guard.roster import Roster
 from lotusguard.guard.seatbook import Present, SeatBook
 from lotusguard.metrics import Metrics
+from lotusguard.rules.identity import ROOM_SLOT, room_alias
 
 log = Logger()
 
@@ -119,6 +120,8 @@ class Enforcement:
     async def policy_changed(self, room_id: str) -> None:
         """The homeserver told that a room's policy changed: ask for it and enforce it at once."""
         self._policies.drop(room_id)
+        main = room_alias(room_id, ROOM_SLOT)
+        await self._ledger.learn_alias(main, Slot(room_id, ROOM_SLOT))  # the call may be older than the guard
         for alias in await self._ledger.aliases_of(room_id):
             self.enforce(alias)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from enum import Enum
 
-from attrs import frozen
+from attrs import evolve, frozen
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -15,6 +15,7 @@ from lotusguard.clients.homeserver import Homeserver
 from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.waiting import Budget, SharedCalls
 from lotusguard.metrics import Metrics
+from lotusguard.rules.identity import is_room_id
 from lotusguard.rules.policy import NO_POLICY, ROOM_QUALITY, VOICE_LIMIT, Policy, forbidden_sources, max_users
 
 log = Logger()
@@ -46,6 +47,8 @@ class _Remembered:
     policy: Policy
     malformed: frozenset[str]
     at: float
+    dropped: bool = False
+    """it has changed since: it only serves while the homeserver does not answer"""
 
 
 class Policies:
@@ -73,6 +76,8 @@ class Policies:
     async def get(self, room_id: str, budget: Budget) -> Known:
         """The room's policy: the believed one, else what one look-up for all who wait brings, else the
         last known, else none. Never fails, and never waits longer than the budget."""
+        if not is_room_id(room_id):
+            return Known(NO_POLICY, Freshness.FRESH)
         known = self.believed(room_id)
         if known is not None:
             self._results["hit"].inc()
@@ -94,7 +99,8 @@ class Policies:
     def believed(self, room_id: str) -> Policy | None:
         """The policy that was looked up within the TTL, if one was."""
         known = self._remembered.get(room_id)
-        return known.policy if known is not None and self._clock.seconds() - known.at < self._ttl else None
+        fresh = known is not None and not known.dropped and self._clock.seconds() - known.at < self._ttl
+        return known.policy if known is not None and fresh else None
 
     def last_known(self, room_id: str) -> Policy:
         """The policy as it was last heard, however long ago; none when it never was."""
@@ -108,7 +114,7 @@ class Policies:
         """
         known = self._remembered.get(room_id)
         if known is not None:
-            self._remembered[room_id] = _Remembered(known.policy, known.malformed, known.at - self._ttl)
+            self._remembered[room_id] = evolve(known, dropped=True)
         elif room_id in self._lookups:  # its first one: what it brings must find that somebody was here
             self._remembered[room_id] = _Remembered(NO_POLICY, frozenset(), float("-inf"))
         self._failed.pop(room_id, None)

@@ -11,7 +11,7 @@ from twisted.internet.interfaces import IReactorTime
 from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.clients.sfu import Sfu
 from lotusguard.clients.waiting import Budget, SharedCalls, together
-from lotusguard.guard.ledger import Ledger
+from lotusguard.guard.ledger import Ledger, Slot
 from lotusguard.guard.policies import Policies
 from lotusguard.guard.seatbook import Present, SeatBook
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
@@ -54,7 +54,7 @@ class Roster:
         for _ in range(2):  # a look that others wait for already may have begun too early
             if await self._seats.observed_since(room_id, known) >= since:
                 return
-            if await budget.wait(self._looks.get((room_id, alias))) >= since:
+            if await budget.wait(self._looks.get((room_id, slot_id))) >= since:
                 return
 
     async def observed(
@@ -62,7 +62,7 @@ class Roster:
     ) -> Collection[Present]:
         """A complete list of who is in one SFU room, asked for at ``since``."""
         present = [
-            Present(p.sid, p.identity, await self._ledger.user_behind(alias, p.identity))
+            Present(p.sid or p.identity, p.identity, await self._ledger.user_behind(alias, p.identity))
             for p in sorted(participants, key=lambda p: p.joined_at)  # the SFU lists them in no order
             if counts(p)
         ]
@@ -73,17 +73,20 @@ class Roster:
     async def _look(self, key: tuple[str, str]) -> float:
         """Look into all SFU rooms of a Matrix room. :return: when it began."""
         assert self._sfu is not None
-        room_id, asked = key
+        room_id, slot_id = key
+        asked = room_alias(room_id, slot_id)
         since = self._clock.seconds()
         lasting = {*await self._ledger.aliases_of(room_id), room_alias(room_id, ROOM_SLOT)}
         aliases = lasting | {asked}
         existing: Collection[str] = aliases
         if len(aliases) > FEW_SLOTS:
-            existing = {room.name for room in await self._sfu.list_rooms(aliases)}
+            existing = aliases.intersection(room.name for room in await self._sfu.list_rooms(aliases))
         lists = await together(self._sfu.list_participants(alias) for alias in existing)
         found = dict(zip(existing, lists, strict=True))
         for alias in aliases:
             participants = found.get(alias, ())
+            if participants and alias not in lasting:  # a call that is older than the guard; the hash proves whose
+                await self._ledger.learn_alias(alias, Slot(room_id, slot_id))
             if participants or alias in lasting:  # a slot that is only asked for leaves no trace
                 await self.observed(room_id, alias, participants, since)
         return since

@@ -62,16 +62,21 @@ def open_store(directory: Path, reactor: Any, metrics: Metrics) -> Store:
             corrupt = not isinstance(error, sqlite3.OperationalError)
             if not corrupt or attempt == 2:
                 raise StoreUnusable(f"{path}: {error}") from None
-            aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
-            path.rename(aside)
-            for rest in ("-wal", "-shm"):
-                path.with_name(path.name + rest).unlink(missing_ok=True)
-            log.error(
-                "{path} is corrupt; it was set aside as {aside}", path=path, aside=aside, event_name="ledger_corrupt"
-            )
+            _set_aside(path)
         except OSError as error:
             raise StoreUnusable(f"{path}: {error.strerror}") from None
     raise AssertionError
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
+    try:
+        path.rename(aside)
+        for rest in ("-wal", "-shm"):
+            path.with_name(path.name + rest).unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreUnusable(f"{path} is corrupt and cannot be set aside: {error.strerror}") from None
+    log.error("{path} is corrupt; it was set aside as {aside}", path=path, aside=aside, event_name="ledger_corrupt")
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -35,6 +35,12 @@ def server_of(user_id: str) -> str:
     return user_id.partition(":")[2]
 
 
+def is_room_id(text: str) -> bool:
+    """Whether a Matrix room can have this ID: no longer than 255 bytes, no control characters. Its grammar is wide, and
+    what a caller names may be anything."""
+    return len(text.encode("utf-8", "replace")) <= 255 and text.isprintable()
+
+
 def user_of(identity: str, device_id: str | None = None) -> str:
     """The Matrix user behind a legacy identity ``@user:server[:port]:DEVICE``.
 

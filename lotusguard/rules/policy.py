@@ -44,7 +44,9 @@ def max_users(content: object) -> tuple[int | None, bool]:
     value = content.get("max_users")
     if value is None:
         return None, False
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None, True
+    if isinstance(value, float) and not math.isfinite(value):
         return None, True
     limit = int(value)
     return (limit if limit > 0 else None), False

@@ -192,6 +192,8 @@ class RoomSeats:
         there, identities = set(), set()
         for sid, identity, user in present:
             at = Session(alias, sid)
+            if self.gone.get(at, math.inf) < since:
+                del self.gone[at]  # the SFU says that it is there, and was asked later
             there.add(at)
             identities.add((alias, identity))
             self.arrive(at, user, identity, None if first and sid not in newcomers else cap, now, joined=since)

@@ -22,8 +22,8 @@ from lotusguard.web.answers import refuse
 
 RECEIVE_TIMEOUT = 60
 """Seconds from a connection's last answer (or its beginning) until the next request is there, whole."""
-DISCARDED = 16
-"""How many times the longest body is read and thrown away for the sake of a proper 413, before we just hang up."""
+DISCARDED = 64 * 1024 * 1024
+"""Bytes of a body that are read and thrown away for the sake of a proper 413, before we just hang up."""
 HELD = 256
 """How many bodies of the greatest length are held at once, all in all, be they whole or on their way."""
 WEBHOOK_PATH = "/sfu_webhook"
@@ -102,7 +102,7 @@ class GuardRequest(Request):
             self.content.write(data)
             self._held += len(data)
             site.held += len(data)
-        elif self._size <= site.max_body or self._size > site.max_body * DISCARDED:
+        elif self._size <= site.max_body or self._size > site.max_body + DISCARDED:
             self.channel.loseConnection()
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
