@@ -11,7 +11,6 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import treq
 from livekit.protocol.room import CreateRoomRequest
 from twisted.web.client import Agent, FileBodyProducer
 from twisted.web.http_headers import Headers
@@ -22,6 +21,7 @@ from lotusguard.sandbox.tokens import mint
 
 if TYPE_CHECKING:
     from lotusguard.sandbox.authorizer import Authorizer
+from lotusguard.sandbox.wire import answer_of
 
 CREATE_ROOM = "/twirp/livekit.RoomService/CreateRoom"
 
@@ -46,7 +46,7 @@ class Neighbours:
         url = f"{base}/_matrix/federation/v1/openid/userinfo?{query}"
         try:
             response = await self._agent.request(b"GET", url.encode())
-            user = decode(await treq.content(response), {"sub": str}, known_only=False)["sub"]
+            user = decode(await answer_of(response), {"sub": str}, known_only=False)["sub"]
         except Exception:
             raise requests.unauthorised() from None
         if not 200 <= response.code < 300 or ":" not in user or user.split(":", 1)[1] != name:
@@ -71,7 +71,7 @@ class Neighbours:
         try:
             body = FileBodyProducer(BytesIO(wanted.SerializeToString()))
             response = await self._agent.request(b"POST", url, headers, body)
-            await treq.content(response)
+            await answer_of(response)
             created = response.code == 200
         except Exception:
             created = False

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import treq
 from google.protobuf import json_format
 from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.defer import CancelledError, Deferred
@@ -25,6 +24,7 @@ from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool
 from twisted.web.http_headers import Headers
 
 from lotusguard.sandbox.tokens import mint
+from lotusguard.sandbox.wire import answer_of
 
 log = Logger()
 
@@ -145,7 +145,7 @@ class WebhookSender:
     async def _post(self, url: str, headers: Headers, body: bytes) -> int:
         try:
             response = await self._agent.request(b"POST", url.encode(), headers, FileBodyProducer(BytesIO(body)))
-            await treq.content(response)
+            await answer_of(response)
         except CancelledError:
             raise
         except Exception as error:

@@ -8,6 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import treq
+
+ANSWER_READ = 1024 * 1024
+"""Bytes of an answer that a stand-in reads; like the real ones, it holds no endless one."""
+
+
+async def answer_of(response: Any) -> bytes:
+    """The body of an answer to a stand-in. :raises ValueError: there is no end to it; the connection is dropped."""
+    body = bytearray()
+
+    def part(chunk: bytes) -> None:
+        body.extend(chunk)
+        if len(body) > ANSWER_READ:
+            raise ValueError("endless")
+
+    await treq.collect(response, part)
+    return bytes(body)
+
 
 @dataclass(frozen=True)
 class Asked:
