@@ -198,10 +198,6 @@ class MemorySeatBook:
             room.observed.clear()
             room.claims = [claim for claim in room.claims if claim.expires > self._clock.seconds()]
 
-    def occupied(self) -> list[str]:
-        """The SFU rooms that somebody is in, as far as is known here."""
-        return list({at.alias for room in self.rooms.values() for at in room.sessions})
-
     def prune(self) -> None:
         """Forget rooms that nothing happens in."""
         now = self._clock.seconds()
