@@ -133,7 +133,8 @@ class _Relaying(Protocol, TimeoutMixin):
     def _drop(self) -> None:
         if not self._ended:
             self._end()
-            self._request.channel.forceAbortClient()
+            if self._request.channel is not None:  # the caller may have gone first
+                self._request.channel.forceAbortClient()
             self.done.callback(None)
 
     def _stop(self) -> None:
@@ -144,5 +145,5 @@ class _Relaying(Protocol, TimeoutMixin):
 
     def _end(self) -> None:
         self._ended = True
-        if self._producing:
+        if self._producing and self._request.channel is not None:
             self._request.unregisterProducer()
