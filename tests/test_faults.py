@@ -66,7 +66,7 @@ async def test_a_join_goes_on_whatever_ails_synapse(set_stage: SetStage, illness
     ail_synapse(stage, ILLNESSES[illness])
     answer, seconds = await timed(stage.ask_token(ALICE, room_id))
     assert answer.code == 200
-    assert seconds < 2
+    assert seconds < 5
     assert json.loads(answer.body)["jwt"] == stage.authorizer.issued[-1].token
     assert counted(stage, "fail_open_total", check="policy") == 1
 
@@ -74,28 +74,28 @@ async def test_a_join_goes_on_whatever_ails_synapse(set_stage: SetStage, illness
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("illness", ILLNESSES)
 async def test_a_join_goes_on_whatever_ails_livekit(set_stage: SetStage, illness: str) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=0.2)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=1)
     room_id = room_of(stage, 1, allow_screenshare=False)
     stage.sfu.faults["ListParticipants"] = ILLNESSES[illness]
     for user in (ALICE, BOB):
         answer, seconds = await timed(stage.ask_token(user, room_id))
         assert answer.code == 200
-        assert seconds < 2
+        assert seconds < 5
         assert json.loads(answer.body)["jwt"] != stage.authorizer.issued[-1].token
     assert counted(stage, "fail_open_total", check="cap") == 2
 
 
 @pytest_twisted.ensureDeferred
 async def test_after_a_few_failures_nobody_waits_and_a_probe_finds_out_when_it_is_well(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=0.15)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=1)
     rooms = [room_of(stage, 1) for _ in range(8)]
     ail_synapse(stage, Fault.hang())
-    for room_id in rooms[:6]:
-        assert (await stage.ask_token(ALICE, room_id)).code == 200
+    answers = await gatherResults([Deferred.fromCoroutine(stage.ask_token(ALICE, room_id)) for room_id in rooms[:6]])
+    assert [answer.code for answer in answers] == [200] * 6
     assert counted(stage, "breaker_open", neighbour="synapse") == 1
     answer, seconds = await timed(stage.ask_token(ALICE, rooms[6]))
     assert answer.code == 200
-    assert seconds < 0.12
+    assert seconds < 0.8
     assert counted(stage, "fail_open_total", reason="not_waited_for") >= 1
     ail_synapse(stage, None)
     await until(lambda: counted(stage, "breaker_open", neighbour="synapse") == 0, seconds=8)
@@ -105,7 +105,7 @@ async def test_after_a_few_failures_nobody_waits_and_a_probe_finds_out_when_it_i
 
 @pytest_twisted.ensureDeferred
 async def test_the_last_known_policy_serves_while_synapse_is_away(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_lookup_timeout=0.2)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_lookup_timeout=10)
     room_id = room_of(stage, 1)
     await stage.enter(ALICE, room_id)
     ail_synapse(stage, Fault.close())
@@ -117,7 +117,7 @@ async def test_the_last_known_policy_serves_while_synapse_is_away(set_stage: Set
 @pytest_twisted.ensureDeferred
 async def test_a_last_known_policy_is_not_believed_for_ever(set_stage: SetStage) -> None:
     stage = await set_stage(
-        guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1, guard_lookup_timeout=0.2
+        guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1, guard_lookup_timeout=10
     )
     room_id = room_of(stage, 1)
     await stage.enter(ALICE, room_id)
@@ -181,7 +181,7 @@ async def test_502_with_cors_when_upstream_stays_away(set_stage: SetStage) -> No
 
 @pytest_twisted.ensureDeferred
 async def test_504_with_cors_when_upstream_does_not_answer_in_time(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=0.2)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=1)
     room_id = room_of(stage, 1)
     stage.authorizer.fault = Fault.hang()
     answer = await stage.ask_token(ALICE, room_id)
@@ -195,7 +195,7 @@ async def test_504_with_cors_when_upstream_does_not_answer_in_time(set_stage: Se
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("illness", ["truncated", "endless", "garbage"])
 async def test_upstreams_broken_answers_are_no_500(set_stage: SetStage, illness: str) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=0.5)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=2)
     room_id = room_of(stage, 1)
     stage.authorizer.fault = ILLNESSES[illness]
     answer = await stage.ask_token(ALICE, room_id)
@@ -214,7 +214,7 @@ async def test_a_kept_alive_connection_that_upstream_closed_is_not_the_callers_p
 
 @pytest_twisted.ensureDeferred
 async def test_both_neighbours_hanging_cost_one_budget_and_not_two(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=0.3, guard_policy_ttl=0.01)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=1, guard_policy_ttl=0.01)
     room_id = room_of(stage, 3)
     await stage.enter(ALICE, room_id)
     ail_synapse(stage, Fault.hang())
@@ -222,7 +222,7 @@ async def test_both_neighbours_hanging_cost_one_budget_and_not_two(set_stage: Se
     stage.authorizer.full_access = ["nobody"]
     answer, seconds = await timed(stage.ask_token(BOB, room_id))
     assert answer.code == 200
-    assert seconds < 0.55
+    assert seconds < 1.9
 
 
 @pytest_twisted.ensureDeferred

@@ -314,7 +314,7 @@ async def test_nobody_is_put_out_for_who_left_another_slot_unnoticed(stage: Stag
 
 @pytest_twisted.ensureDeferred
 async def test_an_unanswered_request_puts_nobody_out(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=0.4)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=3)
     room_id = room_of(stage, 1)
     stage.authorizer.faults["sfu_get"] = Fault.hang(times=1)
     asking: Deferred[Answer] = Deferred.fromCoroutine(stage.ask_token(ALICE, room_id))
