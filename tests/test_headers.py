@@ -12,7 +12,8 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.stage import Stage
-from tests.conftest import SetStage
+from tests.calls import crashes, logged
+from tests.conftest import SetStage, until
 from tests.raw_http import Response, connect, exchange, recorder
 
 CLOSE = b"Connection: close"
@@ -336,12 +337,28 @@ async def test_an_answer_that_ends_too_early_looks_so_to_the_caller(set_stage: S
         stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         caller = await connect(stage.url)
         caller.send(request())
-        from tests.conftest import until
-
         await until(lambda: caller.received.endswith(b"half"))
         upstream.connections[0].transport.abortConnection()  # type: ignore[union-attr]
         await caller.closed
         assert b"Content-Length: 100\r\n" in caller.received
+
+
+@pytest.mark.parametrize("first", ["caller", "upstream"])
+@pytest_twisted.ensureDeferred
+async def test_whoever_of_both_breaks_an_answer_off_is_no_error_of_ours(set_stage: SetStage, first: str) -> None:
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
+    async with recorder(raw) as upstream:
+        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        with logged() as events:
+            caller = await connect(stage.url)
+            caller.send(request())
+            await until(lambda: caller.received.endswith(b"half"))
+            both = [caller.drop, upstream.connections[0].transport.abortConnection]  # type: ignore[union-attr]
+            for hang_up in both if first == "caller" else reversed(both):
+                hang_up()
+            await caller.closed
+            await stage.operator("GET", "/healthz")  # by when the guard has heard of both
+    assert crashes(events) == []
 
 
 @pytest_twisted.ensureDeferred

@@ -102,7 +102,7 @@ class _Relaying(Protocol, TimeoutMixin):
         self._producing = False
         self._ended = False
         self.callLater = clock.callLater  # type: ignore[method-assign,assignment]
-        self.done: Deferred[None] = Deferred(lambda _: self._stop())
+        self.done: Deferred[None] = Deferred(lambda _: self._caller_gone())
 
     def connectionMade(self) -> None:
         self.setTimeout(self._idle)
@@ -116,7 +116,7 @@ class _Relaying(Protocol, TimeoutMixin):
             self._request.write(data)
 
     def timeoutConnection(self) -> None:
-        self._stop()
+        self._leave()
         self._drop()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -133,17 +133,20 @@ class _Relaying(Protocol, TimeoutMixin):
     def _drop(self) -> None:
         if not self._ended:
             self._end()
-            if self._request.channel is not None:  # the caller may have gone first
-                self._request.channel.forceAbortClient()
+            self._request.channel.forceAbortClient()
             self.done.callback(None)
 
-    def _stop(self) -> None:
-        """The caller went away."""
+    def _caller_gone(self) -> None:
+        self._ended = True  # there is nobody left to tell how it goes on
+        self._leave()
+
+    def _leave(self) -> None:
+        """Hang up on upstream."""
         self.setTimeout(None)
         if self.transport is not None:
             self.transport.loseConnection()
 
     def _end(self) -> None:
         self._ended = True
-        if self._producing and self._request.channel is not None:
+        if self._producing:
             self._request.unregisterProducer()
