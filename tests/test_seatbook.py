@@ -85,3 +85,13 @@ def test_other_rooms_are_not_told(book: MemorySeatBook) -> None:
     other = now(book.take("!other", "a", 1))
     now(book.release("!other", other))
     assert not waiter.called
+
+
+def test_who_waits_in_a_room_that_is_forgotten_for_another_may_ask_again(
+    book: MemorySeatBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.seatbook.ROOMS_KEPT", 1)
+    claim_of(book, "a")
+    waiter = waiting(book, "b")
+    now(book.take("!other", "a", 1))
+    assert waiter.called

@@ -124,9 +124,7 @@ class MemorySeatBook:
         await waiter
 
     async def waited_in_vain(self, room_id: str) -> None:
-        for _, waiter in self._waiting.pop(room_id, ()):
-            if not waiter.called:
-                waiter.callback(None)
+        self._wake_all(room_id)
 
     async def settle(self, room_id: str, claim: Claim, user: str, alias: str, identity: str) -> None:
         now = self._clock.seconds()
@@ -227,6 +225,12 @@ class MemorySeatBook:
         now = self._clock.seconds()
         idle = next((room_id for room_id, room in self.rooms.items() if room.idle(now)), next(iter(self.rooms)))
         del self.rooms[idle]
+        self._wake_all(idle)  # nobody else would tell them any more
+
+    def _wake_all(self, room_id: str) -> None:
+        for _, waiter in self._waiting.pop(room_id, ()):
+            if not waiter.called:
+                waiter.callback(None)
 
     def _wake(self, room_id: str) -> None:
         queue = self._waiting.pop(room_id, None)
