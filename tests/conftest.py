@@ -36,11 +36,14 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest_twisted.async_yield_fixture
 async def set_stage() -> AsyncIterator[SetStage]:
-    """Makes a started `Stage`; settings of the guard by lower-case name. All are stopped when the test ends."""
+    """Makes a started `Stage`; settings of the guard by lower-case name. All are stopped when the test ends.
+
+    Its patience is long: that the machine is busy is no reason to let something pass.
+    """
     stages: list[Stage] = []
 
     async def make(**settings: object) -> Stage:
-        stage = Stage(reactor, **settings)
+        stage = Stage(reactor, **{"guard_lookup_timeout": 10, **settings})
         stages.append(stage)
         await stage.start()
         return stage
@@ -52,9 +55,8 @@ async def set_stage() -> AsyncIterator[SetStage]:
 
 @pytest_twisted.async_yield_fixture
 async def stage(set_stage: SetStage) -> AsyncIterator[Stage]:
-    """A stage as it is by default, but for reconciling, which is left to those tests that want it, and for patience:
-    that the machine is busy is no reason to let something pass."""
-    yield await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
+    """A stage as it is by default, but for reconciling, which is left to those tests that want it."""
+    yield await set_stage(guard_reconcile_interval=3600)
 
 
 def until(condition: Callable[[], Any], seconds: float = 15.0) -> Deferred[None]:

@@ -20,7 +20,7 @@ CHANGES = ("UpdateParticipant", "RemoveParticipant", "MutePublishedTrack")
 
 @pytest_twisted.async_yield_fixture
 async def dry(set_stage: SetStage) -> Any:
-    yield await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10, guard_dry_run=True)
+    yield await set_stage(guard_reconcile_interval=3600, guard_dry_run=True)
 
 
 async def at_rest(stage: Stage) -> None:

@@ -105,7 +105,7 @@ async def test_after_a_few_failures_nobody_waits_and_a_probe_finds_out_when_it_i
 
 @pytest_twisted.ensureDeferred
 async def test_the_last_known_policy_serves_while_synapse_is_away(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_lookup_timeout=10)
+    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05)
     room_id = room_of(stage, 1)
     await stage.enter(ALICE, room_id)
     ail_synapse(stage, Fault.close())
@@ -117,7 +117,7 @@ async def test_the_last_known_policy_serves_while_synapse_is_away(set_stage: Set
 @pytest_twisted.ensureDeferred
 async def test_a_last_known_policy_is_not_believed_for_ever(set_stage: SetStage) -> None:
     stage = await set_stage(
-        guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1, guard_lookup_timeout=10
+        guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1
     )
     room_id = room_of(stage, 1)
     await stage.enter(ALICE, room_id)
@@ -253,7 +253,7 @@ async def test_questions_that_synapse_does_not_like_are_no_illness(stage: Stage)
 
 @pytest_twisted.ensureDeferred
 async def test_a_synapse_that_became_newer_is_asked_for_both_types_again(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
+    stage = await set_stage(guard_reconcile_interval=3600)
     old, new = room_of(stage, 5), room_of(stage, 5, allow_camera=False)
     stage.homeserver.ignores_type = True
     await stage.enter(ALICE, old)

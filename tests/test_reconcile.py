@@ -215,7 +215,7 @@ async def test_only_so_many_rooms_are_worked_on_at_once(stage: Stage) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_when_many_rooms_hang_webhooks_and_joins_go_on(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
+    stage = await set_stage(guard_reconcile_interval=3600)
     everybody = await calls_where_sharing_ends(stage, 2 * ROOMS_AT_ONCE)
     full = room_of(stage, 1)
     await stage.enter(ALICE, full)
@@ -389,6 +389,7 @@ class InAProcess(Stage):
             "GUARD_UPSTREAM": self.authorizer.url, "LIVEKIT_API": self.sfu.url, "SYNAPSE_API": self.homeserver.url,
             "LIVEKIT_KEY": KEY, "LIVEKIT_SECRET": SECRET, "MATRIX_TOKEN": self.admin_token,
             "GUARD_STATE_DIR": str(self.state_dir), "GUARD_RECONCILE_INTERVAL": "1", "GUARD_POLICY_TTL": "1",
+            "GUARD_LOOKUP_TIMEOUT": "10",
         }  # fmt: skip
         command = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
         command += ["-n", "--pidfile=", "lotusguard"]

@@ -84,7 +84,7 @@ async def test_a_killed_guard_knows_rooms_users_and_promises_when_it_is_back(pro
 @pytest_twisted.ensureDeferred
 async def test_sigterm_finishes_what_is_in_flight_and_then_leaves(process: ProcessStage) -> None:
     room_id = room_of(process)
-    process.authorizer.fault = Fault.delay(0.5)
+    process.authorizer.fault = Fault.delay(2)
     asking = Deferred.fromCoroutine(process.ask_token(ALICE, room_id))
     await until(lambda: process.authorizer.seen)
     process.process.signal("TERM")

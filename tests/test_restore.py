@@ -28,7 +28,7 @@ ALL = {"MICROPHONE", "CAMERA", "SCREEN_SHARE", "SCREEN_SHARE_AUDIO"}
 async def giving(set_stage: SetStage, tmp_path: Any) -> Any:
     """A stage whose guard gives back."""
     yield await set_stage(
-        guard_reconcile_interval=3600, guard_lookup_timeout=10, guard_restore=True, guard_state_dir=tmp_path
+        guard_reconcile_interval=3600, guard_restore=True, guard_state_dir=tmp_path
     )
 
 

@@ -36,6 +36,7 @@ class Activated:
             "STATE_DIRECTORY": str(folder),
             "GUARD_UPSTREAM": stage.authorizer.url,
             "GUARD_ADMIN_PORT": "",
+            "GUARD_LOOKUP_TIMEOUT": "10",
             "LIVEKIT_API": stage.sfu.url,
             "LIVEKIT_KEY": KEY,
             "LIVEKIT_SECRET": SECRET,

@@ -41,7 +41,7 @@ from tests.conftest import SetStage, until
 @pytest_twisted.async_yield_fixture
 async def deaf(set_stage: SetStage) -> Any:
     """A stage whose SFU tells nobody anything, so that webhooks can be delivered by hand."""
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=10)
+    stage = await set_stage(guard_reconcile_interval=3600)
     stage.sfu.webhooks.urls[:] = []
     yield stage
 
@@ -378,7 +378,7 @@ async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(d
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
     looks = deaf.sfu.asked["ListParticipants"]
-    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.0005, times=1)  # what it tells is what it was when asked
+    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.003, times=1)  # what it tells is what it was when asked
     await tell(deaf, event_about("track_published", alice))
     await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
     await deferLater(reactor, 0.02)  # it has begun to answer
@@ -396,7 +396,7 @@ async def test_a_look_that_began_before_somebody_came_does_not_unseat_them(deaf:
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
     looks = deaf.sfu.asked["ListParticipants"]
-    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.0005, times=1)
+    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
     await tell(deaf, event_about("track_published", alice))
     await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
     await deferLater(reactor, 0.02)
