@@ -347,13 +347,20 @@ async def test_an_answered_one_does(stage: Stage) -> None:
 # -- when it does not come about -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("status", "reason"), [(500, "status_500"), (503, "node_gone")])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault.status(500), "status_500"),
+        (Fault.status(503, b'{"code":"unavailable","msg":"no response from servers"}'), "node_gone"),
+        (Fault.status(503, b"<html>a proxy's"), "status_503"),
+    ],
+)
 @pytest_twisted.ensureDeferred
-async def test_who_could_not_be_put_out_is_tried_again(stage: Stage, status: int, reason: str) -> None:
+async def test_who_could_not_be_put_out_is_tried_again(stage: Stage, fault: Fault, reason: str) -> None:
     room_id = room_of(stage, 1)
     alice = await stage.enter(ALICE, room_id)
     await at_rest(stage)
-    stage.sfu.faults["RemoveParticipant"] = Fault.status(status)
+    stage.sfu.faults["RemoveParticipant"] = fault
     bob = stage.sfu.connect(old_token(BOB, room_id))
     await at_rest(stage)
     assert bob.connected
@@ -363,6 +370,21 @@ async def test_who_could_not_be_put_out_is_tried_again(stage: Stage, status: int
     assert not bob.connected
     assert counted(stage, "enforcement_failures_total", action="eject", reason=reason) == 1
     assert counted(stage, "ejections_total") == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_404_that_is_not_the_sfu_s_empties_no_room_and_costs_nobody_their_seat(stage: Stage) -> None:
+    room_id = room_of(stage, 1)
+    alice = await stage.enter(ALICE, room_id)
+    await at_rest(stage)
+    stage.sfu.faults["ListParticipants"] = Fault.status(404, b"404 page not found")
+    assert (await stage.ask_token(BOB, room_id)).code == 200
+    await look_again(stage, alice)
+    assert counted(stage, "fail_open_total", check="cap", reason="status_404") == 1
+    del stage.sfu.faults["ListParticipants"]
+    await look_again(stage, alice)
+    assert alice.connected
+    assert await seen_in(stage, room_id) == [(ALICE, True)]
 
 
 @pytest_twisted.ensureDeferred
@@ -406,6 +428,25 @@ async def test_who_came_while_there_was_no_cap_is_no_newcomer() -> None:
     await seats.forget("!r")
     await seats.observe("!r", "alias", [alice, bob], 1, clock.seconds())
     assert await seats.overflow("!r", 1) == []
+
+
+@pytest.mark.parametrize(("joined", "newcomer"), [(4, False), (104, False), (112, True)])
+@pytest_twisted.ensureDeferred
+async def test_late_news_of_who_came_before_there_was_a_guard_or_a_cap_puts_nobody_out(
+    joined: float, newcomer: bool
+) -> None:
+    clock = Clock()
+    clock.advance(5)
+    seats = book(clock)
+    alice, bob = Present("PA_a", "alice", "alice"), Present("PA_b", "bob", "bob", joined=joined)
+    if joined > 5:
+        clock.advance(100)
+        await seats.observe("!r", "alias", [alice], 1, clock.seconds())
+        await seats.forget("!r")
+    clock.advance(10)
+    await seats.arrive("!r", "alias", bob, 1)
+    await seats.observe("!r", "alias", [alice, bob], 1, clock.seconds())
+    assert await seats.overflow("!r", 1) == ([(Session("alias", "PA_b"), "bob")] if newcomer else [])
 
 
 @pytest_twisted.ensureDeferred

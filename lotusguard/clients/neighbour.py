@@ -131,7 +131,8 @@ class Neighbour:
                     # stop asking it other questions.
                     self._well("refused")
                     raise NeighbourRefused(self.name, f"status_{answer.code}") from None
-                raise NeighbourFailed(self.name, "garbage") from None
+                reason = "garbage" if answer.code < 400 else f"status_{answer.code}"
+                raise NeighbourFailed(self.name, reason) from None
         except (NeighbourRefused, NotWaitedFor):
             raise
         except NeighbourFailed as failed:

@@ -27,7 +27,7 @@ from livekit.protocol.room import (
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import Answer
+from lotusguard.clients.http import Answer, json_object
 from lotusguard.clients.neighbour import Neighbour
 from lotusguard.rules.tokens import SfuKey
 
@@ -42,9 +42,11 @@ class NodeGone(NoSuchParticipant):
     """The node that holds the participant does not answer. They may be gone with it, or be back in a moment."""
 
 
-_PARTICIPANT_GONE = {404: NoSuchParticipant, 408: NodeGone, 503: NodeGone}
-"""Twirp's not_found, deadline_exceeded and unavailable."""
-_NO_SUCH_ROOM = {404: NoSuchParticipant}
+_PARTICIPANT_GONE = {"not_found": NoSuchParticipant, "deadline_exceeded": NodeGone, "unavailable": NodeGone}
+_GONE_STATUSES = (404, 408, 503)
+"""Those of Twirp's errors above. A 404 that does not say not_found is a proxy's, or a wrong address, and tells nothing
+of participants."""
+_NO_SUCH_ROOM = {"not_found": NoSuchParticipant}
 """LiveKit answers an empty list; whoever answers not_found means the same."""
 
 
@@ -129,15 +131,18 @@ class Sfu:
         request: Message,
         response: type[M],
         alias: str,
-        gone: Mapping[int, type[NoSuchParticipant]] = MappingProxyType(_PARTICIPANT_GONE),
+        gone: Mapping[str, type[NoSuchParticipant]] = MappingProxyType(_PARTICIPANT_GONE),
     ) -> M:
         """Ask something of one participant, whose node may be gone: that is no illness of the SFU."""
         path, headers = self._request(method, alias)
 
         def read(answer: Answer) -> M | type[NoSuchParticipant]:
-            return gone.get(answer.code) or _message(answer, response)
+            if answer.code in _GONE_STATUSES:
+                return gone[json_object(answer)["code"]]
+            return _message(answer, response)
 
-        found = await self._neighbour.call(b"POST", path, headers, request.SerializeToString(), read=read, answers=gone)
+        body = request.SerializeToString()
+        found = await self._neighbour.call(b"POST", path, headers, body, read=read, answers=_GONE_STATUSES)
         if isinstance(found, type):
             raise found
         return found
