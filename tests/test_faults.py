@@ -116,9 +116,7 @@ async def test_the_last_known_policy_serves_while_synapse_is_away(set_stage: Set
 
 @pytest_twisted.ensureDeferred
 async def test_a_last_known_policy_is_not_believed_for_ever(set_stage: SetStage) -> None:
-    stage = await set_stage(
-        guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1
-    )
+    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1)
     room_id = room_of(stage, 1)
     await stage.enter(ALICE, room_id)
     ail_synapse(stage, Fault.close())

@@ -27,9 +27,7 @@ ALL = {"MICROPHONE", "CAMERA", "SCREEN_SHARE", "SCREEN_SHARE_AUDIO"}
 @pytest_twisted.async_yield_fixture
 async def giving(set_stage: SetStage, tmp_path: Any) -> Any:
     """A stage whose guard gives back."""
-    yield await set_stage(
-        guard_reconcile_interval=3600, guard_restore=True, guard_state_dir=tmp_path
-    )
+    yield await set_stage(guard_reconcile_interval=3600, guard_restore=True, guard_state_dir=tmp_path)
 
 
 def may_publish(who: Participant) -> set[str]:

@@ -101,6 +101,7 @@ class MemorySeatBook:
         self._store = store
         self._clock = clock
         self._seat_ttl = seat_ttl
+        self._began = clock.seconds()
         self.rooms: dict[str, RoomSeats] = {}
         self._newcomers: dict[str, set[Session]] = {}
         self._waiting: dict[str, deque[tuple[str | None, Deferred[None]]]] = {}
@@ -166,8 +167,10 @@ class MemorySeatBook:
     async def arrive(self, room_id: str, alias: str, who: Present, cap: int | None) -> None:
         room, now = self._room(room_id), self._clock.seconds()
         if alias not in room.observed:
-            # The first look, which is about to come, must not take them for one who was there before.
-            self._newcomers.setdefault(room_id, set()).add(Session(alias, who.sid))
+            # The first look, which is about to come, must not take them for one who was there before. News can be
+            # late: who came before we were here, or while there was no cap, was.
+            if who.joined > max(self._began, room.uncapped):
+                self._newcomers.setdefault(room_id, set()).add(Session(alias, who.sid))
             return
         awaited = room.awaited(now)
         room.arrive(Session(alias, who.sid), who.user, who.identity, cap, now, joined=who.joined)
@@ -192,6 +195,7 @@ class MemorySeatBook:
         self._newcomers.pop(room_id, None)
         room = self.rooms.get(room_id)
         if room is not None:
+            room.uncapped = self._clock.seconds()
             room.sessions.clear()
             room.observed.clear()
             room.claims = [claim for claim in room.claims if claim.expires > self._clock.seconds()]

@@ -77,6 +77,8 @@ class RoomSeats:
     """alias → the start of the last complete look at who is in it"""
     gone: dict[Session, float] = Factory(dict)
     touched: float = 0.0
+    uncapped: float = -math.inf
+    """when there was last known to be no cap"""
 
     def take(self, user: str | None, cap: int, now: float) -> Claim | Refusal:
         """Look whether a seat is free and take it.
