@@ -48,11 +48,17 @@ def nowhere() -> dict[str, str]:
     return addresses | {"GUARD_BIND_PORT": str(free_port()), "GUARD_ADMIN_PORT": str(free_port())}
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background is deaf to it, and so would be what we start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*COMMAND, *arguments], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*COMMAND, *arguments], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     try:
         yield process
     finally:
