@@ -148,7 +148,7 @@ class Guard(MultiService):
         policies = Policies(
             homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale
         )
-        roster = Roster(sfu, seats, ledger, policies, reactor)
+        roster = Roster(sfu, seats, ledger, policies, reactor, metrics)
         journal = self.journal = Journal(reactor, metrics)
         admission = Admission(
             policies=policies,

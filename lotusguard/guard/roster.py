@@ -14,6 +14,7 @@ from lotusguard.clients.waiting import Budget, SharedCalls, together
 from lotusguard.guard.ledger import Ledger, Slot
 from lotusguard.guard.policies import Policies
 from lotusguard.guard.seatbook import Present, SeatBook
+from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
 
 FEW_SLOTS = 3
@@ -32,7 +33,13 @@ class Roster:
     """Keeps the seat book in step with the SFU. The seats are what is exact; a look may be a little old."""
 
     def __init__(
-        self, sfu: Sfu | None, seats: SeatBook, ledger: Ledger, policies: Policies, clock: IReactorTime
+        self,
+        sfu: Sfu | None,
+        seats: SeatBook,
+        ledger: Ledger,
+        policies: Policies,
+        clock: IReactorTime,
+        metrics: Metrics,
     ) -> None:
         self._sfu = sfu
         self._seats = seats
@@ -40,6 +47,8 @@ class Roster:
         self._policies = policies
         self._clock = clock
         self._looks: SharedCalls[tuple[str, str], float] = SharedCalls(self._look)
+        metrics.cache_limit.labels("hashes").set(room_alias.cache_info().maxsize or 0)
+        metrics.cache_entries.labels("hashes").set_function(lambda: room_alias.cache_info().currsize)
 
     async def fresh(self, room_id: str, slot_id: str, budget: Budget, since: float) -> None:
         """See to it that the last look at all SFU rooms of a Matrix room began at ``since`` or later.
