@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
 from attrs import frozen
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost, DNSLookupError
@@ -15,6 +18,8 @@ from twisted.web.iweb import IAgent, IResponse
 from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, collected
 from lotusguard.clients.neighbour import NeighbourFailed
 from lotusguard.metrics import Metrics
+
+T = TypeVar("T")
 
 TOKEN_ANSWER_LIMIT = 1024 * 1024
 """Bytes that an answer with a token may have."""
@@ -51,7 +56,7 @@ class Authorizer:
     """Upstream.
 
     :param agent: takes request targets (`FixedAgent`).
-    :param timeout: seconds for an answer.
+    :param timeout: seconds for an answer: a whole one for `ask`, its head for `open`.
     :param grace: seconds for which a request is held while connections are refused.
     """
 
@@ -66,36 +71,30 @@ class Authorizer:
 
     async def ask(self, request: Forwarded) -> Answer:
         """Forward a request and wait for the whole answer. :raises UpstreamFailed:"""
-        response = await self.open(request)
-        body = Deferred.fromCoroutine(collected(response, TOKEN_ANSWER_LIMIT))
-        if not body.called:  # it mostly comes along with the head
-            body.addTimeout(self._timeout, self._clock)
-        try:
-            return Answer(response.code, response.headers, await body)
-        except CancelledError:
-            raise
-        except TimeoutError:
-            raise self._failed(504, "timeout") from None
-        except BodyTooLarge:
-            raise self._failed(502, "endless") from None
-        except Exception:
-            raise self._failed(502, "truncated") from None
+        return await self._asked(request, self._whole)
 
     async def open(self, request: Forwarded) -> IResponse:
         """Forward a request and wait for the head of the answer; its body is the caller's to read.
 
+        :raises UpstreamFailed:
+        """
+        return await self._asked(request, self._send)
+
+    async def _asked(self, request: Forwarded, attempt: Callable[[Forwarded], Coroutine[Any, Any, T]]) -> T:
+        """Make an attempt, and others where that harms nobody.
+
         While connections are refused (it is restarting) the request is held. A kept-alive connection that upstream
         had closed meanwhile is not the caller's affair: the request goes out again on another.
-
-        :raises UpstreamFailed:
         """
         began = self._clock.seconds()
         pause, stale = FIRST_PAUSE, 0
         while True:
             try:
-                response = await self._send(request)
+                outcome = await Deferred.fromCoroutine(attempt(request)).addTimeout(self._timeout, self._clock)
             except (CancelledError, UpstreamFailed):
                 raise
+            except TimeoutError:
+                raise self._failed(504, "timeout") from None
             except (ConnectError, DNSLookupError, OSError):
                 if self._clock.seconds() + pause > began + self._grace:
                     raise self._failed(502, "unreachable") from None
@@ -111,21 +110,28 @@ class Authorizer:
             else:
                 self._seconds.observe(self._clock.seconds() - began)
                 self._answered.inc()
-                return response
+                return outcome
 
     async def _send(self, request: Forwarded) -> IResponse:
         producer = None if request.body is None else BytesBody(request.body)
-        sent = self._agent.request(request.method, request.target, request.headers, producer)
+        return await self._agent.request(request.method, request.target, request.headers, producer)
+
+    async def _whole(self, request: Forwarded) -> Answer:
+        response = await self._send(request)
         try:
-            return await sent.addTimeout(self._timeout, self._clock)
-        except TimeoutError:
-            raise self._failed(504, "timeout") from None
+            return Answer(response.code, response.headers, await collected(response, TOKEN_ANSWER_LIMIT))
+        except CancelledError:
+            raise
+        except BodyTooLarge:
+            raise self._failed(502, "endless") from None
+        except Exception:
+            raise self._failed(502, "truncated") from None
 
     async def probe(self) -> None:
         """See whether it answers at all. :raises NeighbourFailed: it does not, with the reason."""
-        asked = Deferred.fromCoroutine(self._send(Forwarded(b"GET", b"/healthz", Headers(), None)))
+        asked = Deferred.fromCoroutine(self._whole(Forwarded(b"GET", b"/healthz", Headers(), None)))
         try:
-            await collected(await asked.addTimeout(PROBE_TIMEOUT, self._clock), TOKEN_ANSWER_LIMIT)
+            await asked.addTimeout(PROBE_TIMEOUT, self._clock)
         except CancelledError:
             raise
         except TimeoutError:
