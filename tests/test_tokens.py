@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import json
 from typing import Any
 
@@ -46,6 +47,55 @@ def test_jwt_tampering_is_noticed() -> None:
 def test_an_unsigned_token_is_not_ours() -> None:
     with pytest.raises(NotOurs):
         KEY.read(jwt.encode(join_claims(), "", algorithm="none"))
+
+
+def signed(header: bytes, payload: bytes) -> str:
+    """A token that our secret truly signed with HS256, whatever it says it is."""
+    parts = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in (header, payload))
+    signature = hmac.digest(KEY.secret.encode(), parts, "sha256")
+    return (parts + b"." + base64.urlsafe_b64encode(signature).rstrip(b"=")).decode()
+
+
+CLAIMS = json.dumps(join_claims()).encode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"alg":"none"}', b'{"alg":"HS512"}', b'{"alg":"hs256"}', b'{"alg":["HS256"]}', b'{"typ":"JWT"}', b"{}", b"[]",
+        b'"HS256"', b"", b"{", b"\xff", b'{"alg":"HS256","crit":["exp"]}',
+        b'{"alg":"HS256","b64":false,"crit":["b64"]}',
+    ],
+)  # fmt: skip
+def test_what_is_not_plainly_signed_with_hs256_is_not_ours(header: bytes) -> None:
+    with pytest.raises(NotOurs):
+        KEY.read(signed(header, CLAIMS))
+
+
+def test_a_head_that_is_written_otherwise_is_read() -> None:
+    for header in (b'{"typ":"JWT","alg":"HS256"}', b'{ "alg": "HS256" }', b'{"alg":"HS256","kid":"key","typ":"JWT"}'):
+        assert KEY.read(signed(header, CLAIMS)) == join_claims()
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b"null", b"{", b'"text"', b"\xff", b"[" * 200_000])
+def test_a_signed_payload_that_holds_no_claims_is_not_ours(payload: bytes) -> None:
+    with pytest.raises(NotOurs):
+        KEY.read(signed(b'{"alg":"HS256"}', payload))
+
+
+@pytest.mark.parametrize("token", ["..", "a..", "é.b.c", "a.b.c.d", "\0.\0.\0", "=.=.=", " . . ", "a" * 50_000])
+def test_what_is_no_token_is_not_ours(token: str) -> None:
+    with pytest.raises(NotOurs):
+        KEY.read(token)
+
+
+@given(st.text(alphabet=st.characters(codec="ascii"), max_size=60), st.integers(0, 300), st.integers(0, 3))
+def test_nothing_that_was_changed_is_ours(inserted: str, at: int, removed: int) -> None:
+    token = KEY.sign(join_claims())
+    changed = token[:at] + inserted + token[at + removed :]
+    if changed != token:
+        with pytest.raises(NotOurs):
+            KEY.read(changed)
 
 
 def test_a_token_of_another_api_key_is_not_ours() -> None:

@@ -30,7 +30,7 @@ from lotusguard.rules.identity import user_of
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.requests import TokenRequest
 from lotusguard.rules.seats import Claim, Refusal
-from lotusguard.rules.tokens import Issued, NotOurs, SfuKey, issued_to, narrowed, read_unverified
+from lotusguard.rules.tokens import Issued, NotOurs, SfuKey, compact, issued_to, narrowed, read_unverified
 
 log = Logger()
 
@@ -275,7 +275,7 @@ class Admission:
         assert self._key is not None
         assert claims is not None
         kept = narrowed(claims, join.policy, self._clock.seconds(), self._token_ttl)
-        body = json.dumps({**content, "jwt": self._key.sign(kept)}, separators=(",", ":")).encode() + b"\n"
+        body = compact({**content, "jwt": self._key.sign(kept)}).encode() + b"\n"
         return Answer(answer.code, answer.headers, body)
 
     def _claims(self, token: str) -> tuple[dict[str, Any] | None, str]:
