@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import Protocol, connectionDone
@@ -31,24 +28,21 @@ _NOT_IN_A_HEAD = b"\0\r\n"
 """What Twisted's client lets stand in an answer's head although it could end a line of it for somebody else."""
 
 
-def end_to_end(headers: Headers, without: frozenset[bytes] = frozenset()) -> Headers:
-    """The headers that are meant for who is at the other end."""
-    named = connection_options(headers)
-    kept = Headers()
-    for name, values in headers.getAllRawHeaders():
-        lower = name.lower()
-        if lower not in _HOP_BY_HOP and lower not in named and lower not in without:
-            kept.setRawHeaders(name, values)
-    return kept
+def keep_end_to_end(headers: Headers, without: frozenset[bytes] = frozenset()) -> None:
+    """Take out all headers that are not meant for who is at the other end."""
+    gone = _HOP_BY_HOP | without | connection_options(headers)
+    for name in [name for name, _ in headers.getAllRawHeaders() if name.lower() in gone]:
+        headers.removeHeader(name)
 
 
 def forwarded(request: PublicRequest, body: bytes | None, request_id: str) -> Forwarded:
-    """The request as it goes on.
+    """The request as it goes on. Its headers are the caller's own from then on without what stays on this hop.
 
     :param body: what goes on as its body; ``None`` for none.
     :param request_id: goes along as ``X-Request-ID``.
     """
-    headers = end_to_end(request.requestHeaders, _NOT_ON_TOKEN_ROUTES if request.token_route else frozenset())
+    headers = request.requestHeaders
+    keep_end_to_end(headers, _NOT_ON_TOKEN_ROUTES if request.token_route else frozenset())
     peer = request.getClientIP()
     if peer:
         before = headers.getRawHeaders(b"x-forwarded-for") or []
@@ -63,16 +57,17 @@ def has_body(request: PublicRequest) -> bool:
     return any(request.requestHeaders.hasHeader(name) for name in framed)
 
 
-def _head(request: PublicRequest, code: int, phrase: bytes | None, headers: Iterable[tuple[bytes, Any]]) -> None:
+def _head(request: PublicRequest, code: int, phrase: bytes | None, headers: Headers) -> None:
     request.defaultContentType = None
     request.setResponseCode(code, phrase and phrase.translate(None, _NOT_IN_A_HEAD))
-    for name, values in headers:
+    keep_end_to_end(headers)
+    for name, values in headers.getAllRawHeaders():
         request.responseHeaders.setRawHeaders(name, [value.translate(None, _NOT_IN_A_HEAD) for value in values])
 
 
 def give(request: PublicRequest, answer: Answer) -> None:
     """Answer with a whole answer of upstream."""
-    _head(request, answer.code, None, end_to_end(answer.headers).getAllRawHeaders())
+    _head(request, answer.code, None, answer.headers)
     if request.method != b"HEAD" and answer.code not in (204, 304):
         request.setHeader(b"Content-Length", str(len(answer.body)).encode())
     request.write(answer.body)
@@ -85,7 +80,7 @@ async def relay(request: PublicRequest, response: IResponse, clock: IReactorTime
     :param idle: seconds for which upstream may send nothing. The caller's connection is dropped then, as it is when
         the answer ends too early: that is what a broken answer looks like.
     """
-    _head(request, response.code, response.phrase, end_to_end(response.headers).getAllRawHeaders())
+    _head(request, response.code, response.phrase, response.headers)
     if response.length is not UNKNOWN_LENGTH and request.method != b"HEAD" and response.code not in (204, 304):
         request.responseHeaders.setRawHeaders(b"Content-Length", [b"%d" % response.length])
     relaying = _Relaying(request, clock, idle)
