@@ -36,11 +36,12 @@ CREATE TABLE IF NOT EXISTS identities (
 );
 CREATE TABLE IF NOT EXISTS promises (
     room_id TEXT NOT NULL, user TEXT NOT NULL, expires REAL NOT NULL, PRIMARY KEY (room_id, user)
-);
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS taken (
     alias TEXT NOT NULL, sid TEXT NOT NULL, sources TEXT NOT NULL, seen REAL NOT NULL, PRIMARY KEY (alias, sid)
 );
 """
+_PROMISE = "INSERT INTO promises VALUES (?, ?, ?) ON CONFLICT (room_id, user) DO UPDATE SET expires = excluded.expires"
 _VERSION = 1
 
 
@@ -153,7 +154,7 @@ class Store:
         """A seat is promised. :return: fires when that is on disk, with whether it could be written."""
         written: Deferred[bool] = Deferred()
         self._waiting.append(written)
-        self._queue.append(("INSERT OR REPLACE INTO promises VALUES (?, ?, ?)", (room_id, user, expires)))
+        self._queue.append((_PROMISE, (room_id, user, expires)))
         self._write_now()
         return written
 

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state directory: what was put last is what is read after a restart."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+
+from lotusguard.guard.store import Store, open_store
+from lotusguard.metrics import Metrics
+
+LATER = 4_000_000_000.0
+"""Long after any of these tests: what has ended is thrown away."""
+BEFORE = "CREATE TABLE promises (room_id TEXT, user TEXT, expires REAL, PRIMARY KEY (room_id, user))"
+"""As earlier releases made it."""
+
+
+@asynccontextmanager
+async def opened(directory: Path) -> AsyncIterator[Store]:
+    store = open_store(directory, reactor, Metrics())
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("upgraded", [False, True])
+async def test_a_promise_that_is_renewed_ends_later(tmp_path: Path, upgraded: bool) -> None:
+    if upgraded:
+        with sqlite3.connect(tmp_path / "lotusguard.sqlite3") as earlier:
+            earlier.execute(BEFORE)
+            earlier.execute("INSERT INTO promises VALUES ('!r:s', '@alice:s', 4000000050.0)")
+        earlier.close()
+    async with opened(tmp_path) as store:
+        assert await store.put_promise("!r:s", "@alice:s", LATER + 100)
+        for user, expires in (("@alice:s", LATER + 200), ("@bob:s", LATER + 150)):
+            assert await store.put_promise("!r:s", user, expires)
+    async with opened(tmp_path) as again:
+        assert sorted(again.promises(LATER + 60)) == [
+            ("!r:s", "@alice:s", LATER + 200),
+            ("!r:s", "@bob:s", LATER + 150),
+        ]
+        assert again.promises(LATER + 180) == [("!r:s", "@alice:s", LATER + 200)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_promise_that_was_kept_is_forgotten_unless_given_anew(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        for user in ("@alice:s", "@bob:s"):
+            store.put_promise("!r:s", user, LATER + 100)
+            store.drop_promise("!r:s", user)
+        assert await store.put_promise("!r:s", "@bob:s", LATER + 100)
+    async with opened(tmp_path) as again:
+        assert again.promises(LATER) == [("!r:s", "@bob:s", LATER + 100)]
