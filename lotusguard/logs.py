@@ -10,19 +10,19 @@ from typing import IO, Any
 
 from twisted.logger import (
     FileLogObserver,
-    FilteringLogObserver,
     ILogObserver,
     LogEvent,
     LogLevel,
-    LogLevelFilterPredicate,
     eventAsText,
     formatEvent,
 )
+from zope.interface import provider
 
 _INTERNAL = frozenset(
     ("log_namespace", "log_level", "log_source", "log_format", "log_failure", "log_time", "log_logger", "log_system",
      "log_flattened", "format", "message", "time", "isError", "log_legacy", "log_trace")
 )  # fmt: skip
+_CONNECTIONS = "twisted.web.client._HTTP11ClientFactory"
 
 
 def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILogObserver:
@@ -31,11 +31,18 @@ def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILo
     :param format_: ``text`` or ``json``. :param stream: standard output by default.
     """
     observer = FileLogObserver(stream or sys.stdout, _as_json if format_ == "json" else _as_text)
-    wanted = LogLevel.levelWithName(level)
-    predicate = LogLevelFilterPredicate(wanted)
-    if wanted is LogLevel.info:  # each connection to a neighbour has two lines there, which tell nobody anything
-        predicate.setLogLevelForNamespace("twisted.web.client._HTTP11ClientFactory", LogLevel.warn)
-    return FilteringLogObserver(observer, [predicate])
+    least = LogLevel.levelWithName(level)
+    wanted = frozenset(known for known in LogLevel.iterconstants() if known >= least)
+    # each connection to a neighbour has two lines, which tell nobody anything who does not ask for everything
+    unheard = (_CONNECTIONS, least) if least is LogLevel.info else None
+
+    def filtered(event: LogEvent) -> None:
+        level = event.get("log_level")
+        if level in wanted and (event.get("log_namespace"), level) != unheard:
+            observer(event)
+
+    heard: ILogObserver = provider(ILogObserver)(filtered)
+    return heard
 
 
 def _as_text(event: LogEvent) -> str:

@@ -110,7 +110,7 @@ _KEYS = {
     "openid_token": ("access_token", "token_type", "matrix_server_name", "expires_in"),
     "member": ("id", "claimed_user_id", "claimed_device_id"),
 }  # fmt: skip
-_KNOWN = {place: {folded(key): key for key in keys} for place, keys in _KEYS.items()}
+_KNOWN = {place: (frozenset(keys), frozenset(map(folded, keys))) for place, keys in _KEYS.items()}
 
 
 def canonical_path(path: bytes) -> str:
@@ -174,11 +174,11 @@ def _strict_object(body: bytes) -> dict[str, Any]:
         raise Unreadable("it is not one JSON value") from None
     if not isinstance(content, dict):
         raise Unreadable("it is no JSON object")
-    for place, known in _KNOWN.items():
+    for place, (names, folds) in _KNOWN.items():
         part = content.get(place) if place else content
         if isinstance(part, dict):
             for key in part:
-                if known.get(folded(key), key) != key:
+                if key not in names and folded(key) in folds:
                     raise Unreadable("a key differs from a known one by its case alone")
         elif part is not None:
             raise Unreadable("an object is expected where something else stands")
@@ -197,11 +197,12 @@ def _constant(name: str) -> NoReturn:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _serialised(content: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return _encoder.encode(content).encode()
     except UnicodeEncodeError:
         raise Unreadable("a lone surrogate stands in it") from None
     except (ValueError, RecursionError):
