@@ -202,14 +202,14 @@ class Guard(MultiService):
 
         # doors
         webhooks = Webhooks(enforcement, key, reactor, metrics)
-        self._public = PublicDoor(
-            admission, authorizer, webhooks, reactor, metrics, idle=settings.guard_upstream_timeout
-        )
+        public = PublicDoor(admission, authorizer, webhooks, reactor, metrics, idle=settings.guard_upstream_timeout)
+        site = PublicSite(public.app, public.answer_token, reactor, max_body=settings.guard_max_body)
+        metrics.in_flight.set_function(lambda: len(site.in_flight))
         self.public = Listening(
             "the public door",
             listen or _endpoint(settings.guard_bind_host, settings.guard_bind_port),
             "GUARD_BIND_PORT",
-            PublicSite(self._public.app, self._public.answer_token, reactor, max_body=settings.guard_max_body),
+            site,
             reactor,
         )
         self.public.setServiceParent(self)
@@ -270,9 +270,9 @@ class Guard(MultiService):
     async def _leave(self) -> None:
         self._supervised.stopping()
         patience = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
-        await self.public.close(self._public.emptied, patience)
+        await self.public.close(patience)
         if self.admin is not None:
-            await self.admin.close(_nothing, 0)
+            await self.admin.close(0)
         await self._enforcement.stop()
         for neighbour in self._neighbours:
             neighbour.stop()
@@ -299,10 +299,6 @@ class Guard(MultiService):
         if store_error is not None:
             log.error("what must survive a restart is kept in memory only: {error}", error=store_error,
                       event_name="no_state")  # fmt: skip
-
-
-async def _nothing() -> None:
-    return
 
 
 def _endpoint(host: str, port: int) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from twisted.application.service import Service
@@ -68,7 +67,7 @@ class Listening(Service):
         )
         return port
 
-    async def close(self, emptied: Callable[[], Awaitable[None]], patience: float) -> None:
+    async def close(self, patience: float) -> None:
         """Accept nobody any more, let what is being answered be answered, then hang up.
 
         :param patience: seconds after which we hang up on whoever still waits.
@@ -78,7 +77,7 @@ class Listening(Service):
             await stopped(self.port)
             self.port = None
         self._site.closing = True
-        empty = Deferred.fromCoroutine(_awaited(emptied))
+        empty = Deferred.fromCoroutine(self._site.emptied())
         try:
             await empty.addTimeout(patience, self._reactor)
         except (TimeoutError, CancelledError):
@@ -90,10 +89,6 @@ class Listening(Service):
             await deferLater(self._reactor, 0.01)
         for channel in list(self._site.channels):
             channel.forceAbortClient()
-
-
-async def _awaited(emptied: Callable[[], Awaitable[None]]) -> None:
-    await emptied()
 
 
 async def stopped(port: IListeningPort) -> None:

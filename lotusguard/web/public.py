@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from uuid import uuid4
+from random import getrandbits
 
 from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred
@@ -49,36 +49,25 @@ class PublicDoor:
         self._clock = clock
         self._idle = idle
         self._requests = {kind: metrics.requests.labels(kind) for kind in ("token", "relay")}
-        self.in_flight: set[PublicRequest] = set()
-        self._emptied: list[Deferred[None]] = []
-        metrics.in_flight.set_function(lambda: len(self.in_flight))
         self.app = Klein()
         self.app.route(WEBHOOK_PATH, endpoint=WEBHOOK_PATH)(self._webhook)
         self.app.route(RELAY_PATH, endpoint=RELAY_PATH)(self._relay)
         self.app.handle_errors(UpstreamFailed)(self._upstream_failed)  # type: ignore[arg-type]
         self.app.handle_errors(Exception)(self._unexpected)  # type: ignore[arg-type]
 
-    async def emptied(self) -> None:
-        """Wait until no request is being answered."""
-        if self.in_flight:
-            waiter: Deferred[None] = Deferred()
-            self._emptied.append(waiter)
-            await waiter
-
     # -- routes ------------------------------------------------------------------------------------------
 
     def answer_token(self, request: PublicRequest) -> None:
         """Answer what came for a token route, unless its caller goes away before."""
-        answering = Deferred.fromCoroutine(self._token(request))
-        request.notifyFinish().addErrback(lambda _: answering.cancel())
-        answering.addErrback(self._not_answered, request)
+        request.answering = Deferred.fromCoroutine(self._token(request))
+        request.answering.addErrback(self._not_answered, request)
 
     async def _token(self, request: PublicRequest) -> None:
         """A request for a token: read strictly, decided on, forwarded as we read it."""
         if request.method != b"POST":
             await self._relay(request)
             return
-        self._begin(request, "token")
+        self._requests["token"].inc()
         route = request.token_route
         assert route is not None
         request_id = _request_id(request)
@@ -109,24 +98,11 @@ class PublicDoor:
 
     async def _relay(self, request: PublicRequest) -> None:
         """Anything else: handed on as it came, answered as upstream answers."""
-        self._begin(request, "relay")
+        self._requests["relay"].inc()
         body = request.body()
         going = forwarded(request, body if body or has_body(request) else None, _request_id(request))
         response = await self._authorizer.open(going)
         await relay(request, response, self._clock, self._idle)
-
-    def _begin(self, request: PublicRequest, kind: str) -> None:
-        """Count a request, and see to it that nobody hangs up on its caller before the answer is out."""
-        self._requests[kind].inc()
-        self.in_flight.add(request)
-        request.notifyFinish().addBoth(lambda _: self._end(request))
-
-    def _end(self, request: PublicRequest) -> None:
-        self.in_flight.discard(request)
-        if not self.in_flight:
-            waiters, self._emptied = self._emptied, []
-            for waiter in waiters:
-                waiter.callback(None)
 
     # -- what goes wrong ---------------------------------------------------------------------------------
 
@@ -158,4 +134,4 @@ class PublicDoor:
 def _request_id(request: PublicRequest) -> str:
     """The caller's own ``X-Request-ID`` if it is a plain one, else a new one."""
     given = request.requestHeaders.getRawHeaders(b"x-request-id") or [b""]
-    return given[0].decode("ascii") if len(given) == 1 and _PLAIN_ID.fullmatch(given[0]) else uuid4().hex
+    return given[0].decode("ascii") if len(given) == 1 and _PLAIN_ID.fullmatch(given[0]) else f"{getrandbits(128):032x}"

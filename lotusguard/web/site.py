@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from klein import Klein
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
@@ -26,6 +28,8 @@ DISCARDED = 64 * 1024 * 1024
 """Bytes of a body that are read and thrown away for the sake of a proper 413, before we just hang up."""
 HELD = 256
 """How many bodies of the greatest length are held at once, all in all, be they whole or on their way."""
+_TARGET = re.compile(rb"/[!-\"$-~]*")
+"""What a request target looks like: a path, perhaps a query, no fragment."""
 WEBHOOK_PATH = "/sfu_webhook"
 RELAY_PATH = "/relay"
 """Where Klein sends everything that is nobody's route in particular."""
@@ -41,14 +45,20 @@ class Channel(HTTPChannel):
     """Twisted's channel, for which the arrival of a byte is no reason to wait for the next one any longer."""
 
     site: GuardSite
+    _host: IAddress
 
     def connectionMade(self) -> None:
         super().connectionMade()
         self.site.channels.add(self)
+        self._host = super().getHost()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.site.channels.discard(self)
         super().connectionLost(reason)
+
+    def getHost(self) -> IAddress:
+        """Our end's address, which stays what it is: Twisted would ask the kernel at each request."""
+        return self._host
 
     def checkPersistence(self, request: Request, version: bytes) -> bool:
         """Whether the connection stays open after this request: not when we are about to leave.
@@ -83,21 +93,28 @@ class GuardRequest(Request):
     content: Any
     cors = False
     """Whether its answers carry CORS headers."""
+    answering: Deferred[None] | None = None
+    """What answers it, and need not go on when its caller has gone."""
     _size = 0
     _held = 0
 
     def gotLength(self, length: int | None) -> None:
+        self.site = self.channel.site
         self.content = BytesIO()
-        site: GuardSite = self.channel.site
+        self.notifyFinish().addCallbacks(self._over, self._abandoned)
 
-        def let_go(_: object) -> None:
-            site.held -= self._held
+    def _over(self, _: object = None) -> None:
+        self.site.held -= self._held
+        self.site.over(self)
 
-        self.notifyFinish().addBoth(let_go)
+    def _abandoned(self, _: Failure) -> None:
+        if self.answering is not None:
+            self.answering.cancel()
+        self._over()
 
     def handleContentChunk(self, data: bytes) -> None:
         self._size += len(data)
-        site: GuardSite = self.channel.site
+        site = self.site
         if self._size <= site.max_body and site.held + len(data) <= site.max_body * HELD:
             self.content.write(data)
             self._held += len(data)
@@ -112,6 +129,7 @@ class GuardRequest(Request):
         self.args: dict[bytes, list[bytes]] = {}
         self.method, self.uri, self.clientproto = command, path, version
         self.path = path.partition(b"?")[0]
+        self.site.in_flight.add(self)
         self.process()
 
     def body(self) -> bytes:
@@ -120,10 +138,9 @@ class GuardRequest(Request):
 
     def process(self) -> None:
         """Route it. What cannot be routed is refused here, because Klein would do worse with it."""
-        self.site = self.channel.site
         self.prepath: list[bytes] = []
         self.postpath = self.segments()
-        if not self.uri.startswith(b"/") or not all(0x20 < byte < 0x7F and byte != 0x23 for byte in self.uri):
+        if not _TARGET.fullmatch(self.uri):
             refuse(self, 400, "M_UNRECOGNIZED", "The request target is no path.", cors=self.cors)
         elif len(self.requestHeaders.getRawHeaders(b"host") or ()) > 1:
             refuse(self, 400, "M_UNRECOGNIZED", "There is more than one Host.", cors=self.cors)
@@ -188,7 +205,25 @@ class GuardSite(Site):
         self.held = 0
         """Bytes of all bodies that are in memory."""
         self.channels: set[Channel] = set()
+        self.in_flight: set[GuardRequest] = set()
+        """Requests that are whole and not answered."""
+        self._emptied: list[Deferred[None]] = []
         self.closing = False
+
+    async def emptied(self) -> None:
+        """Wait until no request is being answered."""
+        if self.in_flight:
+            waiter: Deferred[None] = Deferred()
+            self._emptied.append(waiter)
+            await waiter
+
+    def over(self, request: GuardRequest) -> None:
+        """A request has been answered, or its caller has gone."""
+        self.in_flight.discard(request)
+        if not self.in_flight and self._emptied:
+            waiters, self._emptied = self._emptied, []
+            for waiter in waiters:
+                waiter.callback(None)
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         channel: Any = super().buildProtocol(addr)
