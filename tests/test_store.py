@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
+from twisted.internet.task import Clock, deferLater
 
-from lotusguard.guard.store import Store, open_store
+from lotusguard.guard.store import PATIENCE, Store, open_store
 from lotusguard.metrics import Metrics
 
 LATER = 4_000_000_000.0
@@ -22,8 +24,8 @@ BEFORE = "CREATE TABLE promises (room_id TEXT, user TEXT, expires REAL, PRIMARY 
 
 
 @asynccontextmanager
-async def opened(directory: Path) -> AsyncIterator[Store]:
-    store = open_store(directory, reactor, Metrics())
+async def opened(directory: Path, clock: Any = reactor) -> AsyncIterator[Store]:
+    store = open_store(directory, clock, Metrics())
     try:
         yield store
     finally:
@@ -59,3 +61,40 @@ async def test_a_promise_that_was_kept_is_forgotten_unless_given_anew(tmp_path: 
         assert await store.put_promise("!r:s", "@bob:s", LATER + 100)
     async with opened(tmp_path) as again:
         assert again.promises(LATER) == [("!r:s", "@bob:s", LATER + 100)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_sick_disk_is_waited_for_once_and_then_by_nobody(tmp_path: Path) -> None:
+    clock: Any = Clock()
+    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
+    async with opened(tmp_path, clock) as store:
+        with closing(sqlite3.connect(tmp_path / "lotusguard.sqlite3", isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            first, gathering = (store.put_promise("!r:s", user, LATER) for user in ("@alice:s", "@bob:s"))
+            clock.advance(PATIENCE - 0.01)
+            assert not first.called
+            assert not gathering.called
+            clock.advance(0.02)
+            assert [await first, await gathering] == [False, False]
+            later = store.put_promise("!r:s", "@carol:s", LATER)
+            assert later.called
+            assert not await later
+    async with opened(tmp_path) as again:  # what nobody waited for was written all the same
+        assert sorted(user for _, user, _ in again.promises(0.0)) == ["@alice:s", "@bob:s", "@carol:s"]
+        assert await again.put_promise("!r:s", "@dave:s", LATER)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_disk_that_is_well_again_is_waited_for_again(tmp_path: Path) -> None:
+    clock: Any = Clock()
+    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
+    async with opened(tmp_path, clock) as store:
+        with closing(sqlite3.connect(tmp_path / "lotusguard.sqlite3", isolation_level=None)) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            first = store.put_promise("!r:s", "@alice:s", LATER)
+            clock.advance(PATIENCE)
+            assert not await first
+        while store.put_promise("!r:s", "@bob:s", LATER).called:
+            await deferLater(reactor, 0.005)  # the batch that was late is still on its way back
+        assert await store.put_promise("!r:s", "@carol:s", LATER)
+        assert not clock.getDelayedCalls()

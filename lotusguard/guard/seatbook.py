@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from typing import Protocol
 
 from attrs import frozen
-from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.guard.ledger import Promise
@@ -24,8 +23,6 @@ ROOMS_KEPT = 20_000
 RECONNECTING = 10.0
 """Seconds for which a seat is kept for whose old session the SFU ended for their new one. The new one is listed only a
 little later, and is told of when its media flow."""
-DISK_PATIENCE = 0.25
-"""Seconds for which an answer waits until its promise is on disk. Longer would put a sick disk in the way."""
 
 
 @frozen
@@ -133,9 +130,7 @@ class MemorySeatBook:
         self._room(room_id).settle(claim, user, (alias, identity), now, expires)
         self._wake(room_id)
         if self._store is not None:
-            written = self._store.put_promise(room_id, user, expires)
-            with suppress(TimeoutError):
-                await written.addTimeout(DISK_PATIENCE, self._clock)
+            await self._store.put_promise(room_id, user, expires)
 
     async def release(self, room_id: str, claim: Claim) -> None:
         room = self.rooms.get(room_id)

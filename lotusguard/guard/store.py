@@ -25,6 +25,8 @@ log = Logger()
 
 WRITE_BEHIND = 0.2
 """Seconds in which what nobody waits for gathers."""
+PATIENCE = 0.25
+"""Seconds that a batch may take before nobody waits for the disk any more. Longer would put a sick one in the way."""
 KEPT, TAKEN_KEPT = 30 * 86400.0, 2 * 86400.0
 """Seconds after which what nobody asked for any more is forgotten."""
 _SCHEMA = """
@@ -111,6 +113,8 @@ class Store:
         self._waiting: list[Deferred[bool]] = []
         self._later: Any = None
         self._writing: Deferred[None] | None = None
+        self._late = False
+        """Whether the batch that is being written has taken too long."""
         self._emptied: Deferred[None] | None = None
         self._pruned = 0.0
         self.writable = True
@@ -151,9 +155,16 @@ class Store:
             self._put("DELETE FROM taken WHERE alias = ? AND sid = ?", (alias, sid))
 
     def put_promise(self, room_id: str, user: str, expires: float) -> Deferred[bool]:
-        """A seat is promised. :return: fires when that is on disk, with whether it could be written."""
+        """A seat is promised.
+
+        :return: fires when that is on disk, with whether it could be written; after `PATIENCE` with ``False``, although
+            it may still be.
+        """
         written: Deferred[bool] = Deferred()
-        self._waiting.append(written)
+        if self._late:
+            written.callback(False)
+        else:
+            self._waiting.append(written)
         self._queue.append((_PROMISE, (room_id, user, expires)))
         self._write_now()
         return written
@@ -188,8 +199,16 @@ class Store:
         now = self._reactor.seconds()
         prune, self._pruned = now - self._pruned > 60, now if now - self._pruned > 60 else self._pruned
 
+        def too_long() -> None:
+            self._late = True
+            self._tell(waiting, False)
+            self._tell(self._waiting, False)
+
         def finished(outcome: object) -> None:
             self._writing = None
+            self._late = False
+            if waited.active():
+                waited.cancel()
             written = not isinstance(outcome, Failure)
             self._writes.labels("ok" if written else "failed").inc()
             if written != self.writable:
@@ -200,15 +219,22 @@ class Store:
                     reason=outcome.getErrorMessage() if isinstance(outcome, Failure) else "well again",
                     event_name="ledger_writable",
                 )  # fmt: skip
-            for waiter in waiting:
-                if not waiter.called:
-                    waiter.callback(written)
+            self._tell(waiting, written)
             self._write_now()
             if self._writing is None and self._emptied is not None:
                 self._emptied.callback(None)
 
+        waited = self._reactor.callLater(PATIENCE, too_long)
         self._writing = deferToThreadPool(self._reactor, self._pool, self._write, batch, now if prune else None)
         self._writing.addBoth(finished)
+
+    @staticmethod
+    def _tell(waiting: list[Deferred[bool]], written: bool) -> None:
+        those = waiting[:]
+        waiting.clear()
+        for waiter in those:
+            if not waiter.called:
+                waiter.callback(written)
 
     def _write(self, batch: list[tuple[str, tuple[object, ...]]], prune_at: float | None) -> None:
         """In the writing thread."""

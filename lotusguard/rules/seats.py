@@ -103,7 +103,7 @@ class RoomSeats:
         """
         claim.user, claim.expires, claim.issued_to, claim.issued_at = user, expires, issued_to, now
         if claim in self.claims:  # one promise an identity is enough
-            self.claims = [c for c in self.claims if c is claim or (c.user, c.issued_to) != (user, issued_to)]
+            self.claims = [c for c in self.claims if c is claim or c.user != user or c.issued_to != issued_to]
 
     def release(self, claim: Claim) -> None:
         """No token was issued, or the caller went away: the seat is free unless something else holds it."""
