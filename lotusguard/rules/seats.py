@@ -86,10 +86,8 @@ class RoomSeats:
         :param user: who asks; ``None`` when only the answer will tell.
         """
         self.touched = now
-        if user is None or not self.holds(user, now):
-            named, anonymous = self._held(now)
-            if len(named) + anonymous >= cap:
-                return Refusal.FULL if len(self.users() | self.awaited(now)) >= cap else Refusal.BUSY
+        if self.held(now) >= cap and (user is None or not self.holds(user, now)):
+            return Refusal.FULL if len(self.users() | self.awaited(now)) >= cap else Refusal.BUSY
         claim = Claim(user)
         self.claims.append(claim)
         return claim
@@ -255,8 +253,9 @@ class RoomSeats:
 
     def held(self, now: float) -> int:
         """How many seats are held, unanswered requests included."""
-        named, anonymous = self._held(now)
-        return len(named) + anonymous
+        claiming = [claim.user for claim in self._live(now)]
+        named = {*self.users(), *claiming} - {None}
+        return len(named) + claiming.count(None)
 
     def idle(self, now: float) -> bool:
         """Whether nobody is in the call and nobody awaited."""
@@ -266,11 +265,6 @@ class RoomSeats:
         # A claim that ended since the last look counts until the next one: its user may have arrived meanwhile.
         horizon = min(now, self.observed_since(self.observed))
         return [claim for claim in self.claims if claim.expires >= horizon]
-
-    def _held(self, now: float) -> tuple[set[str], int]:
-        live = self._live(now)
-        named = self.users() | {claim.user for claim in live if claim.user is not None}
-        return named, sum(1 for claim in live if claim.user is None)
 
     def _free_besides(self, user: str, cap: int, now: float) -> bool:
         unnamed = sum(1 for claim in self._live(now) if claim.user is None)
