@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 @pytest_twisted.ensureDeferred
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 async def test_a_refused_connection_is_noticed_at_once(pool: HTTPConnectionPool, host: str) -> None:
     agent = FixedAgent(reactor, f"http://{host}:{free_port()}", pool, 5)
     await _refused(agent)  # the resolver's threads are up now

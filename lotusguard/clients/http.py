@@ -13,9 +13,11 @@ from typing import Any, TypeVar, cast
 
 import treq
 from attrs import field, frozen
+from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
 from twisted.internet.error import ConnectingCancelledError
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.python.failure import Failure
 from twisted.web.client import URI, Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool
 from twisted.web.http_headers import Headers
@@ -89,7 +91,7 @@ class FixedAgent(Agent):
         uri = self._uri = URI.fromBytes(base.encode("ascii"))
         self._prefix = uri.path.rstrip(b"/")
         host = uri.host.decode("ascii")
-        connecting = HostnameEndpoint(reactor, host, uri.port, connect_timeout, attemptDelay=NEXT_ADDRESS)
+        connecting = _endpoint(reactor, host, uri.port, connect_timeout)
         trust = BrowserLikePolicyForHTTPS().creatorForNetloc(uri.host, uri.port) if uri.scheme == b"https" else None
         self._fixed = connecting if trust is None else wrapClientTLS(trust, connecting)
         self._key = (uri.scheme, uri.host, uri.port)
@@ -101,6 +103,16 @@ class FixedAgent(Agent):
         return self._requestWithEndpoint(
             self._key, self._fixed, method, self._uri, headers, bodyProducer, self._prefix + uri
         ).addErrback(_plainly_cancelled)
+
+
+def _endpoint(reactor: Any, host: str, port: int, timeout: float) -> IStreamClientEndpoint:
+    """Where to connect. An address needs no resolving, for which Twisted makes a class at each connection: 9 kB that
+    only the garbage collector takes away again."""
+    if isIPAddress(host):
+        return TCP4ClientEndpoint(reactor, host, port, timeout)
+    if isIPv6Address(host):
+        return TCP6ClientEndpoint(reactor, host, port, timeout)
+    return HostnameEndpoint(reactor, host, port, timeout, attemptDelay=NEXT_ADDRESS)
 
 
 def _plainly_cancelled(failure: Failure) -> Failure:
