@@ -402,6 +402,27 @@ async def test_a_stale_entry_is_no_failure_and_does_not_save_the_others(stage: S
     assert alice.connected
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_seat_that_comes_free_while_others_are_put_out_saves_the_next(stage: Stage) -> None:
+    room_id = room_of(stage, 2)
+    await stage.enter(ALICE, room_id)
+    bob = await stage.enter(BOB, room_id)
+    await at_rest(stage)
+    stage.sfu.faults["RemoveParticipant"] = Fault.status(500)
+    carol, dave = (stage.sfu.connect(old_token(user, room_id)) for user in (CAROL, DAVE))
+    await at_rest(stage)
+    assert await seen_in(stage, room_id) == [(ALICE, True), (BOB, True), (CAROL, False), (DAVE, False)]
+    stage.sfu.faults["RemoveParticipant"] = Fault.delay(0.3, times=1)
+    stage.guard._enforcement.enforce(carol.room.name)
+    await until(lambda: bool(stage.sfu.in_flight) and stage.sfu.faults["RemoveParticipant"].times == 0)
+    bob.room.remove(bob, 1)
+    await at_rest(stage)
+    assert [carol.connected, dave.connected].count(True) == 1
+    await look_again(stage, dave)
+    assert counted(stage, "ejections_total") == 1
+    assert len(await seen_in(stage, room_id)) == 2
+
+
 # -- in the seat book itself -----------------------------------------------------------------------------------
 
 

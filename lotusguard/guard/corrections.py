@@ -82,6 +82,8 @@ class Corrections:
             self.failed("eject", room_id, trouble.reason if isinstance(trouble, NeighbourFailed) else "timeout")
             return
         for at, identity in await self._seats.overflow(room_id, cap):
+            if (at, identity) not in await self._seats.overflow(room_id, cap):
+                continue  # while others were put out somebody left
             if self._dry_run or not self._eject:
                 self._withheld("eject", room_id, at.alias, identity, at.sid)
                 continue
