@@ -47,6 +47,10 @@ BACKLOG = 4096
 """Callers the kernel may keep waiting to be accepted. Who finds no place tries again after 1 s, 3 s, 7 s."""
 
 
+OPERATORS_PATIENCE = 1.0
+"""Seconds for which operators' requests may go on when we leave."""
+
+
 class Options(usage.Options):
     """What can be said on the command line; everything else is in the environment (see README)."""
 
@@ -126,7 +130,7 @@ class Guard(MultiService):
         # neighbours
         pool = self._pool = connection_pool(reactor)
         timeout = settings.guard_lookup_timeout
-        upstream_agent = FixedAgent(reactor, settings.guard_upstream, pool, settings.guard_upstream_timeout)
+        upstream_agent = FixedAgent(reactor, settings.guard_upstream, pool)
         authorizer = Authorizer(
             upstream_agent,
             reactor,
@@ -135,10 +139,10 @@ class Guard(MultiService):
             grace=settings.guard_upstream_grace,
         )
         livekit = Neighbour(
-            "livekit", FixedAgent(reactor, settings.livekit_api, pool, timeout), reactor, metrics, timeout=timeout
+            "livekit", FixedAgent(reactor, settings.livekit_api, pool), reactor, metrics, timeout=timeout
         )
         synapse = Neighbour(
-            "synapse", FixedAgent(reactor, settings.synapse_api, pool, timeout), reactor, metrics, timeout=timeout
+            "synapse", FixedAgent(reactor, settings.synapse_api, pool), reactor, metrics, timeout=timeout
         )
         self._neighbours = (livekit, synapse)
         sfu = Sfu(livekit, key, reactor) if key is not None else None
@@ -272,7 +276,7 @@ class Guard(MultiService):
         patience = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
         await self.public.close(patience)
         if self.admin is not None:
-            await self.admin.close(0)
+            await self.admin.close(OPERATORS_PATIENCE)
         await self._enforcement.stop()
         for neighbour in self._neighbours:
             neighbour.stop()

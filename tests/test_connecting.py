@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connecting to a neighbour that is down costs a join next to nothing."""
+"""Connecting to a neighbour that is down costs a join next to nothing, to one that is swamped its deadline."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.error import ConnectError
 from twisted.web.client import HTTPConnectionPool
+from twisted.web.http_headers import Headers
 
+from lotusguard.clients.authorizer import Authorizer, Forwarded, UpstreamFailed
 from lotusguard.clients.http import FixedAgent, collected, connection_pool
+from lotusguard.clients.neighbour import Neighbour, NeighbourFailed
+from lotusguard.metrics import Metrics
 from lotusguard.sandbox.homeserver import Homeserver
 
 NOTICEABLE = 0.25
@@ -41,6 +46,36 @@ async def test_a_refused_connection_is_noticed_at_once(pool: HTTPConnectionPool,
     began = reactor.seconds()
     await _refused(agent)
     assert reactor.seconds() - began < NOTICEABLE
+
+
+@pytest.fixture
+def overwhelmed() -> Iterator[int]:
+    """A port whose queue of connections is full: nobody is refused and nobody gets in."""
+    with ExitStack() as sockets:
+        listening = sockets.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(4):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_neighbour_that_lets_nobody_in_is_late_and_not_away(
+    pool: HTTPConnectionPool, overwhelmed: int, host: str
+) -> None:
+    agent = FixedAgent(reactor, f"http://{host}:{overwhelmed}", pool)
+    upstream = Authorizer(agent, reactor, Metrics(), timeout=0.3, grace=5)
+    with pytest.raises(UpstreamFailed) as late:
+        await upstream.ask(Forwarded(b"POST", b"/sfu/get", Headers(), b"{}"))
+    assert late.value.code == 504
+    livekit = Neighbour("livekit", agent, reactor, Metrics(), timeout=0.3)
+    with pytest.raises(NeighbourFailed) as failed:
+        await livekit.call(b"GET", b"/", Headers(), read=lambda answer: answer)
+    assert failed.value.reason == "timeout"
 
 
 async def _refused(agent: FixedAgent) -> None:

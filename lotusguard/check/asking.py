@@ -49,7 +49,7 @@ class Neighbour:
         self._reactor = reactor
         self._patience = patience
         self._now = now
-        self._agent = FixedAgent(reactor, base, pool, patience)
+        self._agent = FixedAgent(reactor, base, pool)
 
     async def ask(
         self, method: str, target: str, body: bytes | None = None, headers: dict[str, str] | None = None

@@ -84,10 +84,12 @@ class FixedAgent(Agent):
     redirect is followed; TLS is verified by the system's roots where the address is ``https``.
 
     :param base: the address without a trailing slash; a path in it goes before every target.
+    :param connect_timeout: seconds for connecting, where requests have no deadline. Where they have one it would come
+        first, and make a neighbour that is late look like one that is away.
     """
 
-    def __init__(self, reactor: Any, base: str, pool: HTTPConnectionPool, connect_timeout: float) -> None:
-        super().__init__(reactor, pool=pool, connectTimeout=connect_timeout)
+    def __init__(self, reactor: Any, base: str, pool: HTTPConnectionPool, connect_timeout: float | None = None) -> None:
+        super().__init__(reactor, pool=pool)
         uri = self._uri = URI.fromBytes(base.encode("ascii"))
         self._prefix = uri.path.rstrip(b"/")
         host = uri.host.decode("ascii")
@@ -105,14 +107,14 @@ class FixedAgent(Agent):
         ).addErrback(_plainly_cancelled)
 
 
-def _endpoint(reactor: Any, host: str, port: int, timeout: float) -> IStreamClientEndpoint:
+def _endpoint(reactor: Any, host: str, port: int, timeout: float | None) -> IStreamClientEndpoint:
     """Where to connect. An address needs no resolving, for which Twisted makes a class at each connection: 9 kB that
     only the garbage collector takes away again."""
     if isIPAddress(host):
-        return TCP4ClientEndpoint(reactor, host, port, timeout)
+        return TCP4ClientEndpoint(reactor, host, port, timeout)  # type: ignore[arg-type]  # None is for ever
     if isIPv6Address(host):
         return TCP6ClientEndpoint(reactor, host, port, timeout)
-    return HostnameEndpoint(reactor, host, port, timeout, attemptDelay=NEXT_ADDRESS)
+    return HostnameEndpoint(reactor, host, port, timeout, attemptDelay=NEXT_ADDRESS)  # type: ignore[arg-type]
 
 
 def _plainly_cancelled(failure: Failure) -> Failure:

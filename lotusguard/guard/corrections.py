@@ -82,11 +82,11 @@ class Corrections:
             self.failed("eject", room_id, trouble.reason if isinstance(trouble, NeighbourFailed) else "timeout")
             return
         for at, identity in await self._seats.overflow(room_id, cap):
-            if (at, identity) not in await self._seats.overflow(room_id, cap):
-                continue  # while others were put out somebody left
             if self._dry_run or not self._eject:
                 self._withheld("eject", room_id, at.alias, identity, at.sid)
                 continue
+            if (at, identity) not in await self._seats.overflow(room_id, cap):
+                continue  # while others were put out somebody left
             try:
                 await sfu.remove_participant(at.alias, identity)
             except NeighbourFailed as failed:
