@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,21 @@ async def opened(directory: Path, clock: Any = reactor) -> AsyncIterator[Store]:
         yield store
     finally:
         await store.close()
+
+
+def stopped_clock() -> Any:
+    """A clock for the store, whose thread tells the real reactor."""
+    clock: Any = Clock()
+    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
+    return clock
+
+
+@contextmanager
+def sick_disk(directory: Path) -> Iterator[None]:
+    """Nothing can be written meanwhile: somebody holds the file locked."""
+    with closing(sqlite3.connect(directory / "lotusguard.sqlite3", isolation_level=None)) as somebody:
+        somebody.execute("BEGIN IMMEDIATE")
+        yield
 
 
 @pytest_twisted.ensureDeferred
@@ -65,11 +80,9 @@ async def test_a_promise_that_was_kept_is_forgotten_unless_given_anew(tmp_path: 
 
 @pytest_twisted.ensureDeferred
 async def test_a_sick_disk_is_waited_for_once_and_then_by_nobody(tmp_path: Path) -> None:
-    clock: Any = Clock()
-    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
+    clock = stopped_clock()
     async with opened(tmp_path, clock) as store:
-        with closing(sqlite3.connect(tmp_path / "lotusguard.sqlite3", isolation_level=None)) as somebody:
-            somebody.execute("BEGIN IMMEDIATE")
+        with sick_disk(tmp_path):
             first, gathering = (store.put_promise("!r:s", user, LATER) for user in ("@alice:s", "@bob:s"))
             clock.advance(PATIENCE - 0.01)
             assert not first.called
@@ -86,11 +99,9 @@ async def test_a_sick_disk_is_waited_for_once_and_then_by_nobody(tmp_path: Path)
 
 @pytest_twisted.ensureDeferred
 async def test_a_disk_that_is_well_again_is_waited_for_again(tmp_path: Path) -> None:
-    clock: Any = Clock()
-    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
+    clock = stopped_clock()
     async with opened(tmp_path, clock) as store:
-        with closing(sqlite3.connect(tmp_path / "lotusguard.sqlite3", isolation_level=None)) as somebody:
-            somebody.execute("BEGIN IMMEDIATE")
+        with sick_disk(tmp_path):
             first = store.put_promise("!r:s", "@alice:s", LATER)
             clock.advance(PATIENCE)
             assert not await first
