@@ -15,6 +15,7 @@ import yaml
 from prometheus_client import Metric
 
 from lotusguard.metrics import Metrics
+from lotusguard.sandbox.stage import Stage
 
 ROOT = Path(__file__).parent.parent
 ALERTS = ROOT / "deploy" / "monitoring" / "alerts.yaml"
@@ -108,6 +109,17 @@ def test_the_documentation_lists_every_metric_with_its_labels() -> None:
         name = family.name + ("_total" if family.type == "counter" else "")
         wanted[name] = samples()[family.name + SUFFIXES[family.type][0]] - {"le"}
     assert listed == wanted
+
+
+def test_every_cache_has_a_limit_and_is_documented(stage: Stage) -> None:
+    caches = {
+        family.name: {sample.labels["cache"] for sample in family.samples}
+        for family in stage.guard.metrics.registry.collect()
+        if family.name in ("lotusguard_cache_entries", "lotusguard_cache_limit")
+    }
+    (line,) = re.findall(r"^\| `lotusguard_cache_entries\{cache\}` .*", METRICS_PAGE.read_text(), re.M)
+    documented = set(re.findall(r"`(\w+)`", line))
+    assert caches == {"lotusguard_cache_entries": documented, "lotusguard_cache_limit": documented}
 
 
 def test_no_page_names_a_metric_that_there_is_not() -> None:
