@@ -14,6 +14,13 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
+def tell(waiters: Iterable[Deferred[T]], outcome: Any) -> None:
+    """Tell all who have not given up. A Failure makes what they wait for fail."""
+    for waiter in waiters:
+        if not waiter.called:
+            waiter.callback(outcome)
+
+
 class SharedCalls(Generic[K, T]):
     """One call for all who wait for the same thing::
 
@@ -41,9 +48,7 @@ class SharedCalls(Generic[K, T]):
         def finished(outcome: Any) -> None:
             if self._waiting.get(key) is waiters:
                 del self._waiting[key]
-            for waiter in waiters:
-                if not waiter.called:
-                    waiter.callback(outcome)  # a Failure makes it fail
+            tell(waiters, outcome)
 
         call.addBoth(finished)
         return mine

@@ -12,6 +12,7 @@ from attrs import frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
+from lotusguard.clients.waiting import tell
 from lotusguard.guard.ledger import Promise
 from lotusguard.guard.store import Store
 from lotusguard.metrics import Metrics
@@ -227,9 +228,7 @@ class MemorySeatBook:
         self._wake_all(idle)  # nobody else would tell them any more
 
     def _wake_all(self, room_id: str) -> None:
-        for _, waiter in self._waiting.pop(room_id, ()):
-            if not waiter.called:
-                waiter.callback(None)
+        tell([waiter for _, waiter in self._waiting.pop(room_id, ())], None)
 
     def _wake(self, room_id: str) -> None:
         queue = self._waiting.pop(room_id, None)

@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
+from lotusguard.clients.waiting import tell
 from lotusguard.metrics import Metrics
 
 log = Logger()
@@ -201,8 +202,8 @@ class Store:
 
         def too_long() -> None:
             self._late = True
-            self._tell(waiting, False)
-            self._tell(self._waiting, False)
+            tell(waiting, False)
+            tell(self._waiting, False)
 
         def finished(outcome: object) -> None:
             self._writing = None
@@ -219,7 +220,7 @@ class Store:
                     reason=outcome.getErrorMessage() if isinstance(outcome, Failure) else "well again",
                     event_name="ledger_writable",
                 )  # fmt: skip
-            self._tell(waiting, written)
+            tell(waiting, written)
             self._write_now()
             if self._writing is None and self._emptied is not None:
                 self._emptied.callback(None)
@@ -227,14 +228,6 @@ class Store:
         waited = self._reactor.callLater(PATIENCE, too_long)
         self._writing = deferToThreadPool(self._reactor, self._pool, self._write, batch, now if prune else None)
         self._writing.addBoth(finished)
-
-    @staticmethod
-    def _tell(waiting: list[Deferred[bool]], written: bool) -> None:
-        those = waiting[:]
-        waiting.clear()
-        for waiter in those:
-            if not waiter.called:
-                waiter.callback(written)
 
     def _write(self, batch: list[tuple[str, tuple[object, ...]]], prune_at: float | None) -> None:
         """In the writing thread."""
