@@ -45,8 +45,6 @@ log = Logger()
 
 BACKLOG = 4096
 """Callers the kernel may keep waiting to be accepted. Who finds no place tries again after 1 s, 3 s, 7 s."""
-
-
 OPERATORS_PATIENCE = 1.0
 """Seconds for which operators' requests may go on when we leave."""
 

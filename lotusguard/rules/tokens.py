@@ -98,8 +98,7 @@ _ATOB_SAFE = {ord(character): f"\\u{ord(character):04x}" for character in ">?~\x
 def read_unverified(token: str) -> dict[str, Any] | None:
     """The claims of a token, whoever signed it; ``None`` when there are none to read."""
     try:
-        body = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        claims = json.loads(base64url_decode(token.split(".")[1].encode("ascii")))
     except (IndexError, ValueError, RecursionError):
         return None
     return claims if isinstance(claims, dict) else None

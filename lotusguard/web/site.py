@@ -37,9 +37,7 @@ RELAY_PATH = "/relay"
 
 def connection_options(headers: Headers) -> set[bytes]:
     """What ``Connection`` names: options, and headers that are for the next hop only."""
-    values = headers.getRawHeaders(b"connection")
-    if values is None:
-        return set()
+    values = headers.getRawHeaders(b"connection") or ()
     return {option.strip().lower() for value in values for option in value.split(b",")}
 
 
