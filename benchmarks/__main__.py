@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import scenarios
 from benchmarks.chart import chart
 from benchmarks.figures import Figure, markdown
-from benchmarks.processes import Callers, Neighbours, cores, raise_file_limit
+from benchmarks.processes import Callers, Dependencies, cores, raise_file_limit
 from benchmarks.scenarios import Bench
 
 HERE = Path(__file__).parent
@@ -35,11 +35,11 @@ def main() -> None:
     if cores()[0] == cores()[1]:
         say("there is one core only: the load takes its time from what is measured")
     figures: list[Figure] = []
-    with Neighbours() as neighbours, Callers() as callers:
+    with Dependencies() as dependencies, Callers() as callers:
         quick = options.quick
         rounds = options.rounds or (2 if quick else 5)
         bench = Bench(
-            neighbours, callers, rounds, 600 if quick else 2000,
+            dependencies, callers, rounds, 600 if quick else 2000,
             500 if quick else 4000, say, figures,
         )  # fmt: skip
         scenarios.joins(bench)

@@ -23,7 +23,7 @@ _HEADERS = Headers({b"Content-Type": [b"application/json"]})
 
 
 class Relay(Resource):
-    """Every path, every method."""
+    """PeriodicService path, every method."""
 
     isLeaf = True
 

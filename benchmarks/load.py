@@ -24,7 +24,7 @@ USERS_A_ROOM = 20
 NEW_USERS = 10
 """How many of them are not in the call yet."""
 PATIENCE = 90.0
-"""Seconds after which callers give up, all together."""
+"""Seconds after which callers give up, all gather."""
 
 
 @define

@@ -19,7 +19,7 @@ from attrs import asdict, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater, react
 
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.synapse import Guarded, Synapse, User, free_port
 
 PATIENCE = 10.0
@@ -78,7 +78,7 @@ async def measured(reactor: Any, rounds: int) -> PolicyPushed:
         synapse = Synapse(Path(directory), guard_port=free_port())
         synapse.start()
         try:
-            stage = Stage(
+            sandbox = Sandbox(
                 reactor,
                 synapse_api=synapse.url,
                 matrix_token=(await synapse.user("operator", admin=True)).token,
@@ -86,12 +86,12 @@ async def measured(reactor: Any, rounds: int) -> PolicyPushed:
                 guard_policy_ttl=AN_HOUR,
                 guard_reconcile_interval=AN_HOUR,
             )
-            await stage.start()
+            await sandbox.start()
             try:
-                guarded, admin = Guarded(synapse, stage), await synapse.user("alice")
+                guarded, admin = Guarded(synapse, sandbox), await synapse.user("alice")
                 times = [await one_round(reactor, guarded, admin) for _ in range(rounds + 1)][1:]
             finally:
-                await stage.stop()
+                await sandbox.stop()
         finally:
             synapse.stop()
     revoked, answered = ([seconds * 1000 for seconds in kind] for kind in zip(*times, strict=True))

@@ -106,11 +106,11 @@ class Spoken(Started):
         return self._line()
 
 
-class Neighbours(Spoken):
-    """The stand-ins (see `benchmarks.neighbours`)."""
+class Dependencies(Spoken):
+    """The stand-ins (see `benchmarks.dependencies`)."""
 
     def __init__(self) -> None:
-        super().__init__("benchmarks.neighbours")
+        super().__init__("benchmarks.dependencies")
         self.ports: dict[str, int] = self.said
 
     def environment(self) -> dict[str, str]:
@@ -141,13 +141,13 @@ class Subject(Started):
 
     name = ""
 
-    def __init__(self, neighbours: Neighbours, settings: dict[str, str] | None = None, *, twistd: str = "") -> None:
+    def __init__(self, dependencies: Dependencies, settings: dict[str, str] | None = None, *, twistd: str = "") -> None:
         self.port = free_port()
         self.admin_port = free_port()
         self._directory = TemporaryDirectory(prefix="bench")
         self.log = Path(self._directory.name) / "log"
         env = {
-            **neighbours.environment(), "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": str(self.port),
+            **dependencies.environment(), "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": str(self.port),
             "GUARD_ADMIN_PORT": str(self.admin_port), "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
             "GUARD_STATE_DIR": self._directory.name, **(settings or {}),
         }  # fmt: skip

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.load import Load
-from benchmarks.processes import Callers, GuardProcess, Neighbours, raise_file_limit
+from benchmarks.processes import Callers, Dependencies, GuardProcess, raise_file_limit
 
 PROFILE = Path(__file__).with_name("profile.txt")
 _STDLIB = sysconfig.get_path("stdlib")
@@ -69,7 +69,7 @@ def profiled(joins: int, callers: int, most: int) -> str:
     with TemporaryDirectory(prefix="bench") as directory:
         saved = Path(directory) / "stats"
         options = f"--profile={saved} --profiler=cprofile --savestats"
-        with Neighbours() as neighbours, Callers() as load, GuardProcess(neighbours, twistd=options) as guard:
+        with Dependencies() as dependencies, Callers() as load, GuardProcess(dependencies, twistd=options) as guard:
             load.make(Load(guard.port, callers, joins))
         return table(pstats.Stats(str(saved)).stats, joins, most)  # type: ignore[attr-defined]
 

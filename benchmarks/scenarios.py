@@ -12,7 +12,7 @@ from attrs import define
 
 from benchmarks.figures import Figure, percentile
 from benchmarks.load import USERS_A_ROOM, Load, Outcome
-from benchmarks.processes import Callers, FloorProcess, GuardProcess, Neighbours, PeerProcess, Subject
+from benchmarks.processes import Callers, Dependencies, FloorProcess, GuardProcess, PeerProcess, Subject
 from benchmarks.standing_in import BIG_ROOM, SERVER_NAME, cached_alias, room_id, user_id
 from lotusguard.rules.tokens import read_unverified
 
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 class Bench:
     """One run of the benchmarks: who helps, how thorough it is, what came out so far."""
 
-    neighbours: Neighbours
+    dependencies: Dependencies
     callers: Callers
     rounds: int
     joins: int
@@ -67,9 +67,9 @@ def joins(bench: Bench) -> None:
     }
     fresh = bench.figure("CPU per join, 32 callers, a connection each time", "ms")
     with (
-        GuardProcess(bench.neighbours) as guard,
-        PeerProcess(bench.neighbours) as peer,
-        FloorProcess(bench.neighbours) as floor,
+        GuardProcess(bench.dependencies) as guard,
+        PeerProcess(bench.dependencies) as peer,
+        FloorProcess(bench.dependencies) as floor,
     ):
         subjects: tuple[Subject, ...] = (guard, peer, floor)
         for subject in subjects:
@@ -109,10 +109,10 @@ def crowd(bench: Bench) -> None:
     memory = bench.figure(f"{name}: peak memory", "MB", 1.0, digits=0)
     threads = bench.figure(f"{name}: threads", "", digits=0)
     rooms = bench.crowd // USERS_A_ROOM  # each caller is a user of their own
-    bench.neighbours.ask({"upstream_delay": UPSTREAM_SECOND, "rooms": rooms})
+    bench.dependencies.ask({"upstream_delay": UPSTREAM_SECOND, "rooms": rooms})
     for _ in range(max(1, bench.rounds // 2)):
         for kind in (GuardProcess, PeerProcess):
-            with kind(bench.neighbours) as subject:
+            with kind(bench.dependencies) as subject:
                 bench.callers.make(Load(subject.port, 8, 50))  # the rooms' policies are known
                 watched = Watched(subject)
                 outcome = watched.during(
@@ -128,7 +128,7 @@ def crowd(bench: Bench) -> None:
                 for figure, value in zip((succeeded, p99, memory, threads), values, strict=True):
                     (figure.guard if kind is GuardProcess else figure.peer).append(value)
                 bench.say(f"{name}, {subject.name}: {outcome.statuses}, p99 {values[1]:.1f} s")
-    bench.neighbours.ask({"upstream_delay": 0.0, "rooms": 50})
+    bench.dependencies.ask({"upstream_delay": 0.0, "rooms": 50})
 
 
 class Watched:
@@ -158,27 +158,27 @@ class Watched:
 
 def hung(bench: Bench) -> None:
     """SFU and homeserver take every request and answer none."""
-    first = bench.figure("neighbours hung: slowest of the first 20 joins", "s", None)
-    later = bench.figure("neighbours hung: later joins, p50", "ms", None, digits=1)
-    added = bench.figure("neighbours hung: later joins' p50 over normal", "ms", 50.0, digits=1)
+    first = bench.figure("dependencies hung: slowest of the first 20 joins", "s", None)
+    later = bench.figure("dependencies hung: later joins, p50", "ms", None, digits=1)
+    added = bench.figure("dependencies hung: later joins' p50 over normal", "ms", 50.0, digits=1)
     first.aim = 1.6  # GUARD_LOOKUP_TIMEOUT, and what a join takes anyway
     for _ in range(max(1, bench.rounds // 2)):
-        with GuardProcess(bench.neighbours) as guard:
+        with GuardProcess(bench.dependencies) as guard:
             bench.load(guard, 4, 200)
             normal = percentile(bench.load(guard, 1, 100).latencies, 0.5) * MS
-            bench.neighbours.ask({"hang": True})
+            bench.dependencies.ask({"hang": True})
             first.guard.append(max(bench.load(guard, 20, 20, first=1000, rooms=20).latencies))
             waited = percentile(bench.load(guard, 1, 100, first=2000, rooms=20).latencies, 0.5) * MS
-            bench.neighbours.ask({"hang": False})
+            bench.dependencies.ask({"hang": False})
         later.guard.append(waited)
         added.guard.append(max(0.0, waited - normal))
-    bench.say(f"neighbours hung: first joins {median(first.guard):.2f} s, later {median(later.guard):.1f} ms")
-    with PeerProcess(bench.neighbours) as peer:
-        bench.neighbours.ask({"hang": True})
+    bench.say(f"dependencies hung: first joins {median(first.guard):.2f} s, later {median(later.guard):.1f} ms")
+    with PeerProcess(bench.dependencies) as peer:
+        bench.dependencies.ask({"hang": True})
         slow = bench.load(peer, 4, 8, first=1000, rooms=8)
-        bench.neighbours.ask({"hang": False})
-    bench.say(f"neighbours hung: the peer's joins {percentile(slow.latencies, 0.5):.1f} s, first and later")
-    bench.figure("neighbours hung: the peer's joins, every one", "s").peer.append(percentile(slow.latencies, 0.5))
+        bench.dependencies.ask({"hang": False})
+    bench.say(f"dependencies hung: the peer's joins {percentile(slow.latencies, 0.5):.1f} s, first and later")
+    bench.figure("dependencies hung: the peer's joins, every one", "s").peer.append(percentile(slow.latencies, 0.5))
 
 
 def big_room(bench: Bench) -> None:
@@ -187,20 +187,20 @@ def big_room(bench: Bench) -> None:
         name = f"10,000 members, homeserver {'honours' if honours else 'ignores'} type"
         size = bench.figure(f"{name}: policy lookup", "kB", digits=1)
         waited = bench.figure(f"{name}: first join", "ms", digits=1)
-        bench.neighbours.ask({"honour_type": honours})
+        bench.dependencies.ask({"honour_type": honours})
         for kind in (GuardProcess, PeerProcess):
-            with kind(bench.neighbours) as subject:
+            with kind(bench.dependencies) as subject:
                 bench.load(subject, 1, 50)
                 for number in range(max(2, bench.rounds)):
-                    bench.neighbours.ask({"reset": True})
+                    bench.dependencies.ask({"reset": True})
                     outcome = bench.load(subject, 1, 1, room=BIG_ROOM, first=number, rooms=1)
-                    told = bench.neighbours.ask({})
+                    told = bench.dependencies.ask({})
                     (size.guard if kind is GuardProcess else size.peer).append(told["bytes"]["synapse"] / 1000)
                     (waited.guard if kind is GuardProcess else waited.peer).append(outcome.latencies[0] * MS)
         bench.say(
             f"{name}: {median(size.guard):.1f} kB, {median(waited.guard):.0f} ms (peer {median(waited.peer):.0f})"
         )
-    bench.neighbours.ask({"honour_type": True})
+    bench.dependencies.ask({"honour_type": True})
 
 
 def reconciling(bench: Bench, seconds: float) -> None:
@@ -210,10 +210,10 @@ def reconciling(bench: Bench, seconds: float) -> None:
         interval: bench.figure(f"p99 of 50 joins/s, {label} reconciling 300 rooms", "ms", digits=1)
         for interval, label in (("3600", "without"), ("3", "while"))
     }
-    bench.neighbours.ask({"rooms": 300})
+    bench.dependencies.ask({"rooms": 300})
     for _ in range(max(1, bench.rounds // 2)):
         for interval, figure in p99.items():
-            with GuardProcess(bench.neighbours, {"GUARD_RECONCILE_INTERVAL": interval}) as guard:
+            with GuardProcess(bench.dependencies, {"GUARD_RECONCILE_INTERVAL": interval}) as guard:
                 bench.load(guard, 8, 600, rooms=300)  # every room is known
                 time.sleep(4)
                 before, began = guard.cpu(), time.monotonic()
@@ -222,7 +222,7 @@ def reconciling(bench: Bench, seconds: float) -> None:
                     share.guard.append((guard.cpu() - before) / (time.monotonic() - began) * 100)
                 paced = bench.load(guard, 1, int(50 * seconds), rate=50.0, rooms=50)
                 figure.guard.append(percentile(paced.latencies, 0.99) * MS)
-    bench.neighbours.ask({"rooms": 50})
+    bench.dependencies.ask({"rooms": 50})
     bench.say(f"reconciling: {median(share.guard):.1f} % of a core")
 
 
@@ -231,26 +231,26 @@ def policy_change(bench: Bench) -> None:
     first = bench.figure("policy change to first revocation", "ms", digits=1)
     last = bench.figure("policy change to last of 20 revocations", "ms", digits=1)
     people = 20
-    with GuardProcess(bench.neighbours, {"GUARD_RECONCILE_INTERVAL": "3600"}) as guard:
+    with GuardProcess(bench.dependencies, {"GUARD_RECONCILE_INTERVAL": "3600"}) as guard:
         for number in range(max(2, bench.rounds)):
-            bench.neighbours.ask({"rooms": number + 1, "participants": people, "forbid": ["allow_screenshare"]})
+            bench.dependencies.ask({"rooms": number + 1, "participants": people, "forbid": ["allow_screenshare"]})
             bench.load(guard, 1, 5, first=number, rooms=1)
-            bench.neighbours.ask({"reset": True, "forbid": ["allow_camera", "allow_screenshare"]})
+            bench.dependencies.ask({"reset": True, "forbid": ["allow_camera", "allow_screenshare"]})
             began = time.monotonic()
             status = guard.operator("/policy-changed", json.dumps({"room_id": room_id(number)}).encode())
             if status != 202:
                 raise RuntimeError(f"the operators' door answered {status}")
-            while len(updated := bench.neighbours.ask({})["updated_at"]) < people:
+            while len(updated := bench.dependencies.ask({})["updated_at"]) < people:
                 if time.monotonic() > began + 10:
                     raise RuntimeError("nothing was revoked")
                 time.sleep(0.01)
             first.guard.append((updated[0] - began) * MS)
             last.guard.append((updated[-1] - began) * MS)
             somebody = [cached_alias(room_id(number)), f"{user_id(number * people)}:PHONE"]
-            told = bench.neighbours.ask({"participant": somebody})["participant"]
+            told = bench.dependencies.ask({"participant": somebody})["participant"]
             if told["permission"]["canPublishSources"] != ["MICROPHONE"]:
                 raise RuntimeError("the camera was not taken")
-    bench.neighbours.ask({"rooms": 50, "forbid": ["allow_screenshare"]})
+    bench.dependencies.ask({"rooms": 50, "forbid": ["allow_screenshare"]})
     bench.say(f"policy change: last of {people} revocations after {median(last.guard):.0f} ms")
 
 
@@ -260,7 +260,7 @@ def start_up(bench: Bench) -> None:
     memory = bench.figure("memory after start-up", "MB", digits=0)
     for _ in range(max(2, bench.rounds)):
         for kind in (GuardProcess, PeerProcess):
-            with kind(bench.neighbours) as subject:
+            with kind(bench.dependencies) as subject:
                 time.sleep(0.3)
                 (ready.guard if kind is GuardProcess else ready.peer).append(subject.ready)
                 (memory.guard if kind is GuardProcess else memory.peer).append(subject.status("VmRSS") / 1024)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fast neighbours know and answer: rooms, policies, participants, tokens. No sockets. Benchmarks.
+"""What the fast dependencies know and answer: rooms, policies, participants, tokens. No sockets. Benchmarks.
 
 Less faithful than the sandbox and far cheaper: most answers are made once and sent again.
 """
@@ -42,7 +42,7 @@ def user_id(number: int) -> str:
 
 @define
 class Scene:
-    """What the neighbours are told to be; can be changed while they run.
+    """What the dependencies are told to be; can be changed while they run.
 
     :ivar rooms: rooms that have people in their call, `participants` in each.
     :ivar cap: every room's ``max_users``. :ivar forbid: the ``false`` keys of every room's ``io.lotus.room_quality``.

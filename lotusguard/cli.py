@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sandbox = commands.add_parser(
         "sandbox",
-        help="everything at once on loopback, with stand-ins for the neighbours",
+        help="everything at once on loopback, with stand-ins for the dependencies",
         description="Starts stand-ins for Synapse, LiveKit and lk-jwt-service on free ports of loopback, with the "
         "guard in front, prints what to curl, and serves until stopped. No setting of yours is read.",
     )
@@ -90,8 +90,8 @@ def _check(asked: argparse.Namespace) -> int:
 
 
 def _sandbox(asked: argparse.Namespace) -> int:
-    from lotusguard.sandbox.play import play
-    from lotusguard.sandbox.serve import serve
+    from lotusguard.sandbox.demo.demo import play
+    from lotusguard.sandbox.demo.serve import serve
 
     _forget_settings()
     if not asked.play:
@@ -159,7 +159,7 @@ def _log_to(format_: str, level: str) -> None:
 
 
 def _forget_settings() -> None:
-    """The sandbox must not touch the neighbours or the state directory of an operator who tries it."""
+    """The sandbox must not touch the dependencies or the state directory of an operator who tries it."""
     ours = {*Settings.model_fields, "guard_config", "state_directory", "notify_socket", "watchdog_usec"}
     for name in [name for name in os.environ if name.lower() in ours or name.startswith("GUARD_")]:
         del os.environ[name]

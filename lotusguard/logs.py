@@ -33,7 +33,7 @@ def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILo
     observer = FileLogObserver(stream or sys.stdout, _as_json if format_ == "json" else _as_text)
     least = LogLevel.levelWithName(level)
     wanted = frozenset(known for known in LogLevel.iterconstants() if known >= least)
-    # each connection to a neighbour has two lines, which tell nobody anything who does not ask for everything
+    # each connection to a dependency has two lines, which tell nobody anything who does not ask for everything
     unheard = (_CONNECTIONS, least) if least is LogLevel.info else None
 
     def filtered(event: LogEvent) -> None:

@@ -39,27 +39,31 @@ class Metrics:
             "reason",
         )
         self.join_seconds = histogram(
-            "join_stage_seconds", "Where a join's time went (policy, roster, verify, seat, upstream, total)", "stage"
+            "join_stage_seconds", "Where a join's time went (policy, roster, verify, seat, upstream, total)", "sandbox"
         )
         self.fail_open = counter(
             "fail_open", "What passed without being enforced, by check and reason", "check", "reason"
         )
-        self.neighbour_calls = counter(
-            "neighbour_calls",
-            "Calls to neighbours by outcome (ok, refused, failed, not_waited_for)",
-            "neighbour",
+        self.dependency_calls = counter(
+            "dependency_calls",
+            "Calls to dependencies by outcome (ok, refused, failed, circuit_open)",
+            "dependency",
             "outcome",
         )
-        self.neighbour_seconds = histogram("neighbour_call_seconds", "Time of calls to neighbours", "neighbour")
-        self.breaker_open = gauge("breaker_open", "1 while a neighbour is not waited for", "neighbour")
+        self.dependency_seconds = histogram("dependency_call_seconds", "Time of calls to dependencies", "dependency")
+        self.circuit_open = gauge("circuit_open", "1 while a dependency is not waited for", "dependency")
         self.in_flight = gauge("requests_in_flight", "Requests that are being answered")
         self.requests = counter("requests", "Requests at the public door by kind (token, relay)", "kind")
-        self.webhooks = counter("webhooks", "SFU webhooks by outcome (accepted, duplicate, forged, unread)", "outcome")
+        self.webhooks = counter(
+            "webhooks", "SFU webhooks by outcome (accepted, duplicate, forged, unverifiable)", "outcome"
+        )
         self.revocations = counter("revocations", "Sources taken from participants", "source")
         self.restorations = counter("restorations", "Sources given back to participants", "source")
         self.mutes = counter("mutes", "Video tracks muted that called themselves a microphone")
         self.ejections = counter("ejections", "Participants put out of full rooms")
-        self.withheld = counter("withheld", "What GUARD_DRY_RUN or GUARD_OVERFLOW=allow left undone", "action")
+        self.dry_run_skipped = counter(
+            "dry_run_skipped", "What GUARD_DRY_RUN or GUARD_OVERFLOW=allow left undone", "action"
+        )
         self.enforcement_failures = counter(
             "enforcement_failures", "Enforcement that did not succeed", "action", "reason"
         )
@@ -70,7 +74,7 @@ class Metrics:
         self.cache_entries = gauge("cache_entries", "Entries of a cache", "cache")
         self.cache_limit = gauge("cache_limit", "Most entries that a cache may have", "cache")
         self.cache_lookups = counter("cache_lookups", "Look-ups in a cache (hit, stale, miss)", "cache", "result")
-        self.ledger_writes = counter("ledger_writes", "Batches written to the state directory", "outcome")
+        self.state_writes = counter("state_writes", "Batches written to the state directory", "outcome")
         self.secret_mismatches = counter("secret_mismatches", "Issued tokens that our secret did not sign")
         self.malformed_policies = counter("malformed_policies", "Policy events whose value cannot be used", "event")
         self.reactor_lag = gauge("reactor_lag_seconds", "How late the reactor was at the last look")

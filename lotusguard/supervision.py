@@ -16,7 +16,7 @@ from lotusguard.metrics import Metrics
 log = Logger()
 
 
-class Supervised(Service):
+class SystemdNotifier(Service):
     """The ``sd_notify`` protocol: ``READY=1``, ``STOPPING=1`` and the watchdog. Without systemd it does nothing.
 
     One datagram with a line each to ``$NOTIFY_SOCKET`` is the whole protocol (``sd_notify(3)``).
@@ -59,7 +59,7 @@ class Supervised(Service):
             log.warn("systemd cannot be told {state}: {error}", state=state, error=str(error))
 
 
-class Lag(Service):
+class ReactorLagMonitor(Service):
     """Measures how late the reactor is: how long whatever is due has to wait."""
 
     name = "lag"

@@ -13,30 +13,30 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 
-from lotusguard.clients.authorizer import Authorizer
-from lotusguard.clients.homeserver import Homeserver
+from lotusguard.clients.dependency import Dependency
 from lotusguard.clients.http import FixedAgent, connection_pool
-from lotusguard.clients.neighbour import Neighbour
-from lotusguard.clients.sfu import Sfu
+from lotusguard.clients.livekit import LiveKitClient
+from lotusguard.clients.lk_jwt_service import LkJwtService
+from lotusguard.clients.synapse import SynapseClient
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
-from lotusguard.guard.admission import Admission
-from lotusguard.guard.corrections import Corrections
-from lotusguard.guard.decisions import Journal
-from lotusguard.guard.discovery import Discovery
-from lotusguard.guard.enforcement import Enforcement
+from lotusguard.guard.calls.discovery import Discovery
+from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
-from lotusguard.guard.ledger import RememberingLedger
-from lotusguard.guard.policies import Policies
-from lotusguard.guard.reconciler import Every
-from lotusguard.guard.roster import Roster
-from lotusguard.guard.seatbook import MemorySeatBook
-from lotusguard.guard.store import StoreUnusable, open_store
+from lotusguard.guard.joins.admission import Admission
+from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.periodic import PeriodicService
+from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.seats.book import MemorySeatBook
+from lotusguard.guard.seats.registry import MemoryTokenRegistry
+from lotusguard.guard.seats.roster import Roster
+from lotusguard.guard.seats.store import StateUnusable, open_state_store
 from lotusguard.logs import observer_for
 from lotusguard.metrics import Metrics
-from lotusguard.supervision import Lag, Supervised
-from lotusguard.web.admin import AdminDoor
-from lotusguard.web.listening import Listening
-from lotusguard.web.public import PublicDoor
+from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
+from lotusguard.web.listener import Listener
+from lotusguard.web.operators import OperatorRoutes
+from lotusguard.web.public import PublicRoutes
 from lotusguard.web.site import GuardSite, PublicSite
 from lotusguard.web.webhooks import Webhooks
 
@@ -99,7 +99,7 @@ class Unbuilt(MultiService):
 
 
 class Guard(MultiService):
-    """The whole service. Its parts and how they hang together are in ``__init__``, from the ground up.
+    """The whole service. Its parts and how they hang gather are in ``__init__``, from the ground up.
 
     :param listen: an endpoint to listen on instead of what the settings say.
     """
@@ -118,58 +118,58 @@ class Guard(MultiService):
         self._store, store_error = None, None
         if settings.state_dir is not None:
             try:
-                self._store = open_store(settings.state_dir, reactor, metrics)
-            except StoreUnusable as error:
+                self._store = open_state_store(settings.state_dir, reactor, metrics)
+            except StateUnusable as error:
                 store_error = str(error)
-        ledger = RememberingLedger(self._store, reactor, metrics)
+        registry = MemoryTokenRegistry(self._store, reactor, metrics)
         seats = MemorySeatBook(self._store, reactor, metrics, seat_ttl=settings.guard_seat_ttl)
-        seats.load(ledger.load())
+        seats.load(registry.load())
 
-        # neighbours
+        # dependencies
         pool = self._pool = connection_pool(reactor)
         timeout = settings.guard_lookup_timeout
         upstream_agent = FixedAgent(reactor, settings.guard_upstream, pool)
-        authorizer = Authorizer(
+        authorizer = LkJwtService(
             upstream_agent,
             reactor,
             metrics,
             timeout=settings.guard_upstream_timeout,
             grace=settings.guard_upstream_grace,
         )
-        livekit = Neighbour(
+        livekit = Dependency(
             "livekit", FixedAgent(reactor, settings.livekit_api, pool), reactor, metrics, timeout=timeout
         )
-        synapse = Neighbour(
+        synapse = Dependency(
             "synapse", FixedAgent(reactor, settings.synapse_api, pool), reactor, metrics, timeout=timeout
         )
-        self._neighbours = (livekit, synapse)
-        sfu = Sfu(livekit, key, reactor) if key is not None else None
-        homeserver = Homeserver(synapse, token, settings.guard_server_name) if token else None
+        self._dependencies = (livekit, synapse)
+        sfu = LiveKitClient(livekit, key, reactor) if key is not None else None
+        homeserver = SynapseClient(synapse, token, settings.guard_server_name) if token else None
 
         # what we do
         policies = Policies(
             homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale
         )
-        roster = Roster(sfu, seats, ledger, policies, reactor, metrics)
-        journal = self.journal = Journal(reactor, metrics)
+        roster = Roster(sfu, seats, registry, policies, reactor, metrics)
+        decision_log = self.decision_log = DecisionLog(reactor, metrics)
         admission = Admission(
             policies=policies,
             roster=roster,
             seats=seats,
-            ledger=ledger,
+            registry=registry,
             homeserver=homeserver,
             key=key,
-            journal=journal,
+            decision_log=decision_log,
             clock=reactor,
             metrics=metrics,
             lookup_timeout=timeout,
             token_ttl=settings.guard_token_ttl,
             dry_run=settings.guard_dry_run,
         )
-        corrections = Corrections(
+        participants = ParticipantEnforcer(
             roster=roster,
             seats=seats,
-            ledger=ledger,
+            registry=registry,
             clock=reactor,
             metrics=metrics,
             lookup_timeout=timeout,
@@ -182,9 +182,9 @@ class Guard(MultiService):
             policies=policies,
             roster=roster,
             seats=seats,
-            ledger=ledger,
-            discovery=Discovery(homeserver, ledger, reactor, metrics),
-            corrections=corrections,
+            registry=registry,
+            discovery=Discovery(homeserver, registry, reactor, metrics),
+            participants=participants,
             clock=reactor,
             metrics=metrics,
             lookup_timeout=timeout,
@@ -193,7 +193,7 @@ class Guard(MultiService):
             sfu=sfu,
             homeserver=homeserver,
             authorizer=authorizer,
-            journal=journal,
+            decision_log=decision_log,
             enforcement=enforcement,
             store=self._store,
             store_error=store_error,
@@ -204,10 +204,10 @@ class Guard(MultiService):
 
         # doors
         webhooks = Webhooks(enforcement, key, reactor, metrics)
-        public = PublicDoor(admission, authorizer, webhooks, reactor, metrics, idle=settings.guard_upstream_timeout)
+        public = PublicRoutes(admission, authorizer, webhooks, reactor, metrics, idle=settings.guard_upstream_timeout)
         site = PublicSite(public.app, public.answer_token, reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))
-        self.public = Listening(
+        self.public = Listener(
             "the public door",
             listen or _endpoint(settings.guard_bind_host, settings.guard_bind_port),
             "GUARD_BIND_PORT",
@@ -215,20 +215,20 @@ class Guard(MultiService):
             reactor,
         )
         self.public.setServiceParent(self)
-        self.admin: Listening | None = None
+        self.admin: Listener | None = None
         if admin_listen or settings.guard_admin_port is not None:
-            door = AdminDoor(
+            door = OperatorRoutes(
                 health=health,
-                journal=journal,
+                decision_log=decision_log,
                 enforcement=enforcement,
                 policies=policies,
                 seats=seats,
-                ledger=ledger,
+                registry=registry,
                 metrics=metrics,
                 clock=reactor,
                 token=settings.guard_admin_token.get_secret_value(),
             )
-            self.admin = Listening(
+            self.admin = Listener(
                 "the operators' door",
                 admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0),
                 "GUARD_ADMIN_PORT",
@@ -246,13 +246,13 @@ class Guard(MultiService):
             seats.prune()
 
         for every in (
-            Every("reconciling", settings.guard_reconcile_interval, enforcement.reconcile, reactor, now=True),
-            Every("asking for the server name", 5.0, learn_server_name, reactor, now=True),
-            Every("tidying", 60.0, tidy, reactor),
+            PeriodicService("reconciling", settings.guard_reconcile_interval, enforcement.reconcile, reactor, now=True),
+            PeriodicService("asking for the server name", 5.0, learn_server_name, reactor, now=True),
+            PeriodicService("tidying", 60.0, tidy, reactor),
         ):
             every.setServiceParent(self)
-        Lag(reactor, metrics).setServiceParent(self)
-        self._supervised = Supervised(reactor)
+        ReactorLagMonitor(reactor, metrics).setServiceParent(self)
+        self._supervised = SystemdNotifier(reactor)
         self._supervised.setServiceParent(self)
         self._store_error = store_error
 
@@ -276,8 +276,8 @@ class Guard(MultiService):
         if self.admin is not None:
             await self.admin.close(OPERATORS_PATIENCE)
         await self._enforcement.stop()
-        for neighbour in self._neighbours:
-            neighbour.stop()
+        for dependency in self._dependencies:
+            dependency.stop()
         stopping = super().stopService()
         if isinstance(stopping, Deferred):
             await stopping
@@ -316,7 +316,7 @@ def spare_collector() -> None:
 
 
 def raise_file_limit() -> None:
-    """Every join that is held costs two descriptors: take as many as we may have."""
+    """PeriodicService join that is held costs two descriptors: take as many as we may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

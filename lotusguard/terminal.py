@@ -48,7 +48,7 @@ class Terminal:
     def line(self, text: str = "") -> None:
         """Write one line, at once."""
         line = text.translate(self._marks) if self._marks else text
-        # what a neighbour said may hold anything
+        # what a dependency said may hold anything
         self._stream.write(line.encode(self._encoding, "replace").decode(self._encoding) + "\n")
         self._stream.flush()
 

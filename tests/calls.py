@@ -16,35 +16,35 @@ from zope.interface import implementer
 
 from lotusguard.clients.http import Answer
 from lotusguard.rules.identity import room_alias
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import KEY, SECRET, Stage
-from lotusguard.sandbox.tokens import mint
+from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
+from lotusguard.sandbox.livekit.participant import Participant
+from lotusguard.sandbox.livekit.tokens import mint
 
 ALICE, BOB, CAROL, DAVE = (f"@{name}:sandbox.local" for name in ("alice", "bob", "carol", "dave"))
 _ids = count(1)
 
 
-def room_of(stage: Stage, max_users: int | None = None, **quality: bool) -> str:
+def room_of(sandbox: Sandbox, max_users: int | None = None, **quality: bool) -> str:
     """A room with a policy, and users to be in it."""
     for user in (ALICE, BOB, CAROL, DAVE):
-        if user not in stage.homeserver.users:
-            stage.homeserver.add_user(user.split(":")[0][1:])
-    room_id: str = stage.homeserver.create_room(creator=ALICE)
-    put_policy(stage, room_id, max_users, **quality)
+        if user not in sandbox.homeserver.users:
+            sandbox.homeserver.add_user(user.split(":")[0][1:])
+    room_id: str = sandbox.homeserver.create_room(creator=ALICE)
+    put_policy(sandbox, room_id, max_users, **quality)
     return room_id
 
 
-def put_policy(stage: Stage, room_id: str, max_users: int | None = None, **quality: bool) -> None:
+def put_policy(sandbox: Sandbox, room_id: str, max_users: int | None = None, **quality: bool) -> None:
     """The room's admin writes a policy; what is left out is not limited."""
     limit = {} if max_users is None else {"max_users": max_users}
-    stage.homeserver.set_state(room_id, "io.lotus.voice_limit", limit)
-    stage.homeserver.set_state(room_id, "io.lotus.room_quality", quality)
+    sandbox.homeserver.set_state(room_id, "io.lotus.voice_limit", limit)
+    sandbox.homeserver.set_state(room_id, "io.lotus.room_quality", quality)
 
 
-async def change_policy(stage: Stage, room_id: str, max_users: int | None = None, **quality: bool) -> None:
+async def change_policy(sandbox: Sandbox, room_id: str, max_users: int | None = None, **quality: bool) -> None:
     """The same, and the homeserver's module tells the guard."""
-    put_policy(stage, room_id, max_users, **quality)
-    answer = await stage.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
+    put_policy(sandbox, room_id, max_users, **quality)
+    answer = await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
     assert answer.code == 202
 
 
@@ -63,9 +63,9 @@ def published(participant: Participant) -> list[str]:
     return sorted(TrackSource.Name(track.source) for track in participant.tracks.values())
 
 
-def counted(stage: Stage, name: str, **labels: str) -> float:
+def counted(sandbox: Sandbox, name: str, **labels: str) -> float:
     """The value of one of the guard's metrics."""
-    return stage.guard.metrics.registry.get_sample_value(f"lotusguard_{name}", labels) or 0.0
+    return sandbox.guard.metrics.registry.get_sample_value(f"lotusguard_{name}", labels) or 0.0
 
 
 def event_about(kind: str, participant: Participant, **more: Any) -> dict[str, Any]:
@@ -78,18 +78,18 @@ def event_about(kind: str, participant: Participant, **more: Any) -> dict[str, A
 
 
 async def tell(
-    stage: Stage, event: Mapping[str, Any] | bytes, *, authorization: str | None = None, **headers: str
+    sandbox: Sandbox, event: Mapping[str, Any] | bytes, *, authorization: str | None = None, **headers: str
 ) -> Answer:
     """POST a webhook by hand. :param authorization: instead of the true one."""
     body = event if isinstance(event, bytes) else json.dumps(event).encode()
     given = {"Content-Type": "application/webhook+json", **headers}
-    given["Authorization"] = stage.sfu.webhooks.authorization(body) if authorization is None else authorization
-    return await stage.request("POST", f"{stage.url}/sfu_webhook", body, given)
+    given["Authorization"] = sandbox.livekit.webhooks.authorization(body) if authorization is None else authorization
+    return await sandbox.request("POST", f"{sandbox.url}/sfu_webhook", body, given)
 
 
-async def seen_in(stage: Stage, room_id: str) -> list[tuple[str, bool]]:
+async def seen_in(sandbox: Sandbox, room_id: str) -> list[tuple[str, bool]]:
     """Who sits in a room's call as far as the guard knows: user and whether on a seat."""
-    answer = await stage.operator("GET", "/rooms")
+    answer = await sandbox.operator("GET", "/rooms")
     rooms = {room["room_id"]: room["present"] for room in json.loads(answer.body)["rooms"]}
     return sorted((who["user"], who["seated"]) for who in rooms.get(room_id, ()))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: a stage of stand-ins with the guard in front, on free ports of loopback."""
+"""What all tests share: a sandbox of stand-ins with the guard in front, on free ports of loopback."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from lotusguard.config import Settings
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.synapse import guarded, set_guarded, synapse  # noqa: F401 (fixtures: a real homeserver)
 
 # how long an example takes is the machine's affair, and says nothing about the code
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
-SetStage = Callable[..., Awaitable[Stage]]
+StartSandbox = Callable[..., Awaitable[Sandbox]]
 
 
 @pytest.fixture(autouse=True)
@@ -35,28 +35,28 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest_twisted.async_yield_fixture
-async def set_stage() -> AsyncIterator[SetStage]:
-    """Makes a started `Stage`; settings of the guard by lower-case name. All are stopped when the test ends.
+async def start_sandbox() -> AsyncIterator[StartSandbox]:
+    """Makes a started `Sandbox`; settings of the guard by lower-case name. All are stopped when the test ends.
 
     Its patience is long: that the machine is busy is no reason to let something pass.
     """
-    stages: list[Stage] = []
+    stages: list[Sandbox] = []
 
-    async def make(**settings: object) -> Stage:
-        stage = Stage(reactor, **{"guard_lookup_timeout": 10, **settings})
-        stages.append(stage)
-        await stage.start()
-        return stage
+    async def make(**settings: object) -> Sandbox:
+        sandbox = Sandbox(reactor, **{"guard_lookup_timeout": 10, **settings})
+        stages.append(sandbox)
+        await sandbox.start()
+        return sandbox
 
     yield make
-    for stage in stages:
-        await stage.stop()
+    for sandbox in stages:
+        await sandbox.stop()
 
 
 @pytest_twisted.async_yield_fixture
-async def stage(set_stage: SetStage) -> AsyncIterator[Stage]:
-    """A stage as it is by default, but for reconciling, which is left to those tests that want it."""
-    yield await set_stage(guard_reconcile_interval=3600)
+async def sandbox(start_sandbox: StartSandbox) -> AsyncIterator[Sandbox]:
+    """A sandbox as it is by default, but for reconciling, which is left to those tests that want it."""
+    yield await start_sandbox(guard_reconcile_interval=3600)
 
 
 def until(condition: Callable[[], Any], seconds: float = 15.0) -> Deferred[None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard as operators run it: a `twistd` process in front of a stage's stand-ins, to be killed and started again."""
+"""The guard as operators run it: a `twistd` process in front of the stand-ins, to be killed and restarted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
 
 CHECKOUT = Path(__file__).parent.parent
 TWISTD = "from twisted.scripts.twistd import run; run()"
@@ -60,8 +60,8 @@ class GuardProcess(ProcessProtocol):
         self.transport.signalProcess(name)
 
 
-class ProcessStage(Stage):
-    """A stage whose guard is a process of its own, listening on the same port each time it is started."""
+class ProcessSandbox(Sandbox):
+    """A sandbox whose guard is a process of its own, listening on the same port each time it is started."""
 
     twistd: Sequence[str] = ("-n", "--pidfile=")
     """``twistd``'s own options."""
@@ -78,7 +78,7 @@ class ProcessStage(Stage):
         self.process = GuardProcess()
         arguments = [sys.executable, "-c", TWISTD, *self.twistd, "lotusguard"]
         reactor.spawnProcess(self.process, sys.executable, arguments, environment)
-        self.sfu.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
+        self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
         while "public door listens" not in self.process.output and "-n" in self.twistd:
             assert not self.process.ended.called, self.process.output
             await deferLater(reactor, 0.01)
@@ -92,4 +92,4 @@ class ProcessStage(Stage):
         """Stop everything; the guard by force if it still runs."""
         if not self.process.ended.called:
             await self.end("KILL")
-        await self.stop_neighbours()
+        await self.stop_dependencies()

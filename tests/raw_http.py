@@ -150,7 +150,7 @@ class Recorder(Factory):
         return [request for connection in self.connections for request in connection.requests]
 
     @property
-    def unread(self) -> bytes:
+    def unverifiable(self) -> bytes:
         """What came in besides whole requests."""
         return b"".join(connection.buffer for connection in self.connections)
 

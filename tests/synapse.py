@@ -37,7 +37,7 @@ from twisted.web.http_headers import Headers
 
 import lotusguard
 from lotusguard.clients.http import Answer, BytesBody
-from lotusguard.sandbox.stage import ADMIN_TOKEN, Stage
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, Sandbox
 
 SERVER_NAME = "real.test"
 START_WITHIN = 60.0
@@ -237,28 +237,28 @@ class Synapse:
 
 
 class Guarded:
-    """A guard that asks the real homeserver; all else is the stage's."""
+    """A guard that asks the real homeserver; all else is the sandbox's."""
 
-    def __init__(self, synapse: Synapse, stage: Stage) -> None:
+    def __init__(self, synapse: Synapse, sandbox: Sandbox) -> None:
         self.synapse = synapse
-        self.stage = stage
-        stage.authorizer.homeservers[synapse.server_name] = synapse.url
+        self.sandbox = sandbox
+        sandbox.upstream.homeservers[synapse.server_name] = synapse.url
 
     async def ask_token(self, user: User, room_id: str, **how: Any) -> Answer:
-        """As `Stage.ask_token`, with an OpenID token that the homeserver made."""
+        """As `Sandbox.ask_token`, with an OpenID token that the homeserver made."""
         how.setdefault("openid_token", await self.synapse.openid_token(user))
-        return await self.stage.ask_token(user.user_id, room_id, **how)
+        return await self.sandbox.ask_token(user.user_id, room_id, **how)
 
     async def enter(self, user: User, room_id: str, **how: Any) -> Any:
         """Ask for a token and connect with it. :return: the participant."""
         how.setdefault("openid_token", await self.synapse.openid_token(user))
-        return await self.stage.enter(user.user_id, room_id, **how)
+        return await self.sandbox.enter(user.user_id, room_id, **how)
 
     async def cap_becomes(self, room_id: str, cap: int | None) -> None:
         """Wait until the guard knows of a room's new cap. Somebody has to be in the room's call."""
         end = reactor.seconds() + KNOWN_WITHIN
         while True:
-            rooms = json.loads((await self.stage.operator("GET", "/rooms")).body)["rooms"]
+            rooms = json.loads((await self.sandbox.operator("GET", "/rooms")).body)["rooms"]
             caps = {room["room_id"]: room["policy"]["max_users"] for room in rooms}
             if room_id in caps and caps[room_id] == cap:
                 return
@@ -281,13 +281,13 @@ def synapse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
 
 
 @pytest_twisted.async_yield_fixture
-async def set_guarded(synapse: Synapse, set_stage: Any) -> AsyncIterator[MakeGuarded]:
+async def set_guarded(synapse: Synapse, start_sandbox: Any) -> AsyncIterator[MakeGuarded]:
     """Makes a guard before the real homeserver; settings by lower-case name."""
 
     async def make(**settings: object) -> Guarded:
         admin = await synapse.user("admin", admin=True)
         given = {"synapse_api": synapse.url, "matrix_token": admin.token, "guard_reconcile_interval": 3600}
-        return Guarded(synapse, await set_stage(**{**given, **settings}))
+        return Guarded(synapse, await start_sandbox(**{**given, **settings}))
 
     yield make
 

@@ -15,7 +15,7 @@ from benchmarks.__main__ import with_table
 from benchmarks.chart import SHOWN, chart
 from benchmarks.figures import Figure, markdown, percentile
 from benchmarks.load import Load
-from benchmarks.processes import Callers, GuardProcess, Neighbours, PeerProcess, Subject
+from benchmarks.processes import Callers, Dependencies, GuardProcess, PeerProcess, Subject
 from benchmarks.profile import library_of, table
 from benchmarks.scenarios import sources_of
 from benchmarks.standing_in import SECRET, Scene, SfuRooms, cached_alias, issued_token, room_id, room_state
@@ -85,16 +85,16 @@ def test_the_stand_ins_issue_true_tokens_and_answer_in_both_formats() -> None:
 
 
 @pytest.fixture(scope="module")
-def helpers() -> Iterator[tuple[Neighbours, Callers]]:
-    with Neighbours() as neighbours, Callers() as callers:
-        yield neighbours, callers
+def helpers() -> Iterator[tuple[Dependencies, Callers]]:
+    with Dependencies() as dependencies, Callers() as callers:
+        yield dependencies, callers
 
 
 @pytest.mark.parametrize("kind", [GuardProcess, PeerProcess])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_small_round_runs(helpers: tuple[Neighbours, Callers], kind: type[Subject], fresh: bool) -> None:
-    neighbours, callers = helpers
-    with kind(neighbours) as subject:
+def test_a_small_round_runs(helpers: tuple[Dependencies, Callers], kind: type[Subject], fresh: bool) -> None:
+    dependencies, callers = helpers
+    with kind(dependencies) as subject:
         before = subject.cpu()
         outcome = callers.make(Load(subject.port, 4, 100, fresh=fresh))
         assert outcome.statuses == {"200": 100}
@@ -105,12 +105,12 @@ def test_a_small_round_runs(helpers: tuple[Neighbours, Callers], kind: type[Subj
 
 
 @pytest.mark.parametrize("kind", [GuardProcess, PeerProcess])
-def test_both_enforce_the_cap(helpers: tuple[Neighbours, Callers], kind: type[Subject]) -> None:
-    neighbours, callers = helpers
-    neighbours.ask({"cap": 20})
+def test_both_enforce_the_cap(helpers: tuple[Dependencies, Callers], kind: type[Subject]) -> None:
+    dependencies, callers = helpers
+    dependencies.ask({"cap": 20})
     try:
-        with kind(neighbours) as subject:
+        with kind(dependencies) as subject:
             statuses = callers.make(Load(subject.port, 1, 20, rooms=1)).statuses
     finally:
-        neighbours.ask({"cap": 50})
+        dependencies.ask({"cap": 50})
     assert statuses == {"200": 10, "403": 10}, "ten of them are in the call, which is full"

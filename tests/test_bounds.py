@@ -14,13 +14,15 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from lotusguard.guard import enforcement, ledger, policies, seatbook
+from lotusguard.guard.calls import enforcement
+from lotusguard.guard.rooms import policies
+from lotusguard.guard.seats import book, registry
 from lotusguard.rules.requests import TOKEN_ROUTES
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.web import site
 from lotusguard.web.site import DISCARDED, RECEIVE_TIMEOUT, GuardSite
 from tests.calls import ALICE, BOB, CAROL, room_of
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 from tests.raw_http import connect, exchange
 
 HEAD = b"POST /sfu/get HTTP/1.1\r\nHost: x\r\n"
@@ -92,8 +94,8 @@ def test_a_request_that_is_being_answered_has_no_such_limit_and_the_next_one_has
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest_twisted.ensureDeferred
-async def test_a_body_over_the_limit_gets_413_and_is_not_forwarded(set_stage: SetStage, chunked: bool) -> None:
-    stage = await set_stage(guard_max_body=2048, guard_reconcile_interval=3600)
+async def test_a_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox: StartSandbox, chunked: bool) -> None:
+    sandbox = await start_sandbox(guard_max_body=2048, guard_reconcile_interval=3600)
     for path in (*TOKEN_ROUTES, "/sfu_webhook", "/other"):
         body = b'{"room":"' + b"x" * 2048 + b'"}'
         framing, sent = f"Content-Length: {len(body)}", body
@@ -101,20 +103,20 @@ async def test_a_body_over_the_limit_gets_413_and_is_not_forwarded(set_stage: Se
             framing, sent = "Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode()
         after = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        refused, next_one = await exchange(stage.url, head + sent + after)
+        refused, next_one = await exchange(sandbox.url, head + sent + after)
         assert (path, refused.code, refused.json()["errcode"]) == (path, 413, "M_TOO_LARGE")
         cors = path in TOKEN_ROUTES and TOKEN_ROUTES[path].cors
         assert (path, refused.all("access-control-allow-origin")) == (path, ["*"] if cors else [])
         assert next_one.code == 200
-    assert {asked.path for asked in stage.authorizer.seen} == {"/healthz"}
+    assert {asked.path for asked in sandbox.upstream.seen} == {"/healthz"}
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_body_of_just_the_limit_goes_through(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_max_body=2048, guard_reconcile_interval=3600)
+async def test_a_body_of_just_the_limit_goes_through(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_max_body=2048, guard_reconcile_interval=3600)
     for size, code in ((2048, 404), (2049, 413), (500_000, 413)):
-        assert (await stage.request("POST", stage.url + "/other", b"x" * size)).code == code
-    assert len(stage.authorizer.seen[-1].body) == 2048
+        assert (await sandbox.request("POST", sandbox.url + "/other", b"x" * size)).code == code
+    assert len(sandbox.upstream.seen[-1].body) == 2048
 
 
 def test_what_goes_far_over_the_limit_is_hung_up_on_and_never_held() -> None:
@@ -131,12 +133,12 @@ def test_what_goes_far_over_the_limit_is_hung_up_on_and_never_held() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_half_sent_bodies_together_are_bounded_and_let_go_of(
-    set_stage: SetStage, monkeypatch: pytest.MonkeyPatch
+    start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site, "HELD", 4)
-    stage = await set_stage(guard_max_body=100_000, guard_reconcile_interval=3600)
-    doors = stage.guard.public._site
-    callers = [await connect(stage.url) for _ in range(10)]
+    sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
+    doors = sandbox.guard.public._site
+    callers = [await connect(sandbox.url) for _ in range(10)]
     for caller in callers:
         caller.send(HEAD + b"Content-Length: 100000\r\n\r\n" + b"x" * 90_000)
     await until(lambda: sum(caller.open for caller in callers) <= 4)
@@ -144,7 +146,7 @@ async def test_half_sent_bodies_together_are_bounded_and_let_go_of(
     for caller in callers:
         caller.drop()
     await until(lambda: doors.held == 0)
-    assert (await stage.ask_token(ALICE, room_of(stage, 1))).code == 200
+    assert (await sandbox.ask_token(ALICE, room_of(sandbox, 1))).code == 200
     await until(lambda: doors.held == 0)
 
 
@@ -152,19 +154,19 @@ async def test_half_sent_bodies_together_are_bounded_and_let_go_of(
 
 
 @pytest_twisted.ensureDeferred
-async def test_others_are_served_while_hundreds_of_connections_say_nothing(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    silent = [await connect(stage.url) for _ in range(300)]
+async def test_others_are_served_while_hundreds_of_connections_say_nothing(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    silent = [await connect(sandbox.url) for _ in range(300)]
     for n, caller in enumerate(silent):
         caller.send([b"", b"POST /sfu/get HT", HEAD, HEAD + b"Content-Length: 500\r\n\r\n{"][n % 4])
-    began = stage.reactor.seconds()
-    assert (await stage.ask_token(ALICE, room_id)).code == 200
-    assert (await stage.ask_token(BOB, room_id)).code == 403
-    assert stage.reactor.seconds() - began < 2
+    began = sandbox.reactor.seconds()
+    assert (await sandbox.ask_token(ALICE, room_id)).code == 200
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+    assert sandbox.reactor.seconds() - began < 2
     for caller in silent:
         assert caller.open
         caller.drop()
-    await until(lambda: len(stage.guard.public._site.channels) <= 2)
+    await until(lambda: len(sandbox.guard.public._site.channels) <= 2)
 
 
 def entries(metrics: str) -> dict[str, tuple[float, float]]:
@@ -178,33 +180,33 @@ def entries(metrics: str) -> dict[str, tuple[float, float]]:
 
 @pytest_twisted.ensureDeferred
 async def test_a_flood_of_rooms_fills_no_cache_past_its_limit_and_others_keep_their_seats(
-    set_stage: SetStage, monkeypatch: pytest.MonkeyPatch
+    start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in (
-        (policies, "ROOMS_REMEMBERED"), (seatbook, "ROOMS_KEPT"), (ledger, "ALIASES_KEPT"),
-        (ledger, "IDENTITIES_KEPT"), (ledger, "TAKEN_KEPT"), (enforcement, "EVENTS_REMEMBERED"),
+        (policies, "ROOMS_REMEMBERED"), (book, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"),
+        (registry, "IDENTITIES_KEPT"), (registry, "TAKEN_KEPT"), (enforcement, "EVENTS_REMEMBERED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 40)
-    stage = await set_stage(guard_reconcile_interval=3600)
-    kept = room_of(stage, 1)
-    await stage.enter(ALICE, kept)
-    small = [stage.homeserver.create_room() for _ in range(60)]
+    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    kept = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, kept)
+    small = [sandbox.homeserver.create_room() for _ in range(60)]
     for room_id in small:
-        stage.homeserver.set_state(room_id, "io.lotus.voice_limit", {"max_users": 2})
+        sandbox.homeserver.set_state(room_id, "io.lotus.voice_limit", {"max_users": 2})
     unknown = [f"!nobody{n}:sandbox.local" for n in range(60)]
     for batch in range(0, 60, 10):
         asked = [
-            stage.ask_token(CAROL, room_id, new=n % 2 == 0, device=f"D{n}")
+            sandbox.ask_token(CAROL, room_id, new=n % 2 == 0, device=f"D{n}")
             for n, room_id in enumerate(small[batch : batch + 10] + unknown[batch : batch + 10])
         ]
         answers = await gatherResults([Deferred.fromCoroutine(ask) for ask in asked])
         assert {answer.code for answer in answers} == {200}
-        assert (await stage.ask_token(BOB, kept)).code == 403
+        assert (await sandbox.ask_token(BOB, kept)).code == 403
         for number in range(10):
             event = json.dumps({"id": f"EV_{batch}_{number}", "event": "room_started", "room": {"name": "x"}}).encode()
-            headers = {"Authorization": stage.sfu.webhooks.authorization(event)}
-            await stage.request("POST", stage.url + "/sfu_webhook", event, headers)
-    caches = entries((await stage.operator("GET", "/metrics")).body.decode())
+            headers = {"Authorization": sandbox.livekit.webhooks.authorization(event)}
+            await sandbox.request("POST", sandbox.url + "/sfu_webhook", event, headers)
+    caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
     assert caches["policies"] == (40, 40)
     assert caches["aliases"] == (40, 40)
     assert [cache for cache, (has, may) in caches.items() if has > may] == []
@@ -212,17 +214,17 @@ async def test_a_flood_of_rooms_fills_no_cache_past_its_limit_and_others_keep_th
 
 @pytest_twisted.ensureDeferred
 async def test_a_flood_of_slots_of_one_room_is_no_way_around_its_cap_nor_without_bound(
-    set_stage: SetStage, monkeypatch: pytest.MonkeyPatch
+    start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slot is the client's choice, and each one another SFU room."""
-    monkeypatch.setattr(ledger, "ALIASES_KEPT", 30)
-    monkeypatch.setattr(ledger, "IDENTITIES_KEPT", 30)
-    stage = await set_stage(guard_reconcile_interval=3600)
-    room_id = room_of(stage, 1)
-    await stage.enter(ALICE, room_id)
+    monkeypatch.setattr(registry, "ALIASES_KEPT", 30)
+    monkeypatch.setattr(registry, "IDENTITIES_KEPT", 30)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
     for n in range(50):
         body = {"slot_id": f"slot{n}"}
-        assert (await stage.ask_token(ALICE, room_id, new=True, **body)).code == 200
-    assert (await stage.ask_token(BOB, room_id, new=True, slot_id="another")).code == 403
-    caches = entries((await stage.operator("GET", "/metrics")).body.decode())
+        assert (await sandbox.ask_token(ALICE, room_id, new=True, **body)).code == 200
+    assert (await sandbox.ask_token(BOB, room_id, new=True, slot_id="another")).code == 403
+    caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
     assert [cache for cache, (has, may) in caches.items() if has > may] == []

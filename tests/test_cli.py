@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def nowhere() -> dict[str, str]:
-    """Settings of neighbours that are not there, and ports nobody holds."""
+    """Settings of dependencies that are not there, and ports nobody holds."""
     names = ("GUARD_UPSTREAM", "LIVEKIT_API", "SYNAPSE_API")
     addresses = {name: f"http://127.0.0.1:{free_port()}" for name in names}
     return addresses | {"GUARD_BIND_PORT": str(free_port()), "GUARD_ADMIN_PORT": str(free_port())}

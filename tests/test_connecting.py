@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connecting to a neighbour that is down costs a join next to nothing, to one that is swamped its deadline."""
+"""Connecting to a dependency that is down costs a join next to nothing, to one that is swamped its deadline."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from twisted.internet.error import ConnectError
 from twisted.web.client import HTTPConnectionPool
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.authorizer import Authorizer, Forwarded, UpstreamFailed
+from lotusguard.clients.dependency import Dependency, DependencyFailed
 from lotusguard.clients.http import FixedAgent, collected, connection_pool
-from lotusguard.clients.neighbour import Neighbour, NeighbourFailed
+from lotusguard.clients.lk_jwt_service import Forwarded, LkJwtService, UpstreamFailed
 from lotusguard.metrics import Metrics
-from lotusguard.sandbox.homeserver import Homeserver
+from lotusguard.sandbox.synapse.homeserver import FakeSynapse
 
 NOTICEABLE = 0.25
 """Seconds. Twisted's ``HostnameEndpoint`` as it comes takes 0.3."""
@@ -68,12 +68,12 @@ async def test_a_neighbour_that_lets_nobody_in_is_late_and_not_away(
     pool: HTTPConnectionPool, overwhelmed: int, host: str
 ) -> None:
     agent = FixedAgent(reactor, f"http://{host}:{overwhelmed}", pool)
-    upstream = Authorizer(agent, reactor, Metrics(), timeout=0.3, grace=5)
+    upstream = LkJwtService(agent, reactor, Metrics(), timeout=0.3, grace=5)
     with pytest.raises(UpstreamFailed) as late:
         await upstream.ask(Forwarded(b"POST", b"/sfu/get", Headers(), b"{}"))
     assert late.value.code == 504
-    livekit = Neighbour("livekit", agent, reactor, Metrics(), timeout=0.3)
-    with pytest.raises(NeighbourFailed) as failed:
+    livekit = Dependency("livekit", agent, reactor, Metrics(), timeout=0.3)
+    with pytest.raises(DependencyFailed) as failed:
         await livekit.call(b"GET", b"/", Headers(), read=lambda answer: answer)
     assert failed.value.reason == "timeout"
 
@@ -85,7 +85,7 @@ async def _refused(agent: FixedAgent) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_name_with_an_address_that_refuses_is_reached_by_the_other(pool: HTTPConnectionPool) -> None:
-    homeserver = Homeserver(reactor)
+    homeserver = FakeSynapse(reactor)
     await homeserver.start()  # on 127.0.0.1 only; localhost may be ::1 as well
     try:
         agent = FixedAgent(reactor, f"http://localhost:{homeserver.port}", pool, 5)

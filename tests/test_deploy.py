@@ -91,7 +91,7 @@ def test_the_unit_supervises_what_the_service_tells_it() -> None:
 def test_lk_jwt_service_is_moved_to_where_the_guard_looks_for_it() -> None:
     moved = _Unit(UNITS / "lk-jwt-service.service.d" / "lotusguard.conf")["Service"]["Environment"]
     assert Settings.model_fields["guard_upstream"].default == "http://" + moved.removeprefix("LIVEKIT_JWT_BIND=")
-    example = variables(DEPLOY / "neighbours" / "lk-jwt-service.env.example")
+    example = variables(DEPLOY / "dependencies" / "lk-jwt-service.env.example")
     assert moved == "LIVEKIT_JWT_BIND=" + example["LIVEKIT_JWT_BIND"]
 
 
@@ -185,20 +185,21 @@ def words_of(given: list[tuple[str, list[str]]], name: str) -> list[str]:
     return next(words for found, words in given if found == name)
 
 
-# -- neighbours ------------------------------------------------------------------------------------------
+# -- dependencies ------------------------------------------------------------------------------------------
 
 
 def test_livekits_snippet_leads_its_webhooks_to_the_guard() -> None:
-    snippet = yaml.safe_load((DEPLOY / "neighbours" / "livekit.yaml").read_text())
+    snippet = yaml.safe_load((DEPLOY / "dependencies" / "livekit.yaml").read_text())
     assert snippet["webhook"]["urls"] == ["http://127.0.0.1:8070/sfu_webhook"]
     assert (
-        snippet["webhook"]["api_key"] == variables(DEPLOY / "neighbours" / "lk-jwt-service.env.example")["LIVEKIT_KEY"]
+        snippet["webhook"]["api_key"]
+        == variables(DEPLOY / "dependencies" / "lk-jwt-service.env.example")["LIVEKIT_KEY"]
     )
 
 
 def test_synapses_snippet_is_one_that_the_module_takes(tmp_path: Path) -> None:
     module = pytest.importorskip("lotusguard.synapse_module")
-    (snippet,) = yaml.safe_load((DEPLOY / "neighbours" / "homeserver.yaml").read_text())["modules"]
+    (snippet,) = yaml.safe_load((DEPLOY / "dependencies" / "homeserver.yaml").read_text())["modules"]
     assert snippet["module"] == f"lotusguard.synapse_module.{module.PolicyPush.__name__}"
     token = tmp_path / "token"
     token.write_text("operators\n")

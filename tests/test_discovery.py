@@ -12,17 +12,17 @@ from livekit.protocol.models import TrackSource
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from lotusguard.clients.homeserver import ROOMS_A_PAGE, Homeserver
-from lotusguard.clients.neighbour import NeighbourFailed
-from lotusguard.guard.discovery import NOT_AGAIN, Discovery
-from lotusguard.guard.ledger import RememberingLedger, Slot
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.synapse import ROOMS_A_PAGE, SynapseClient
+from lotusguard.guard.calls.discovery import NOT_AGAIN, Discovery
+from lotusguard.guard.seats.registry import MemoryTokenRegistry, Slot
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import KEY, SECRET, Stage
-from lotusguard.sandbox.tokens import mint
+from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
+from lotusguard.sandbox.livekit.participant import Participant
+from lotusguard.sandbox.livekit.tokens import mint
 from tests.calls import ALICE, logged, named, old_token, room_of
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 
 class Rooms:
@@ -38,7 +38,7 @@ class Rooms:
     async def room_ids(self, most: int) -> AsyncIterator[str]:
         self.searches += 1
         if self.fails:
-            raise NeighbourFailed("synapse", "timeout")
+            raise DependencyFailed("synapse", "timeout")
         for room_id in self.room_ids_known[:most]:
             if self.waiting is not None:
                 await self.waiting
@@ -51,9 +51,9 @@ class Searching:
     def __init__(self, *room_ids: str) -> None:
         self.clock = Clock()
         self.homeserver = Rooms(*room_ids)
-        self.ledger = RememberingLedger(None, self.clock, Metrics())
+        self.registry = MemoryTokenRegistry(None, self.clock, Metrics())
         self.found: list[str] = []
-        self.discovery = Discovery(cast(Homeserver, self.homeserver), self.ledger, self.clock, Metrics())
+        self.discovery = Discovery(cast(SynapseClient, self.homeserver), self.registry, self.clock, Metrics())
 
     def want(self, *aliases: str) -> None:
         for alias in aliases:
@@ -69,15 +69,15 @@ async def test_a_room_is_found_by_the_hash_of_its_id_and_remembered() -> None:
     searching = Searching("!a:x", ROOM, "!b:x")
     searching.want(ALIAS)
     assert searching.found == [ALIAS]
-    assert await searching.ledger.slot_of(ALIAS) == Slot(ROOM, ROOM_SLOT)
-    assert await searching.ledger.aliases_of(ROOM) == (ALIAS,)
+    assert await searching.registry.slot_of(ALIAS) == Slot(ROOM, ROOM_SLOT)
+    assert await searching.registry.aliases_of(ROOM) == (ALIAS,)
 
 
 @pytest_twisted.ensureDeferred
 async def test_old_releases_named_the_sfu_room_as_the_matrix_room() -> None:
     searching = Searching(ROOM)
     searching.want(ROOM)
-    assert await searching.ledger.slot_of(ROOM) == Slot(ROOM, ROOM_SLOT)
+    assert await searching.registry.slot_of(ROOM) == Slot(ROOM, ROOM_SLOT)
 
 
 def test_what_was_not_found_is_not_looked_for_again_within_an_hour() -> None:
@@ -139,7 +139,7 @@ def test_a_homeserver_that_is_ill_is_not_asked() -> None:
 
 
 def test_what_is_remembered_as_not_found_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lotusguard.guard.discovery.WANTED_KEPT", 10)
+    monkeypatch.setattr("lotusguard.guard.calls.discovery.WANTED_KEPT", 10)
     searching = Searching("!a:x")
     for number in range(50):
         searching.want(f"alias{number}")
@@ -165,28 +165,28 @@ def is_narrowed(who: Participant) -> bool:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_webhook_from_an_unknown_room_leads_to_its_being_enforced(stage: Stage) -> None:
-    room_id = room_of(stage, allow_screenshare=False)
-    alice = stage.sfu.connect(old_token(ALICE, room_id))
+async def test_a_webhook_from_an_unknown_room_leads_to_its_being_enforced(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, allow_screenshare=False)
+    alice = sandbox.livekit.connect(old_token(ALICE, room_id))
     await until(lambda: is_narrowed(alice))
 
 
 @pytest_twisted.ensureDeferred
-async def test_reconciling_finds_unknown_rooms_on_the_last_page_too(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=0.2)
-    stage.sfu.webhooks.urls[:] = []
+async def test_reconciling_finds_unknown_rooms_on_the_last_page_too(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=0.2)
+    sandbox.livekit.webhooks.urls[:] = []
     for number in range(2 * ROOMS_A_PAGE):
-        stage.homeserver.create_room(room_id=f"!{number:05}:sandbox.local")
-    room_id = stage.homeserver.create_room(creator=ALICE, room_id="!zzz:sandbox.local")
-    stage.homeserver.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
-    alice = stage.sfu.connect(old_token(ALICE, room_id))
-    nobodys = stage.sfu.connect(_token_for("alias-of-nobody"))
+        sandbox.homeserver.create_room(room_id=f"!{number:05}:sandbox.local")
+    room_id = sandbox.homeserver.create_room(creator=ALICE, room_id="!zzz:sandbox.local")
+    sandbox.homeserver.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
+    alice = sandbox.livekit.connect(old_token(ALICE, room_id))
+    nobodys = sandbox.livekit.connect(_token_for("alias-of-nobody"))
     for who in (alice, nobodys):
         who.room._count()
     await until(lambda: is_narrowed(alice))
-    lists = stage.sfu.asked["ListRooms"]
-    await until(lambda: stage.sfu.asked["ListRooms"] >= lists + 3)  # further rounds
-    assert stage.homeserver.asked["rooms"] == 3
+    lists = sandbox.livekit.asked["ListRooms"]
+    await until(lambda: sandbox.livekit.asked["ListRooms"] >= lists + 3)  # further rounds
+    assert sandbox.homeserver.asked["rooms"] == 3
     assert not is_narrowed(nobodys)
 
 
@@ -196,14 +196,14 @@ def _token_for(alias: str) -> str:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_found_once_is_known_after_a_restart(set_stage: SetStage, tmp_path: Any) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
-    room_id = room_of(stage, allow_screenshare=False)
-    alice = stage.sfu.connect(old_token(ALICE, room_id))
+async def test_what_was_found_once_is_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
+    room_id = room_of(sandbox, allow_screenshare=False)
+    alice = sandbox.livekit.connect(old_token(ALICE, room_id))
     await until(lambda: is_narrowed(alice))
-    await stage.guard.stopService()
-    await stage.start_guard()
-    searches = stage.homeserver.asked["rooms"]
-    again = stage.sfu.connect(old_token(ALICE, room_id))
+    await sandbox.guard.stopService()
+    await sandbox.start_guard()
+    searches = sandbox.homeserver.asked["rooms"]
+    again = sandbox.livekit.connect(old_token(ALICE, room_id))
     await until(lambda: is_narrowed(again))
-    assert stage.homeserver.asked["rooms"] == searches
+    assert sandbox.homeserver.asked["rooms"] == searches

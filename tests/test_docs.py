@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation is true: settings, events and links are compared, and commands are run.
 
-A code block that begins with ```` ```sh run ```` is run by bash, all of a page's in one go, in front of a stage: what
+A code block that begins with ```` ```sh run ```` is run by bash, all of a page's in one go, in front of a sandbox: what
 the page's readers would put into the variables is in the environment.
 """
 
@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from twisted.internet.threads import deferToThread
 
 from lotusguard.config import Settings
-from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, Stage
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
 from tests.calls import ALICE, room_of
 
 ROOT = Path(__file__).parent.parent
@@ -126,10 +126,10 @@ def run(script: str, environment: dict[str, str], folder: Path) -> subprocess.Co
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=names)
 @pytest_twisted.ensureDeferred
-async def test_the_commands_of_a_page_work(stage: Stage, tmp_path: Path, page: Path) -> None:
-    room_id = room_of(stage, 2)
-    await stage.enter(ALICE, room_id)
-    alice = next(token for token, user in stage.homeserver.logins.items() if user.user_id == ALICE)
+async def test_the_commands_of_a_page_work(sandbox: Sandbox, tmp_path: Path, page: Path) -> None:
+    room_id = room_of(sandbox, 2)
+    await sandbox.enter(ALICE, room_id)
+    alice = next(token for token, user in sandbox.homeserver.logins.items() if user.user_id == ALICE)
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "lotusguard").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lotusguard.cli "$@"\n')
@@ -137,35 +137,35 @@ async def test_the_commands_of_a_page_work(stage: Stage, tmp_path: Path, page: P
     environment = {
         "PATH": f"{tools}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "GUARD": stage.url,
-        "OPERATORS": stage.admin_url,
-        "SYNAPSE": stage.homeserver.url,
-        "LIVEKIT": stage.sfu.url,
-        "AUTHORIZER": stage.authorizer.url,
+        "GUARD": sandbox.url,
+        "OPERATORS": sandbox.admin_url,
+        "SYNAPSE": sandbox.homeserver.url,
+        "LIVEKIT": sandbox.livekit.url,
+        "AUTHORIZER": sandbox.upstream.url,
         "ROOM": room_id,
         "TOKEN": alice,
         "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
-        "GUARD_UPSTREAM": stage.authorizer.url,
-        "LIVEKIT_API": stage.sfu.url,
+        "GUARD_UPSTREAM": sandbox.upstream.url,
+        "LIVEKIT_API": sandbox.livekit.url,
         "LIVEKIT_KEY": KEY,
         "LIVEKIT_SECRET": SECRET,
-        "SYNAPSE_API": stage.homeserver.url,
-        "MATRIX_TOKEN": stage.admin_token,
+        "SYNAPSE_API": sandbox.homeserver.url,
+        "MATRIX_TOKEN": sandbox.admin_token,
     }
     done = await deferToThread(run, commands_of(page), environment, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_state_events_page_writes_a_policy_that_is_enforced(stage: Stage, tmp_path: Path) -> None:
-    room_id = room_of(stage)
-    alice = next(token for token, user in stage.homeserver.logins.items() if user.user_id == ALICE)
-    environment = {"PATH": os.environ["PATH"], "SYNAPSE": stage.homeserver.url, "ROOM": room_id, "TOKEN": alice}
+async def test_the_state_events_page_writes_a_policy_that_is_enforced(sandbox: Sandbox, tmp_path: Path) -> None:
+    room_id = room_of(sandbox)
+    alice = next(token for token, user in sandbox.homeserver.logins.items() if user.user_id == ALICE)
+    environment = {"PATH": os.environ["PATH"], "SYNAPSE": sandbox.homeserver.url, "ROOM": room_id, "TOKEN": alice}
     script = commands_of(ROOT / "docs" / "state-events.md")
     first = script.index("io.lotus.room_quality")
     done = await deferToThread(run, script[: script.rindex("curl", 0, first)], environment, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert stage.homeserver.rooms[room_id].state["io.lotus.voice_limit", ""]["content"] == {"max_users": 10}
+    assert sandbox.homeserver.rooms[room_id].state["io.lotus.voice_limit", ""]["content"] == {"max_users": 10}
     done = await deferToThread(run, script, environment, tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"allow_screenshare": False, "allow_camera": True}

@@ -10,74 +10,74 @@ import pytest_twisted
 from livekit.protocol.models import TrackSource
 
 from lotusguard.rules.tokens import read_unverified
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.livekit.participant import Participant
 from tests.calls import ALICE, BOB, CAROL, change_policy, counted, logged, named, old_token, published, room_of
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 CHANGES = ("UpdateParticipant", "RemoveParticipant", "MutePublishedTrack")
 
 
 @pytest_twisted.async_yield_fixture
-async def dry(set_stage: SetStage) -> Any:
-    yield await set_stage(guard_reconcile_interval=3600, guard_dry_run=True)
+async def dry(start_sandbox: StartSandbox) -> Any:
+    yield await start_sandbox(guard_reconcile_interval=3600, guard_dry_run=True)
 
 
-async def at_rest(stage: Stage) -> None:
-    await stage.sfu.drained()
-    await until(lambda: not stage.guard._enforcement._running)
+async def at_rest(sandbox: Sandbox) -> None:
+    await sandbox.livekit.drained()
+    await until(lambda: not sandbox.guard._enforcement._running)
 
 
-async def looked_again(stage: Stage, *whose: Participant) -> None:
+async def looked_again(sandbox: Sandbox, *whose: Participant) -> None:
     for _ in range(3):
         for who in whose:
-            stage.guard._enforcement.enforce(who.room.name)
-        await at_rest(stage)
+            sandbox.guard._enforcement.enforce(who.room.name)
+        await at_rest(sandbox)
 
 
-def withheld(stage: Stage) -> dict[str, float]:
+def dry_run_skipped(sandbox: Sandbox) -> dict[str, float]:
     actions = ("refuse", "narrow", "revoke", "mute", "eject", "restore")
-    counts = {action: counted(stage, "withheld_total", action=action) for action in actions}
+    counts = {action: counted(sandbox, "withheld_total", action=action) for action in actions}
     return {action: count for action, count in counts.items() if count}
 
 
-def nothing_was_changed(stage: Stage) -> bool:
-    return not stage.sfu.update_log and not any(stage.sfu.asked[method] for method in CHANGES)
+def nothing_was_changed(sandbox: Sandbox) -> bool:
+    return not sandbox.livekit.update_log and not any(sandbox.livekit.asked[method] for method in CHANGES)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_full_room_lets_everybody_in_and_says_so(dry: Stage) -> None:
+async def test_a_full_room_lets_everybody_in_and_says_so(dry: Sandbox) -> None:
     room_id = room_of(dry, 1)
     await dry.enter(ALICE, room_id)
     with logged() as events:
         answer = await dry.ask_token(BOB, room_id)
     assert answer.code == 200
-    assert withheld(dry)["refuse"] == 1
+    assert dry_run_skipped(dry)["refuse"] == 1
     assert counted(dry, "joins_total", verdict="would_refuse", reason="full") == 1
     assert any("would_refuse" in text for text in named(events, "join"))
 
 
 @pytest_twisted.ensureDeferred
-async def test_tokens_are_handed_on_as_they_came(dry: Stage) -> None:
+async def test_tokens_are_handed_on_as_they_came(dry: Sandbox) -> None:
     answer = await dry.ask_token(ALICE, room_of(dry, allow_screenshare=False))
-    assert json.loads(answer.body)["jwt"] == dry.authorizer.issued[-1].token
+    assert json.loads(answer.body)["jwt"] == dry.upstream.issued[-1].token
     claims = read_unverified(json.loads(answer.body)["jwt"])
     assert claims is not None
     assert claims["exp"] - claims["nbf"] >= 3600
-    assert withheld(dry) == {"narrow": 1}
+    assert dry_run_skipped(dry) == {"narrow": 1}
 
 
 @pytest_twisted.ensureDeferred
-async def test_sources_tracks_and_people_stay_and_it_is_said_once_each(dry: Stage) -> None:
+async def test_sources_tracks_and_people_stay_and_it_is_said_once_each(dry: Sandbox) -> None:
     room_id = room_of(dry, 1, allow_screenshare=False, allow_camera=False)
     await dry.ask_token(ALICE, room_id)
     with logged() as events:
-        alice = dry.sfu.connect(old_token(ALICE, room_id))
+        alice = dry.livekit.connect(old_token(ALICE, room_id))
         for source in ("SCREEN_SHARE", "CAMERA"):
             assert alice.publish(source)
         disguise = alice.publish("MICROPHONE", "VIDEO")
         await at_rest(dry)
-        bob = dry.sfu.connect(old_token(BOB, room_id, canPublishSources=["microphone"]))
+        bob = dry.livekit.connect(old_token(BOB, room_id, canPublishSources=["microphone"]))
         await at_rest(dry)
         await looked_again(dry, alice, bob)
     assert published(alice) == ["CAMERA", "MICROPHONE", "SCREEN_SHARE"]
@@ -85,54 +85,54 @@ async def test_sources_tracks_and_people_stay_and_it_is_said_once_each(dry: Stag
     assert not disguise.muted
     assert bob.connected
     assert nothing_was_changed(dry)
-    assert withheld(dry) == {"narrow": 1, "revoke": 1, "mute": 1, "eject": 1}
-    said = named(events, "withheld")
+    assert dry_run_skipped(dry) == {"narrow": 1, "revoke": 1, "mute": 1, "eject": 1}
+    said = named(events, "dry_run_skipped")
     assert sorted(text.split()[1] for text in said) == ["eject", "mute", "revoke"]
     for counter in ("revocations_total", "ejections_total", "mutes_total"):
         assert not counted(dry, counter, **({"source": "camera"} if counter == "revocations_total" else {}))
 
 
 @pytest_twisted.ensureDeferred
-async def test_another_policy_and_another_session_are_said_anew(dry: Stage) -> None:
+async def test_another_policy_and_another_session_are_said_anew(dry: Sandbox) -> None:
     room_id = room_of(dry, allow_camera=False)
     await dry.ask_token(BOB, room_id)
-    alice = dry.sfu.connect(old_token(ALICE, room_id))
+    alice = dry.livekit.connect(old_token(ALICE, room_id))
     await at_rest(dry)
-    assert withheld(dry)["revoke"] == 1
+    assert dry_run_skipped(dry)["revoke"] == 1
     await change_policy(dry, room_id, allow_screenshare=False)
     await at_rest(dry)
-    assert withheld(dry)["revoke"] == 2
-    dry.sfu.connect(old_token(ALICE, room_id))
+    assert dry_run_skipped(dry)["revoke"] == 2
+    dry.livekit.connect(old_token(ALICE, room_id))
     await at_rest(dry)
-    assert withheld(dry)["revoke"] == 3
+    assert dry_run_skipped(dry)["revoke"] == 3
     assert not alice.connected  # replaced by her own new session
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_an_earlier_run_took_is_not_given_back(set_stage: SetStage, tmp_path: Any) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_restore=True, guard_state_dir=tmp_path)
-    room_id = room_of(stage)
-    await stage.ask_token(BOB, room_id)
-    alice = stage.sfu.connect(old_token(ALICE, room_id))
-    await change_policy(stage, room_id, allow_camera=False)
+async def test_what_an_earlier_run_took_is_not_given_back(start_sandbox: StartSandbox, tmp_path: Any) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_restore=True, guard_state_dir=tmp_path)
+    room_id = room_of(sandbox)
+    await sandbox.ask_token(BOB, room_id)
+    alice = sandbox.livekit.connect(old_token(ALICE, room_id))
+    await change_policy(sandbox, room_id, allow_camera=False)
     await until(lambda: not alice.grant.may_publish(TrackSource.CAMERA))
-    await at_rest(stage)
-    await stage.guard.stopService()
-    await stage.start_guard(guard_dry_run=True)
-    changes = len(stage.sfu.update_log)
-    await change_policy(stage, room_id)
-    await at_rest(stage)
-    await looked_again(stage, alice)
-    assert withheld(stage) == {"restore": 1}
-    assert len(stage.sfu.update_log) == changes
+    await at_rest(sandbox)
+    await sandbox.guard.stopService()
+    await sandbox.start_guard(guard_dry_run=True)
+    changes = len(sandbox.livekit.update_log)
+    await change_policy(sandbox, room_id)
+    await at_rest(sandbox)
+    await looked_again(sandbox, alice)
+    assert dry_run_skipped(sandbox) == {"restore": 1}
+    assert len(sandbox.livekit.update_log) == changes
     assert not alice.grant.may_publish(TrackSource.CAMERA)
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_seats_are_counted_as_if_they_were_enforced(dry: Stage) -> None:
+async def test_the_seats_are_counted_as_if_they_were_enforced(dry: Sandbox) -> None:
     room_id = room_of(dry, 2)
     for user in (ALICE, BOB):
         await dry.enter(user, room_id)
     await dry.ask_token(CAROL, room_id)
-    assert withheld(dry)["refuse"] == 1
+    assert dry_run_skipped(dry)["refuse"] == 1
     assert counted(dry, "seats_held") == 2

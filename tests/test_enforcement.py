@@ -13,9 +13,9 @@ from livekit.protocol.room import ListParticipantsResponse, UpdateParticipantReq
 from twisted.internet.defer import Deferred
 
 from lotusguard.rules.identity import room_alias
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.livekit.participant import Participant
 from lotusguard.sandbox.wire import Reply
 from tests.calls import (
     ALICE,
@@ -31,7 +31,7 @@ from tests.calls import (
     put_policy,
     room_of,
 )
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 NO_SCREEN = {"allow_screenshare": False}
 NO_CAMERA = {"allow_camera": False}
@@ -60,76 +60,78 @@ def other_flags(who: Participant) -> ParticipantPermission:
 # -- policy, participant, order of events --------------------------------------------------------------
 
 
-def wide(stage: Stage, room_id: str) -> Participant:
-    return stage.sfu.connect(old_token(ALICE, room_id))
+def wide(sandbox: Sandbox, room_id: str) -> Participant:
+    return sandbox.livekit.connect(old_token(ALICE, room_id))
 
 
-def still_connecting(stage: Stage, room_id: str) -> Participant:
-    return stage.sfu.connect(old_token(ALICE, room_id), activate=False)
+def still_connecting(sandbox: Sandbox, room_id: str) -> Participant:
+    return sandbox.livekit.connect(old_token(ALICE, room_id), activate=False)
 
 
-def suffixed(stage: Stage, room_id: str) -> Participant:
-    return stage.sfu.connect(old_token(ALICE, room_id), publish="xyz")
+def suffixed(sandbox: Sandbox, room_id: str) -> Participant:
+    return sandbox.livekit.connect(old_token(ALICE, room_id), publish="xyz")
 
 
-def narrow_already(stage: Stage, room_id: str) -> Participant:
-    return stage.sfu.connect(old_token(ALICE, room_id, canPublishSources=["screen_share", "camera", "microphone"]))
+def narrow_already(sandbox: Sandbox, room_id: str) -> Participant:
+    return sandbox.livekit.connect(
+        old_token(ALICE, room_id, canPublishSources=["screen_share", "camera", "microphone"])
+    )
 
 
-def camera_only(stage: Stage, room_id: str) -> Participant:
-    return stage.sfu.connect(old_token(ALICE, room_id, canPublishSources=["camera"], canSubscribeMetrics=True))
+def camera_only(sandbox: Sandbox, room_id: str) -> Participant:
+    return sandbox.livekit.connect(old_token(ALICE, room_id, canPublishSources=["camera"], canSubscribeMetrics=True))
 
 
-def listener(stage: Stage, room_id: str) -> Participant:
-    return stage.sfu.connect(old_token(ALICE, room_id, canPublish=False, hidden=True))
+def listener(sandbox: Sandbox, room_id: str) -> Participant:
+    return sandbox.livekit.connect(old_token(ALICE, room_id, canPublish=False, hidden=True))
 
 
 PARTICIPANTS = (wide, still_connecting, suffixed, narrow_already, camera_only, listener)
 
 
-async def policy_then_join(stage: Stage, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
-    put_policy(stage, room_id, **policy)
-    await stage.ask_token(BOB, room_id)
-    who: Participant = joins(stage, room_id)
+async def policy_then_join(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
+    put_policy(sandbox, room_id, **policy)
+    await sandbox.ask_token(BOB, room_id)
+    who: Participant = joins(sandbox, room_id)
     for source in EVERYTHING:
         who.publish(source)
     return who
 
 
-async def join_then_push(stage: Stage, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
-    await stage.ask_token(BOB, room_id)
-    who: Participant = joins(stage, room_id)
+async def join_then_push(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
+    await sandbox.ask_token(BOB, room_id)
+    who: Participant = joins(sandbox, room_id)
     for source in EVERYTHING:
         who.publish(source)
-    await stage.sfu.drained()
-    await change_policy(stage, room_id, **policy)
+    await sandbox.livekit.drained()
+    await change_policy(sandbox, room_id, **policy)
     return who
 
 
-async def join_then_track(stage: Stage, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
+async def join_then_track(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
     """The change is not pushed, and noticed with the next webhook."""
-    await stage.ask_token(BOB, room_id)
-    who: Participant = joins(stage, room_id)
-    await stage.sfu.drained()
-    put_policy(stage, room_id, **policy)
-    stage.guard._enforcement._policies.drop(room_id)  # as if its time were over
+    await sandbox.ask_token(BOB, room_id)
+    who: Participant = joins(sandbox, room_id)
+    await sandbox.livekit.drained()
+    put_policy(sandbox, room_id, **policy)
+    sandbox.guard._enforcement._policies.drop(room_id)  # as if its time were over
     for source in EVERYTHING:
         who.publish(source)
     who.activate()
     return who
 
 
-async def join_then_nothing(stage: Stage, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
+async def join_then_nothing(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
     """Neither a push nor a webhook: reconciling."""
-    await stage.ask_token(BOB, room_id)
-    stage.sfu.webhooks.urls[:] = []
-    who: Participant = joins(stage, room_id)
+    await sandbox.ask_token(BOB, room_id)
+    sandbox.livekit.webhooks.urls[:] = []
+    who: Participant = joins(sandbox, room_id)
     for source in EVERYTHING:
         who.publish(source)
     who.room._count()  # as the SFU counts every five seconds
-    put_policy(stage, room_id, **policy)
-    stage.guard._enforcement._policies.drop(room_id)
-    await stage.guard._enforcement.reconcile()
+    put_policy(sandbox, room_id, **policy)
+    sandbox.guard._enforcement._policies.drop(room_id)
+    await sandbox.guard._enforcement.reconcile()
     return who
 
 
@@ -140,15 +142,17 @@ ORDERS = (policy_then_join, join_then_push, join_then_track, join_then_nothing)
 @pytest.mark.parametrize("joins", PARTICIPANTS)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest_twisted.ensureDeferred
-async def test_what_is_forbidden_is_taken_and_all_else_stays(stage: Stage, policy: str, joins: Any, order: Any) -> None:
-    room_id = room_of(stage)
-    token: Participant = joins(stage, room_of(stage))  # the same token elsewhere, where nothing is forbidden
+async def test_what_is_forbidden_is_taken_and_all_else_stays(
+    sandbox: Sandbox, policy: str, joins: Any, order: Any
+) -> None:
+    room_id = room_of(sandbox)
+    token: Participant = joins(sandbox, room_of(sandbox))  # the same token elsewhere, where nothing is forbidden
     granted, flags = may_publish(token), other_flags(token)
-    who = await order(stage, room_id, POLICIES[policy], joins)
+    who = await order(sandbox, room_id, POLICIES[policy], joins)
     if joins is still_connecting and order is policy_then_join:
         who.activate()
     await until(lambda: may_publish(who) == granted - FORBIDDEN[policy])
-    await until(lambda: not stage.guard._enforcement._running)
+    await until(lambda: not sandbox.guard._enforcement._running)
     assert may_publish(who) == granted - FORBIDDEN[policy]
     assert other_flags(who) == flags
     assert set(published(who)) <= granted - FORBIDDEN[policy]
@@ -161,18 +165,18 @@ async def test_what_is_forbidden_is_taken_and_all_else_stays(stage: Stage, polic
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_later_release_s_permissions_survive_on_the_wire(stage: Stage) -> None:
-    room_id = room_of(stage)
-    alice = await stage.enter(ALICE, room_id)
+async def test_a_later_release_s_permissions_survive_on_the_wire(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox)
+    alice = await sandbox.enter(ALICE, room_id)
     later = b"\xf8\x06\x01"  # field 111
     info = alice.info()
     info.permission.ParseFromString(info.permission.SerializeToString() + later)
-    stage.sfu.faults["GetParticipant"] = Fault(
-        "garbage", reply=Reply(200, info.SerializeToString(), [("Content-Type", "application/protobuf")])
+    sandbox.livekit.faults["GetParticipant"] = Fault(
+        "invalid_response", reply=Reply(200, info.SerializeToString(), [("Content-Type", "application/protobuf")])
     )
-    await change_policy(stage, room_id, **NO_SCREEN)
+    await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: "SCREEN_SHARE" not in may_publish(alice))
-    asked = next(a for a in stage.sfu.seen if a.path.endswith("/UpdateParticipant"))
+    asked = next(a for a in sandbox.livekit.seen if a.path.endswith("/UpdateParticipant"))
     assert asked.header("Content-Type") == "application/protobuf"
     sent = UpdateParticipantRequest.FromString(asked.body)
     assert sent.permission.SerializeToString().endswith(later)
@@ -182,37 +186,37 @@ async def test_a_later_release_s_permissions_survive_on_the_wire(stage: Stage) -
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_old_wide_token_is_narrowed_whenever_it_comes_back(stage: Stage) -> None:
-    room_id = room_of(stage, **NO_SCREEN)
-    await stage.ask_token(BOB, room_id)
+async def test_an_old_wide_token_is_narrowed_whenever_it_comes_back(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, **NO_SCREEN)
+    await sandbox.ask_token(BOB, room_id)
     for times in (1, 2, 3):
-        bob = stage.sfu.connect(old_token(BOB, room_id))
+        bob = sandbox.livekit.connect(old_token(BOB, room_id))
         assert bob.publish("SCREEN_SHARE")
         await until(lambda bob=bob: published(bob) == [])  # type: ignore[misc]
         assert not bob.publish("SCREEN_SHARE")
-        await stage.sfu.drained()
-        await until(lambda: not stage.guard._enforcement._running)
-        assert counted(stage, "revocations_total", source="screen_share") == times
+        await sandbox.livekit.drained()
+        await until(lambda: not sandbox.guard._enforcement._running)
+        assert counted(sandbox, "revocations_total", source="screen_share") == times
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobody_is_granted_anything(stage: Stage) -> None:
-    room_id = room_of(stage, **NO_SCREEN)
-    await stage.ask_token(BOB, room_id)
-    mute = stage.sfu.connect(old_token(ALICE, room_id, canPublish=False))
-    speaker = stage.sfu.connect(old_token(BOB, room_id, canPublishSources=["microphone"]))
+async def test_nobody_is_granted_anything(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, **NO_SCREEN)
+    await sandbox.ask_token(BOB, room_id)
+    mute = sandbox.livekit.connect(old_token(ALICE, room_id, canPublish=False))
+    speaker = sandbox.livekit.connect(old_token(BOB, room_id, canPublishSources=["microphone"]))
     for policy in (NO_CAMERA, {}, NO_VIDEO, {}):
-        await change_policy(stage, room_id, **policy)
-        await until(lambda: not stage.guard._enforcement._running)
+        await change_policy(sandbox, room_id, **policy)
+        await until(lambda: not sandbox.guard._enforcement._running)
         assert may_publish(mute) == set()
         assert may_publish(speaker) == {"MICROPHONE"}
-    assert not stage.sfu.update_log
+    assert not sandbox.livekit.update_log
 
 
 @pytest_twisted.ensureDeferred
-async def test_video_that_calls_itself_a_microphone_is_muted_and_said(stage: Stage) -> None:
-    room_id = room_of(stage, **NO_SCREEN)
-    bob = await stage.enter(BOB, room_id)
+async def test_video_that_calls_itself_a_microphone_is_muted_and_said(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, **NO_SCREEN)
+    bob = await sandbox.enter(BOB, room_id)
     with logged() as events:
         voice, disguise = bob.publish("MICROPHONE"), bob.publish("MICROPHONE", "VIDEO")
         camera = bob.publish("CAMERA")
@@ -220,25 +224,25 @@ async def test_video_that_calls_itself_a_microphone_is_muted_and_said(stage: Sta
         assert disguise
         assert camera
         await until(lambda: disguise.muted)
-        await until(lambda: not stage.guard._enforcement._running)
+        await until(lambda: not sandbox.guard._enforcement._running)
     assert not voice.muted
     assert not camera.muted
     assert published(bob) == ["CAMERA", "MICROPHONE", "MICROPHONE"]
     assert len(named(events, "muted")) == 1
     assert bob.identity in named(events, "muted")[0]
-    assert counted(stage, "mutes_total") == 1
+    assert counted(sandbox, "mutes_total") == 1
     bob.set_muted(disguise.sid, False)  # the client unmutes it
     bob.publish("CAMERA")
     await until(lambda: disguise.muted)
 
 
 @pytest_twisted.ensureDeferred
-async def test_video_under_any_label_is_let_be_where_all_video_is_allowed(stage: Stage) -> None:
-    room_id = room_of(stage, 5)
-    bob = await stage.enter(BOB, room_id)
+async def test_video_under_any_label_is_let_be_where_all_video_is_allowed(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 5)
+    bob = await sandbox.enter(BOB, room_id)
     disguise = bob.publish("MICROPHONE", "VIDEO")
-    await stage.sfu.drained()
-    await until(lambda: not stage.guard._enforcement._running)
+    await sandbox.livekit.drained()
+    await until(lambda: not sandbox.guard._enforcement._running)
     assert disguise is not None
     assert not disguise.muted
 
@@ -247,70 +251,70 @@ async def test_video_under_any_label_is_let_be_where_all_video_is_allowed(stage:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_sfu_that_says_yes_and_does_nothing_is_found_out_and_asked_again(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=0.1)
-    room_id = room_of(stage)
-    alice = await stage.enter(ALICE, room_id)
+async def test_an_sfu_that_says_yes_and_does_nothing_is_found_out_and_asked_again(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=0.1)
+    room_id = room_of(sandbox)
+    alice = await sandbox.enter(ALICE, room_id)
     alice.room._count()
-    stage.sfu.deaf = True
+    sandbox.livekit.deaf = True
     with logged() as events:
-        await change_policy(stage, room_id, **NO_SCREEN)
-        await until(lambda: counted(stage, "enforcement_failures_total", action="revoke", reason="not_applied") >= 2)
+        await change_policy(sandbox, room_id, **NO_SCREEN)
+        await until(lambda: counted(sandbox, "enforcement_failures_total", action="revoke", reason="not_applied") >= 2)
     assert named(events, "enforcement_failed")
-    assert counted(stage, "revocations_total", source="screen_share") == 0
-    stage.sfu.deaf = False
+    assert counted(sandbox, "revocations_total", source="screen_share") == 0
+    sandbox.livekit.deaf = False
     await until(lambda: "SCREEN_SHARE" not in may_publish(alice))
-    await until(lambda: counted(stage, "revocations_total", source="screen_share") == 1)
+    await until(lambda: counted(sandbox, "revocations_total", source="screen_share") == 1)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_failed_update_is_counted_and_tried_again(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=0.1)
-    room_id = room_of(stage)
-    alice = await stage.enter(ALICE, room_id)
+async def test_a_failed_update_is_counted_and_tried_again(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=0.1)
+    room_id = room_of(sandbox)
+    alice = await sandbox.enter(ALICE, room_id)
     alice.room._count()
-    stage.sfu.faults["UpdateParticipant"] = Fault.status(500, times=2)
-    await change_policy(stage, room_id, **NO_SCREEN)
+    sandbox.livekit.faults["UpdateParticipant"] = Fault.status(500, times=2)
+    await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: "SCREEN_SHARE" not in may_publish(alice))
-    assert counted(stage, "enforcement_failures_total", action="revoke", reason="status_500") == 2
+    assert counted(sandbox, "enforcement_failures_total", action="revoke", reason="status_500") == 2
 
 
 @pytest.mark.parametrize("status", [404, 503])
 @pytest_twisted.ensureDeferred
-async def test_what_a_crashed_node_left_behind_does_not_stop_the_rest(stage: Stage, status: int) -> None:
-    room_id = room_of(stage)
+async def test_what_a_crashed_node_left_behind_does_not_stop_the_rest(sandbox: Sandbox, status: int) -> None:
+    room_id = room_of(sandbox)
     for number in range(4):
-        stage.sfu.add_stale(room_alias(room_id), f"@ghost{number}:sandbox.local:D", status)
-    alice, bob = await stage.enter(ALICE, room_id), await stage.enter(BOB, room_id)
-    await stage.sfu.drained()
-    await until(lambda: not stage.guard._enforcement._running)
+        sandbox.livekit.add_stale(room_alias(room_id), f"@ghost{number}:sandbox.local:D", status)
+    alice, bob = await sandbox.enter(ALICE, room_id), await sandbox.enter(BOB, room_id)
+    await sandbox.livekit.drained()
+    await until(lambda: not sandbox.guard._enforcement._running)
     with logged() as events:
         for _ in range(4):
-            await change_policy(stage, room_id, **NO_SCREEN)
-            await until(lambda: not stage.guard._enforcement._running)
+            await change_policy(sandbox, room_id, **NO_SCREEN)
+            await until(lambda: not sandbox.guard._enforcement._running)
     for who in (alice, bob):
         assert "SCREEN_SHARE" not in may_publish(who)
     assert crashes(events) == []
-    assert not counted(stage, "breaker_open", neighbour="livekit")
-    failures = counted(stage, "enforcement_failures_total", action="revoke", reason="node_gone")
+    assert not counted(sandbox, "circuit_open", dependency="livekit")
+    failures = counted(sandbox, "enforcement_failures_total", action="revoke", reason="node_gone")
     assert failures == (16 if status == 503 else 0)
     assert len(named(events, "enforcement_failed")) == (4 if status == 503 else 0)
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_left_before_they_could_be_asked_is_no_failure(stage: Stage) -> None:
-    room_id = room_of(stage)
-    alice, bob = await stage.enter(ALICE, room_id), await stage.enter(BOB, room_id)
+async def test_who_left_before_they_could_be_asked_is_no_failure(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox)
+    alice, bob = await sandbox.enter(ALICE, room_id), await sandbox.enter(BOB, room_id)
     gone = alice.info()
     alice.room.remove(alice, 1)
-    stage.sfu.faults["ListParticipants"] = Fault(
-        "garbage", times=1, reply=_listing(gone, bob.info())
+    sandbox.livekit.faults["ListParticipants"] = Fault(
+        "invalid_response", times=1, reply=_listing(gone, bob.info())
     )  # Alice left just after this was told
-    await stage.sfu.drained()
+    await sandbox.livekit.drained()
     with logged() as events:
-        await change_policy(stage, room_id, **NO_SCREEN)
+        await change_policy(sandbox, room_id, **NO_SCREEN)
         await until(lambda: "SCREEN_SHARE" not in may_publish(bob))
-        await until(lambda: not stage.guard._enforcement._running)
+        await until(lambda: not sandbox.guard._enforcement._running)
     assert crashes(events) == []
     assert named(events, "enforcement_failed") == []
 
@@ -324,72 +328,72 @@ def _listing(*participants: ParticipantInfo) -> Reply:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_believed(stage: Stage) -> None:
+async def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_believed(sandbox: Sandbox) -> None:
     """Neither at the first look-up of a room nor at a later one."""
-    room_id = room_of(stage)
+    room_id = room_of(sandbox)
     for _ in range(2):
-        put_policy(stage, room_id)
-        stage.guard._enforcement._policies.drop(room_id)
-        before = stage.homeserver.asked["room_state"]
-        stage.homeserver.faults["room_state"] = Fault.drip(0.0005, times=2)  # tells what was so when it was asked
-        entering: Deferred[Participant] = Deferred.fromCoroutine(stage.enter(ALICE, room_id))
-        await until(lambda before=before: stage.homeserver.asked["room_state"] == before + 2)  # type: ignore[misc]
-        await change_policy(stage, room_id, **NO_SCREEN)
+        put_policy(sandbox, room_id)
+        sandbox.guard._enforcement._policies.drop(room_id)
+        before = sandbox.homeserver.asked["room_state"]
+        sandbox.homeserver.faults["room_state"] = Fault.drip(0.0005, times=2)  # tells what was so when it was asked
+        entering: Deferred[Participant] = Deferred.fromCoroutine(sandbox.enter(ALICE, room_id))
+        await until(lambda before=before: sandbox.homeserver.asked["room_state"] == before + 2)  # type: ignore[misc]
+        await change_policy(sandbox, room_id, **NO_SCREEN)
         assert not entering.called
         alice = await entering
         assert alice.publish("SCREEN_SHARE")  # let in by the policy of when they asked
         await until(lambda alice=alice: published(alice) == [])  # type: ignore[misc]
-        answer = await stage.ask_token(BOB, room_id)
-        bob = stage.sfu.connect(json.loads(answer.body)["jwt"])
+        answer = await sandbox.ask_token(BOB, room_id)
+        bob = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
         assert not bob.publish("SCREEN_SHARE")
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_change_while_a_room_is_being_worked_on_is_worked_on_next(stage: Stage) -> None:
-    room_id = room_of(stage, **NO_CAMERA)
-    alice = await stage.enter(ALICE, room_id)
-    await stage.sfu.drained()
-    await until(lambda: not stage.guard._enforcement._running)
-    stage.sfu.room_faults[alice.room.name] = Fault.status(500, times=1)
-    stage.guard._enforcement.enforce(alice.room.name)
-    await change_policy(stage, room_id, **NO_SCREEN)
+async def test_a_change_while_a_room_is_being_worked_on_is_worked_on_next(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, **NO_CAMERA)
+    alice = await sandbox.enter(ALICE, room_id)
+    await sandbox.livekit.drained()
+    await until(lambda: not sandbox.guard._enforcement._running)
+    sandbox.livekit.room_faults[alice.room.name] = Fault.status(500, times=1)
+    sandbox.guard._enforcement.enforce(alice.room.name)
+    await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: may_publish(alice) == {"MICROPHONE"})
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_change_reaches_every_slot_of_the_room_and_no_other_room(stage: Stage) -> None:
-    room_id, other = room_of(stage), room_of(stage)
-    alice, bob = await stage.enter(ALICE, room_id), await stage.enter(BOB, other)
-    answer = await stage.ask_token(CAROL, room_id, new=True, slot_id="m.call#another")
-    carol = stage.sfu.connect(json.loads(answer.body)["jwt"])
+async def test_a_change_reaches_every_slot_of_the_room_and_no_other_room(sandbox: Sandbox) -> None:
+    room_id, other = room_of(sandbox), room_of(sandbox)
+    alice, bob = await sandbox.enter(ALICE, room_id), await sandbox.enter(BOB, other)
+    answer = await sandbox.ask_token(CAROL, room_id, new=True, slot_id="m.call#another")
+    carol = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
     assert carol.room.name != alice.room.name
-    await change_policy(stage, room_id, **NO_SCREEN)
+    await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: not may_publish(alice) & {"SCREEN_SHARE"} and not may_publish(carol) & {"SCREEN_SHARE"})
     assert may_publish(bob) == set(EVERYTHING)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"room_id": 7}', b'{"room": "!x"}', b'{"room_id": "x"}', b"\xff"])
 @pytest_twisted.ensureDeferred
-async def test_a_push_that_names_no_room_is_refused(stage: Stage, body: bytes) -> None:
-    assert (await stage.operator("POST", "/policy-changed", body)).code == 400
+async def test_a_push_that_names_no_room_is_refused(sandbox: Sandbox, body: bytes) -> None:
+    assert (await sandbox.operator("POST", "/policy-changed", body)).code == 400
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_push_without_the_operators_token_changes_nothing(stage: Stage) -> None:
-    room_id = room_of(stage)
-    alice = await stage.enter(ALICE, room_id)
-    await stage.sfu.drained()
-    put_policy(stage, room_id, **NO_SCREEN)
-    before = dict(stage.homeserver.asked)
+async def test_a_push_without_the_operators_token_changes_nothing(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox)
+    alice = await sandbox.enter(ALICE, room_id)
+    await sandbox.livekit.drained()
+    put_policy(sandbox, room_id, **NO_SCREEN)
+    before = dict(sandbox.homeserver.asked)
     body = json.dumps({"room_id": room_id}).encode()
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": stage.admin_token}):
-        assert (await stage.request("POST", f"{stage.admin_url}/policy-changed", body, headers)).code == 403
-    assert dict(stage.homeserver.asked) == before
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": sandbox.admin_token}):
+        assert (await sandbox.request("POST", f"{sandbox.admin_url}/policy-changed", body, headers)).code == 403
+    assert dict(sandbox.homeserver.asked) == before
     assert may_publish(alice) == set(EVERYTHING)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_push_about_a_room_nobody_calls_in_costs_nothing(stage: Stage) -> None:
-    await change_policy(stage, room_of(stage), **NO_SCREEN)
-    assert not stage.homeserver.asked["room_state"]
-    assert not stage.sfu.asked["ListParticipants"]
+async def test_a_push_about_a_room_nobody_calls_in_costs_nothing(sandbox: Sandbox) -> None:
+    await change_policy(sandbox, room_of(sandbox), **NO_SCREEN)
+    assert not sandbox.homeserver.asked["room_state"]
+    assert not sandbox.livekit.asked["ListParticipants"]

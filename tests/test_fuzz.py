@@ -24,7 +24,7 @@ from twisted.logger import globalLogPublisher
 from lotusguard.rules.identity import room_alias
 from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.rules.tokens import read_unverified
-from lotusguard.sandbox.stage import SERVER_NAME, Stage
+from lotusguard.sandbox.demo.sandbox import SERVER_NAME, Sandbox
 from tests.raw_http import Response, exchange, reactor
 
 # The reactor's own thread may draw a random number while an example is being made; hypothesis notices and warns.
@@ -218,7 +218,7 @@ def whole_requests(draw: st.DrawFn) -> bytes:
 requests = st.one_of(
     *[whole_requests()] * 7,
     st.lists(whole_requests(), min_size=2, max_size=3).map(b"".join),
-    st.binary(max_size=300).map(lambda garbage: garbage + b"\r\n\r\n\r\n\r\n"),
+    st.binary(max_size=300).map(lambda noise: noise + b"\r\n\r\n\r\n\r\n"),
 )
 
 # -- what must hold ----------------------------------------------------------------------------------------------------
@@ -226,23 +226,23 @@ requests = st.one_of(
 
 @define
 class Fuzzed:
-    """A stage to be fuzzed, and what was seen of it."""
+    """A sandbox to be fuzzed, and what was seen of it."""
 
-    stage: Stage
+    sandbox: Sandbox
     failures: list[str] = Factory(list)
     tokens: int = 0
     refusals: int = 0
     answers: int = 0
 
     async def try_out(self, payload: bytes) -> None:
-        seen = len(self.stage.authorizer.seen)
+        seen = len(self.sandbox.upstream.seen)
         # The sentinels end every example: bodies that promise more than they bring swallow some of them.
-        for answer in await exchange(self.stage.url, payload + SENTINEL * 20, ANSWERED_WITHIN):
+        for answer in await exchange(self.sandbox.url, payload + SENTINEL * 20, ANSWERED_WITHIN):
             self.answers += 1
             assert answer.code not in (500, 502, 503, 504), answer
             assert not answer.all("x-injected")
             self._judge(answer)
-        for asked in list(self.stage.authorizer.seen)[seen:]:
+        for asked in list(self.sandbox.upstream.seen)[seen:]:
             names = [name.lower() for name, _ in asked.headers]
             assert names.count("host") == 1
             assert names.count("content-length") <= 1
@@ -260,7 +260,7 @@ class Fuzzed:
         claims = read_unverified(content["jwt"])
         assert claims is not None
         alias, identity = claims["video"]["room"], claims["sub"]
-        issued = next(i for i in reversed(self.stage.authorizer.issued) if (i.alias, i.identity) == (alias, identity))
+        issued = next(i for i in reversed(self.sandbox.upstream.issued) if (i.alias, i.identity) == (alias, identity))
         sources = claims["video"].get("canPublishSources")
         if issued.room == FULL:
             assert issued.user == HOLDER, f"{issued.user} was let into the full room"
@@ -273,22 +273,22 @@ class Fuzzed:
 
 
 async def set_up() -> Fuzzed:
-    stage = Stage(reactor, guard_reconcile_interval=3600, guard_seat_ttl=3600, guard_policy_ttl=3600)
-    await stage.start()
-    stage.authorizer.hs_token = None
+    sandbox = Sandbox(reactor, guard_reconcile_interval=3600, guard_seat_ttl=3600, guard_policy_ttl=3600)
+    await sandbox.start()
+    sandbox.upstream.hs_token = None
     for user, token in OPENID.items():
-        stage.homeserver.add_user(user[1:].partition(":")[0])
-        stage.homeserver.openid[token] = (user, reactor.seconds() + 86400)
+        sandbox.homeserver.add_user(user[1:].partition(":")[0])
+        sandbox.homeserver.openid[token] = (user, reactor.seconds() + 86400)
     for room_id, kind, content in (
         (OPEN, "m.room.topic", {}),
         (FULL, "io.lotus.voice_limit", {"max_users": 1}),
         (NO_CAMERA, "io.lotus.room_quality", {"allow_camera": False}),
     ):
-        stage.homeserver.create_room(room_id=room_id)
-        stage.homeserver.set_state(room_id, kind, content)
-    await stage.enter(HOLDER, FULL)
-    assert stage.sfu.rooms[room_alias(FULL)].participants
-    return Fuzzed(stage)
+        sandbox.homeserver.create_room(room_id=room_id)
+        sandbox.homeserver.set_state(room_id, kind, content)
+    await sandbox.enter(HOLDER, FULL)
+    assert sandbox.livekit.rooms[room_alias(FULL)].participants
+    return Fuzzed(sandbox)
 
 
 @pytest_twisted.async_yield_fixture
@@ -302,7 +302,7 @@ async def fuzzed() -> AsyncIterator[Fuzzed]:
     globalLogPublisher.addObserver(watch)  # type: ignore[arg-type]
     yield made
     globalLogPublisher.removeObserver(watch)  # type: ignore[arg-type]
-    await made.stage.stop()
+    await made.sandbox.stop()
 
 
 def tried(fuzzed: Fuzzed, payload: bytes) -> None:

@@ -10,10 +10,10 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.stage import Stage
 from tests.calls import crashes, logged
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 from tests.raw_http import Response, connect, exchange, recorder
 
 CLOSE = b"Connection: close"
@@ -51,9 +51,9 @@ async def one(url: str, payload: bytes) -> Response:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_meant_for_this_hop_goes_no_further(set_stage: SetStage) -> None:
+async def test_what_is_meant_for_this_hop_goes_no_further(start_sandbox: StartSandbox) -> None:
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         for target, method, body in ((b"/other", b"GET", None), (b"/sfu/get", b"POST", TOKEN_BODY)):
             sent = request(
                 b"Connection: close, X-Secret-Hop ,x-other-hop",
@@ -61,7 +61,7 @@ async def test_what_is_meant_for_this_hop_goes_no_further(set_stage: SetStage) -
                 b"X-Secret-Hop: 1", b"X-Other-Hop: 1", b"X-Third-Hop: 1", b"X-End-To-End: 1", *HOP_BY_HOP,
                 method=method, target=target, body=body,
             )  # fmt: skip
-            await one(stage.url, sent)
+            await one(sandbox.url, sent)
             seen = upstream.requests[-1]
             for gone in (
                 b"x-secret-hop",
@@ -75,24 +75,24 @@ async def test_what_is_meant_for_this_hop_goes_no_further(set_stage: SetStage) -
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_caller_can_name_away_what_we_add_or_frame(set_stage: SetStage) -> None:
+async def test_no_caller_can_name_away_what_we_add_or_frame(start_sandbox: StartSandbox) -> None:
     """``Connection: content-length`` and the like would otherwise unframe the request that goes on."""
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         named = b"Connection: close, content-length, host, x-forwarded-for, x-request-id, transfer-encoding"
-        await one(stage.url, request(named, method=b"POST", target=b"/sfu/get", body=TOKEN_BODY))
+        await one(sandbox.url, request(named, method=b"POST", target=b"/sfu/get", body=TOKEN_BODY))
         (seen,) = upstream.requests
         assert header(seen, b"content-length") == [b"%d" % len(seen.partition(b"\r\n\r\n")[2])]
         assert len(header(seen, b"host")) == 1
         assert header(seen, b"x-forwarded-for") == [b"127.0.0.1"]
         assert len(header(seen, b"x-request-id")) == 1
-        assert upstream.unread == b""
+        assert upstream.unverifiable == b""
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_peer_is_put_behind_what_x_forwarded_for_says(set_stage: SetStage) -> None:
+async def test_the_peer_is_put_behind_what_x_forwarded_for_says(start_sandbox: StartSandbox) -> None:
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         for given, wanted in (
             ((), b"127.0.0.1"),
             ((b"X-Forwarded-For: 192.0.2.1",), b"192.0.2.1, 127.0.0.1"),
@@ -101,18 +101,18 @@ async def test_the_peer_is_put_behind_what_x_forwarded_for_says(set_stage: SetSt
                 b"192.0.2.1, 2001:db8::1, y, 127.0.0.1",
             ),
         ):
-            await one(stage.url, request(CLOSE, *given))
+            await one(sandbox.url, request(CLOSE, *given))
             assert header(upstream.requests[-1], b"x-forwarded-for") == [wanted]
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_plain_request_id_is_kept_and_any_other_replaced(set_stage: SetStage) -> None:
+async def test_a_plain_request_id_is_kept_and_any_other_replaced(start_sandbox: StartSandbox) -> None:
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         ids = set()
         for given in ((b"X-Request-ID: a/b-1",), (), (b"X-Request-ID: <script>",), (b"X-Request-ID: " + b"a" * 200,),
                       (b"X-Request-ID: a", b"X-Request-ID: b"), (b"X-Request-ID: {secret}",)):  # fmt: skip
-            await one(stage.url, request(CLOSE, *given))
+            await one(sandbox.url, request(CLOSE, *given))
             (got,) = header(upstream.requests[-1], b"x-request-id")
             ids.add(got)
         assert b"a/b-1" in ids
@@ -125,21 +125,21 @@ async def test_a_plain_request_id_is_kept_and_any_other_replaced(set_stage: SetS
     [b"/other", b"/other?", b"/other?a=%2F;b&&c=%00", b"/other?a?b=\xc3\xa4"[:11], b"/%7Euser/%2f?x=/../", b"/;a"],
 )
 @pytest_twisted.ensureDeferred
-async def test_the_target_goes_on_byte_for_byte(set_stage: SetStage, target: bytes) -> None:
+async def test_the_target_goes_on_byte_for_byte(start_sandbox: StartSandbox, target: bytes) -> None:
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
-        await one(stage.url, request(CLOSE, target=target))
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        await one(sandbox.url, request(CLOSE, target=target))
         assert upstream.requests[0].startswith(b"GET " + target + b" HTTP/1.1\r\n")
 
 
 @pytest_twisted.ensureDeferred
-async def test_any_method_goes_on_with_its_body_as_it_came(set_stage: SetStage) -> None:
+async def test_any_method_goes_on_with_its_body_as_it_came(start_sandbox: StartSandbox) -> None:
     bodies = (None, b"", b"x" * 100_000, bytes(range(256)))
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         for method in (b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"REPORT", b"POST"):
             for body in bodies if method != b"HEAD" else bodies[:1]:
-                await one(stage.url, request(CLOSE, method=method, body=body))
+                await one(sandbox.url, request(CLOSE, method=method, body=body))
                 seen = upstream.requests[-1]
                 assert seen.startswith(method + b" /other HTTP/1.1\r\n")
                 assert seen.partition(b"\r\n\r\n")[2] == (body or b"")
@@ -147,39 +147,39 @@ async def test_any_method_goes_on_with_its_body_as_it_came(set_stage: SetStage) 
                 assert header(seen, b"content-length") == wanted, (method, body)
         form = b'--x\r\nContent-Disposition: form-data; name="a'
         await one(
-            stage.url, request(CLOSE, b"Content-Type: multipart/form-data; boundary=x", method=b"POST", body=form)
+            sandbox.url, request(CLOSE, b"Content-Type: multipart/form-data; boundary=x", method=b"POST", body=form)
         )
         assert upstream.requests[-1].endswith(b"\r\n\r\n" + form)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_chunked_body_arrives_whole_with_a_length(set_stage: SetStage) -> None:
+async def test_a_chunked_body_arrives_whole_with_a_length(start_sandbox: StartSandbox) -> None:
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         chunked = b"5\r\nhello\r\n1\r\n \r\n5\r\nworld\r\n0\r\n\r\n"
-        await one(stage.url, request(CLOSE, b"Transfer-Encoding: chunked", method=b"PUT") + chunked)
+        await one(sandbox.url, request(CLOSE, b"Transfer-Encoding: chunked", method=b"PUT") + chunked)
         (seen,) = upstream.requests
         assert header(seen, b"content-length") == [b"11"]
         assert seen.endswith(b"\r\n\r\nhello world")
 
 
 @pytest_twisted.ensureDeferred
-async def test_methods_of_a_token_route_other_than_post_are_upstreams_to_answer(stage: Stage) -> None:
+async def test_methods_of_a_token_route_other_than_post_are_upstreams_to_answer(sandbox: Sandbox) -> None:
     for method, code in (("OPTIONS", 200), ("GET", 405), ("HEAD", 405), ("PUT", 405)):
-        answer = await stage.request(method, stage.url + "/sfu/get", b"not json" if method == "PUT" else None)
+        answer = await sandbox.request(method, sandbox.url + "/sfu/get", b"not json" if method == "PUT" else None)
         assert (method, answer.code, answer.body) == (method, code, b"")
         assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
-        assert stage.authorizer.seen[-1].method == method
+        assert sandbox.upstream.seen[-1].method == method
 
 
 # -- from upstream to callers ------------------------------------------------------------------------------
 
 
-async def answered(set_stage: SetStage, raw: bytes, payload: bytes) -> list[Response]:
+async def answered(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> list[Response]:
     """What a caller gets when upstream answers these bytes."""
     async with recorder(raw) as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
-        return await exchange(stage.url, payload)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        return await exchange(sandbox.url, payload)
 
 
 POST_TOKEN = request(CLOSE, method=b"POST", target=b"/sfu/get", body=TOKEN_BODY)
@@ -188,13 +188,13 @@ BOTH = pytest.mark.parametrize("payload", [request(CLOSE), POST_TOKEN], ids=["re
 
 @BOTH
 @pytest_twisted.ensureDeferred
-async def test_upstreams_headers_reach_the_caller_but_for_its_hops(set_stage: SetStage, payload: bytes) -> None:
+async def test_upstreams_headers_reach_the_caller_but_for_its_hops(start_sandbox: StartSandbox, payload: bytes) -> None:
     raw = (
         b"HTTP/1.1 418 I am a teapot\r\nContent-Length: 3\r\nX-A: 1\r\nX-A: 2\r\nServer: up\r\nDate: then\r\n"
         b"Set-Cookie: a=1; Path=/\r\nSet-Cookie: b=2\r\nContent-Type: x/y\r\n"
         b"Connection: keep-alive\r\nKeep-Alive: 1\r\nProxy-Authenticate: x\r\nUpgrade: h2c\r\n\r\nabc"
     )
-    (answer,) = await answered(set_stage, raw, payload)
+    (answer,) = await answered(start_sandbox, raw, payload)
     assert (answer.code, answer.body) == (418, b"abc")
     for name, values in (
         ("x-a", ["1", "2"]),
@@ -230,8 +230,8 @@ async def test_upstreams_headers_reach_the_caller_but_for_its_hops(set_stage: Se
          "negative length", "bad chunk", "no status", "no HTTP", "long header"],
 )  # fmt: skip
 @pytest_twisted.ensureDeferred
-async def test_a_crooked_answer_cannot_inject_a_header(set_stage: SetStage, raw: bytes, payload: bytes) -> None:
-    answers = await injected(set_stage, raw, payload)
+async def test_a_crooked_answer_cannot_inject_a_header(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> None:
+    answers = await injected(start_sandbox, raw, payload)
     for answer in answers:
         assert answer.code in (200, 502)
         assert answer.all("set-cookie") == []
@@ -241,11 +241,13 @@ async def test_a_crooked_answer_cannot_inject_a_header(set_stage: SetStage, raw:
             assert answer.all("access-control-allow-origin") == ["*"]
 
 
-async def injected(set_stage: SetStage, raw: bytes, payload: bytes) -> list[Response]:
+async def injected(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> list[Response]:
     """Answers to a caller whose connection may also be dropped in the middle of a broken answer."""
     async with recorder(raw) as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600, guard_upstream_timeout=2)
-        caller = await connect(stage.url)
+        sandbox = await start_sandbox(
+            guard_upstream=upstream.url, guard_reconcile_interval=3600, guard_upstream_timeout=2
+        )
+        caller = await connect(sandbox.url)
         caller.send(payload)
         await caller.closed
         assert b"\nSet-Cookie" not in caller.received
@@ -255,27 +257,27 @@ async def injected(set_stage: SetStage, raw: bytes, payload: bytes) -> list[Resp
 
 @pytest.mark.parametrize("value", [b"a%0d%0aSet-Cookie:%20evil=1", b"%E5%98%8A%E5%98%8DSet-Cookie:evil"])
 @pytest_twisted.ensureDeferred
-async def test_line_ends_in_reflected_values_stay_encoded(stage: Stage, value: bytes) -> None:
+async def test_line_ends_in_reflected_values_stay_encoded(sandbox: Sandbox, value: bytes) -> None:
     """Upstream reflects paths in its redirects; a request id is reflected by us."""
     payload = request(CLOSE, b"X-Request-ID: a%0d%0ab", target=b"//x/" + value)
-    (answer,) = await exchange(stage.url, payload)
+    (answer,) = await exchange(sandbox.url, payload)
     assert answer.code == 307
     assert answer.all("set-cookie") == []
     assert "Set-Cookie" in answer.all("location")[0]
 
 
 @pytest_twisted.ensureDeferred
-async def test_cookies_of_one_caller_never_reach_another(set_stage: SetStage) -> None:
+async def test_cookies_of_one_caller_never_reach_another(start_sandbox: StartSandbox) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nSet-Cookie: session=alices\r\n\r\nok"
     async with recorder(raw) as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         for target, method, body in ((b"/other", b"GET", None), (b"/sfu/get", b"POST", TOKEN_BODY)):
             for connection in upstream.connections:
                 connection.requests.clear()
             cookies = [(b"Cookie: who=%d" % n,) if n % 2 else () for n in range(6)]
             payloads = [request(CLOSE, *cookie, method=method, target=target, body=body) for cookie in cookies]
             for again in range(2):  # the second time on connections that others' answers came on
-                await gatherResults([Deferred.fromCoroutine(exchange(stage.url, payload)) for payload in payloads])
+                await gatherResults([Deferred.fromCoroutine(exchange(sandbox.url, payload)) for payload in payloads])
                 seen = [header(sent, b"cookie") for sent in upstream.requests]
                 wanted = sorted([[b"who=1"], [b"who=3"], [b"who=5"], [], [], []] * (again + 1))
                 assert sorted(seen) == wanted
@@ -283,59 +285,59 @@ async def test_cookies_of_one_caller_never_reach_another(set_stage: SetStage) ->
 
 @BOTH
 @pytest_twisted.ensureDeferred
-async def test_a_redirect_is_handed_on_and_not_followed(set_stage: SetStage, payload: bytes) -> None:
+async def test_a_redirect_is_handed_on_and_not_followed(start_sandbox: StartSandbox, payload: bytes) -> None:
     async with recorder() as elsewhere:
         location = f"{elsewhere.url}/x?a=1".encode()
         raw = b"HTTP/1.1 307 Temporary Redirect\r\nLocation: " + location + b"\r\nContent-Length: 0\r\n\r\n"
-        (answer,) = await answered(set_stage, raw, payload)
+        (answer,) = await answered(start_sandbox, raw, payload)
         assert (answer.code, answer.all("location")) == (307, [location.decode()])
         assert elsewhere.connections == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_neighbours_redirect_is_not_followed_with_our_credentials(stage: Stage) -> None:
+async def test_a_neighbours_redirect_is_not_followed_with_our_credentials(sandbox: Sandbox) -> None:
     async with recorder() as elsewhere:
-        stage.homeserver.fault = Fault.redirect(f"{elsewhere.url}/steal")
-        stage.sfu.fault = Fault.redirect(f"{elsewhere.url}/steal", code=307)
-        room_id = stage.homeserver.create_room()
-        assert (await stage.ask_token("@alice:sandbox.local", room_id)).code == 401  # nor does upstream follow
-        assert (await stage.operator("GET", "/readyz")).code == 503
+        sandbox.homeserver.fault = Fault.redirect(f"{elsewhere.url}/steal")
+        sandbox.livekit.fault = Fault.redirect(f"{elsewhere.url}/steal", code=307)
+        room_id = sandbox.homeserver.create_room()
+        assert (await sandbox.ask_token("@alice:sandbox.local", room_id)).code == 401  # nor does upstream follow
+        assert (await sandbox.operator("GET", "/readyz")).code == 503
         assert elsewhere.connections == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_compressed_answer_passes_as_it_is(set_stage: SetStage) -> None:
+async def test_a_compressed_answer_passes_as_it_is(start_sandbox: StartSandbox) -> None:
     packed = gzip.compress(b"hello " * 1000, mtime=0)
     raw = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed) + packed
     async with recorder(raw) as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
-        answer = await one(stage.url, request(CLOSE, b"Accept-Encoding: gzip, br"))
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        answer = await one(sandbox.url, request(CLOSE, b"Accept-Encoding: gzip, br"))
         assert (answer.body, answer.all("content-encoding")) == (packed, ["gzip"])
         assert header(upstream.requests[0], b"accept-encoding") == [b"gzip, br"]
         await one(
-            stage.url, request(CLOSE, b"Accept-Encoding: gzip", method=b"POST", target=b"/sfu/get", body=TOKEN_BODY)
+            sandbox.url, request(CLOSE, b"Accept-Encoding: gzip", method=b"POST", target=b"/sfu/get", body=TOKEN_BODY)
         )
         assert header(upstream.requests[1], b"accept-encoding") == []  # a token we could not read
 
 
 @pytest_twisted.ensureDeferred
-async def test_answers_without_a_body_have_none(set_stage: SetStage) -> None:
+async def test_answers_without_a_body_have_none(start_sandbox: StartSandbox) -> None:
     for raw, method in (
         (b"HTTP/1.1 204 No Content\r\n\r\n", b"GET"),
         (b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n", b"GET"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", b"HEAD"),
     ):
-        (answer,) = await answered(set_stage, raw, request(CLOSE, method=method))
+        (answer,) = await answered(start_sandbox, raw, request(CLOSE, method=method))
         assert (answer.code, answer.body) == (int(raw[9:12]), b"")
         assert answer.all("transfer-encoding") == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_answer_that_ends_too_early_looks_so_to_the_caller(set_stage: SetStage) -> None:
+async def test_an_answer_that_ends_too_early_looks_so_to_the_caller(start_sandbox: StartSandbox) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     async with recorder(raw) as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
-        caller = await connect(stage.url)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        caller = await connect(sandbox.url)
         caller.send(request())
         await until(lambda: caller.received.endswith(b"half"))
         upstream.connections[0].transport.abortConnection()  # type: ignore[union-attr]
@@ -345,31 +347,33 @@ async def test_an_answer_that_ends_too_early_looks_so_to_the_caller(set_stage: S
 
 @pytest.mark.parametrize("first", ["caller", "upstream"])
 @pytest_twisted.ensureDeferred
-async def test_whoever_of_both_breaks_an_answer_off_is_no_error_of_ours(set_stage: SetStage, first: str) -> None:
+async def test_whoever_of_both_breaks_an_answer_off_is_no_error_of_ours(
+    start_sandbox: StartSandbox, first: str
+) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     async with recorder(raw) as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         with logged() as events:
-            caller = await connect(stage.url)
+            caller = await connect(sandbox.url)
             caller.send(request())
             await until(lambda: caller.received.endswith(b"half"))
             both = [caller.drop, upstream.connections[0].transport.abortConnection]  # type: ignore[union-attr]
             for hang_up in both if first == "caller" else reversed(both):
                 hang_up()
             await caller.closed
-            await stage.operator("GET", "/healthz")  # by when the guard has heard of both
+            await sandbox.operator("GET", "/healthz")  # by when the guard has heard of both
     assert crashes(events) == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobodys_answer_goes_to_who_hung_up_and_nobody_else(stage: Stage) -> None:
+async def test_nobodys_answer_goes_to_who_hung_up_and_nobody_else(sandbox: Sandbox) -> None:
     """A caller leaves in the middle; the next one on a fresh connection gets their own answer."""
-    stage.authorizer.faults["sfu_get"] = Fault.delay(0.05, times=1)
-    leaving = await connect(stage.url)
+    sandbox.upstream.faults["sfu_get"] = Fault.delay(0.05, times=1)
+    leaving = await connect(sandbox.url)
     leaving.send(request(method=b"POST", target=b"/sfu/get", body=TOKEN_BODY))
     leaving.drop()
-    room_id = stage.homeserver.create_room()
-    stage.homeserver.add_user("alice")
-    answer = await stage.ask_token("@alice:sandbox.local", room_id)
+    room_id = sandbox.homeserver.create_room()
+    sandbox.homeserver.add_user("alice")
+    answer = await sandbox.ask_token("@alice:sandbox.local", room_id)
     assert answer.code == 200
-    assert stage.authorizer.issued[-1].token == json.loads(answer.body)["jwt"]
+    assert sandbox.upstream.issued[-1].token == json.loads(answer.body)["jwt"]

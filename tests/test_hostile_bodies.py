@@ -14,10 +14,10 @@ import pytest_twisted
 from attrs import frozen
 
 from lotusguard.rules.requests import TOKEN_ROUTES, Unreadable, read_request
-from lotusguard.sandbox.authorizer_requests import BODY, CLIENT_BODY, FEDERATION_BODY, LEGACY_BODY
-from lotusguard.sandbox.lax_json import NotDecodable, decode
-from lotusguard.sandbox.stage import Stage
-from tests.conftest import SetStage
+from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.go.lax_json import NotDecodable, decode
+from lotusguard.sandbox.lk_jwt_service.requests import BODY, CLIENT_BODY, FEDERATION_BODY, LEGACY_BODY
+from tests.conftest import StartSandbox
 from tests.raw_http import recorder
 
 OPEN, FULL = "!open:sandbox.local", "!full:sandbox.local"
@@ -172,56 +172,56 @@ def unreadable(name: str, route: Route, body: bytes) -> None:
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
-async def test_a_hostile_body_gets_upstreams_own_400_and_nothing_is_forwarded(stage: Stage, route: Route) -> None:
+async def test_a_hostile_body_gets_upstreams_own_400_and_nothing_is_forwarded(sandbox: Sandbox, route: Route) -> None:
     bodies = {name: written(pattern, route) for name, (pattern, _) in PATTERNS.items()}
     bodies |= {name: written(pattern, route) for name, pattern in REFUSED_BY_ALL.items()}
     bodies |= {name: body for name, (body, _, _) in hidden_elsewhere(route).items()}
     for name, body in bodies.items():
-        answer = await stage.request("POST", stage.url + route.path, body, route.headers)
+        answer = await sandbox.request("POST", sandbox.url + route.path, body, route.headers)
         content = {"errcode": "M_NOT_JSON", "error": "Error reading request"}
         assert (name, answer.code, json.loads(answer.body)) == (name, 400, content)
         allowed = answer.headers.getRawHeaders("access-control-allow-origin")
         assert (name, allowed) == (name, ["*"] if route.cors else None)
         assert answer.headers.getRawHeaders("content-type") == ["application/json"]
-    assert list(stage.authorizer.seen) == []
-    assert stage.homeserver.asked["room_state"] == 0
+    assert list(sandbox.upstream.seen) == []
+    assert sandbox.homeserver.asked["room_state"] == 0
 
 
 @pytest_twisted.ensureDeferred
-async def test_two_shapes_in_one_body_are_refused(stage: Stage) -> None:
+async def test_two_shapes_in_one_body_are_refused(sandbox: Sandbox) -> None:
     """``/sfu/get`` takes either body; which of the two rooms counts is up to upstream's release."""
     body = f'{{"room":"{OPEN}","device_id":"D","room_id":"{FULL}","slot_id":"s",{MEMBER},{OPENID}}}'.encode()
-    answer = await stage.request("POST", stage.url + "/sfu/get", body)
+    answer = await sandbox.request("POST", sandbox.url + "/sfu/get", body)
     assert (answer.code, json.loads(answer.body)["errcode"]) == (400, "M_NOT_JSON")
-    assert list(stage.authorizer.seen) == []
+    assert list(sandbox.upstream.seen) == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_users_header_that_stands_there_twice_is_refused(stage: Stage) -> None:
+async def test_a_users_header_that_stands_there_twice_is_refused(sandbox: Sandbox) -> None:
     from tests.raw_http import exchange
 
     body = b'{"room_id":"!r:x","slot_id":"s","member_id":"m"}'
     head = f"POST {CLIENT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     twice = "X-Matrix-User-Identifier: @a:x\r\nX-Matrix-User-Identifier: @b:x\r\n\r\n"
-    (answer,) = await exchange(stage.url, (head + twice).encode() + body)
+    (answer,) = await exchange(sandbox.url, (head + twice).encode() + body)
     assert (answer.code, answer.json()["errcode"]) == (400, "M_NOT_JSON")
-    assert list(stage.authorizer.seen) == []
+    assert list(sandbox.upstream.seen) == []
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
 async def test_what_goes_on_is_our_own_writing_and_reads_the_same_to_a_lax_reader(
-    set_stage: SetStage, route: Route
+    start_sandbox: StartSandbox, route: Route
 ) -> None:
     """Odd but unambiguous bodies: whatever they held, upstream reads of ours what we read."""
     rooms = ("!a:b", "!\U0001f600:b", "!\u2028<>&:b", '!"\\/:b', "!\x7f\u0000:b", "!ſK:b", "!" + "x" * 3000)
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         for room in rooms:
             for ascii_only in (True, False):
                 value = json.dumps(room, ensure_ascii=ascii_only)
                 text = f' \r\n\t{{ "{route.room_key}" :{value} , {route.rest}}} \n'
-                await stage.request("POST", stage.url + route.path, text.encode(), route.headers)
+                await sandbox.request("POST", sandbox.url + route.path, text.encode(), route.headers)
                 forwarded = upstream.requests[-1].partition(b"\r\n\r\n")[2]
                 assert forwarded != text.encode()
                 assert decode(forwarded, route.schema) == decode(text.encode(), route.schema)
@@ -230,9 +230,9 @@ async def test_what_goes_on_is_our_own_writing_and_reads_the_same_to_a_lax_reade
 
 
 @pytest_twisted.ensureDeferred
-async def test_unknown_keys_are_upstreams_to_judge(stage: Stage) -> None:
+async def test_unknown_keys_are_upstreams_to_judge(sandbox: Sandbox) -> None:
     body = f'{{"room":"{OPEN}","device_id":"D",{OPENID},"what":{{"nested":[1.5,null,true]}}}}'.encode()
-    answer = await stage.request("POST", stage.url + "/sfu/get", body)
+    answer = await sandbox.request("POST", sandbox.url + "/sfu/get", body)
     assert answer.code == 400
-    (asked,) = stage.authorizer.seen
+    (asked,) = sandbox.upstream.seen
     assert json.loads(asked.body) == json.loads(body)

@@ -20,7 +20,7 @@ def test_aliases_are_upstreams(room: str, slot: str, alias: str) -> None:
 
 
 def test_aliases_are_escaped_as_go_escapes() -> None:
-    from lotusguard.sandbox.authorizer_requests import room_alias as upstreams
+    from lotusguard.sandbox.lk_jwt_service.requests import room_alias as upstreams
 
     for slot in ("a<b>&c", "\u2028\u2029", "ä€😀", '"\\\x01\n'):
         assert room_alias("!r:x", slot) == upstreams("!r:x", slot, "0.4.3")

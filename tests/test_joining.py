@@ -11,9 +11,9 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.clients.http import Answer
 from lotusguard.rules.tokens import read_unverified
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.calls import ALICE, BOB, CAROL, room_of
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 
 def claims_of(answer: Answer) -> dict[str, Any]:
@@ -23,9 +23,9 @@ def claims_of(answer: Answer) -> dict[str, Any]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_room_without_a_policy_gets_upstreams_answer_byte_for_byte(stage: Stage) -> None:
-    room_id = room_of(stage)
-    answer = await stage.ask_token(ALICE, room_id)
+async def test_a_room_without_a_policy_gets_upstreams_answer_byte_for_byte(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox)
+    answer = await sandbox.ask_token(ALICE, room_id)
     assert answer.code == 200
     assert claims_of(answer)["exp"] - claims_of(answer)["nbf"] >= 3600
     assert answer.body.endswith(b"}\n")
@@ -33,72 +33,72 @@ async def test_a_room_without_a_policy_gets_upstreams_answer_byte_for_byte(stage
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_full_room_is_refused_on_both_routes_and_nothing_happens_upstream(stage: Stage) -> None:
-    room_id = room_of(stage, 2)
-    await stage.enter(ALICE, room_id)
-    await stage.enter(BOB, room_id, new=True)
+async def test_a_full_room_is_refused_on_both_routes_and_nothing_happens_upstream(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 2)
+    await sandbox.enter(ALICE, room_id)
+    await sandbox.enter(BOB, room_id, new=True)
     for new in (False, True):
-        before = len(stage.authorizer.issued)
-        answer = await stage.ask_token(CAROL, room_id, new=new)
+        before = len(sandbox.upstream.issued)
+        answer = await sandbox.ask_token(CAROL, room_id, new=new)
         assert answer.code == 403
         assert json.loads(answer.body) == {"errcode": "M_FORBIDDEN", "error": "This voice channel is full."}
         assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
-        assert len(stage.authorizer.issued) == before
+        assert len(sandbox.upstream.issued) == before
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_is_in_is_let_in_again_with_any_device_on_any_route(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    await stage.enter(ALICE, room_id, new=True)
+async def test_who_is_in_is_let_in_again_with_any_device_on_any_route(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id, new=True)
     for how in ({"device": "TABLET"}, {"new": True}, {"new": True, "device": "TABLET"}):
-        assert (await stage.ask_token(ALICE, room_id, **how)).code == 200
-    assert (await stage.ask_token(BOB, room_id)).code == 403
+        assert (await sandbox.ask_token(ALICE, room_id, **how)).code == 200
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
 
 
 @pytest_twisted.ensureDeferred
-async def test_forbidden_sources_are_not_in_the_token(stage: Stage) -> None:
-    room_id = room_of(stage, allow_screenshare=False)
-    answer = await stage.ask_token(ALICE, room_id)
+async def test_forbidden_sources_are_not_in_the_token(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, allow_screenshare=False)
+    answer = await sandbox.ask_token(ALICE, room_id)
     claims = claims_of(answer)
     assert claims["video"]["canPublishSources"] == ["microphone", "camera"]
     assert claims["video"]["canPublish"] is True
     assert claims["exp"] - claims["nbf"] <= 180
-    participant = stage.sfu.connect(json.loads(answer.body)["jwt"])
+    participant = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
     assert participant.publish("MICROPHONE")
     assert not participant.publish("SCREEN_SHARE")
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_seat_is_free_again_when_its_user_has_left(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    assert (await stage.ask_token(BOB, room_id)).code == 403
-    stage.sfu.disconnect(alice.room.name, alice.identity)
-    assert (await stage.ask_token(BOB, room_id)).code == 200
+async def test_a_seat_is_free_again_when_its_user_has_left(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+    sandbox.livekit.disconnect(alice.room.name, alice.identity)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_running_screen_share_is_revoked_when_the_policy_changes(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600)
-    room_id = room_of(stage)
-    alice = await stage.enter(ALICE, room_id)
+async def test_a_running_screen_share_is_revoked_when_the_policy_changes(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    room_id = room_of(sandbox)
+    alice = await sandbox.enter(ALICE, room_id)
     alice.publish("MICROPHONE")
     alice.publish("SCREEN_SHARE")
-    stage.homeserver.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
-    answer = await stage.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
+    sandbox.homeserver.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
+    answer = await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
     assert answer.code == 202
     await until(lambda: [track.source for track in alice.info().tracks] == [2])
     assert alice.info().permission.can_subscribe
 
 
 @pytest_twisted.ensureDeferred
-async def test_200_users_at_once_on_10_seats_admit_exactly_10(stage: Stage) -> None:
-    room_id = room_of(stage, 10)
+async def test_200_users_at_once_on_10_seats_admit_exactly_10(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 10)
     users = [f"@u{number}:sandbox.local" for number in range(200)]
     for user in users:
-        stage.homeserver.add_user(user.split(":")[0][1:])
+        sandbox.homeserver.add_user(user.split(":")[0][1:])
     answers = await gatherResults(
-        [Deferred.fromCoroutine(stage.ask_token(user, room_id, new=n % 2 == 0)) for n, user in enumerate(users)]
+        [Deferred.fromCoroutine(sandbox.ask_token(user, room_id, new=n % 2 == 0)) for n, user in enumerate(users)]
     )
     assert sorted(answer.code for answer in answers) == [200] * 10 + [403] * 190
-    assert len(stage.authorizer.issued) == 10
+    assert len(sandbox.upstream.issued) == 10

@@ -13,8 +13,8 @@ from twisted.logger import Logger, LogLevel
 from twisted.web.client import _HTTP11ClientFactory
 
 from lotusguard.logs import observer_for
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.stage import ADMIN_TOKEN, SECRET, Stage
 from tests.calls import ALICE, BOB, logged, room_of
 
 HOSTILE = "!room\n2026-01-01 info allowed\r\x1b[2J\u2028\ud800:x"
@@ -67,19 +67,19 @@ def test_connections_to_neighbours_are_no_news_unless_asked_for() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_join_is_one_line_with_all_that_was_decided(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    await stage.enter(ALICE, room_id)
-    stage.sfu.fault = Fault.status(500)
-    stage.authorizer.full_access = ["nobody"]  # else it wants to make a room
+async def test_a_join_is_one_line_with_all_that_was_decided(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
+    sandbox.livekit.fault = Fault.status(500)
+    sandbox.upstream.full_access = ["nobody"]  # else it wants to make a room
     stream = io.StringIO()
     observer = observer_for("json", "info", stream)
     with logged() as events:
-        await stage.ask_token(BOB, room_id)
+        await sandbox.ask_token(BOB, room_id)
     for event in events:
         observer(event)
     (join,) = [line for line in map(json.loads, stream.getvalue().splitlines()) if line["event"] == "join"]
-    asked = next(asked for asked in stage.authorizer.seen if asked.header("X-Request-ID") == join["request_id"])
+    asked = next(asked for asked in sandbox.upstream.seen if asked.header("X-Request-ID") == join["request_id"])
     assert asked.path == join["route"] == "/sfu/get"
     assert (join["user"], join["room_id"], join["verdict"], join["reason"]) == (BOB, room_id, "allowed", "policy")
     assert join["unenforced"] == ["cap:status_500"]
@@ -88,16 +88,16 @@ async def test_a_join_is_one_line_with_all_that_was_decided(stage: Stage) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_line_holds_a_token_or_a_secret(stage: Stage) -> None:
-    room_id = room_of(stage, 1, allow_screenshare=False)
+async def test_no_line_holds_a_token_or_a_secret(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1, allow_screenshare=False)
     with logged() as events:
-        answer = await stage.ask_token(ALICE, room_id)
-        stage.sfu.connect(json.loads(answer.body)["jwt"])
-        await stage.ask_token(BOB, room_id)
+        answer = await sandbox.ask_token(ALICE, room_id)
+        sandbox.livekit.connect(json.loads(answer.body)["jwt"])
+        await sandbox.ask_token(BOB, room_id)
     stream = io.StringIO()
     observer = observer_for("json", "debug", stream)
     for event in events:
         observer(event)
-    secrets = [SECRET, ADMIN_TOKEN, stage.admin_token, json.loads(answer.body)["jwt"], *stage.homeserver.openid]
+    secrets = [SECRET, ADMIN_TOKEN, sandbox.admin_token, json.loads(answer.body)["jwt"], *sandbox.homeserver.openid]
     assert "refused" in stream.getvalue()
     assert not [secret for secret in secrets if secret in stream.getvalue()]

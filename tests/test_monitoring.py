@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import Metric
 
 from lotusguard.metrics import Metrics
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
 
 ROOT = Path(__file__).parent.parent
 ALERTS = ROOT / "deploy" / "monitoring" / "alerts.yaml"
@@ -111,10 +111,10 @@ def test_the_documentation_lists_every_metric_with_its_labels() -> None:
     assert listed == wanted
 
 
-def test_every_cache_has_a_limit_and_is_documented(stage: Stage) -> None:
+def test_every_cache_has_a_limit_and_is_documented(sandbox: Sandbox) -> None:
     caches = {
         family.name: {sample.labels["cache"] for sample in family.samples}
-        for family in stage.guard.metrics.registry.collect()
+        for family in sandbox.guard.metrics.registry.collect()
         if family.name in ("lotusguard_cache_entries", "lotusguard_cache_limit")
     }
     (line,) = re.findall(r"^\| `lotusguard_cache_entries\{cache\}` .*", METRICS_PAGE.read_text(), re.M)

@@ -13,13 +13,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.http import Answer
-from lotusguard.guard.seatbook import RECONNECTING, MemorySeatBook, Present
+from lotusguard.guard.seats.book import RECONNECTING, MemorySeatBook, Present
 from lotusguard.metrics import Metrics
 from lotusguard.rules.seats import Claim, RoomSeats, Session
 from lotusguard.rules.tokens import SfuKey
+from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import KEY, SECRET, Stage
+from lotusguard.sandbox.livekit.participant import Participant
 from tests.calls import (
     ALICE,
     BOB,
@@ -35,99 +35,101 @@ from tests.calls import (
     room_of,
     seen_in,
 )
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 
-async def at_rest(stage: Stage) -> None:
-    """Every webhook has been delivered and worked on."""
-    await stage.sfu.drained()
-    await until(lambda: not stage.guard._enforcement._running)
+async def at_rest(sandbox: Sandbox) -> None:
+    """PeriodicService webhook has been delivered and worked on."""
+    await sandbox.livekit.drained()
+    await until(lambda: not sandbox.guard._enforcement._running)
 
 
-def put_out(stage: Stage) -> list[str]:
+def put_out(sandbox: Sandbox) -> list[str]:
     """Who was put out so far."""
-    return [change.identity.split(":")[0] for change in stage.sfu.update_log if change.method == "RemoveParticipant"]
+    return [
+        change.identity.split(":")[0] for change in sandbox.livekit.update_log if change.method == "RemoveParticipant"
+    ]
 
 
-async def look_again(stage: Stage, *whose: Participant) -> None:
+async def look_again(sandbox: Sandbox, *whose: Participant) -> None:
     for who in whose:
-        stage.guard._enforcement.enforce(who.room.name)
-    await at_rest(stage)
+        sandbox.guard._enforcement.enforce(who.room.name)
+    await at_rest(sandbox)
 
 
 # -- put out ---------------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_old_token_does_not_get_into_a_full_room_however_often_it_is_tried(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
+async def test_an_old_token_does_not_get_into_a_full_room_however_often_it_is_tried(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
     with logged() as events:
         for times in (1, 2, 3):
-            bob = stage.sfu.connect(old_token(BOB, room_id))
+            bob = sandbox.livekit.connect(old_token(BOB, room_id))
             await until(lambda bob=bob: not bob.connected)  # type: ignore[misc]
-            await at_rest(stage)
-            assert counted(stage, "ejections_total") == times
+            await at_rest(sandbox)
+            assert counted(sandbox, "ejections_total") == times
     assert alice.connected
-    assert put_out(stage) == ["@bob"] * 3
+    assert put_out(sandbox) == ["@bob"] * 3
     assert len(named(events, "ejected")) == 3
-    assert await seen_in(stage, room_id) == [(ALICE, True)]
+    assert await seen_in(sandbox, room_id) == [(ALICE, True)]
 
 
 @pytest_twisted.ensureDeferred
-async def test_another_issuer_s_guests_count_as_users_of_their_own(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    await stage.enter(ALICE, room_id, new=True)
-    guest = stage.sfu.connect(old_token("aGFzaGVk", room_id))
+async def test_another_issuer_s_guests_count_as_users_of_their_own(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id, new=True)
+    guest = sandbox.livekit.connect(old_token("aGFzaGVk", room_id))
     await until(lambda: not guest.connected)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_seat_that_is_free_is_given_to_whoever_comes(stage: Stage) -> None:
-    room_id = room_of(stage, 2)
-    await stage.enter(ALICE, room_id)
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    await at_rest(stage)
+async def test_a_seat_that_is_free_is_given_to_whoever_comes(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 2)
+    await sandbox.enter(ALICE, room_id)
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
     assert bob.connected
-    assert (await stage.ask_token(CAROL, room_id)).code == 403
+    assert (await sandbox.ask_token(CAROL, room_id)).code == 403
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_promised_seat_is_not_for_somebody_with_an_old_token(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    answer = await stage.ask_token(ALICE, room_id)
-    bob = stage.sfu.connect(old_token(BOB, room_id))
+async def test_a_promised_seat_is_not_for_somebody_with_an_old_token(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    answer = await sandbox.ask_token(ALICE, room_id)
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
     await until(lambda: not bob.connected)
-    alice = stage.sfu.connect(json.loads(answer.body)["jwt"])
-    await at_rest(stage)
+    alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
+    await at_rest(sandbox)
     assert alice.connected
 
 
 @pytest_twisted.ensureDeferred
-async def test_reconciling_finds_whom_no_webhook_told_of(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=0.1)
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    await at_rest(stage)
-    stage.sfu.webhooks.urls[:] = []
+async def test_reconciling_finds_whom_no_webhook_told_of(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=0.1)
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.webhooks.urls[:] = []
     alice.room._count()
-    bob = stage.sfu.connect(old_token(BOB, room_id))
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
     await until(lambda: not bob.connected)
     assert alice.connected
 
 
 @pytest_twisted.ensureDeferred
-async def test_of_several_whom_no_webhook_told_of_the_first_to_come_has_the_seat(stage: Stage) -> None:
-    room_id = room_of(stage, 2)
-    alice = await stage.enter(ALICE, room_id)
-    await at_rest(stage)
-    stage.sfu.webhooks.urls[:] = []
-    now = stage.sfu.now
-    stage.sfu.now = lambda: now() + 1
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    stage.sfu.now = lambda: now() + 2
-    carol = stage.sfu.connect(old_token(CAROL, room_id))
-    await look_again(stage, alice)
+async def test_of_several_whom_no_webhook_told_of_the_first_to_come_has_the_seat(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 2)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.webhooks.urls[:] = []
+    now = sandbox.livekit.now
+    sandbox.livekit.now = lambda: now() + 1
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    sandbox.livekit.now = lambda: now() + 2
+    carol = sandbox.livekit.connect(old_token(CAROL, room_id))
+    await look_again(sandbox, alice)
     assert bob.connected
     assert not carol.connected
 
@@ -136,211 +138,211 @@ async def test_of_several_whom_no_webhook_told_of_the_first_to_come_has_the_seat
 
 
 @pytest_twisted.ensureDeferred
-async def test_further_devices_and_second_connections_of_who_is_in_stay(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    await stage.enter(ALICE, room_id)
+async def test_further_devices_and_second_connections_of_who_is_in_stay(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
     further = [
-        stage.sfu.connect(old_token(ALICE, room_id, device="TABLET")),
-        stage.sfu.connect(old_token(ALICE, room_id), publish="screen"),
-        await stage.enter(ALICE, room_id, new=True),
+        sandbox.livekit.connect(old_token(ALICE, room_id, device="TABLET")),
+        sandbox.livekit.connect(old_token(ALICE, room_id), publish="screen"),
+        await sandbox.enter(ALICE, room_id, new=True),
     ]
-    await at_rest(stage)
+    await at_rest(sandbox)
     assert all(who.connected for who in further)
-    assert put_out(stage) == []
+    assert put_out(sandbox) == []
 
 
 @pytest.mark.parametrize("kind", ["egress", "agent"])
 @pytest_twisted.ensureDeferred
-async def test_recorders_and_agents_take_no_seat_and_are_not_put_out(stage: Stage, kind: str) -> None:
-    room_id = room_of(stage, 1)
+async def test_recorders_and_agents_take_no_seat_and_are_not_put_out(sandbox: Sandbox, kind: str) -> None:
+    room_id = room_of(sandbox, 1)
     key = SfuKey(KEY, SECRET)
-    recorder = stage.sfu.connect(key.sign(key.read(old_token("recorder", room_id)) | {"kind": kind}))
-    await at_rest(stage)
-    alice = await stage.enter(ALICE, room_id)
-    await look_again(stage, alice)
+    recorder = sandbox.livekit.connect(key.sign(key.read(old_token("recorder", room_id)) | {"kind": kind}))
+    await at_rest(sandbox)
+    alice = await sandbox.enter(ALICE, room_id)
+    await look_again(sandbox, alice)
     assert recorder.connected
     assert alice.connected
-    assert await seen_in(stage, room_id) == [(ALICE, True)]
+    assert await seen_in(sandbox, room_id) == [(ALICE, True)]
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_was_in_when_the_cap_was_lowered_stays(stage: Stage) -> None:
-    room_id = room_of(stage, 3)
-    everybody = [await stage.enter(user, room_id) for user in (ALICE, BOB, CAROL)]
-    await at_rest(stage)
+async def test_who_was_in_when_the_cap_was_lowered_stays(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 3)
+    everybody = [await sandbox.enter(user, room_id) for user in (ALICE, BOB, CAROL)]
+    await at_rest(sandbox)
     for cap in (2, 1):
-        await change_policy(stage, room_id, cap)
-        await look_again(stage, *everybody)
+        await change_policy(sandbox, room_id, cap)
+        await look_again(sandbox, *everybody)
     assert all(who.connected for who in everybody)
-    late = stage.sfu.connect(old_token(DAVE, room_id))
+    late = sandbox.livekit.connect(old_token(DAVE, room_id))
     await until(lambda: not late.connected)
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_was_in_when_a_cap_was_set_again_stays(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    everybody = [await stage.enter(ALICE, room_id)]
-    await at_rest(stage)
-    await change_policy(stage, room_id)
-    await look_again(stage, *everybody)
-    everybody += [await stage.enter(BOB, room_id), stage.sfu.connect(old_token(CAROL, room_id))]
-    await at_rest(stage)
-    await change_policy(stage, room_id, 1)
-    await look_again(stage, *everybody)
+async def test_who_was_in_when_a_cap_was_set_again_stays(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    everybody = [await sandbox.enter(ALICE, room_id)]
+    await at_rest(sandbox)
+    await change_policy(sandbox, room_id)
+    await look_again(sandbox, *everybody)
+    everybody += [await sandbox.enter(BOB, room_id), sandbox.livekit.connect(old_token(CAROL, room_id))]
+    await at_rest(sandbox)
+    await change_policy(sandbox, room_id, 1)
+    await look_again(sandbox, *everybody)
     assert all(who.connected for who in everybody)
-    assert (await stage.ask_token(DAVE, room_id)).code == 403
-    late = stage.sfu.connect(old_token(DAVE, room_id))
+    assert (await sandbox.ask_token(DAVE, room_id)).code == 403
+    late = sandbox.livekit.connect(old_token(DAVE, room_id))
     await until(lambda: not late.connected)
-    assert put_out(stage) == ["@dave"]
+    assert put_out(sandbox) == ["@dave"]
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_was_in_when_the_guard_started_again_stays(set_stage: SetStage, tmp_path: Any) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
-    room_id = room_of(stage, 3)
-    everybody = [await stage.enter(user, room_id) for user in (ALICE, BOB, CAROL)]
-    await at_rest(stage)
-    await stage.guard.stopService()
-    put_policy(stage, room_id, 1)
-    await stage.start_guard()
-    await look_again(stage, *everybody)
+async def test_who_was_in_when_the_guard_started_again_stays(start_sandbox: StartSandbox, tmp_path: Any) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
+    room_id = room_of(sandbox, 3)
+    everybody = [await sandbox.enter(user, room_id) for user in (ALICE, BOB, CAROL)]
+    await at_rest(sandbox)
+    await sandbox.guard.stopService()
+    put_policy(sandbox, room_id, 1)
+    await sandbox.start_guard()
+    await look_again(sandbox, *everybody)
     assert all(who.connected for who in everybody)
-    late = stage.sfu.connect(old_token(DAVE, room_id))
+    late = sandbox.livekit.connect(old_token(DAVE, room_id))
     await until(lambda: not late.connected)
 
 
 @pytest_twisted.ensureDeferred
-async def test_allow_only_says_so(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_overflow="allow")
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
+async def test_allow_only_says_so(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_overflow="allow")
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
     with logged() as events:
-        bob = stage.sfu.connect(old_token(BOB, room_id))
-        await at_rest(stage)
-        await look_again(stage, alice, bob)
+        bob = sandbox.livekit.connect(old_token(BOB, room_id))
+        await at_rest(sandbox)
+        await look_again(sandbox, alice, bob)
     assert bob.connected
-    assert not stage.sfu.asked["RemoveParticipant"]
-    assert counted(stage, "withheld_total", action="eject") == 1
-    assert counted(stage, "ejections_total") == 0
-    assert [bob.identity in text for text in named(events, "withheld")] == [True]
-    assert (await stage.ask_token(CAROL, room_id)).code == 403  # who asks is still refused
-    assert (await stage.ask_token(BOB, room_id)).code == 200  # and who is in is not
+    assert not sandbox.livekit.asked["RemoveParticipant"]
+    assert counted(sandbox, "withheld_total", action="eject") == 1
+    assert counted(sandbox, "ejections_total") == 0
+    assert [bob.identity in text for text in named(events, "dry_run_skipped")] == [True]
+    assert (await sandbox.ask_token(CAROL, room_id)).code == 403  # who asks is still refused
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200  # and who is in is not
 
 
 # -- not while anything is unknown -------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobody_is_put_out_while_it_is_unknown_who_is_in(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    await at_rest(stage)
-    stage.sfu.faults["ListParticipants"] = Fault.status(500)
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    await at_rest(stage)
-    assert counted(stage, "enforcement_failures_total", action="look", reason="status_500")
+async def test_nobody_is_put_out_while_it_is_unknown_who_is_in(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.faults["ListParticipants"] = Fault.status(500)
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
+    assert counted(sandbox, "enforcement_failures_total", action="look", reason="status_500")
     assert bob.connected
-    del stage.sfu.faults["ListParticipants"]
-    await look_again(stage, alice)
+    del sandbox.livekit.faults["ListParticipants"]
+    await look_again(sandbox, alice)
     assert not bob.connected
 
 
 @pytest_twisted.ensureDeferred
 async def test_who_was_let_in_while_nobody_knew_the_policy_is_not_put_out_when_it_is_known_again(
-    set_stage: SetStage,
+    start_sandbox: StartSandbox,
 ) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1)
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    await at_rest(stage)
-    stage.homeserver.faults["room_state"] = Fault.status(500)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1)
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.homeserver.faults["room_state"] = Fault.status(500)
     await deferLater(reactor, 0.12)  # it is too old to be of any use now
-    bob = await stage.enter(BOB, room_id)
-    await at_rest(stage)
-    del stage.homeserver.faults["room_state"]
-    await change_policy(stage, room_id, 1)
-    await look_again(stage, alice, bob)
-    assert await seen_in(stage, room_id) == [(ALICE, True), (BOB, True)]
+    bob = await sandbox.enter(BOB, room_id)
+    await at_rest(sandbox)
+    del sandbox.homeserver.faults["room_state"]
+    await change_policy(sandbox, room_id, 1)
+    await look_again(sandbox, alice, bob)
+    assert await seen_in(sandbox, room_id) == [(ALICE, True), (BOB, True)]
     assert bob.connected
-    late = stage.sfu.connect(old_token(CAROL, room_id))
+    late = sandbox.livekit.connect(old_token(CAROL, room_id))
     await until(lambda: not late.connected)
 
 
-async def in_another_slot(stage: Stage, room_id: str) -> Participant:
+async def in_another_slot(sandbox: Sandbox, room_id: str) -> Participant:
     """Alice, on the only seat, in a slot of the room that others do not use."""
-    assert (await stage.ask_token(ALICE, room_id)).code == 200  # which is how the guard knows the usual one
-    answer = await stage.ask_token(ALICE, room_id, new=True, slot_id="m.call#second")
-    alice = stage.sfu.connect(json.loads(answer.body)["jwt"])
-    await at_rest(stage)
+    assert (await sandbox.ask_token(ALICE, room_id)).code == 200  # which is how the guard knows the usual one
+    answer = await sandbox.ask_token(ALICE, room_id, new=True, slot_id="m.call#second")
+    alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
+    await at_rest(sandbox)
     return alice
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_seats_are_the_room_s_over_all_its_slots(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await in_another_slot(stage, room_id)
-    bob = stage.sfu.connect(old_token(BOB, room_id))
+async def test_the_seats_are_the_room_s_over_all_its_slots(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await in_another_slot(sandbox, room_id)
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
     await until(lambda: not bob.connected)
     assert alice.connected
     assert alice.room.name != bob.room.name
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobody_is_put_out_while_another_slot_is_unknown(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await in_another_slot(stage, room_id)
-    stage.sfu.room_faults[alice.room.name] = Fault.status(500)
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    await at_rest(stage)
+async def test_nobody_is_put_out_while_another_slot_is_unknown(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await in_another_slot(sandbox, room_id)
+    sandbox.livekit.room_faults[alice.room.name] = Fault.status(500)
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
     assert bob.connected
-    assert counted(stage, "enforcement_failures_total", action="eject", reason="status_500") == 1
-    stage.sfu.room_faults.clear()
-    await look_again(stage, bob)
+    assert counted(sandbox, "enforcement_failures_total", action="eject", reason="status_500") == 1
+    sandbox.livekit.room_faults.clear()
+    await look_again(sandbox, bob)
     assert not bob.connected
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobody_is_put_out_for_who_left_another_slot_unnoticed(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await in_another_slot(stage, room_id)
-    urls, stage.sfu.webhooks.urls[:] = list(stage.sfu.webhooks.urls), []
-    stage.sfu.disconnect(alice.room.name, alice.identity)
-    stage.sfu.webhooks.urls[:] = urls
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    await at_rest(stage)
+async def test_nobody_is_put_out_for_who_left_another_slot_unnoticed(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await in_another_slot(sandbox, room_id)
+    urls, sandbox.livekit.webhooks.urls[:] = list(sandbox.livekit.webhooks.urls), []
+    sandbox.livekit.disconnect(alice.room.name, alice.identity)
+    sandbox.livekit.webhooks.urls[:] = urls
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
     assert bob.connected
-    assert await seen_in(stage, room_id) == [(BOB, True)]
+    assert await seen_in(sandbox, room_id) == [(BOB, True)]
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_unanswered_request_puts_nobody_out(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_upstream_timeout=3)
-    room_id = room_of(stage, 1)
-    stage.authorizer.faults["sfu_get"] = Fault.hang(times=1)
-    asking: Deferred[Answer] = Deferred.fromCoroutine(stage.ask_token(ALICE, room_id))
-    await until(lambda: stage.authorizer.asked["sfu_get"] == 1)
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    await at_rest(stage)
-    await look_again(stage, bob)
+async def test_an_unanswered_request_puts_nobody_out(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_upstream_timeout=3)
+    room_id = room_of(sandbox, 1)
+    sandbox.upstream.faults["sfu_get"] = Fault.hang(times=1)
+    asking: Deferred[Answer] = Deferred.fromCoroutine(sandbox.ask_token(ALICE, room_id))
+    await until(lambda: sandbox.upstream.asked["sfu_get"] == 1)
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
+    await look_again(sandbox, bob)
     assert not asking.called
     assert bob.connected
     assert (await asking).code == 504
-    await look_again(stage, bob)
+    await look_again(sandbox, bob)
     assert bob.connected  # nothing came of it: the seat is Bob's
-    assert await seen_in(stage, room_id) == [(BOB, True)]
+    assert await seen_in(sandbox, room_id) == [(BOB, True)]
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_answered_one_does(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    stage.authorizer.faults["sfu_get"] = Fault.delay(0.2, times=1)
-    asking: Deferred[Answer] = Deferred.fromCoroutine(stage.ask_token(ALICE, room_id))
-    await until(lambda: stage.authorizer.asked["sfu_get"] == 1)
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    await at_rest(stage)
+async def test_an_answered_one_does(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    sandbox.upstream.faults["sfu_get"] = Fault.delay(0.2, times=1)
+    asking: Deferred[Answer] = Deferred.fromCoroutine(sandbox.ask_token(ALICE, room_id))
+    await until(lambda: sandbox.upstream.asked["sfu_get"] == 1)
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
     assert bob.connected
     assert (await asking).code == 200
-    await look_again(stage, bob)
+    await look_again(sandbox, bob)
     assert not bob.connected
 
 
@@ -356,71 +358,71 @@ async def test_an_answered_one_does(stage: Stage) -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_who_could_not_be_put_out_is_tried_again(stage: Stage, fault: Fault, reason: str) -> None:
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    await at_rest(stage)
-    stage.sfu.faults["RemoveParticipant"] = fault
-    bob = stage.sfu.connect(old_token(BOB, room_id))
-    await at_rest(stage)
+async def test_who_could_not_be_put_out_is_tried_again(sandbox: Sandbox, fault: Fault, reason: str) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.faults["RemoveParticipant"] = fault
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
     assert bob.connected
-    assert (BOB, False) in await seen_in(stage, room_id)
-    del stage.sfu.faults["RemoveParticipant"]
-    await look_again(stage, alice)
+    assert (BOB, False) in await seen_in(sandbox, room_id)
+    del sandbox.livekit.faults["RemoveParticipant"]
+    await look_again(sandbox, alice)
     assert not bob.connected
-    assert counted(stage, "enforcement_failures_total", action="eject", reason=reason) == 1
-    assert counted(stage, "ejections_total") == 1
+    assert counted(sandbox, "enforcement_failures_total", action="eject", reason=reason) == 1
+    assert counted(sandbox, "ejections_total") == 1
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_404_that_is_not_the_sfu_s_empties_no_room_and_costs_nobody_their_seat(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    await at_rest(stage)
-    stage.sfu.faults["ListParticipants"] = Fault.status(404, b"404 page not found")
-    assert (await stage.ask_token(BOB, room_id)).code == 200
-    await look_again(stage, alice)
-    assert counted(stage, "fail_open_total", check="cap", reason="status_404") == 1
-    del stage.sfu.faults["ListParticipants"]
-    await look_again(stage, alice)
+async def test_a_404_that_is_not_the_sfu_s_empties_no_room_and_costs_nobody_their_seat(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.faults["ListParticipants"] = Fault.status(404, b"404 page not found")
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    await look_again(sandbox, alice)
+    assert counted(sandbox, "fail_open_total", check="cap", reason="status_404") == 1
+    del sandbox.livekit.faults["ListParticipants"]
+    await look_again(sandbox, alice)
     assert alice.connected
-    assert await seen_in(stage, room_id) == [(ALICE, True)]
+    assert await seen_in(sandbox, room_id) == [(ALICE, True)]
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_stale_entry_is_no_failure_and_does_not_save_the_others(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    await at_rest(stage)
-    stage.sfu.add_stale(alice.room.name, f"{CAROL}:PHONE", 404)
+async def test_a_stale_entry_is_no_failure_and_does_not_save_the_others(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.add_stale(alice.room.name, f"{CAROL}:PHONE", 404)
     with logged() as events:
-        bob = stage.sfu.connect(old_token(BOB, room_id))
+        bob = sandbox.livekit.connect(old_token(BOB, room_id))
         await until(lambda: not bob.connected)
-        await at_rest(stage)
+        await at_rest(sandbox)
     assert crashes(events) == []
-    assert counted(stage, "ejections_total") == 1
+    assert counted(sandbox, "ejections_total") == 1
     assert alice.connected
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_seat_that_comes_free_while_others_are_put_out_saves_the_next(stage: Stage) -> None:
-    room_id = room_of(stage, 2)
-    await stage.enter(ALICE, room_id)
-    bob = await stage.enter(BOB, room_id)
-    await at_rest(stage)
-    stage.sfu.faults["RemoveParticipant"] = Fault.status(500)
-    carol, dave = (stage.sfu.connect(old_token(user, room_id)) for user in (CAROL, DAVE))
-    await at_rest(stage)
-    assert await seen_in(stage, room_id) == [(ALICE, True), (BOB, True), (CAROL, False), (DAVE, False)]
-    stage.sfu.faults["RemoveParticipant"] = Fault.delay(0.3, times=1)
-    stage.guard._enforcement.enforce(carol.room.name)
-    await until(lambda: bool(stage.sfu.in_flight) and stage.sfu.faults["RemoveParticipant"].times == 0)
+async def test_a_seat_that_comes_free_while_others_are_put_out_saves_the_next(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 2)
+    await sandbox.enter(ALICE, room_id)
+    bob = await sandbox.enter(BOB, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.faults["RemoveParticipant"] = Fault.status(500)
+    carol, dave = (sandbox.livekit.connect(old_token(user, room_id)) for user in (CAROL, DAVE))
+    await at_rest(sandbox)
+    assert await seen_in(sandbox, room_id) == [(ALICE, True), (BOB, True), (CAROL, False), (DAVE, False)]
+    sandbox.livekit.faults["RemoveParticipant"] = Fault.delay(0.3, times=1)
+    sandbox.guard._enforcement.enforce(carol.room.name)
+    await until(lambda: bool(sandbox.livekit.in_flight) and sandbox.livekit.faults["RemoveParticipant"].times == 0)
     bob.room.remove(bob, 1)
-    await at_rest(stage)
+    await at_rest(sandbox)
     assert [carol.connected, dave.connected].count(True) == 1
-    await look_again(stage, dave)
-    assert counted(stage, "ejections_total") == 1
-    assert len(await seen_in(stage, room_id)) == 2
+    await look_again(sandbox, dave)
+    assert counted(sandbox, "ejections_total") == 1
+    assert len(await seen_in(sandbox, room_id)) == 2
 
 
 # -- in the seat book itself -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest_twisted
 from twisted.internet.threads import deferToThread
 
 from lotusguard import __version__
-from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, Stage
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
 from tests.guardprocess import free_port
 from tests.test_upgrade import Host
 
@@ -192,7 +192,7 @@ run()
 class RealHost(Host):
     """A host with the real thing installed; what that depends on is borrowed from our venv, ``twistd`` included."""
 
-    def __init__(self, folder: Path, stage: Stage) -> None:
+    def __init__(self, folder: Path, sandbox: Sandbox) -> None:
         super().__init__(folder)
         settings = {
             "GUARD_BIND_HOST": "127.0.0.1",
@@ -200,16 +200,16 @@ class RealHost(Host):
             "GUARD_ADMIN_PORT": self.port,
             "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
             "GUARD_STATE_DIR": folder / "state",
-            "GUARD_UPSTREAM": stage.authorizer.url,
-            "LIVEKIT_API": stage.sfu.url,
+            "GUARD_UPSTREAM": sandbox.upstream.url,
+            "LIVEKIT_API": sandbox.livekit.url,
             "LIVEKIT_KEY": KEY,
             "LIVEKIT_SECRET": SECRET,
-            "SYNAPSE_API": stage.homeserver.url,
-            "MATRIX_TOKEN": stage.admin_token,
+            "SYNAPSE_API": sandbox.homeserver.url,
+            "MATRIX_TOKEN": sandbox.admin_token,
         }
         lines = [f"{name}={value}\n" for name, value in settings.items()]
         (folder / "env").write_text("".join(lines), encoding="utf-8")
-        stage.sfu.webhooks.urls[:] = [f"http://127.0.0.1:{settings['GUARD_BIND_PORT']}/sfu_webhook"]
+        sandbox.livekit.webhooks.urls[:] = [f"http://127.0.0.1:{settings['GUARD_BIND_PORT']}/sfu_webhook"]
         python = folder / "python"
         script = TWISTD.format(venv="$3")
         python.write_text(
@@ -221,9 +221,9 @@ class RealHost(Host):
 
 @pytest_twisted.ensureDeferred
 async def test_a_real_release_is_checked_rehearsed_and_switched_to(
-    sources: Path, dist: Path, stage: Stage, tmp_path: Path
+    sources: Path, dist: Path, sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    host = RealHost(tmp_path, stage)
+    host = RealHost(tmp_path, sandbox)
     newer = build(sources, tmp_path / "newer", "0.1.99")
     try:
         first = await deferToThread(host.upgrade, the_wheel(dist))

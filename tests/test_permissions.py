@@ -31,7 +31,7 @@ from lotusguard.rules.sources import (
     revoked,
     within,
 )
-from lotusguard.sandbox.grants import VideoGrant
+from lotusguard.sandbox.livekit.grants import VideoGrant
 
 SCREEN = frozenset({SCREEN_SHARE, SCREEN_SHARE_AUDIO})
 UNKNOWN = TrackSource.UNKNOWN

@@ -18,11 +18,11 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.calls import ALICE, BOB, room_of
 
 SNIPPETS = Path(__file__).parent.parent / "deploy" / "proxy"
-Start = Callable[[str, Stage], Awaitable[str]]
+Start = Callable[[str, Sandbox], Awaitable[str]]
 
 
 def free_port() -> int:
@@ -71,16 +71,16 @@ PROXIES = {"nginx.conf": nginx, "nginx-proxy-manager.conf": nginx, "Caddyfile": 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the proxy that a snippet is for, in front of a stage. :return: the address that clients would be told."""
+    """Starts the proxy that a snippet is for. :return: the address that clients would use."""
     running: list[subprocess.Popen[bytes]] = []
 
-    async def started(name: str, stage: Stage) -> str:
+    async def started(name: str, sandbox: Sandbox) -> str:
         proxy = PROXIES[name]
         program = shutil.which(proxy.__name__, path=os.environ["PATH"] + ":/usr/sbin")
         if program is None:
             pytest.skip(f"there is no {proxy.__name__}")
         port = free_port()
-        arguments = proxy(name, tmp_path, port, stage.url.removeprefix("http://"))
+        arguments = proxy(name, tmp_path, port, sandbox.url.removeprefix("http://"))
         running.append(begun([program, *arguments], tmp_path))
         for _ in range(200):
             with socket.socket() as knock:
@@ -97,30 +97,30 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.mark.parametrize("snippet", PROXIES)
 @pytest_twisted.ensureDeferred
-async def test_joins_are_decided_behind_the_proxy(stage: Stage, start: Start, snippet: str) -> None:
-    address = await start(snippet, stage)
-    room_id = room_of(stage, 1)
+async def test_joins_are_decided_behind_the_proxy(sandbox: Sandbox, start: Start, snippet: str) -> None:
+    address = await start(snippet, sandbox)
+    room_id = room_of(sandbox, 1)
 
     async def ask(user: str) -> tuple[int, dict[str, str], Sequence[str] | None]:
-        body = {"room": room_id, "device_id": "PHONE", "openid_token": stage.homeserver.openid_token(user)}
-        answer = await stage.request(
+        body = {"room": room_id, "device_id": "PHONE", "openid_token": sandbox.homeserver.openid_token(user)}
+        answer = await sandbox.request(
             "POST", f"{address}/sfu/get", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         return answer.code, json.loads(answer.body), answer.headers.getRawHeaders("access-control-allow-origin")
 
     code, given, allowed = await ask(ALICE)
     assert (code, allowed) == (200, ["*"])
-    stage.sfu.connect(given["jwt"])
+    sandbox.livekit.connect(given["jwt"])
     code, given, allowed = await ask(BOB)
     assert (code, given["error"], allowed) == (403, "This voice channel is full.", ["*"])
-    asked = next(asked for asked in stage.authorizer.seen if asked.path == "/sfu/get")
+    asked = next(asked for asked in sandbox.upstream.seen if asked.path == "/sfu/get")
     assert asked.header("X-Forwarded-For") == "127.0.0.1, 127.0.0.1"
 
 
 @pytest.mark.parametrize("snippet", PROXIES)
 @pytest_twisted.ensureDeferred
-async def test_webhooks_do_not_come_in_from_outside(stage: Stage, start: Start, snippet: str) -> None:
-    address = await start(snippet, stage)
+async def test_webhooks_do_not_come_in_from_outside(sandbox: Sandbox, start: Start, snippet: str) -> None:
+    address = await start(snippet, sandbox)
     spellings = (
         "sfu_webhook",
         "sfu%5Fwebhook",
@@ -130,9 +130,9 @@ async def test_webhooks_do_not_come_in_from_outside(stage: Stage, start: Start, 
         "./sfu_webhook/",
     )
     for spelling in spellings:
-        answer = await stage.request("POST", f"{address}/{spelling}", b"{}")
+        answer = await sandbox.request("POST", f"{address}/{spelling}", b"{}")
         assert answer.code == 404, spelling
-    assert stage.authorizer.asked["sfu_webhook"] == 0
-    forged = stage.guard.metrics.webhooks.labels("forged")._value.get()
+    assert sandbox.upstream.asked["sfu_webhook"] == 0
+    forged = sandbox.guard.metrics.webhooks.labels("forged")._value.get()
     assert forged == 0, "it reached the guard"
-    assert (await stage.request("GET", f"{address}/healthz")).code == 200
+    assert (await sandbox.request("GET", f"{address}/healthz")).code == 200

@@ -21,13 +21,13 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from lotusguard.clients.neighbour import NeighbourFailed
-from lotusguard.guard.enforcement import ROOMS_AT_ONCE
-from lotusguard.guard.reconciler import JITTER, Every
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.guard.calls.enforcement import ROOMS_AT_ONCE
+from lotusguard.guard.periodic import JITTER, PeriodicService
 from lotusguard.rules.identity import room_alias
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, Stage
+from lotusguard.sandbox.livekit.participant import Participant
 from tests.calls import (
     ALICE,
     BOB,
@@ -43,33 +43,33 @@ from tests.calls import (
     room_of,
     tell,
 )
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 NO_SCREEN = {"allow_screenshare": False}
 
 
-async def at_rest(stage: Stage) -> None:
-    await stage.sfu.drained()
-    await until(lambda: not stage.guard._enforcement._running)
+async def at_rest(sandbox: Sandbox) -> None:
+    await sandbox.livekit.drained()
+    await until(lambda: not sandbox.guard._enforcement._running)
 
 
-async def sharing(stage: Stage, room_id: str) -> Participant:
+async def sharing(sandbox: Sandbox, room_id: str) -> Participant:
     """Alice in a room, sharing her screen; the SFU has counted her."""
-    alice = await stage.enter(ALICE, room_id)
+    alice = await sandbox.enter(ALICE, room_id)
     assert alice.publish("SCREEN_SHARE")
     alice.room._count()
     return alice
 
 
-async def calls_where_sharing_ends(stage: Stage, count: int) -> list[Participant]:
+async def calls_where_sharing_ends(sandbox: Sandbox, count: int) -> list[Participant]:
     """Running calls whose rooms have just forbidden what is shared in them; nobody has told the guard."""
-    rooms = [room_of(stage) for _ in range(count)]
-    everybody = [await sharing(stage, room_id) for room_id in rooms]
-    await at_rest(stage)
-    stage.sfu.webhooks.urls[:] = []
+    rooms = [room_of(sandbox) for _ in range(count)]
+    everybody = [await sharing(sandbox, room_id) for room_id in rooms]
+    await at_rest(sandbox)
+    sandbox.livekit.webhooks.urls[:] = []
     for room_id in rooms:
-        put_policy(stage, room_id, **NO_SCREEN)
-        stage.guard._enforcement._policies.drop(room_id)
+        put_policy(sandbox, room_id, **NO_SCREEN)
+        sandbox.guard._enforcement._policies.drop(room_id)
     return everybody
 
 
@@ -77,11 +77,11 @@ def ended(who: Participant) -> bool:
     return published(who) == []
 
 
-def asked_about(stage: Stage, method: str = "ListParticipants") -> list[str]:
+def asked_about(sandbox: Sandbox, method: str = "ListParticipants") -> list[str]:
     """The SFU rooms that a method was asked about."""
     return [
         pb.ListParticipantsRequest.FromString(asked.body).room
-        for asked in stage.sfu.seen
+        for asked in sandbox.livekit.seen
         if asked.path.endswith(f"/{method}")
     ]
 
@@ -91,164 +91,168 @@ def asked_about(stage: Stage, method: str = "ListParticipants") -> list[str]:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("new", [False, True])
-async def test_one_list_of_rooms_and_then_only_those_with_a_policy_and_people_in_them(stage: Stage, new: bool) -> None:
+async def test_one_list_of_rooms_and_then_only_those_with_a_policy_and_people_in_them(
+    sandbox: Sandbox, new: bool
+) -> None:
     """Of a room that was made just now the list does not tell yet whether anybody is there."""
-    with_policy = room_of(stage, 5)
-    alice = await sharing(stage, with_policy)
-    without = await sharing(stage, room_of(stage))
-    empty = room_of(stage, 5)
-    await stage.ask_token(BOB, empty)  # a room with a policy, where nobody is yet
-    await at_rest(stage)
-    assert len(stage.sfu.rooms) == 3
-    for room in stage.sfu.rooms.values():
+    with_policy = room_of(sandbox, 5)
+    alice = await sharing(sandbox, with_policy)
+    without = await sharing(sandbox, room_of(sandbox))
+    empty = room_of(sandbox, 5)
+    await sandbox.ask_token(BOB, empty)  # a room with a policy, where nobody is yet
+    await at_rest(sandbox)
+    assert len(sandbox.livekit.rooms) == 3
+    for room in sandbox.livekit.rooms.values():
         room.listed.creation_time -= 0 if new else 60
-    stage.sfu.seen.clear()
-    stage.sfu.asked.clear()
-    await stage.guard._enforcement.reconcile()
-    await at_rest(stage)
-    assert stage.sfu.asked["ListRooms"] == 1
-    assert sorted(asked_about(stage)) == sorted([alice.room.name, *([room_alias(empty)] if new else [])])
+    sandbox.livekit.seen.clear()
+    sandbox.livekit.asked.clear()
+    await sandbox.guard._enforcement.reconcile()
+    await at_rest(sandbox)
+    assert sandbox.livekit.asked["ListRooms"] == 1
+    assert sorted(asked_about(sandbox)) == sorted([alice.room.name, *([room_alias(empty)] if new else [])])
     assert without.connected
-    assert stage.guard._enforcement.watched == {alice.room.name: 1}
+    assert sandbox.guard._enforcement.watched == {alice.room.name: 1}
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_idle_guard_asks_for_the_rooms_and_nothing_else(stage: Stage) -> None:
-    await stage.guard._enforcement.reconcile()
-    assert stage.sfu.asked == {"ListRooms": 1}
-    assert not stage.homeserver.asked["room_state"]
+async def test_an_idle_guard_asks_for_the_rooms_and_nothing_else(sandbox: Sandbox) -> None:
+    await sandbox.guard._enforcement.reconcile()
+    assert sandbox.livekit.asked == {"ListRooms": 1}
+    assert not sandbox.homeserver.asked["room_state"]
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_policy_is_asked_for_once_in_its_time_however_often_it_is_reconciled(stage: Stage) -> None:
-    await sharing(stage, room_of(stage, 5))
-    await at_rest(stage)
-    before = stage.homeserver.asked["room_state"]
+async def test_a_policy_is_asked_for_once_in_its_time_however_often_it_is_reconciled(sandbox: Sandbox) -> None:
+    await sharing(sandbox, room_of(sandbox, 5))
+    await at_rest(sandbox)
+    before = sandbox.homeserver.asked["room_state"]
     for _ in range(5):
-        await stage.guard._enforcement.reconcile()
-        await at_rest(stage)
-    assert stage.homeserver.asked["room_state"] == before
+        await sandbox.guard._enforcement.reconcile()
+        await at_rest(sandbox)
+    assert sandbox.homeserver.asked["room_state"] == before
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_catches_what_no_webhook_told(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=0.1, guard_policy_ttl=0.1)
-    room_id = room_of(stage)
-    alice = await sharing(stage, room_id)
-    stage.sfu.webhooks.urls[:] = []
-    put_policy(stage, room_id, **NO_SCREEN)
+async def test_it_catches_what_no_webhook_told(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=0.1, guard_policy_ttl=0.1)
+    room_id = room_of(sandbox)
+    alice = await sharing(sandbox, room_id)
+    sandbox.livekit.webhooks.urls[:] = []
+    put_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: ended(alice))
-    bob = stage.sfu.connect(old_token(BOB, room_id))
+    bob = sandbox.livekit.connect(old_token(BOB, room_id))
     await until(lambda: not bob.grant.may_publish(TrackSource.SCREEN_SHARE))
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_went_unnoticed_is_seen_to_be_gone(stage: Stage) -> None:
-    alice = await sharing(stage, room_of(stage, 1))
-    await at_rest(stage)
-    assert counted(stage, "participants") == 1
-    stage.sfu.webhooks.urls[:] = []
+async def test_who_went_unnoticed_is_seen_to_be_gone(sandbox: Sandbox) -> None:
+    alice = await sharing(sandbox, room_of(sandbox, 1))
+    await at_rest(sandbox)
+    assert counted(sandbox, "participants") == 1
+    sandbox.livekit.webhooks.urls[:] = []
     alice.room.close()
-    await stage.guard._enforcement.reconcile()
-    await at_rest(stage)
-    assert counted(stage, "participants") == counted(stage, "rooms") == counted(stage, "seats_held") == 0
+    await sandbox.guard._enforcement.reconcile()
+    await at_rest(sandbox)
+    assert counted(sandbox, "participants") == counted(sandbox, "rooms") == counted(sandbox, "seats_held") == 0
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_round_fails_with_the_sfu_and_says_so(stage: Stage) -> None:
-    stage.sfu.faults["ListRooms"] = Fault.status(500)
-    with pytest.raises(NeighbourFailed):
-        await stage.guard._enforcement.reconcile()
-    assert stage.guard._enforcement.round_at is None
+async def test_a_round_fails_with_the_sfu_and_says_so(sandbox: Sandbox) -> None:
+    sandbox.livekit.faults["ListRooms"] = Fault.status(500)
+    with pytest.raises(DependencyFailed):
+        await sandbox.guard._enforcement.reconcile()
+    assert sandbox.guard._enforcement.round_at is None
 
 
 # -- one room does not delay another ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault.hang(), Fault.status(500), Fault.garbage(), Fault.delay(1), Fault.close()], ids=lambda f: f.kind
+    "fault",
+    [Fault.hang(), Fault.status(500), Fault.invalid_response(), Fault.delay(1), Fault.close()],
+    ids=lambda f: f.kind,
 )
 @pytest_twisted.ensureDeferred
-async def test_an_ill_room_does_not_delay_the_others(set_stage: SetStage, fault: Fault) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_lookup_timeout=3)
-    ill, *others = await calls_where_sharing_ends(stage, 6)
-    stage.sfu.room_faults[ill.room.name] = fault
-    await stage.guard._enforcement.reconcile()
+async def test_an_ill_room_does_not_delay_the_others(start_sandbox: StartSandbox, fault: Fault) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3)
+    ill, *others = await calls_where_sharing_ends(sandbox, 6)
+    sandbox.livekit.room_faults[ill.room.name] = fault
+    await sandbox.guard._enforcement.reconcile()
     await until(lambda: all(map(ended, others)))
     if fault.kind in ("hang", "delay"):
-        assert ill.room.name in stage.guard._enforcement._running
+        assert ill.room.name in sandbox.guard._enforcement._running
     assert not ended(ill)
-    await at_rest(stage)
-    stage.sfu.room_faults.clear()
-    await stage.guard._enforcement.reconcile()
+    await at_rest(sandbox)
+    sandbox.livekit.room_faults.clear()
+    await sandbox.guard._enforcement.reconcile()
     await until(lambda: ended(ill))
 
 
 @pytest_twisted.ensureDeferred
-async def test_rounds_leave_alone_what_an_earlier_one_is_still_at(stage: Stage) -> None:
-    ill, other = await calls_where_sharing_ends(stage, 2)
-    stage.sfu.room_faults[ill.room.name] = Fault.hang()
-    stage.sfu.seen.clear()
+async def test_rounds_leave_alone_what_an_earlier_one_is_still_at(sandbox: Sandbox) -> None:
+    ill, other = await calls_where_sharing_ends(sandbox, 2)
+    sandbox.livekit.room_faults[ill.room.name] = Fault.hang()
+    sandbox.livekit.seen.clear()
     for rounds in range(1, 4):
-        await stage.guard._enforcement.reconcile()  # returns although that room hangs
-        await until(lambda: other.room.name not in stage.guard._enforcement._running)
-        assert asked_about(stage).count(other.room.name) == rounds
-    assert asked_about(stage).count(ill.room.name) == 1
-    assert not stage.guard._enforcement._again
+        await sandbox.guard._enforcement.reconcile()  # returns although that room hangs
+        await until(lambda: other.room.name not in sandbox.guard._enforcement._running)
+        assert asked_about(sandbox).count(other.room.name) == rounds
+    assert asked_about(sandbox).count(ill.room.name) == 1
+    assert not sandbox.guard._enforcement._again
 
 
 @pytest_twisted.ensureDeferred
-async def test_only_so_many_rooms_are_worked_on_at_once(stage: Stage) -> None:
-    everybody = await calls_where_sharing_ends(stage, 3 * ROOMS_AT_ONCE)
-    stage.sfu.faults["ListParticipants"] = Fault.delay(0.02)
+async def test_only_so_many_rooms_are_worked_on_at_once(sandbox: Sandbox) -> None:
+    everybody = await calls_where_sharing_ends(sandbox, 3 * ROOMS_AT_ONCE)
+    sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.02)
     at_once = 0
 
     def all_ended() -> bool:
         nonlocal at_once
-        at_once = max(at_once, len(stage.sfu.in_flight))
+        at_once = max(at_once, len(sandbox.livekit.in_flight))
         return all(map(ended, everybody))
 
-    await stage.guard._enforcement.reconcile()
+    await sandbox.guard._enforcement.reconcile()
     await until(all_ended)
     assert 1 < at_once <= ROOMS_AT_ONCE
 
 
 @pytest_twisted.ensureDeferred
-async def test_when_many_rooms_hang_webhooks_and_joins_go_on(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600)
-    everybody = await calls_where_sharing_ends(stage, 2 * ROOMS_AT_ONCE)
-    full = room_of(stage, 1)
-    await stage.enter(ALICE, full)
+async def test_when_many_rooms_hang_webhooks_and_joins_go_on(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    everybody = await calls_where_sharing_ends(sandbox, 2 * ROOMS_AT_ONCE)
+    full = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, full)
     for who in everybody[:-1]:
-        stage.sfu.room_faults[who.room.name] = Fault.hang()
+        sandbox.livekit.room_faults[who.room.name] = Fault.hang()
     last = everybody[-1]
-    enforcement = stage.guard._enforcement
+    enforcement = sandbox.guard._enforcement
     for who in everybody:
         enforcement.enforce(who.room.name, in_turn=True)
-    await until(lambda: len(stage.sfu.in_flight) == ROOMS_AT_ONCE)
+    await until(lambda: len(sandbox.livekit.in_flight) == ROOMS_AT_ONCE)
     assert last.room.name in enforcement._queued
-    await tell(stage, event_about("track_published", last))  # which does not wait for its turn
+    await tell(sandbox, event_about("track_published", last))  # which does not wait for its turn
     await until(lambda: ended(last), seconds=8)
-    assert (await stage.ask_token(ALICE, full)).code == 200
-    assert (await stage.ask_token(BOB, full)).code == 403
-    assert len(stage.sfu.in_flight) == ROOMS_AT_ONCE  # they still hang
+    assert (await sandbox.ask_token(ALICE, full)).code == 200
+    assert (await sandbox.ask_token(BOB, full)).code == 403
+    assert len(sandbox.livekit.in_flight) == ROOMS_AT_ONCE  # they still hang
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_room_that_was_done_out_of_turn_is_not_done_again_in_its_turn(stage: Stage) -> None:
-    everybody = await calls_where_sharing_ends(stage, ROOMS_AT_ONCE + 1)
-    stage.sfu.faults["ListParticipants"] = Fault.delay(0.1, times=ROOMS_AT_ONCE)
-    stage.sfu.seen.clear()
+async def test_a_room_that_was_done_out_of_turn_is_not_done_again_in_its_turn(sandbox: Sandbox) -> None:
+    everybody = await calls_where_sharing_ends(sandbox, ROOMS_AT_ONCE + 1)
+    sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.1, times=ROOMS_AT_ONCE)
+    sandbox.livekit.seen.clear()
     for who in everybody:
-        stage.guard._enforcement.enforce(who.room.name, in_turn=True)
-    stage.guard._enforcement.enforce(everybody[-1].room.name)
+        sandbox.guard._enforcement.enforce(who.room.name, in_turn=True)
+    sandbox.guard._enforcement.enforce(everybody[-1].room.name)
     await until(lambda: all(map(ended, everybody)))
-    await at_rest(stage)
-    assert asked_about(stage).count(everybody[-1].room.name) == 1
+    await at_rest(sandbox)
+    assert asked_about(sandbox).count(everybody[-1].room.name) == 1
     for who in everybody:  # and all turns are free again
-        stage.guard._enforcement.enforce(who.room.name, in_turn=True)
-    assert not stage.guard._enforcement._queued - {everybody[-1].room.name}
-    await at_rest(stage)
+        sandbox.guard._enforcement.enforce(who.room.name, in_turn=True)
+    assert not sandbox.guard._enforcement._queued - {everybody[-1].room.name}
+    await at_rest(sandbox)
 
 
 # -- every few seconds -------------------------------------------------------------------------------------------
@@ -263,7 +267,7 @@ class Rounds:
         self.most_at_once = 0
         self.ends: Deferred[None] | None = None
         self._clock = clock
-        self.every = Every("rounds", interval, self.work, clock, now=now)
+        self.every = PeriodicService("rounds", interval, self.work, clock, now=now)
 
     async def work(self) -> None:
         self.begun.append(self._clock.seconds())
@@ -307,7 +311,7 @@ def test_rounds_come_every_interval_and_a_little_by_chance() -> None:
     assert len(starts) > 3
 
 
-@pytest.mark.parametrize("error", [NeighbourFailed("livekit", "timeout"), ValueError("a mistake of ours")])
+@pytest.mark.parametrize("error", [DependencyFailed("livekit", "timeout"), ValueError("a mistake of ours")])
 def test_a_failed_round_is_followed_by_the_next(error: Exception) -> None:
     clock = Clock()
     rounds = Rounds(clock)
@@ -337,22 +341,24 @@ def test_a_round_that_is_under_way_ends_with_the_service() -> None:
 # -- started again, killed -----------------------------------------------------------------------------------------
 
 UNUSUAL = {"new": True, "slot_id": "m.call#unusual"}
-"""A slot that nobody can guess, with identities that tell nothing: only the ledger knows either."""
+"""A slot that nobody can guess, with identities that tell nothing: only the registry knows either."""
 
 
 @pytest_twisted.ensureDeferred
-async def test_after_a_restart_the_guard_knows_its_rooms_and_who_is_in_them(set_stage: SetStage, tmp_path: Any) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id, **UNUSUAL)
+async def test_after_a_restart_the_guard_knows_its_rooms_and_who_is_in_them(
+    start_sandbox: StartSandbox, tmp_path: Any
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id, **UNUSUAL)
     assert alice.publish("SCREEN_SHARE")
     alice.room._count()
-    await stage.guard.stopService()
-    put_policy(stage, room_id, 1, **NO_SCREEN)
-    await stage.start_guard(guard_reconcile_interval=0.1)
+    await sandbox.guard.stopService()
+    put_policy(sandbox, room_id, 1, **NO_SCREEN)
+    await sandbox.start_guard(guard_reconcile_interval=0.1)
     await until(lambda: ended(alice))
-    assert (await stage.ask_token(ALICE, room_id, device="TABLET")).code == 200
-    assert (await stage.ask_token(BOB, room_id)).code == 403
+    assert (await sandbox.ask_token(ALICE, room_id, device="TABLET")).code == 200
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
 
 
 class Output(ProcessProtocol):
@@ -368,8 +374,8 @@ class Output(ProcessProtocol):
         self.gone.callback(None)
 
 
-class InAProcess(Stage):
-    """A stage whose guard is started as an operator starts it, and can be killed as a kernel kills it."""
+class InAProcess(Sandbox):
+    """A sandbox whose guard is started as an operator starts it, and can be killed as a kernel kills it."""
 
     def __init__(self, state_dir: Path) -> None:
         super().__init__(reactor)
@@ -380,13 +386,13 @@ class InAProcess(Stage):
 
     async def start_guard(self, **settings: object) -> None:
         self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
-        self.sfu.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
+        self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
         root = str(Path(__file__).parent.parent)
         environment = {
             "PATH": os.environ.get("PATH", ""), "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1",
             "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": str(self.port),
             "GUARD_ADMIN_PORT": str(self.admin_port), "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
-            "GUARD_UPSTREAM": self.authorizer.url, "LIVEKIT_API": self.sfu.url, "SYNAPSE_API": self.homeserver.url,
+            "GUARD_UPSTREAM": self.upstream.url, "LIVEKIT_API": self.livekit.url, "SYNAPSE_API": self.homeserver.url,
             "LIVEKIT_KEY": KEY, "LIVEKIT_SECRET": SECRET, "MATRIX_TOKEN": self.admin_token,
             "GUARD_STATE_DIR": str(self.state_dir), "GUARD_RECONCILE_INTERVAL": "1", "GUARD_POLICY_TTL": "1",
             "GUARD_LOOKUP_TIMEOUT": "10",
@@ -405,7 +411,7 @@ class InAProcess(Stage):
 
     async def stop(self) -> None:
         await self.kill()
-        for standin in (self.authorizer, self.sfu, self.homeserver):
+        for standin in (self.upstream, self.livekit, self.homeserver):
             await standin.stop()
         await self._pool.closeCachedConnections()
 
@@ -424,91 +430,91 @@ def listens(port: int) -> bool:
 
 @pytest_twisted.async_yield_fixture
 async def killable(tmp_path: Path) -> Any:
-    stage = InAProcess(tmp_path)
-    await stage.start()
-    yield stage
-    await stage.stop()
+    sandbox = InAProcess(tmp_path)
+    await sandbox.start()
+    yield sandbox
+    await sandbox.stop()
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_guard_killed_between_a_policy_s_change_and_its_next_round_enforces_it_when_it_is_back(
     killable: InAProcess,
 ) -> None:
-    stage = killable
-    room_id = room_of(stage)
-    alice = await stage.enter(ALICE, room_id, **UNUSUAL)
+    sandbox = killable
+    room_id = room_of(sandbox)
+    alice = await sandbox.enter(ALICE, room_id, **UNUSUAL)
     assert alice.publish("SCREEN_SHARE")
     alice.room._count()
-    with sqlite3.connect(stage.state_dir / "lotusguard.sqlite3") as ledger:
-        await until(lambda: ledger.execute("SELECT 1 FROM identities").fetchone(), seconds=1)
-    ledger.close()
-    put_policy(stage, room_id, 1, **NO_SCREEN)
-    await stage.kill()  # in the same breath: it cannot have noticed
+    with sqlite3.connect(sandbox.state_dir / "lotusguard.sqlite3") as registry:
+        await until(lambda: registry.execute("SELECT 1 FROM identities").fetchone(), seconds=1)
+    registry.close()
+    put_policy(sandbox, room_id, 1, **NO_SCREEN)
+    await sandbox.kill()  # in the same breath: it cannot have noticed
     assert published(alice) == ["SCREEN_SHARE"]
-    await stage.start_guard()
+    await sandbox.start_guard()
     await until(lambda: ended(alice), seconds=10)
     assert alice.connected
     # That the hashed identity in the call is Alice's was on disk too:
-    assert (await stage.ask_token(ALICE, room_id)).code == 200
-    assert (await stage.ask_token(BOB, room_id)).code == 403
-    carol = stage.sfu.connect(old_token(CAROL, room_id))
+    assert (await sandbox.ask_token(ALICE, room_id)).code == 200
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+    carol = sandbox.livekit.connect(old_token(CAROL, room_id))
     await until(lambda: not carol.connected)
-    answer = await stage.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
+    answer = await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
     assert answer.code == 202
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_change_that_is_told_does_not_wait_for_a_round(stage: Stage) -> None:
-    room_id = room_of(stage)
-    alice = await sharing(stage, room_id)
-    lists = stage.sfu.asked["ListRooms"]
-    await change_policy(stage, room_id, **NO_SCREEN)
+async def test_a_change_that_is_told_does_not_wait_for_a_round(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox)
+    alice = await sharing(sandbox, room_id)
+    lists = sandbox.livekit.asked["ListRooms"]
+    await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: ended(alice))
-    assert stage.sfu.asked["ListRooms"] == lists
+    assert sandbox.livekit.asked["ListRooms"] == lists
 
 
 async def reconciled(
-    stage: Stage, *, forbid: bool = True, **video: Any
+    sandbox: Sandbox, *, forbid: bool = True, **video: Any
 ) -> tuple[ParticipantPermission, ParticipantPermission]:
     """The permission of somebody with an old token before and after a round, in a room where nobody may share."""
-    room_id = room_of(stage, **({"allow_screenshare": False} if forbid else {}))
-    await stage.ask_token(BOB, room_id)  # whose room it is, is learnt from a token
-    stage.sfu.webhooks.urls.clear()
-    participant = stage.sfu.connect(old_token(ALICE, room_id, **video))
+    room_id = room_of(sandbox, **({"allow_screenshare": False} if forbid else {}))
+    await sandbox.ask_token(BOB, room_id)  # whose room it is, is learnt from a token
+    sandbox.livekit.webhooks.urls.clear()
+    participant = sandbox.livekit.connect(old_token(ALICE, room_id, **video))
     before = participant.info().permission
-    await stage.guard._enforcement.reconcile()
-    await at_rest(stage)
+    await sandbox.guard._enforcement.reconcile()
+    await at_rest(sandbox)
     return before, participant.info().permission
 
 
 @pytest_twisted.ensureDeferred
-async def test_reconcile_never_grants(stage: Stage) -> None:
+async def test_reconcile_never_grants(sandbox: Sandbox) -> None:
     for sources in (["microphone"], ["microphone", "camera"]):
-        before, after = await reconciled(stage, canPublishSources=sources)
+        before, after = await reconciled(sandbox, canPublishSources=sources)
         assert after == before
-    before, after = await reconciled(stage, canPublish=False)
+    before, after = await reconciled(sandbox, canPublish=False)
     assert after == before
     assert not after.can_publish
 
 
 @pytest_twisted.ensureDeferred
-async def test_reconcile_preserves_flags(stage: Stage) -> None:
+async def test_reconcile_preserves_flags(sandbox: Sandbox) -> None:
     flags = {"hidden": True, "canSubscribe": False, "canPublishData": False, "canUpdateOwnMetadata": True}
-    before, after = await reconciled(stage, **flags)
+    before, after = await reconciled(sandbox, **flags)
     assert list(after.can_publish_sources) == [TrackSource.MICROPHONE, TrackSource.CAMERA]
     after.can_publish_sources[:] = before.can_publish_sources
     assert after == before
 
 
 @pytest_twisted.ensureDeferred
-async def test_reconcile_disables_on_empty(stage: Stage) -> None:
-    before, after = await reconciled(stage, canPublishSources=["screen_share", "screen_share_audio"])
+async def test_reconcile_disables_on_empty(sandbox: Sandbox) -> None:
+    before, after = await reconciled(sandbox, canPublishSources=["screen_share", "screen_share_audio"])
     assert before.can_publish
     assert not after.can_publish
     assert not after.can_publish_sources
 
 
 @pytest_twisted.ensureDeferred
-async def test_reconcile_leaves_rooms_without_a_policy_alone(stage: Stage) -> None:
-    before, after = await reconciled(stage, forbid=False)
+async def test_reconcile_leaves_rooms_without_a_policy_alone(sandbox: Sandbox) -> None:
+    before, after = await reconciled(sandbox, forbid=False)
     assert after == before

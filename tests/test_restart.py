@@ -22,15 +22,15 @@ from lotusguard.clients.http import Answer
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, room_of
 from tests.conftest import until
-from tests.guardprocess import ProcessStage
+from tests.guardprocess import ProcessSandbox
 
 
 @pytest_twisted.async_yield_fixture
-async def process(tmp_path: Path) -> AsyncIterator[ProcessStage]:
-    stage = ProcessStage(reactor, guard_state_dir=tmp_path / "state", guard_log_format="json")
-    await stage.start()
-    yield stage
-    await stage.stop()
+async def process(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
+    sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "state", guard_log_format="json")
+    await sandbox.start()
+    yield sandbox
+    await sandbox.stop()
 
 
 async def survived(asking: Any) -> Answer | None:
@@ -43,7 +43,7 @@ async def survived(asking: Any) -> Answer | None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(process: ProcessStage) -> None:
+async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(process: ProcessSandbox) -> None:
     room_id = room_of(process, 10)
     users = [f"@u{number}:sandbox.local" for number in range(200)]
     for user in users:
@@ -68,11 +68,11 @@ async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(pro
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_killed_guard_knows_rooms_users_and_promises_when_it_is_back(process: ProcessStage) -> None:
+async def test_a_killed_guard_knows_rooms_users_and_promises_when_it_is_back(process: ProcessSandbox) -> None:
     room_id = room_of(process, 2)
     await process.enter(ALICE, room_id, new=True)
     assert (await process.ask_token(BOB, room_id)).code == 200
-    await process.sfu.drained()
+    await process.livekit.drained()
     await deferLater(reactor, 0.6)  # «on disk within a second» is the promise for what nobody waits for
     await process.end("KILL")
     await process.start_guard()
@@ -82,11 +82,11 @@ async def test_a_killed_guard_knows_rooms_users_and_promises_when_it_is_back(pro
 
 
 @pytest_twisted.ensureDeferred
-async def test_sigterm_finishes_what_is_in_flight_and_then_leaves(process: ProcessStage) -> None:
+async def test_sigterm_finishes_what_is_in_flight_and_then_leaves(process: ProcessSandbox) -> None:
     room_id = room_of(process)
-    process.authorizer.fault = Fault.delay(2)
+    process.upstream.fault = Fault.delay(2)
     asking = Deferred.fromCoroutine(process.ask_token(ALICE, room_id))
-    await until(lambda: process.authorizer.seen)
+    await until(lambda: process.upstream.seen)
     process.process.signal("TERM")
     await deferLater(reactor, 0.2)
     assert not process.process.ended.called
@@ -98,23 +98,23 @@ async def test_sigterm_finishes_what_is_in_flight_and_then_leaves(process: Proce
 
 @pytest_twisted.ensureDeferred
 async def test_sigterm_waits_for_nobody_longer_than_upstream_may_take(tmp_path: Path) -> None:
-    stage = ProcessStage(reactor, guard_upstream_timeout=0.5, guard_upstream_grace=0.2)
-    await stage.start()
+    sandbox = ProcessSandbox(reactor, guard_upstream_timeout=0.5, guard_upstream_grace=0.2)
+    await sandbox.start()
     try:
-        room_id = room_of(stage)
-        stage.authorizer.fault = Fault.hang()
-        asking = Deferred.fromCoroutine(survived(stage.ask_token(ALICE, room_id)))
-        await until(lambda: stage.authorizer.seen)
-        await stage.end("TERM")
+        room_id = room_of(sandbox)
+        sandbox.upstream.fault = Fault.hang()
+        asking = Deferred.fromCoroutine(survived(sandbox.ask_token(ALICE, room_id)))
+        await until(lambda: sandbox.upstream.seen)
+        await sandbox.end("TERM")
         answer = await asking
         assert answer is None or answer.code == 504
     finally:
-        await stage.stop()
+        await sandbox.stop()
 
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("corrupt", [b"this is no database", b"SQLite format 3\x00" + b"\xff" * 4000])
-async def test_a_corrupt_ledger_is_set_aside_and_said_so(process: ProcessStage, tmp_path: Path, corrupt: bytes) -> None:
+async def test_corrupt_state_is_set_aside(process: ProcessSandbox, tmp_path: Path, corrupt: bytes) -> None:
     room_id = room_of(process, 1)
     await process.end("KILL")
     path = tmp_path / "state" / "lotusguard.sqlite3"
@@ -131,22 +131,22 @@ async def test_a_corrupt_ledger_is_set_aside_and_said_so(process: ProcessStage, 
 @pytest_twisted.ensureDeferred
 async def test_an_unwritable_state_directory_is_said_and_the_guard_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    stage = ProcessStage(reactor, guard_state_dir=tmp_path / "file" / "state")
-    await stage.start()
+    sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "file" / "state")
+    await sandbox.start()
     try:
-        room_id = room_of(stage, 1)
-        await stage.enter(ALICE, room_id)
-        assert (await stage.ask_token(BOB, room_id)).code == 403
-        report = json.loads((await stage.operator("GET", "/readyz")).body)
+        room_id = room_of(sandbox, 1)
+        await sandbox.enter(ALICE, room_id)
+        assert (await sandbox.ask_token(BOB, room_id)).code == 403
+        report = json.loads((await sandbox.operator("GET", "/readyz")).body)
         assert report["state"]["kept"] is False
         assert "state" in report["state"]["error"]
-        assert "memory only" in stage.process.output
+        assert "memory only" in sandbox.process.output
     finally:
-        await stage.stop()
+        await sandbox.stop()
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_decision_is_one_line_for_machines(process: ProcessStage) -> None:
+async def test_one_decision_is_one_line_for_machines(process: ProcessSandbox) -> None:
     room_id = room_of(process, 1)
     await process.ask_token(ALICE, room_id)
     await process.ask_token(BOB, room_id)
@@ -156,24 +156,24 @@ async def test_one_decision_is_one_line_for_machines(process: ProcessStage) -> N
     assert (allowed["verdict"], allowed["user"], allowed["room_id"]) == ("allowed", ALICE, room_id)
     assert (refused["verdict"], refused["user"], refused["reason"]) == ("refused", BOB, "full")
     assert set(allowed["stages"]) >= {"policy", "roster", "upstream", "total"}
-    assert process.authorizer.seen[0].header("X-Request-ID") == allowed["request_id"]
+    assert process.upstream.seen[0].header("X-Request-ID") == allowed["request_id"]
 
 
 @pytest_twisted.ensureDeferred
 async def test_in_the_background_it_serves_and_keeps_what_it_promised(tmp_path: Path) -> None:
     """``twistd`` without ``-n`` forks after the service was made."""
-    stage = ProcessStage(reactor, guard_state_dir=tmp_path / "state")
+    sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "state")
     pidfile, logfile = tmp_path / "pid", tmp_path / "log"
-    stage.twistd = [f"--pidfile={pidfile}", f"--logfile={logfile}", f"--rundir={tmp_path}"]
-    await stage.start()
+    sandbox.twistd = [f"--pidfile={pidfile}", f"--logfile={logfile}", f"--rundir={tmp_path}"]
+    await sandbox.start()
     pid = 0
     try:
-        assert await stage.process.ended == 0
+        assert await sandbox.process.ended == 0
         pid = int(pidfile.read_text())
-        room_id = room_of(stage, 1)
+        room_id = room_of(sandbox, 1)
         await until(lambda: logfile.exists() and "public door listens" in logfile.read_text())
-        assert (await stage.ask_token(ALICE, room_id)).code == 200
-        assert (await stage.ask_token(BOB, room_id)).code == 403
+        assert (await sandbox.ask_token(ALICE, room_id)).code == 200
+        assert (await sandbox.ask_token(BOB, room_id)).code == 403
         with closing(sqlite3.connect(tmp_path / "state" / "lotusguard.sqlite3")) as database:
             assert database.execute("SELECT user FROM promises").fetchall() == [(ALICE,)]
         os.kill(pid, signal.SIGTERM)
@@ -182,4 +182,4 @@ async def test_in_the_background_it_serves_and_keeps_what_it_promised(tmp_path: 
     finally:
         if pid:
             os.kill(pid, signal.SIGKILL)
-        await stage.stop()
+        await sandbox.stop()

@@ -10,13 +10,13 @@ import pytest_twisted
 from livekit.protocol.models import TrackSource
 from twisted.internet.task import Clock
 
-from lotusguard.guard.ledger import RememberingLedger
+from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.sources import CAMERA, SCREEN_SHARE
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import Stage
+from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.livekit.participant import Participant
 from tests.calls import ALICE, BOB, change_policy, counted, logged, named, old_token, put_policy, room_of
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 NO_SCREEN = {"allow_screenshare": False}
 NO_CAMERA = {"allow_camera": False}
@@ -25,45 +25,45 @@ ALL = {"MICROPHONE", "CAMERA", "SCREEN_SHARE", "SCREEN_SHARE_AUDIO"}
 
 
 @pytest_twisted.async_yield_fixture
-async def giving(set_stage: SetStage, tmp_path: Any) -> Any:
-    """A stage whose guard gives back."""
-    yield await set_stage(guard_reconcile_interval=3600, guard_restore=True, guard_state_dir=tmp_path)
+async def giving(start_sandbox: StartSandbox, tmp_path: Any) -> Any:
+    """A sandbox whose guard gives back."""
+    yield await start_sandbox(guard_reconcile_interval=3600, guard_restore=True, guard_state_dir=tmp_path)
 
 
 def may_publish(who: Participant) -> set[str]:
     return {source for source in ALL if who.grant.may_publish(TrackSource.Value(source))}
 
 
-async def at_rest(stage: Stage) -> None:
-    await stage.sfu.drained()
-    await until(lambda: not stage.guard._enforcement._running)
+async def at_rest(sandbox: Sandbox) -> None:
+    await sandbox.livekit.drained()
+    await until(lambda: not sandbox.guard._enforcement._running)
 
 
-async def connected(stage: Stage, room_id: str, **video: Any) -> Participant:
+async def connected(sandbox: Sandbox, room_id: str, **video: Any) -> Participant:
     """Alice, with a token that never passed the guard, in a room that the guard knows."""
-    assert (await stage.ask_token(BOB, room_id)).code == 200
-    alice = stage.sfu.connect(old_token(ALICE, room_id, **video))
-    await at_rest(stage)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    alice = sandbox.livekit.connect(old_token(ALICE, room_id, **video))
+    await at_rest(sandbox)
     return alice
 
 
-async def set_policy(stage: Stage, room_id: str, **quality: bool) -> None:
-    await change_policy(stage, room_id, **quality)
-    await at_rest(stage)
+async def set_policy(sandbox: Sandbox, room_id: str, **quality: bool) -> None:
+    await change_policy(sandbox, room_id, **quality)
+    await at_rest(sandbox)
 
 
 @pytest_twisted.ensureDeferred
-async def test_by_default_nothing_is_given_back(stage: Stage) -> None:
-    room_id = room_of(stage)
-    alice = await connected(stage, room_id)
-    await set_policy(stage, room_id, **NO_SCREEN)
-    await set_policy(stage, room_id)
+async def test_by_default_nothing_is_given_back(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox)
+    alice = await connected(sandbox, room_id)
+    await set_policy(sandbox, room_id, **NO_SCREEN)
+    await set_policy(sandbox, room_id)
     assert may_publish(alice) == {"MICROPHONE", "CAMERA"}
-    assert counted(stage, "restorations_total", source="screen_share") == 0
+    assert counted(sandbox, "restorations_total", source="screen_share") == 0
 
 
 @pytest_twisted.ensureDeferred
-async def test_exactly_what_was_taken_comes_back_when_it_is_allowed(giving: Stage) -> None:
+async def test_exactly_what_was_taken_comes_back_when_it_is_allowed(giving: Sandbox) -> None:
     room_id = room_of(giving)
     sources = ["microphone", "camera", "screen_share"]
     alice = await connected(giving, room_id, canPublishSources=sources)
@@ -85,7 +85,7 @@ async def test_exactly_what_was_taken_comes_back_when_it_is_allowed(giving: Stag
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_was_left_with_nothing_gets_back_what_they_had(giving: Stage) -> None:
+async def test_who_was_left_with_nothing_gets_back_what_they_had(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id, canPublishSources=["camera"])
     await set_policy(giving, room_id, **NO_CAMERA)
@@ -95,27 +95,27 @@ async def test_who_was_left_with_nothing_gets_back_what_they_had(giving: Stage) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_is_given_to_the_session_it_was_taken_from_and_to_no_later_one(giving: Stage) -> None:
+async def test_it_is_given_to_the_session_it_was_taken_from_and_to_no_later_one(giving: Sandbox) -> None:
     room_id = room_of(giving)
     wide = await connected(giving, room_id)
     await set_policy(giving, room_id, **NO_SCREEN)
-    narrow = giving.sfu.connect(old_token(ALICE, room_id, canPublishSources=["microphone"]))
+    narrow = giving.livekit.connect(old_token(ALICE, room_id, canPublishSources=["microphone"]))
     assert narrow.identity == wide.identity
     await set_policy(giving, room_id)
     assert may_publish(narrow) == {"MICROPHONE"}
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_a_token_never_granted_is_not_given(giving: Stage) -> None:
+async def test_what_a_token_never_granted_is_not_given(giving: Sandbox) -> None:
     room_id = room_of(giving, **NO_SCREEN)
     answer = await giving.ask_token(ALICE, room_id)
-    alice = giving.sfu.connect(json.loads(answer.body)["jwt"])
+    alice = giving.livekit.connect(json.loads(answer.body)["jwt"])
     await set_policy(giving, room_id)
     assert may_publish(alice) == {"MICROPHONE", "CAMERA"}
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_somebody_else_took_is_not_given(giving: Stage) -> None:
+async def test_what_somebody_else_took_is_not_given(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     await set_policy(giving, room_id, **NO_SCREEN)
@@ -127,7 +127,7 @@ async def test_what_somebody_else_took_is_not_given(giving: Stage) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_is_given_back_only_once(giving: Stage) -> None:
+async def test_it_is_given_back_only_once(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     await set_policy(giving, room_id, **NO_SCREEN)
@@ -140,7 +140,7 @@ async def test_it_is_given_back_only_once(giving: Stage) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_new_run_of_the_guard_gives_back_what_an_earlier_one_took(giving: Stage) -> None:
+async def test_a_new_run_of_the_guard_gives_back_what_an_earlier_one_took(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     alice.room._count()
@@ -155,7 +155,7 @@ async def test_a_new_run_of_the_guard_gives_back_what_an_earlier_one_took(giving
 
 
 @pytest_twisted.ensureDeferred
-async def test_nothing_is_given_back_while_the_policy_is_unknown(giving: Stage) -> None:
+async def test_nothing_is_given_back_while_the_policy_is_unknown(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     alice.room._count()
@@ -171,50 +171,50 @@ async def test_nothing_is_given_back_while_the_policy_is_unknown(giving: Stage) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_sfu_that_does_not_give_it_back_is_asked_again(giving: Stage) -> None:
+async def test_an_sfu_that_does_not_give_it_back_is_asked_again(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     await set_policy(giving, room_id, **NO_SCREEN)
-    giving.sfu.deaf = True
+    giving.livekit.deaf = True
     await set_policy(giving, room_id)
     assert counted(giving, "enforcement_failures_total", action="restore", reason="not_applied") == 1
-    giving.sfu.deaf = False
+    giving.livekit.deaf = False
     await set_policy(giving, room_id)
     assert may_publish(alice) == ALL
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_taken_is_forgotten_with_the_session(giving: Stage) -> None:
+async def test_what_was_taken_is_forgotten_with_the_session(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
-    bob = giving.sfu.connect(old_token(BOB, room_id))
+    bob = giving.livekit.connect(old_token(BOB, room_id))
     await set_policy(giving, room_id, **NO_SCREEN)
-    ledger, alias = giving.guard._enforcement._ledger, alice.room.name
-    assert (await ledger.taken_in(alias)).keys() == {alice.sid, bob.sid}
-    giving.sfu.disconnect(alias, alice.identity)
-    await giving.sfu.drained()
-    assert (await ledger.taken_in(alias)).keys() == {bob.sid}
-    giving.sfu.webhooks.urls[:] = []
-    giving.sfu.disconnect(alias, bob.identity)  # nobody tells; the next look does
+    registry, alias = giving.guard._enforcement._registry, alice.room.name
+    assert (await registry.taken_in(alias)).keys() == {alice.sid, bob.sid}
+    giving.livekit.disconnect(alias, alice.identity)
+    await giving.livekit.drained()
+    assert (await registry.taken_in(alias)).keys() == {bob.sid}
+    giving.livekit.webhooks.urls[:] = []
+    giving.livekit.disconnect(alias, bob.identity)  # nobody tells; the next look does
     await set_policy(giving, room_id, **NO_SCREEN)
-    assert not await ledger.taken_in(alias)
+    assert not await registry.taken_in(alias)
 
 
 @pytest_twisted.ensureDeferred
-async def test_rooms_without_a_policy_that_are_owed_nothing_are_left_in_peace(giving: Stage) -> None:
+async def test_rooms_without_a_policy_that_are_owed_nothing_are_left_in_peace(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     alice.room._count()
     await giving.guard._enforcement.reconcile()
     await at_rest(giving)
-    assert not giving.sfu.asked["ListParticipants"]
+    assert not giving.livekit.asked["ListParticipants"]
 
 
 @pytest_twisted.ensureDeferred
 async def test_the_oldest_notes_are_given_up_when_there_are_too_many(monkeypatch: Any) -> None:
-    monkeypatch.setattr("lotusguard.guard.ledger.TAKEN_KEPT", 3)
-    ledger = RememberingLedger(None, Clock(), Metrics())
+    monkeypatch.setattr("lotusguard.guard.seats.registry.TAKEN_KEPT", 3)
+    registry = MemoryTokenRegistry(None, Clock(), Metrics())
     for number in range(5):
-        await ledger.remember_taken(f"alias{number % 2}", f"PA_{number}", frozenset({CAMERA, SCREEN_SHARE}))
-    assert (await ledger.taken_in("alias0")).keys() == {"PA_2", "PA_4"}
-    assert (await ledger.taken_in("alias1")).keys() == {"PA_3"}
+        await registry.remember_taken(f"alias{number % 2}", f"PA_{number}", frozenset({CAMERA, SCREEN_SHARE}))
+    assert (await registry.taken_in("alias0")).keys() == {"PA_2", "PA_4"}
+    assert (await registry.taken_in("alias1")).keys() == {"PA_3"}

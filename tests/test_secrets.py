@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Secrets reach nobody: not the log at any level, no answer, no metric, no repr, no message about a wrong setting.
 
-And a caller cannot make the guard ask anybody but its configured neighbours anything.
+And a caller cannot make the guard ask anybody but its configured dependencies anything.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lotusguard.config import ConfigurationError, Settings, read_settings, suspi
 from lotusguard.logs import observer_for
 from lotusguard.rules.requests import OpenID
 from lotusguard.rules.tokens import SfuKey
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, SERVER_NAME, Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.stage import ADMIN_TOKEN, KEY, SECRET, SERVER_NAME, Stage
 from tests.calls import ALICE, BOB, room_of
-from tests.conftest import SetStage
+from tests.conftest import StartSandbox
 from tests.raw_http import exchange, recorder
 
 BAD_OPENID, BAD_JWT = "an-openid-token-of-nobody", "eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJ4In0.bm9ib2R5cy1zaWduYXR1cmU"
@@ -44,66 +44,66 @@ def logged(format_: str) -> Iterator[io.StringIO]:
         globalLogPublisher.removeObserver(observer)
 
 
-async def a_bad_day(stage: Stage) -> list[str]:
-    """Joins, refusals, forgeries, failures of every neighbour. :return: what was answered, but for tokens."""
+async def a_bad_day(sandbox: Sandbox) -> list[str]:
+    """Joins, refusals, forgeries, failures of every dependency. :return: what was answered, but for tokens."""
     answers = []
-    room_id = room_of(stage, 1, allow_camera=False)
+    room_id = room_of(sandbox, 1, allow_camera=False)
 
     async def say(method: str, url: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> None:
-        answer = await stage.request(method, url, body, headers)
+        answer = await sandbox.request(method, url, body, headers)
         if b'"jwt"' not in answer.body:
             answers.append(f"{answer.headers!r} {answer.body!r}")
 
-    alice = await stage.enter(ALICE, room_id)
+    alice = await sandbox.enter(ALICE, room_id)
     for new in (False, True):
-        answers.append(repr(await stage.ask_token(BOB, room_id, new=new)))
+        answers.append(repr(await sandbox.ask_token(BOB, room_id, new=new)))
     openid = {"access_token": BAD_OPENID, "token_type": "Bearer", "matrix_server_name": SERVER_NAME, "expires_in": 9}
     bad: dict[str, Any] = {"room": room_id, "device_id": "D", "openid_token": openid}
     for body in (
         bad, bad | {"room": 7}, bad | {"openid_token": [openid]}, bad | {"openid_token": openid | {"ACCESS_TOKEN": "x"}}
     ):  # fmt: skip
-        await say("POST", f"{stage.url}/sfu/get?access_token={BAD_OPENID}", json.dumps(body).encode())
-    for forged in (BAD_JWT, stage.sfu.webhooks.authorization(b"{}"), ""):
-        await say("POST", stage.url + "/sfu_webhook", b'{"event":"room_started","id":"x"}', {"Authorization": forged})
-    for fault in (Fault.status(500), Fault.garbage(), Fault.truncated(), Fault.close(), Fault.wrong_types()):
-        stage.sfu.fault = stage.homeserver.fault = fault
-        await stage.ask_token(BOB, room_id)
+        await say("POST", f"{sandbox.url}/sfu/get?access_token={BAD_OPENID}", json.dumps(body).encode())
+    for forged in (BAD_JWT, sandbox.livekit.webhooks.authorization(b"{}"), ""):
+        await say("POST", sandbox.url + "/sfu_webhook", b'{"event":"room_started","id":"x"}', {"Authorization": forged})
+    for fault in (Fault.status(500), Fault.invalid_response(), Fault.truncated(), Fault.close(), Fault.wrong_types()):
+        sandbox.livekit.fault = sandbox.homeserver.fault = fault
+        await sandbox.ask_token(BOB, room_id)
         for _ in range(5):
-            await say("GET", stage.admin_url + "/readyz")
-        stage.sfu.fault = stage.homeserver.fault = None
-        stage.authorizer.fault = fault
-        await say("POST", stage.url + "/sfu/get", json.dumps(bad).encode())
-        stage.authorizer.fault = None
-    stage.authorizer.secret, stage.authorizer.full_access = "another-secret-than-the-guards-own", []
-    await stage.ask_token(ALICE, room_id)
-    stage.authorizer.secret, stage.authorizer.full_access = SECRET, ["*"]
+            await say("GET", sandbox.admin_url + "/readyz")
+        sandbox.livekit.fault = sandbox.homeserver.fault = None
+        sandbox.upstream.fault = fault
+        await say("POST", sandbox.url + "/sfu/get", json.dumps(bad).encode())
+        sandbox.upstream.fault = None
+    sandbox.upstream.secret, sandbox.upstream.full_access = "another-secret-than-the-guards-own", []
+    await sandbox.ask_token(ALICE, room_id)
+    sandbox.upstream.secret, sandbox.upstream.full_access = SECRET, ["*"]
     for path in ("/rooms", "/metrics", "/readyz", "/healthz", "/nothing"):
-        answers.append((await stage.operator("GET", path)).body.decode())
-        await say("GET", stage.admin_url + path, None, {"Authorization": f"Bearer {OPERATORS_BAD_TOKEN}"})
+        answers.append((await sandbox.operator("GET", path)).body.decode())
+        await say("GET", sandbox.admin_url + path, None, {"Authorization": f"Bearer {OPERATORS_BAD_TOKEN}"})
     for crooked in (b"GET /x?access_token=" + BAD_OPENID.encode() + b"\0 HTTP/1.1\r\n\r\n", b"G\r\n\r\n"):
-        await exchange(stage.url, crooked)
-    stage.sfu.disconnect(alice.room.name, alice.identity)
-    await stage.sfu.drained()
+        await exchange(sandbox.url, crooked)
+    sandbox.livekit.disconnect(alice.room.name, alice.identity)
+    await sandbox.livekit.drained()
     return answers
 
 
-def secrets_of(stage: Stage) -> dict[str, str]:
+def secrets_of(sandbox: Sandbox) -> dict[str, str]:
     """What must not be seen anywhere, by name. The API key is no secret: it is the ``iss`` of every token."""
     found = {
         "the LiveKit secret": SECRET,
-        "the admin's access token": stage.admin_token,
+        "the admin's access token": sandbox.admin_token,
         "the operators' token": ADMIN_TOKEN,
         "a bad OpenID token": BAD_OPENID,
         "a bad JWT": BAD_JWT,
         "a wrong token of an operator": OPERATORS_BAD_TOKEN,
     }
-    found |= {f"OpenID token {n}": token for n, token in enumerate(stage.homeserver.openid)}
-    found |= {f"issued JWT {n}": issued.token for n, issued in enumerate(stage.authorizer.issued)}
-    found |= {f"the signature of JWT {n}": i.token.split(".")[2] for n, i in enumerate(stage.authorizer.issued)}
-    for standin in (stage.sfu, stage.homeserver):
+    found |= {f"OpenID token {n}": token for n, token in enumerate(sandbox.homeserver.openid)}
+    found |= {f"issued JWT {n}": issued.token for n, issued in enumerate(sandbox.upstream.issued)}
+    found |= {f"the signature of JWT {n}": i.token.split(".")[2] for n, i in enumerate(sandbox.upstream.issued)}
+    for standin in (sandbox.livekit, sandbox.homeserver):
         for n, asked in enumerate(standin.seen):
             found[f"what we showed {standin.url} {n}"] = (asked.header("Authorization") or "").removeprefix("Bearer ")
-    found |= {f"turn_password {name}": r.settings.turn_password for name, r in stage.sfu.rooms.items()}
+    found |= {f"turn_password {name}": r.settings.turn_password for name, r in sandbox.livekit.rooms.items()}
     return {name: secret for name, secret in found.items() if secret}
 
 
@@ -113,12 +113,12 @@ def nothing_of(secrets: dict[str, str], text: str) -> None:
 
 @pytest.mark.parametrize("format_", ["text", "json"])
 @pytest_twisted.ensureDeferred
-async def test_no_secret_in_logs_and_answers_of_a_bad_day(set_stage: SetStage, format_: str) -> None:
+async def test_no_secret_in_logs_and_answers_of_a_bad_day(start_sandbox: StartSandbox, format_: str) -> None:
     with logged(format_) as log:
-        stage = await set_stage(guard_log_level="debug", guard_reconcile_interval=0.2)
-        answers = await a_bad_day(stage)
-        await stage.guard.stopService()
-        secrets = secrets_of(stage)
+        sandbox = await start_sandbox(guard_log_level="debug", guard_reconcile_interval=0.2)
+        answers = await a_bad_day(sandbox)
+        await sandbox.guard.stopService()
+        secrets = secrets_of(sandbox)
     text = log.getvalue()
     for event in ("refused", "is not acted on", "not enforced", "unreadable", "did not sign", "is not waited for"):
         assert event in text, f"the day was not bad enough: nothing {event}"
@@ -132,10 +132,10 @@ async def test_no_secret_in_logs_and_answers_of_a_bad_day(set_stage: SetStage, f
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_secret_in_the_repr_of_anything(stage: Stage) -> None:
-    await a_bad_day(stage)
-    secrets = secrets_of(stage)
-    guard = stage.guard
+async def test_no_secret_in_the_repr_of_anything(sandbox: Sandbox) -> None:
+    await a_bad_day(sandbox)
+    secrets = secrets_of(sandbox)
+    guard = sandbox.guard
     seen: set[int] = set()
 
     def look(thing: object, depth: int) -> None:
@@ -149,7 +149,7 @@ async def test_no_secret_in_the_repr_of_anything(stage: Stage) -> None:
 
     look(guard, 0)
     assert len(seen) > 100
-    nothing_of(secrets, repr(stage.settings) + str(stage.settings))
+    nothing_of(secrets, repr(sandbox.settings) + str(sandbox.settings))
     assert SECRET not in repr(SfuKey(KEY, SECRET))
     assert "hidden" not in repr(OpenID("hidden", "x"))
 
@@ -217,10 +217,10 @@ def test_a_configuration_with_secrets_that_others_can_read_is_warned_about(
 def test_what_is_kept_on_disk_is_ours_alone(tmp_path: Path) -> None:
     from twisted.internet.task import Clock
 
-    from lotusguard.guard.store import open_store
+    from lotusguard.guard.seats.store import open_state_store
     from lotusguard.metrics import Metrics
 
-    store = open_store(tmp_path / "state", Clock(), Metrics())
+    store = open_state_store(tmp_path / "state", Clock(), Metrics())
     try:
         for path in (tmp_path / "state", *(tmp_path / "state").iterdir()):
             assert path.stat().st_mode & 0o077 == 0 or path.is_file()
@@ -239,10 +239,10 @@ def test_the_operators_door_is_on_loopback_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize("configured", [ADMIN_TOKEN, ""], ids=["a token", "no token"])
 @pytest_twisted.ensureDeferred
-async def test_nothing_private_without_the_operators_token(set_stage: SetStage, configured: str) -> None:
-    stage = await set_stage(guard_admin_token=configured, guard_reconcile_interval=3600)
-    room_id = room_of(stage, 3)
-    await stage.enter(ALICE, room_id)
+async def test_nothing_private_without_the_operators_token(start_sandbox: StartSandbox, configured: str) -> None:
+    sandbox = await start_sandbox(guard_admin_token=configured, guard_reconcile_interval=3600)
+    room_id = room_of(sandbox, 3)
+    await sandbox.enter(ALICE, room_id)
     wrong = (
         None, "", "Bearer ", "Bearer", f"Bearer {ADMIN_TOKEN}x", f"Bearer {ADMIN_TOKEN[:-1]}", f"bearer  {ADMIN_TOKEN}",
         ADMIN_TOKEN, f"Basic {ADMIN_TOKEN}", "Bearer \xe4", *([] if configured else [f"Bearer {ADMIN_TOKEN}"]),
@@ -250,28 +250,30 @@ async def test_nothing_private_without_the_operators_token(set_stage: SetStage, 
     for authorization in wrong:
         headers = {} if authorization is None else {"Authorization": authorization}
         for method, path in (("GET", "/rooms"), ("POST", "/policy-changed"), ("GET", "/rooms?x"), ("GET", "/%72ooms")):
-            answer = await stage.request(method, stage.admin_url + path, b"{}" if method == "POST" else None, headers)
+            answer = await sandbox.request(
+                method, sandbox.admin_url + path, b"{}" if method == "POST" else None, headers
+            )
             assert (authorization, path, answer.code) == (authorization, path, 403)
             assert json.loads(answer.body)["errcode"] == "M_FORBIDDEN"
         for path in ("/healthz", "/readyz", "/metrics"):
-            answer = await stage.request("GET", stage.admin_url + path, None, headers)
+            answer = await sandbox.request("GET", sandbox.admin_url + path, None, headers)
             assert answer.code == 200
             for private in (ALICE, room_id, "alice"):
                 assert private.encode() not in answer.body
     if configured:
-        assert (await stage.operator("GET", "/rooms")).code == 200
+        assert (await sandbox.operator("GET", "/rooms")).code == 200
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_header_given_twice_does_not_let_in(stage: Stage) -> None:
+async def test_a_header_given_twice_does_not_let_in(sandbox: Sandbox) -> None:
     head = "GET /rooms HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     twice = f"Authorization: Bearer wrong\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\n\r\n"
-    (answer,) = await exchange(stage.admin_url, (head + twice).encode())
+    (answer,) = await exchange(sandbox.admin_url, (head + twice).encode())
     assert answer.code == 403
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_secret_is_compared_in_constant_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_secret_is_compared_in_constant_time(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[object] = []
 
     def watching(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
@@ -282,12 +284,12 @@ async def test_what_is_secret_is_compared_in_constant_time(stage: Stage, monkeyp
         return watched
 
     monkeypatch.setattr(hmac, "compare_digest", watching(hmac.compare_digest))
-    await stage.request("GET", stage.admin_url + "/rooms", None, {"Authorization": "Bearer wrong"})
+    await sandbox.request("GET", sandbox.admin_url + "/rooms", None, {"Authorization": "Bearer wrong"})
     assert (b"Bearer wrong", f"Bearer {ADMIN_TOKEN}".encode()) in compared
     compared.clear()
     body = b'{"event":"room_started","id":"x"}'
-    headers = {"Authorization": stage.sfu.webhooks.authorization(b"another body")}
-    await stage.request("POST", stage.url + "/sfu_webhook", body, headers)
+    headers = {"Authorization": sandbox.livekit.webhooks.authorization(b"another body")}
+    await sandbox.request("POST", sandbox.url + "/sfu_webhook", body, headers)
     assert len(compared) >= 2  # the signature's, and the body's hash
 
 
@@ -295,11 +297,11 @@ async def test_what_is_secret_is_compared_in_constant_time(stage: Stage, monkeyp
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_caller_cannot_make_the_guard_ask_anybody_else(stage: Stage) -> None:
+async def test_a_caller_cannot_make_the_guard_ask_anybody_else(sandbox: Sandbox) -> None:
     async with recorder() as canary:
         where = canary.url.removeprefix("http://")
-        full = room_of(stage, 1)
-        await stage.enter(ALICE, full)
+        full = room_of(sandbox, 1)
+        await sandbox.enter(ALICE, full)
         openid = {"access_token": "x", "token_type": "Bearer", "matrix_server_name": where, "expires_in": 9}
         extra = {"delay_cs_api_url": canary.url, "delay_id": "d", "delay_timeout": 9}
         member = {"id": canary.url, "claimed_user_id": f"@a:{where}", "claimed_device_id": where}
@@ -319,17 +321,17 @@ async def test_a_caller_cannot_make_the_guard_ask_anybody_else(stage: Stage) -> 
             "Forwarded": f"host={where}", "Referer": canary.url, "Origin": canary.url, "Location": canary.url,
         }  # fmt: skip
         for path, body in bodies:
-            await stage.request("POST", stage.url + path, json.dumps(body).encode(), headers)
+            await sandbox.request("POST", sandbox.url + path, json.dumps(body).encode(), headers)
         targets = [canary.url + "/x", f"//{where}/x", f"/\\{where}", f"/x@{where}", f"/.{where}", "*", f"{where}"]
         for target in targets:
             for method in ("GET", "POST", "CONNECT"):
                 request = f"{method} {target} HTTP/1.1\r\nHost: {where}\r\nConnection: close\r\n\r\n"
-                await exchange(stage.url, request.encode())
+                await exchange(sandbox.url, request.encode())
         note = json.dumps({"room_id": f"!x:{where}"}).encode()
-        assert (await stage.operator("POST", "/policy-changed", note)).code == 202
+        assert (await sandbox.operator("POST", "/policy-changed", note)).code == 202
         assert canary.connections == []
         # and our homeserver was asked for no server's user but its own
         assert all(
-            where not in asked.target.decode() for asked in stage.homeserver.seen if "openid" in str(asked.target)
+            where not in asked.target.decode() for asked in sandbox.homeserver.seen if "openid" in str(asked.target)
         )
-        assert stage.homeserver.asked["room_state"] > 0
+        assert sandbox.homeserver.asked["room_state"] > 0

@@ -15,8 +15,8 @@ import pytest
 import pytest_twisted
 from attrs import frozen
 
-from lotusguard.sandbox.stage import Stage
-from tests.conftest import SetStage
+from lotusguard.sandbox.demo.sandbox import Sandbox
+from tests.conftest import StartSandbox
 from tests.raw_http import exchange, recorder
 
 AFTER = b"/healthz?after"
@@ -114,7 +114,7 @@ CHUNKS = {
         "bare LF after it": b"%x\n" % len(BODY) + BODY + b"\r\n0\r\n\r\n",
         "bare LF everywhere": b"%x\n" % len(BODY) + BODY + b"\n0\n\n",
         "bare LF in an extension": chunks(b"%x;a\nb" % len(BODY)),
-        "an endless extension": chunks(b"%x;" % len(BODY) + b"a" * 5000),
+        "an too_large extension": chunks(b"%x;" % len(BODY) + b"a" * 5000),
     }.items()
 } | {
     "an extension": read(post(CHUNKED, body=chunks(b"%x;a=b" % len(BODY)))),
@@ -209,12 +209,12 @@ def followed(attack: Attack) -> bytes:
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest_twisted.ensureDeferred
-async def test_upstream_sees_one_well_formed_request_or_none(stage: Stage, table: dict[str, Attack]) -> None:
+async def test_upstream_sees_one_well_formed_request_or_none(sandbox: Sandbox, table: dict[str, Attack]) -> None:
     for name, attack in table.items():
-        stage.authorizer.seen.clear()
-        answers = await exchange(stage.url, followed(attack))
+        sandbox.upstream.seen.clear()
+        answers = await exchange(sandbox.url, followed(attack))
         assert (name, [answer.code for answer in answers]) == (name, [attack.code] + [200] * attack.goes_on)
-        seen = list(stage.authorizer.seen)
+        seen = list(sandbox.upstream.seen)
         targets = [attack.seen] if attack.seen is not None else []
         targets += [AFTER] * attack.goes_on
         assert (name, [asked.target for asked in seen]) == (name, targets)
@@ -228,20 +228,20 @@ async def test_upstream_sees_one_well_formed_request_or_none(stage: Stage, table
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest_twisted.ensureDeferred
-async def test_the_bytes_that_reach_upstream_are_ours(set_stage: SetStage, table: dict[str, Attack]) -> None:
+async def test_the_bytes_that_reach_upstream_are_ours(start_sandbox: StartSandbox, table: dict[str, Attack]) -> None:
     """The same on the wire, for an upstream that understands bytes in another way than the stand-in does."""
     async with recorder() as upstream:
-        stage = await set_stage(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         for name, attack in table.items():
             for connection in upstream.connections:
                 connection.requests.clear()
-            await exchange(stage.url, followed(attack))
+            await exchange(sandbox.url, followed(attack))
             targets = [attack.seen] if attack.seen is not None else []
             targets += [AFTER] * attack.goes_on
             assert (name, len(upstream.requests)) == (name, len(targets))
             for request, target in zip(upstream.requests, targets, strict=True):
                 well_formed(name, request, target)
-            assert upstream.unread == b""
+            assert upstream.unverifiable == b""
 
 
 def well_formed(name: str, request: bytes, target: bytes) -> None:
@@ -257,7 +257,7 @@ def well_formed(name: str, request: bytes, target: bytes) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_cannot_be_parsed_leaves_nothing_in_the_log_but_our_own_lines(stage: Stage) -> None:
+async def test_what_cannot_be_parsed_leaves_nothing_in_the_log_but_our_own_lines(sandbox: Sandbox) -> None:
     """A flood of bad requests must not be a flood of tracebacks; each is a connection that was closed."""
     from twisted.logger import globalLogPublisher
 
@@ -271,7 +271,7 @@ async def test_what_cannot_be_parsed_leaves_nothing_in_the_log_but_our_own_lines
     try:
         for table in TABLES.values():
             for attack in table.values():
-                await exchange(stage.url, followed(attack))
+                await exchange(sandbox.url, followed(attack))
     finally:
         globalLogPublisher.removeObserver(watch)  # type: ignore[arg-type]
     assert failures == []

@@ -14,7 +14,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from lotusguard.sandbox.stage import KEY, SECRET, Stage
+from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from tests.calls import ALICE, BOB, room_of
 from tests.guardprocess import CHECKOUT, TWISTD, GuardProcess
 
@@ -25,7 +25,7 @@ ACTIVATED = "import os; os.environ['LISTEN_PID'] = str(os.getpid()); " + TWISTD
 class Activated:
     """A guard on a socket that somebody else holds, as the drop-in has systemd start it."""
 
-    def __init__(self, stage: Stage, folder: Path) -> None:
+    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
         self.held = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.url = f"http://127.0.0.1:{self.held.getsockname()[1]}"
         self.process = GuardProcess()
@@ -34,14 +34,14 @@ class Activated:
             "LISTEN_FDS": "1",
             "LISTEN_FDNAMES": "lotusguard.socket",
             "STATE_DIRECTORY": str(folder),
-            "GUARD_UPSTREAM": stage.authorizer.url,
+            "GUARD_UPSTREAM": sandbox.upstream.url,
             "GUARD_ADMIN_PORT": "",
             "GUARD_LOOKUP_TIMEOUT": "10",
-            "LIVEKIT_API": stage.sfu.url,
+            "LIVEKIT_API": sandbox.livekit.url,
             "LIVEKIT_KEY": KEY,
             "LIVEKIT_SECRET": SECRET,
-            "SYNAPSE_API": stage.homeserver.url,
-            "MATRIX_TOKEN": stage.admin_token,
+            "SYNAPSE_API": sandbox.homeserver.url,
+            "MATRIX_TOKEN": sandbox.admin_token,
         }
 
     async def start(self) -> None:
@@ -67,10 +67,10 @@ class Activated:
 
 
 @pytest_twisted.async_yield_fixture
-async def activated(stage: Stage, tmp_path: Path) -> AsyncIterator[Activated]:
-    guard = Activated(stage, tmp_path)
+async def activated(sandbox: Sandbox, tmp_path: Path) -> AsyncIterator[Activated]:
+    guard = Activated(sandbox, tmp_path)
     await guard.start()
-    stage.url = guard.url
+    sandbox.url = guard.url
     yield guard
     if not guard.process.ended.called:
         guard.process.signal("KILL")
@@ -79,18 +79,18 @@ async def activated(stage: Stage, tmp_path: Path) -> AsyncIterator[Activated]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_guard_serves_on_the_socket_that_systemd_holds(stage: Stage, activated: Activated) -> None:
-    room_id = room_of(stage, 1)
-    await stage.enter(ALICE, room_id)
-    assert (await stage.ask_token(BOB, room_id)).code == 403
+async def test_the_guard_serves_on_the_socket_that_systemd_holds(sandbox: Sandbox, activated: Activated) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_comes_while_it_restarts_waits_and_is_answered(stage: Stage, activated: Activated) -> None:
-    room_id = room_of(stage, 1)
-    await stage.enter(ALICE, room_id)
+async def test_who_comes_while_it_restarts_waits_and_is_answered(sandbox: Sandbox, activated: Activated) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
     assert await activated.end() == "SIGTERM", activated.process.output
-    asking = [Deferred.fromCoroutine(stage.ask_token(user, room_id)) for user in (ALICE, BOB, BOB)]
+    asking = [Deferred.fromCoroutine(sandbox.ask_token(user, room_id)) for user in (ALICE, BOB, BOB)]
     await deferLater(reactor, 0.2)
     assert not any(asked.called for asked in asking), "there was nobody to answer"
     await activated.start()

@@ -14,7 +14,7 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.task import Clock, deferLater
 
-from lotusguard.guard.store import PATIENCE, Store, open_store
+from lotusguard.guard.seats.store import PATIENCE, Store, open_state_store
 from lotusguard.metrics import Metrics
 
 LATER = 4_000_000_000.0
@@ -25,7 +25,7 @@ BEFORE = "CREATE TABLE promises (room_id TEXT, user TEXT, expires REAL, PRIMARY 
 
 @asynccontextmanager
 async def opened(directory: Path, clock: Any = reactor) -> AsyncIterator[Store]:
-    store = open_store(directory, clock, Metrics())
+    store = open_state_store(directory, clock, Metrics())
     try:
         yield store
     finally:

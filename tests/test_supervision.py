@@ -11,7 +11,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from lotusguard.metrics import Metrics
-from lotusguard.supervision import Lag, Supervised
+from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def told(end: socket.socket) -> list[bytes]:
 
 
 def test_systemd_is_told_when_the_guard_is_ready_and_when_it_stops(systemd: socket.socket) -> None:
-    supervised = Supervised(Clock())
+    supervised = SystemdNotifier(Clock())
     supervised.startService()
     assert told(systemd) == []
     supervised.ready()
@@ -47,7 +47,7 @@ def test_systemd_is_told_when_the_guard_is_ready_and_when_it_stops(systemd: sock
 def test_the_watchdog_is_fed_twice_in_its_time(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     clock = Clock()
-    supervised = Supervised(clock)
+    supervised = SystemdNotifier(clock)
     supervised.startService()
     supervised.ready()
     told(systemd)
@@ -62,21 +62,21 @@ def test_another_processs_watchdog_is_not_ours(systemd: socket.socket, monkeypat
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     monkeypatch.setenv("WATCHDOG_PID", "1")
     clock = Clock()
-    supervised = Supervised(clock)
+    supervised = SystemdNotifier(clock)
     supervised.ready()
     clock.pump([5.0] * 4)
     assert told(systemd) == [b"READY=1"]
 
 
 def test_without_systemd_nothing_is_told_and_nothing_breaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Supervised(Clock()).ready()
+    SystemdNotifier(Clock()).ready()
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    Supervised(Clock()).ready()
+    SystemdNotifier(Clock()).ready()
 
 
 def test_the_reactors_lateness_is_measured() -> None:
     clock, metrics = Clock(), Metrics()
-    lag = Lag(clock, metrics)
+    lag = ReactorLagMonitor(clock, metrics)
     lag.startService()
     clock.advance(1.0)
     assert metrics.registry.get_sample_value("lotusguard_reactor_lag_seconds") == 0

@@ -30,7 +30,7 @@ def video_of(answer: Answer) -> dict[str, Any]:
 
 
 async def ready(guarded: Guarded) -> tuple[int, dict[str, Any]]:
-    answer = await guarded.stage.operator("GET", "/readyz")
+    answer = await guarded.sandbox.operator("GET", "/readyz")
     return answer.code, json.loads(answer.body)
 
 
@@ -38,19 +38,19 @@ async def ready(guarded: Guarded) -> tuple[int, dict[str, Any]]:
 @pytest.mark.parametrize("room_version", ["10", "12"])
 async def test_the_cap_that_a_rooms_admin_set_holds_on_both_routes(guarded: Guarded, room_version: str) -> None:
     """From version 12 on, room IDs have no server's name in them."""
-    synapse, stage = guarded.synapse, guarded.stage
+    synapse, sandbox = guarded.synapse, guarded.sandbox
     alice, bob, carol = await users_of(synapse)
     room_id = await synapse.create_room(alice, room_version=room_version)
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
     await guarded.enter(alice, room_id)
     bobs = await guarded.enter(bob, room_id, new=True)
-    issued = len(stage.authorizer.issued)
+    issued = len(sandbox.upstream.issued)
     for new in (False, True):
         answer = await guarded.ask_token(carol, room_id, new=new)
         assert (answer.code, json.loads(answer.body)) == (403, FULL)
         assert (await guarded.ask_token(alice, room_id, new=new, device="TABLET")).code == 200
-    assert [one.user for one in stage.authorizer.issued][issued:] == [alice.user_id] * 2
-    stage.sfu.disconnect(bobs.room.name, bobs.identity)
+    assert [one.user for one in sandbox.upstream.issued][issued:] == [alice.user_id] * 2
+    sandbox.livekit.disconnect(bobs.room.name, bobs.identity)
     assert (await guarded.ask_token(carol, room_id)).code == 200
 
 
@@ -74,7 +74,7 @@ async def test_sources_that_the_rooms_admin_forbids_are_not_in_the_token(guarded
     await guarded.synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False, "allow_camera": True})
     answer = await guarded.ask_token(bob, room_id, new=new)
     assert video_of(answer)["canPublishSources"] == ["microphone", "camera"]
-    bobs = guarded.stage.sfu.connect(json.loads(answer.body)["jwt"])
+    bobs = guarded.sandbox.livekit.connect(json.loads(answer.body)["jwt"])
     assert bobs.publish("CAMERA")
     assert not bobs.publish("SCREEN_SHARE")
 
@@ -84,8 +84,8 @@ async def test_a_room_that_the_homeserver_does_not_know_has_no_policy(guarded: G
     alice, _, _ = await users_of(guarded.synapse)
     answer = await guarded.ask_token(alice, "!nowhere:real.test")
     assert answer.code == 200
-    assert json.loads(answer.body)["jwt"] == guarded.stage.authorizer.issued[-1].token
-    decided = json.loads((await guarded.stage.operator("GET", "/rooms")).body)["decisions"][-1]
+    assert json.loads(answer.body)["jwt"] == guarded.sandbox.upstream.issued[-1].token
+    decided = json.loads((await guarded.sandbox.operator("GET", "/rooms")).body)["decisions"][-1]
     assert (decided["reason"], decided["unenforced"]) == ("no_policy", [])
 
 
@@ -105,19 +105,19 @@ async def test_a_bad_openid_token_gets_upstreams_own_401_from_a_full_room(guarde
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("new", [False, True])
 async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_knew_them(guarded: Guarded, new: bool) -> None:
-    """The stage's own homeserver is the other one: upstream can ask it, the guard cannot."""
-    synapse, stage = guarded.synapse, guarded.stage
+    """The sandbox's own homeserver is the other one: upstream can ask it, the guard cannot."""
+    synapse, sandbox = guarded.synapse, guarded.sandbox
     alice, _, _ = await users_of(synapse)
     room_id = await synapse.create_room(alice)
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
     alices = await guarded.enter(alice, room_id)
-    stage.homeserver.add_user("dora")
-    issued = len(stage.authorizer.issued)
-    answer = await stage.ask_token("@dora:sandbox.local", room_id, new=new)
+    sandbox.homeserver.add_user("dora")
+    issued = len(sandbox.upstream.issued)
+    answer = await sandbox.ask_token("@dora:sandbox.local", room_id, new=new)
     assert (answer.code, json.loads(answer.body)) == (403, FULL)
-    assert len(stage.authorizer.issued) == issued + 1
-    stage.sfu.disconnect(alices.room.name, alices.identity)
-    assert (await stage.ask_token("@dora:sandbox.local", room_id, new=new)).code == 200
+    assert len(sandbox.upstream.issued) == issued + 1
+    sandbox.livekit.disconnect(alices.room.name, alices.identity)
+    assert (await sandbox.ask_token("@dora:sandbox.local", room_id, new=new)).code == 200
 
 
 @pytest_twisted.ensureDeferred
@@ -130,9 +130,9 @@ async def test_the_server_name_is_the_homeservers_own_unless_it_is_set(set_guard
     for settings, asked_upstream in (({}, 0), ({"guard_server_name": "elsewhere.test"}, 1)):
         guarded = await set_guarded(**settings)
         await guarded.enter(alice, room_id)
-        issued = len(guarded.stage.authorizer.issued)
+        issued = len(guarded.sandbox.upstream.issued)
         assert (await guarded.ask_token(bob, room_id)).code == 403
-        assert len(guarded.stage.authorizer.issued) == issued + asked_upstream
+        assert len(guarded.sandbox.upstream.issued) == issued + asked_upstream
 
 
 @pytest_twisted.ensureDeferred
@@ -153,7 +153,7 @@ async def test_with_a_token_that_may_not_read_policies_it_lets_in_and_says_so(
     await guarded.enter(alice, room_id)
     answer = await guarded.ask_token(bob, room_id)
     assert answer.code == 200
-    assert json.loads(answer.body)["jwt"] == guarded.stage.authorizer.issued[-1].token
+    assert json.loads(answer.body)["jwt"] == guarded.sandbox.upstream.issued[-1].token
     code, report = await ready(guarded)
     assert (code, report["ready"]) == (503, False)
     assert report["enforcing"] == {"cap": False, "sources": False, "in_call": False}
@@ -169,7 +169,7 @@ async def test_an_address_without_the_admin_api_is_not_taken_for_rooms_without_p
     guarded = await set_guarded(synapse_api=f"{synapse.url}/elsewhere")
     room_id = await synapse.create_room(alice)
     assert (await guarded.ask_token(alice, room_id)).code == 200
-    decided = json.loads((await guarded.stage.operator("GET", "/rooms")).body)["decisions"][-1]
+    decided = json.loads((await guarded.sandbox.operator("GET", "/rooms")).body)["decisions"][-1]
     assert decided["unenforced"] == ["policy:status_404"]
     code, report = await ready(guarded)
     assert (code, report["enforcing"]["cap"]) == (503, False)
@@ -180,12 +180,12 @@ async def test_a_call_that_is_older_than_the_guard_is_found_among_the_homeserver
     set_guarded: MakeGuarded,
 ) -> None:
     guarded = await set_guarded(guard_reconcile_interval=0.2)
-    synapse, stage = guarded.synapse, guarded.stage
+    synapse, sandbox = guarded.synapse, guarded.sandbox
     alice, _, _ = await users_of(synapse)
     room_id = await synapse.create_room(alice)
     await synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False})
     body = {"room": room_id, "device_id": "PHONE", "openid_token": await synapse.openid_token(alice)}
-    past_the_guard = await stage.request("POST", f"{stage.authorizer.url}/sfu/get", json.dumps(body).encode())
-    alices = stage.sfu.connect(json.loads(past_the_guard.body)["jwt"])
+    past_the_guard = await sandbox.request("POST", f"{sandbox.upstream.url}/sfu/get", json.dumps(body).encode())
+    alices = sandbox.livekit.connect(json.loads(past_the_guard.body)["jwt"])
     assert alices.publish("SCREEN_SHARE")
     await until(lambda: not alices.tracks, 10)

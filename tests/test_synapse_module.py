@@ -22,8 +22,8 @@ from twisted.internet.task import Clock, deferLater
 from twisted.web.http_headers import Headers
 
 from lotusguard.rules import policy
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import ADMIN_TOKEN
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN
+from lotusguard.sandbox.livekit.participant import Participant
 from tests.conftest import until
 from tests.synapse import Guarded, MakeGuarded, Synapse, User
 

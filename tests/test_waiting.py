@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting together and only so long; policies believed and remembered; breakers. All on a clock that is turned."""
+"""Waiting gather and only so long; policies believed and remembered; breakers. All on a clock that is turned."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.task import Clock
 
-from lotusguard.clients.neighbour import NeighbourFailed
-from lotusguard.clients.waiting import Budget, SharedCalls, together
-from lotusguard.guard.policies import Freshness, Known, Policies
+from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN, CircuitBreaker
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.waiting import Budget, SharedLookups, gather
+from lotusguard.guard.rooms.policies import Freshness, Known, Policies
 from lotusguard.metrics import Metrics
-from lotusguard.rules.breaker import FAILURES_TO_OPEN, Breaker
 from lotusguard.rules.policy import NO_POLICY, Policy
 
 
@@ -37,7 +37,7 @@ class Source:
 
 def test_one_call_serves_all_who_wait() -> None:
     source = Source()
-    shared = SharedCalls(source.call)
+    shared = SharedLookups(source.call)
     first, second = shared.get("a"), shared.get("a")
     shared.get("b")
     assert len(source.calls) == 2
@@ -49,7 +49,7 @@ def test_one_call_serves_all_who_wait() -> None:
 
 def test_a_failure_is_everybodys() -> None:
     source = Source()
-    shared = SharedCalls(source.call)
+    shared = SharedLookups(source.call)
     waiters = [shared.get("a") for _ in range(2)]
     source.calls[0].errback(ValueError("x"))
     assert [type(outcome(waiter)) for waiter in waiters] == [ValueError, ValueError]
@@ -57,7 +57,7 @@ def test_a_failure_is_everybodys() -> None:
 
 def test_who_gives_up_leaves_the_call_to_the_others() -> None:
     source = Source()
-    shared = SharedCalls(source.call)
+    shared = SharedLookups(source.call)
     first, second = shared.get("a"), shared.get("a")
     first.cancel()
     assert isinstance(outcome(first), CancelledError)
@@ -67,7 +67,7 @@ def test_who_gives_up_leaves_the_call_to_the_others() -> None:
 
 def test_what_is_forgotten_is_asked_for_anew_while_the_old_call_still_runs() -> None:
     source = Source()
-    shared = SharedCalls(source.call)
+    shared = SharedLookups(source.call)
     old = shared.get("a")
     shared.forget("a")
     new = shared.get("a")
@@ -100,13 +100,13 @@ def test_a_budget_is_for_all_waits_together_and_only_for_waiting() -> None:
 
 def test_of_several_questions_the_first_that_fails_makes_all_fail() -> None:
     source = Source()
-    asked = Deferred.fromCoroutine(together([source.call("a"), source.call("b")]))
+    asked = Deferred.fromCoroutine(gather([source.call("a"), source.call("b")]))
     source.calls[1].errback(ValueError("x"))
     assert isinstance(outcome(asked), ValueError)
 
 
 def test_a_breaker_opens_after_five_failures_in_a_row_and_closes_on_one_success() -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(FAILURES_TO_OPEN - 1):
         assert not breaker.failed()
     breaker.succeeded()
@@ -135,7 +135,7 @@ class Rooms:
         self.asked[-1].callback({} if limit is None else {"io.lotus.voice_limit": {"max_users": limit}})
 
     def fail(self) -> None:
-        self.asked[-1].errback(NeighbourFailed("synapse", "timeout"))
+        self.asked[-1].errback(DependencyFailed("synapse", "timeout"))
 
 
 @pytest.fixture

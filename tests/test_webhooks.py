@@ -13,11 +13,11 @@ from livekit.protocol.models import DisconnectReason
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
+from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.sfu_participant import Participant
-from lotusguard.sandbox.stage import KEY, SECRET, Stage
-from lotusguard.sandbox.tokens import mint
-from lotusguard.sandbox.webhooks import WebhookSender
+from lotusguard.sandbox.livekit.participant import Participant
+from lotusguard.sandbox.livekit.tokens import mint
+from lotusguard.sandbox.livekit.webhooks import WebhookSender
 from tests.calls import (
     ALICE,
     BOB,
@@ -35,20 +35,20 @@ from tests.calls import (
     seen_in,
     tell,
 )
-from tests.conftest import SetStage, until
+from tests.conftest import StartSandbox, until
 
 
 @pytest_twisted.async_yield_fixture
-async def deaf(set_stage: SetStage) -> Any:
-    """A stage whose SFU tells nobody anything, so that webhooks can be delivered by hand."""
-    stage = await set_stage(guard_reconcile_interval=3600)
-    stage.sfu.webhooks.urls[:] = []
-    yield stage
+async def deaf(start_sandbox: StartSandbox) -> Any:
+    """A sandbox whose SFU tells nobody anything, so that webhooks can be delivered by hand."""
+    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    sandbox.livekit.webhooks.urls[:] = []
+    yield sandbox
 
 
-async def at_rest(stage: Stage) -> None:
+async def at_rest(sandbox: Sandbox) -> None:
     """Everything that a webhook set going has been done."""
-    await until(lambda: not stage.guard._enforcement._running)
+    await until(lambda: not sandbox.guard._enforcement._running)
 
 
 # -- handed on ---------------------------------------------------------------------------------------
@@ -58,14 +58,14 @@ async def at_rest(stage: Stage) -> None:
 @pytest.mark.parametrize("authorization", ["a.b.c", "Bearer xyz", None])
 @pytest_twisted.ensureDeferred
 async def test_whatever_comes_is_handed_to_upstream_as_it_came(
-    deaf: Stage, body: bytes, authorization: str | None
+    deaf: Sandbox, body: bytes, authorization: str | None
 ) -> None:
     headers = {"Content-Type": "application/webhook+json", "X-Other": "kept"}
     if authorization is not None:
         headers["Authorization"] = authorization
     answer = await deaf.request("POST", f"{deaf.url}/sfu_webhook", body, headers)
     assert answer.code == 200
-    seen = deaf.authorizer.webhooks[-1]
+    seen = deaf.upstream.webhooks[-1]
     assert seen.body == body
     given = {name.lower(): value for name, value in seen.headers}
     assert given.get("authorization") == authorization
@@ -74,19 +74,19 @@ async def test_whatever_comes_is_handed_to_upstream_as_it_came(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_true_webhook_is_true_for_upstream_as_well(stage: Stage) -> None:
-    await stage.enter(ALICE, room_of(stage, 2))
-    await stage.sfu.drained()
-    assert [json.loads(seen.body)["event"] for seen in stage.authorizer.webhooks][-1] == "participant_joined"
-    assert all(seen.verified for seen in stage.authorizer.webhooks)
-    assert counted(stage, "webhooks_total", outcome="accepted") == len(stage.authorizer.webhooks)
-    assert {sent.status for sent in stage.sfu.webhooks.attempts} == {200}
+async def test_a_true_webhook_is_true_for_upstream_as_well(sandbox: Sandbox) -> None:
+    await sandbox.enter(ALICE, room_of(sandbox, 2))
+    await sandbox.livekit.drained()
+    assert [json.loads(seen.body)["event"] for seen in sandbox.upstream.webhooks][-1] == "participant_joined"
+    assert all(seen.verified for seen in sandbox.upstream.webhooks)
+    assert counted(sandbox, "webhooks_total", outcome="accepted") == len(sandbox.upstream.webhooks)
+    assert {sent.status for sent in sandbox.livekit.webhooks.attempts} == {200}
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_is_answered_with_upstream_s_answer(deaf: Stage) -> None:
+async def test_it_is_answered_with_upstream_s_answer(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
-    deaf.authorizer.faults["sfu_webhook"] = Fault.status(503, b"not now", times=1)
+    deaf.upstream.faults["sfu_webhook"] = Fault.status(503, b"not now", times=1)
     event = event_about("participant_joined", alice)
     answer = await tell(deaf, event)
     assert (answer.code, answer.body) == (503, b"not now")
@@ -96,34 +96,34 @@ async def test_it_is_answered_with_upstream_s_answer(deaf: Stage) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_answer_does_not_wait_for_our_work(deaf: Stage) -> None:
+async def test_the_answer_does_not_wait_for_our_work(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
-    deaf.sfu.room_faults[alice.room.name] = Fault.hang()
-    looks = deaf.sfu.asked["ListParticipants"]
+    deaf.livekit.room_faults[alice.room.name] = Fault.hang()
+    looks = deaf.livekit.asked["ListParticipants"]
     answer = await tell(deaf, event_about("participant_joined", alice))
     assert answer.code == 200
-    await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
     assert deaf.guard._enforcement._running
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_a_key_webhooks_are_handed_on_and_not_read(set_stage: SetStage) -> None:
-    stage = await set_stage(guard_reconcile_interval=3600, livekit_key="", livekit_secret="")
-    assert (await tell(stage, b"{}", authorization="a.b.c")).code == 200
-    assert stage.authorizer.webhooks[-1].body == b"{}"
-    assert counted(stage, "webhooks_total", outcome="unread") == 1
+async def test_without_a_key_webhooks_are_handed_on_and_not_read(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_key="", livekit_secret="")
+    assert (await tell(sandbox, b"{}", authorization="a.b.c")).code == 200
+    assert sandbox.upstream.webhooks[-1].body == b"{}"
+    assert counted(sandbox, "webhooks_total", outcome="unverifiable") == 1
 
 
 # -- believed ----------------------------------------------------------------------------------------
 
 
-def forgeries(stage: Stage, body: bytes) -> dict[str, str]:
+def forgeries(sandbox: Sandbox, body: bytes) -> dict[str, str]:
     now = time.time()
 
     def sender(key: str = KEY, secret: str = SECRET, at: float = now) -> str:
-        return WebhookSender(reactor, reactor, stage.sfu.pool, key=key, secret=secret, now=lambda: at).authorization(
-            body
-        )
+        return WebhookSender(
+            reactor, reactor, sandbox.livekit.pool, key=key, secret=secret, now=lambda: at
+        ).authorization(body)
 
     true = sender()
     head, claims, signature = true.split(".")
@@ -135,7 +135,7 @@ def forgeries(stage: Stage, body: bytes) -> dict[str, str]:
         "another key": sender(key="otherkey"),
         "expired": sender(at=now - 600),
         "not yet valid": sender(at=now + 600),
-        "another body": stage.sfu.webhooks.authorization(body + b" "),
+        "another body": sandbox.livekit.webhooks.authorization(body + b" "),
         "no hash": mint(KEY, SECRET, {}, now=now, valid_for=300),
         "no expiry": mint(KEY, SECRET, {"exp": None, "sha256": "x"}, now=now, valid_for=300),
         "unsigned": f"eyJhbGciOiJub25lIn0.{claims}.",
@@ -144,42 +144,42 @@ def forgeries(stage: Stage, body: bytes) -> dict[str, str]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_forged_webhook_changes_nothing_and_is_handed_on(deaf: Stage) -> None:
+async def test_a_forged_webhook_changes_nothing_and_is_handed_on(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 1)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
     assert await seen_in(deaf, room_id) == [(ALICE, True)]
-    before = dict(deaf.sfu.asked)
+    before = dict(deaf.livekit.asked)
     body = json.dumps(event_about("participant_left", alice)).encode()
     for number, (name, authorization) in enumerate(forgeries(deaf, body).items(), 1):
         with logged() as events:
             assert (await tell(deaf, body, authorization=authorization)).code == 200, name
-        assert deaf.authorizer.webhooks[-1].body == body, name
+        assert deaf.upstream.webhooks[-1].body == body, name
         assert await seen_in(deaf, room_id) == [(ALICE, True)], name
         assert counted(deaf, "webhooks_total", outcome="forged") == number, name
         assert len(named(events, "webhook_forged")) == 1, name
-    assert dict(deaf.sfu.asked) == before
+    assert dict(deaf.livekit.asked) == before
     await tell(deaf, body)  # while the true one does
     assert await seen_in(deaf, room_id) == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_that_is_delivered_twice_is_acted_on_once(deaf: Stage) -> None:
+async def test_one_that_is_delivered_twice_is_acted_on_once(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
     event = event_about("track_published", alice)
     await tell(deaf, event)
     await at_rest(deaf)
-    looks = deaf.sfu.asked["ListParticipants"]
+    looks = deaf.livekit.asked["ListParticipants"]
     for _ in range(3):
         await tell(deaf, event)
     await at_rest(deaf)
-    assert deaf.sfu.asked["ListParticipants"] == looks
+    assert deaf.livekit.asked["ListParticipants"] == looks
     assert counted(deaf, "webhooks_total", outcome="duplicate") == 3
 
 
 @pytest_twisted.ensureDeferred
-async def test_events_without_an_id_are_no_duplicates_of_each_other(deaf: Stage) -> None:
+async def test_events_without_an_id_are_no_duplicates_of_each_other(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     for user in (ALICE, BOB):
         event = event_about("participant_joined", await deaf.enter(user, room_id))
@@ -189,13 +189,13 @@ async def test_events_without_an_id_are_no_duplicates_of_each_other(deaf: Stage)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_replayed_joined_brings_nobody_back(deaf: Stage) -> None:
+async def test_a_replayed_joined_brings_nobody_back(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     joined = event_about("participant_joined", alice)
     await tell(deaf, joined)
     await at_rest(deaf)
-    deaf.sfu.disconnect(alice.room.name, alice.identity)
+    deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
     for event in (joined, {**joined, "id": "EV_another"}):
         await tell(deaf, event)
@@ -220,7 +220,7 @@ async def test_a_replayed_joined_brings_nobody_back(deaf: Stage) -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_strange_events_are_answered_and_break_nothing(deaf: Stage, strange: dict[str, Any]) -> None:
+async def test_strange_events_are_answered_and_break_nothing(deaf: Sandbox, strange: dict[str, Any]) -> None:
     room_id = room_of(deaf, 1)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
@@ -234,16 +234,16 @@ async def test_strange_events_are_answered_and_break_nothing(deaf: Stage, strang
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"not json", b"\xff", b"[" * 100_000])
 @pytest_twisted.ensureDeferred
-async def test_a_signed_body_that_is_no_event_is_handed_on(deaf: Stage, body: bytes) -> None:
+async def test_a_signed_body_that_is_no_event_is_handed_on(deaf: Sandbox, body: bytes) -> None:
     with logged() as events:
         assert (await tell(deaf, body)).code == 200
     assert crashes(events) == []
-    assert deaf.authorizer.webhooks[-1].body == body
+    assert deaf.upstream.webhooks[-1].body == body
     assert counted(deaf, "webhooks_total", outcome="forged") == 1
 
 
 @pytest_twisted.ensureDeferred
-async def test_unknown_fields_and_absent_zeros_do_not_matter(deaf: Stage) -> None:
+async def test_unknown_fields_and_absent_zeros_do_not_matter(deaf: Sandbox) -> None:
     room_id = room_of(deaf)
     alice = await deaf.enter(ALICE, room_id)
     share = alice.publish("SCREEN_SHARE")
@@ -260,34 +260,34 @@ async def test_unknown_fields_and_absent_zeros_do_not_matter(deaf: Stage) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_leaving_frees_a_seat_at_once(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    alice = await stage.enter(ALICE, room_id)
-    await stage.sfu.drained()
-    await at_rest(stage)
-    assert await seen_in(stage, room_id) == [(ALICE, True)]
-    stage.sfu.disconnect(alice.room.name, alice.identity)
-    await stage.sfu.drained()
-    assert await seen_in(stage, room_id) == []
-    await stage.enter(BOB, room_id)
+async def test_leaving_frees_a_seat_at_once(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    alice = await sandbox.enter(ALICE, room_id)
+    await sandbox.livekit.drained()
+    await at_rest(sandbox)
+    assert await seen_in(sandbox, room_id) == [(ALICE, True)]
+    sandbox.livekit.disconnect(alice.room.name, alice.identity)
+    await sandbox.livekit.drained()
+    assert await seen_in(sandbox, room_id) == []
+    await sandbox.enter(BOB, room_id)
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_never_became_active_frees_the_seat_too(stage: Stage) -> None:
-    room_id = room_of(stage, 1)
-    answer = await stage.ask_token(ALICE, room_id)
-    alice = stage.sfu.connect(json.loads(answer.body)["jwt"], activate=False)
-    assert (await stage.ask_token(BOB, room_id)).code == 403  # that look saw Alice arrive
-    assert await seen_in(stage, room_id) == [(ALICE, True)]
-    stage.sfu.disconnect(alice.room.name, alice.identity)
-    await stage.sfu.drained()
-    assert stage.sfu.events[-1].event == "participant_connection_aborted"
-    assert await seen_in(stage, room_id) == []
-    await stage.enter(BOB, room_id)
+async def test_who_never_became_active_frees_the_seat_too(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    answer = await sandbox.ask_token(ALICE, room_id)
+    alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"], activate=False)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403  # that look saw Alice arrive
+    assert await seen_in(sandbox, room_id) == [(ALICE, True)]
+    sandbox.livekit.disconnect(alice.room.name, alice.identity)
+    await sandbox.livekit.drained()
+    assert sandbox.livekit.events[-1].event == "participant_connection_aborted"
+    assert await seen_in(sandbox, room_id) == []
+    await sandbox.enter(BOB, room_id)
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_end_of_a_room_frees_all_its_seats(deaf: Stage) -> None:
+async def test_the_end_of_a_room_frees_all_its_seats(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice, bob = await deaf.enter(ALICE, room_id), await deaf.enter(BOB, room_id)
     for who in (alice, bob):
@@ -301,8 +301,8 @@ async def test_the_end_of_a_room_frees_all_its_seats(deaf: Stage) -> None:
     assert await seen_in(deaf, room_id) == []
 
 
-def reconnected(stage: Stage, room_id: str) -> Participant:
-    return stage.sfu.connect(old_token(ALICE, room_id))
+def reconnected(sandbox: Sandbox, room_id: str) -> Participant:
+    return sandbox.livekit.connect(old_token(ALICE, room_id))
 
 
 LATE = {"sent after the new one's joined": True, "sent before it": False}
@@ -312,7 +312,7 @@ LATE = {"sent after the new one's joined": True, "sent before it": False}
 @pytest.mark.parametrize("reason", [{}, {"disconnectReason": "DUPLICATE_IDENTITY"}])
 @pytest_twisted.ensureDeferred
 async def test_the_left_of_an_old_session_does_not_unseat_the_new_one(
-    deaf: Stage, late: bool, reason: dict[str, str]
+    deaf: Sandbox, late: bool, reason: dict[str, str]
 ) -> None:
     room_id = room_of(deaf, 1)
     old = await deaf.enter(ALICE, room_id)
@@ -331,25 +331,25 @@ async def test_the_left_of_an_old_session_does_not_unseat_the_new_one(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_reconnect_keeps_the_seat_in_a_room_whose_cap_was_lowered(stage: Stage) -> None:
-    room_id = room_of(stage, 3)
+async def test_a_reconnect_keeps_the_seat_in_a_room_whose_cap_was_lowered(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 3)
     for user in (ALICE, BOB, CAROL):
-        await stage.enter(user, room_id)
-    await stage.sfu.drained()
-    await change_policy(stage, room_id, 1)
-    await at_rest(stage)
-    new = reconnected(stage, room_id)
-    await stage.sfu.drained()
-    await at_rest(stage)
-    assert [event.participant.disconnect_reason for event in stage.sfu.events if event.event == "participant_left"] == [
-        DisconnectReason.DUPLICATE_IDENTITY
-    ]
-    assert await seen_in(stage, room_id) == [(ALICE, True), (BOB, True), (CAROL, True)]
+        await sandbox.enter(user, room_id)
+    await sandbox.livekit.drained()
+    await change_policy(sandbox, room_id, 1)
+    await at_rest(sandbox)
+    new = reconnected(sandbox, room_id)
+    await sandbox.livekit.drained()
+    await at_rest(sandbox)
+    assert [
+        event.participant.disconnect_reason for event in sandbox.livekit.events if event.event == "participant_left"
+    ] == [DisconnectReason.DUPLICATE_IDENTITY]
+    assert await seen_in(sandbox, room_id) == [(ALICE, True), (BOB, True), (CAROL, True)]
     assert new.connected
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away(deaf: Stage) -> None:
+async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away(deaf: Sandbox) -> None:
     """The SFU ends the old one first, and lists nobody for a moment."""
     room_id = room_of(deaf, 2)
     alice, bob = await deaf.enter(ALICE, room_id), await deaf.enter(BOB, room_id)
@@ -357,7 +357,7 @@ async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away
         await tell(deaf, event_about("participant_joined", who))
     await change_policy(deaf, room_id, 1)
     await at_rest(deaf)
-    deaf.sfu.disconnect(alice.room.name, alice.identity, DisconnectReason.DUPLICATE_IDENTITY)
+    deaf.livekit.disconnect(alice.room.name, alice.identity, DisconnectReason.DUPLICATE_IDENTITY)
     left = event_about("participant_left", alice)
     left["participant"]["disconnectReason"] = "DUPLICATE_IDENTITY"
     await tell(deaf, left)
@@ -372,17 +372,17 @@ async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(deaf: Stage) -> None:
+async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
-    looks = deaf.sfu.asked["ListParticipants"]
-    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.003, times=1)  # what it tells is what it was when asked
+    looks = deaf.livekit.asked["ListParticipants"]
+    deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)  # what it tells is what it was when asked
     await tell(deaf, event_about("track_published", alice))
-    await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
     await deferLater(reactor, 0.02)  # it has begun to answer
-    deaf.sfu.disconnect(alice.room.name, alice.identity)
+    deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
     assert deaf.guard._enforcement._running
     await at_rest(deaf)
@@ -390,18 +390,18 @@ async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(d
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_look_that_began_before_somebody_came_does_not_unseat_them(deaf: Stage) -> None:
+async def test_a_look_that_began_before_somebody_came_does_not_unseat_them(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
-    looks = deaf.sfu.asked["ListParticipants"]
-    deaf.sfu.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
+    looks = deaf.livekit.asked["ListParticipants"]
+    deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
     await tell(deaf, event_about("track_published", alice))
-    await until(lambda: deaf.sfu.asked["ListParticipants"] > looks)
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
     await deferLater(reactor, 0.02)
-    deaf.sfu.room_faults[alice.room.name] = Fault.hang()  # the next look tells nothing
-    bob = deaf.sfu.connect(old_token(BOB, room_id))
+    deaf.livekit.room_faults[alice.room.name] = Fault.hang()  # the next look tells nothing
+    bob = deaf.livekit.connect(old_token(BOB, room_id))
     await tell(deaf, event_about("participant_joined", bob))
-    await until(lambda: deaf.sfu.asked["ListParticipants"] == looks + 2)  # the first is over
+    await until(lambda: deaf.livekit.asked["ListParticipants"] == looks + 2)  # the first is over
     assert await seen_in(deaf, room_id) == [(ALICE, True), (BOB, True)]

@@ -31,7 +31,7 @@ class NoAnswer(Exception):
         self.remedy = remedy
 
 
-class Neighbour:
+class Dependency:
     """Somebody to ask.
 
     :param setting: the setting that holds the address.

@@ -9,14 +9,14 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 
-from lotusguard.check.asking import Neighbour
+from lotusguard.check.asking import Dependency
 from lotusguard.check.homeserver import HomeserverCheck, Us
 from lotusguard.check.host import GuardCheck, check_state_directory
 from lotusguard.check.livekit import LiveKitCheck
 from lotusguard.check.report import Findings, Report
 from lotusguard.check.upstream import UpstreamCheck
 from lotusguard.clients.http import connection_pool
-from lotusguard.clients.waiting import together
+from lotusguard.clients.waiting import gather
 from lotusguard.config import Settings, suspicions
 
 PATIENCE, LONGEST = 5.0, 15.0
@@ -38,10 +38,10 @@ async def check(
     report = Report(order=ORDER)
     pool = connection_pool(reactor)
 
-    def neighbour(setting: str, base: str) -> Neighbour:
-        return Neighbour(setting, base, reactor, pool, patience, now)
+    def dependency(setting: str, base: str) -> Dependency:
+        return Dependency(setting, base, reactor, pool, patience, now)
 
-    asking = Check(settings, reactor, report, neighbour, patience, now)
+    asking = Check(settings, reactor, report, dependency, patience, now)
     try:
         await Deferred.fromCoroutine(asking.run()).addTimeout(longest, reactor)
     except TimeoutError:
@@ -56,7 +56,7 @@ async def check(
 class Check:
     """One check. What depends on nothing is asked at once; then the trial; then what came of it.
 
-    :param neighbour: makes somebody to ask, of the setting's name and the address.
+    :param dependency: makes somebody to ask, of the setting's name and the address.
     """
 
     def __init__(
@@ -64,24 +64,24 @@ class Check:
         settings: Settings,
         reactor: Any,
         report: Report,
-        neighbour: Callable[[str, str], Neighbour],
+        dependency: Callable[[str, str], Dependency],
         patience: float,
         now: Callable[[], float],
     ) -> None:
         self._settings = settings
         self._report = report
-        self._neighbours = [
-            neighbour("SYNAPSE_API", settings.synapse_api),
-            neighbour("LIVEKIT_API", settings.livekit_api),
-            neighbour("GUARD_UPSTREAM", settings.guard_upstream),
+        self._dependencies = [
+            dependency("SYNAPSE_API", settings.synapse_api),
+            dependency("LIVEKIT_API", settings.livekit_api),
+            dependency("GUARD_UPSTREAM", settings.guard_upstream),
         ]
-        synapse, livekit, upstream = self._neighbours
+        synapse, livekit, upstream = self._dependencies
         self._homeserver = HomeserverCheck(settings, synapse, self._about("synapse"))
         self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), now)
         self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), reactor)
-        public = neighbour("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
+        public = dependency("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
         operators = (
-            neighbour("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
+            dependency("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
             if settings.guard_admin_port
             else None
         )
@@ -92,7 +92,7 @@ class Check:
     async def run(self) -> None:
         """Ask everybody."""
         self._look_at_settings()
-        await together(
+        await gather(
             (
                 self._part("synapse", self._ask_synapse()),
                 self._part("livekit", self._livekit.run()),
@@ -160,7 +160,7 @@ class Check:
 
     def _compare_clocks(self) -> None:
         say = self._about("clocks")
-        for who in self._neighbours:
+        for who in self._dependencies:
             if who.skew is None:
                 continue
             ahead = f"{abs(who.skew):.0f} s {'ahead of' if who.skew > 0 else 'behind'} ours"

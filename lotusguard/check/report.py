@@ -107,5 +107,5 @@ class Findings:
 
 
 def _plain(text: str) -> str:
-    """What a neighbour said must not move the terminal's cursor, nor look like lines of ours."""
+    """What a dependency said must not move the terminal's cursor, nor look like lines of ours."""
     return "".join(character if character.isprintable() else "?" for character in text)

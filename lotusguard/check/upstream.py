@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from twisted.internet.threads import deferToThreadPool
 
-from lotusguard.check.asking import Neighbour, NoAnswer, errcode_of, json_of
+from lotusguard.check.asking import Dependency, NoAnswer, errcode_of, json_of
 from lotusguard.check.homeserver import Us
 from lotusguard.check.livekit import SAME_KEY, LiveKitCheck
 from lotusguard.check.report import Findings
@@ -28,7 +28,7 @@ ADDRESS = "correct GUARD_UPSTREAM: lk-jwt-service's own address, usually http://
 class UpstreamCheck:
     """Asks lk-jwt-service."""
 
-    def __init__(self, settings: Settings, upstream: Neighbour, findings: Findings, reactor: Any) -> None:
+    def __init__(self, settings: Settings, upstream: Dependency, findings: Findings, reactor: Any) -> None:
         self._settings = settings
         self._upstream = upstream
         self._say = findings

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What we ask of others: one file a neighbour, plus the HTTP plumbing they share."""
+"""What we ask of others: one file a dependency, plus the HTTP plumbing they share."""

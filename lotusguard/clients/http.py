@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One discipline for calling neighbours: a deadline, a bounded body, no redirects, no cookies. Floor: clients.
+"""One discipline for calling dependencies: a deadline, a bounded body, no redirects, no cookies. Floor: clients.
 
 Requests go straight to Twisted's agent and bodies are collected by treq. ``treq.HTTPClient`` would parse every URL
 through hyperlink and idna again (a fifth of a join's CPU time) and carry one caller's cookies to the next; the
@@ -27,13 +27,13 @@ from zope.interface import implementer
 T = TypeVar("T")
 
 IDLE_CONNECTIONS = 512
-"""Connections kept open to one neighbour; Twisted's own default is two. With fewer, a burst of joins makes a new one
+"""Connections kept open to one dependency; Twisted's own default is two. With fewer, a burst of joins makes a new one
 for most of its calls, which costs a third of a join."""
 
 
 NEXT_ADDRESS = 0.02
 """Seconds after which the next address of a name is tried beside the first. Twisted's own 0.3 is also how late it
-notices that the last address refused: each join would wait that long for a neighbour that is down."""
+notices that the last address refused: each join would wait that long for a dependency that is down."""
 
 
 class BodyTooLarge(Exception):
@@ -80,12 +80,12 @@ def connection_pool(reactor: Any) -> HTTPConnectionPool:
 class FixedAgent(Agent):
     """An agent for one configured address, whose targets go on the wire byte for byte.
 
-    ``Agent.request`` takes URLs apart and puts them together again, which loses an empty query and costs time. No
+    ``Agent.request`` takes URLs apart and puts them gather again, which loses an empty query and costs time. No
     redirect is followed; TLS is verified by the system's roots where the address is ``https``.
 
     :param base: the address without a trailing slash; a path in it goes before every target.
     :param connect_timeout: seconds for connecting, where requests have no deadline. Where they have one it would come
-        first, and make a neighbour that is late look like one that is away.
+        first, and make a dependency that is late look like one that is away.
     """
 
     def __init__(self, reactor: Any, base: str, pool: HTTPConnectionPool, connect_timeout: float | None = None) -> None:

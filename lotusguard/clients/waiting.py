@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting together, and waiting only so long. Floor: clients."""
+"""Waiting gather, and waiting only so long. Floor: clients."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def tell(waiters: Iterable[Deferred[T]], outcome: Any) -> None:
             waiter.callback(outcome)
 
 
-class SharedCalls(Generic[K, T]):
+class SharedLookups(Generic[K, T]):
     """One call for all who wait for the same thing::
 
-        looks = SharedCalls(look_at_room)
+        looks = SharedLookups(look_at_room)
         await looks.get(room_id)        # two of these at once: one look_at_room(room_id)
 
     A waiter that gives up leaves the call to the others. `forget` lets the next one start a new call, although the
@@ -62,7 +62,7 @@ class SharedCalls(Generic[K, T]):
 
 
 class Budget:
-    """How long one join waits for neighbours, all in all::
+    """How long one join waits for dependencies, all in all::
 
     budget = Budget(clock, 1.5)
     policy = await budget.wait(policies.get(room_id))     # TimeoutError when there is nothing left
@@ -76,7 +76,7 @@ class Budget:
     def wait(self, outcome: Deferred[T]) -> Deferred[T]:
         """The same outcome, or `TimeoutError` when the budget is used up before. Only time spent in here counts.
 
-        Takes the Deferred over: it is cancelled then, so hand in one of your own (`SharedCalls` gives each waiter one).
+        Takes the Deferred over: it is cancelled then, so hand in one of your own (`SharedLookups` gives one each).
         """
         if outcome.called and not outcome.paused:
             return outcome
@@ -89,7 +89,7 @@ class Budget:
         return outcome.addTimeout(max(0.0, self._left), self._clock).addBoth(spent)
 
 
-async def together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Ask several things at once. The first that fails makes all fail, with its own exception."""
     calls = [Deferred.fromCoroutine(call) for call in asked]
     try:
@@ -101,7 +101,7 @@ async def together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         raise
 
 
-def in_background(work: Coroutine[Any, Any, object], failed: Callable[[Failure], None]) -> Deferred[Any]:
+def run_in_background(work: Coroutine[Any, Any, object], failed: Callable[[Failure], None]) -> Deferred[Any]:
     """Start something nobody waits for. :param failed: takes the Failure, if it was not just cancelled."""
     begun: Deferred[Any] = Deferred.fromCoroutine(work)
 

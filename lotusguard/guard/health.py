@@ -10,21 +10,21 @@ from attrs import asdict, define
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
-from lotusguard.clients.authorizer import Authorizer
-from lotusguard.clients.homeserver import Homeserver
-from lotusguard.clients.neighbour import NeighbourFailed
-from lotusguard.clients.sfu import Sfu
-from lotusguard.clients.waiting import SharedCalls, together
-from lotusguard.guard.decisions import Journal
-from lotusguard.guard.enforcement import Enforcement
-from lotusguard.guard.store import Store
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.livekit import LiveKitClient
+from lotusguard.clients.lk_jwt_service import LkJwtService
+from lotusguard.clients.synapse import SynapseClient
+from lotusguard.clients.waiting import SharedLookups, gather
+from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.seats.store import Store
 
 MISMATCH_REMEMBERED = 600.0
 """Seconds for which a token that our secret did not sign keeps us from saying that sources are enforced."""
 
 
 @define
-class NeighbourHealth:
+class DependencyHealth:
     """:ivar error: why it gave no usable answer just now, or ``None``."""
 
     error: str | None
@@ -32,7 +32,7 @@ class NeighbourHealth:
 
 
 class Health:
-    """Asks all neighbours and looks at what happened lately.
+    """Asks all dependencies and looks at what happened lately.
 
     :param store: the state directory; ``None`` when there is none or it could not be used, as ``store_error`` says.
     """
@@ -40,10 +40,10 @@ class Health:
     def __init__(
         self,
         *,
-        sfu: Sfu | None,
-        homeserver: Homeserver | None,
-        authorizer: Authorizer,
-        journal: Journal,
+        sfu: LiveKitClient | None,
+        homeserver: SynapseClient | None,
+        authorizer: LkJwtService,
+        decision_log: DecisionLog,
         enforcement: Enforcement,
         store: Store | None,
         store_error: str | None,
@@ -54,24 +54,24 @@ class Health:
         self._sfu = sfu
         self._homeserver = homeserver
         self._authorizer = authorizer
-        self._journal = journal
+        self._decision_log = decision_log
         self._enforcement = enforcement
         self._store = store
         self._store_error = store_error
         self._clock = clock
         self._dry_run = dry_run
         self._round_age = 3 * reconcile_interval + 2
-        self._reports: SharedCalls[str, dict[str, Any]] = SharedCalls(self._asked)
+        self._reports: SharedLookups[str, dict[str, Any]] = SharedLookups(self._asked)
         self._began = clock.seconds()
 
     def report(self) -> Deferred[dict[str, Any]]:
-        """The report, as JSON. However many ask at once, the neighbours are asked once."""
+        """The report, as JSON. However many ask at once, the dependencies are asked once."""
         return self._reports.get("")
 
     async def _asked(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
         sfu, homeserver = self._sfu, self._homeserver
-        livekit, synapse, upstream = await together(
+        livekit, synapse, upstream = await gather(
             (
                 _tried(sfu.probe if sfu else None, "LIVEKIT_KEY and LIVEKIT_SECRET are not set"),
                 _tried(homeserver.probe if homeserver else None, "MATRIX_TOKEN is not set"),
@@ -79,7 +79,7 @@ class Health:
             )
         )
         webhook_at, round_at = self._enforcement.webhook_at, self._enforcement.round_at
-        mismatch_at = self._journal.secret_mismatch_at
+        mismatch_at = self._decision_log.secret_mismatch_at
         mismatch = mismatch_at is not None and now - mismatch_at < MISMATCH_REMEMBERED
         reasons = []
         if livekit:
@@ -101,10 +101,10 @@ class Health:
             "ready": all(enforcing.values()) and not upstream,
             "enforcing": enforcing,
             "reasons": reasons,
-            "neighbours": {
-                "livekit": asdict(NeighbourHealth(livekit, sfu is not None and sfu.well)),
-                "synapse": asdict(NeighbourHealth(synapse, homeserver is not None and homeserver.well)),
-                "upstream": asdict(NeighbourHealth(upstream, True)),
+            "dependencies": {
+                "livekit": asdict(DependencyHealth(livekit, sfu is not None and sfu.well)),
+                "synapse": asdict(DependencyHealth(synapse, homeserver is not None and homeserver.well)),
+                "upstream": asdict(DependencyHealth(upstream, True)),
             },
             "credentials": {"livekit": sfu is not None, "matrix": homeserver is not None},
             "secret_mismatch_seen": mismatch,
@@ -119,11 +119,11 @@ class Health:
 
 
 async def _tried(ask: Callable[[], Awaitable[object]] | None, missing: str) -> str | None:
-    """Why a neighbour gives no usable answer, or ``None``."""
+    """Why a dependency gives no usable answer, or ``None``."""
     if ask is None:
         return missing
     try:
         await ask()
-    except NeighbourFailed as failed:
+    except DependencyFailed as failed:
         return failed.reason
     return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seats of one Matrix room, over all its slots: who holds one, who may take one. Floor: rules.
 
-Every method is one step without an await, so that looking whether a seat is free and taking it cannot be
+PeriodicService method is one step without an await, so that looking whether a seat is free and taking it cannot be
 torn apart. Times are seconds on one clock that never has to be the wall's.
 """
 
@@ -21,9 +21,9 @@ class Refusal(Enum):
     """Why there is no seat."""
 
     FULL = "full"
-    """Every seat is held by somebody who is in the call or has been let in."""
+    """PeriodicService seat is held by somebody who is in the call or has been let in."""
     BUSY = "busy"
-    """Every seat is held, but some only by requests that are still being answered: ask again when one is."""
+    """PeriodicService seat is held, but some only by requests that are still being answered: ask again when one is."""
 
 
 @frozen

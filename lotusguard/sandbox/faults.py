@@ -53,9 +53,9 @@ class Fault:
         return cls("status", times, reply=Reply(code, body, [("Content-Type", "application/json")]))
 
     @classmethod
-    def garbage(cls, body: bytes = b"\xff\xfe<html>oops", times: int | None = None) -> Fault:
+    def invalid_response(cls, body: bytes = b"\xff\xfe<html>oops", times: int | None = None) -> Fault:
         """200 with the usual content type and bytes that are nothing like it."""
-        return cls("garbage", times, reply=Reply(200, body, [("Content-Type", "application/json")]))
+        return cls("invalid_response", times, reply=Reply(200, body, [("Content-Type", "application/json")]))
 
     @classmethod
     def truncated(cls, times: int | None = None) -> Fault:
@@ -68,9 +68,9 @@ class Fault:
         return cls("redirect", times, reply=Reply(code, b"", [("Location", location)]))
 
     @classmethod
-    def endless(cls, times: int | None = None) -> Fault:
+    def too_large(cls, times: int | None = None) -> Fault:
         """200, and a body without end, as fast as the caller reads it."""
-        return cls("endless", times)
+        return cls("too_large", times)
 
     @classmethod
     def wrong_types(cls, times: int | None = None) -> Fault:
@@ -93,7 +93,7 @@ class Fault:
         return cls("drip", times, seconds=seconds)
 
     async def spoil(self, request: http.Request, clock: IReactorTime, answer: Answer) -> Reply | None:
-        """Play the fault.
+        """Demo the fault.
 
         :param answer: does what was asked and gives the proper reply.
         :return: what to answer instead, or ``None`` when nothing more is to be sent.
@@ -103,11 +103,11 @@ class Fault:
         if self.kind == "delay":
             await deferLater(clock, self.seconds)
             return await answer()
-        if self.kind in ("status", "garbage", "redirect"):
+        if self.kind in ("status", "invalid_response", "redirect"):
             return self.reply
         if self.kind == "wrong_types":
             return mistyped(await answer())
-        if self.kind == "endless":
+        if self.kind == "too_large":
             request.setHeader(b"Content-Type", b"application/json")
             request.registerProducer(_Endless(request), False)
             await Deferred()

@@ -11,7 +11,7 @@ from typing import Any
 import treq
 
 ANSWER_READ = 1024 * 1024
-"""Bytes of an answer that a stand-in reads; like the real ones, it holds no endless one."""
+"""Bytes of an answer that a stand-in reads; like the real ones, it holds no too_large one."""
 
 
 async def answer_of(response: Any) -> bytes:
@@ -21,7 +21,7 @@ async def answer_of(response: Any) -> bytes:
     def part(chunk: bytes) -> None:
         body.extend(chunk)
         if len(body) > ANSWER_READ:
-            raise ValueError("endless")
+            raise ValueError("too_large")
 
     await treq.collect(response, part)
     return bytes(body)

@@ -13,8 +13,8 @@ from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
-from lotusguard.clients.authorizer import Forwarded
 from lotusguard.clients.http import Answer
+from lotusguard.clients.lk_jwt_service import Forwarded
 from lotusguard.web.site import PublicRequest, connection_options
 
 _HOP_BY_HOP = frozenset(

@@ -12,8 +12,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from lotusguard.clients.authorizer import Authorizer, UpstreamFailed
-from lotusguard.guard.admission import Admission, RoomFull
+from lotusguard.clients.lk_jwt_service import LkJwtService, UpstreamFailed
+from lotusguard.guard.joins.admission import Admission, RoomFull
 from lotusguard.metrics import Metrics
 from lotusguard.rules.requests import Unreadable, read_request
 from lotusguard.web.answers import refuse
@@ -27,7 +27,7 @@ _UNREACHABLE = "The call service cannot be reached."
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
-class PublicDoor:
+class PublicRoutes:
     """What clients, and the SFU with its webhooks, reach through the reverse proxy.
 
     :param idle: seconds for which upstream may send nothing in the middle of an answer.
@@ -36,7 +36,7 @@ class PublicDoor:
     def __init__(
         self,
         admission: Admission,
-        authorizer: Authorizer,
+        authorizer: LkJwtService,
         webhooks: Webhooks,
         clock: IReactorTime,
         metrics: Metrics,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from lotusguard.clients.waiting import in_background
-from lotusguard.guard.enforcement import Enforcement
+from lotusguard.clients.waiting import run_in_background
+from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.metrics import Metrics
 from lotusguard.rules.tokens import NotOurs, SfuKey, verified_webhook
 from lotusguard.web.site import GuardRequest
@@ -30,7 +30,7 @@ class Webhooks:
         :param body: the raw bytes; the signature is over them.
         """
         if self._key is None:
-            self._outcomes.labels("unread").inc()
+            self._outcomes.labels("unverifiable").inc()
             return
         given = request.requestHeaders.getRawHeaders(b"authorization") or [b""]
         try:
@@ -42,6 +42,6 @@ class Webhooks:
                 peer=request.getClientIP(), reason=str(forged), event_name="webhook_forged",
             )  # fmt: skip
             return
-        in_background(
+        run_in_background(
             self._enforcement.noticed(event), lambda failure: log.failure("a webhook could not be worked on", failure)
         )

@@ -14,7 +14,7 @@ RunStack = Callable[..., Stack]
 
 
 @pytest.fixture(scope="session")
-def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Synapse, lk-jwt-service and livekit-server, running."""
     found = {
         variable: executable(variable, name)
@@ -34,15 +34,15 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def run_stack(neighbours: Stack) -> Iterator[RunStack]:
+def run_stack(dependencies: Stack) -> Iterator[RunStack]:
     """Gives the stack with the guard running, its settings by lower-case name. Calls end with the test."""
 
     def run(**settings: object) -> Stack:
-        neighbours.run_guard(**settings)
-        return neighbours
+        dependencies.run_guard(**settings)
+        return dependencies
 
     yield run
-    neighbours.clients.tell("all_leave")
+    dependencies.clients.tell("all_leave")
 
 
 @pytest.fixture

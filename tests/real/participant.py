@@ -129,7 +129,7 @@ class Caller:
             task.cancel()
 
 
-class Stage:
+class Sandbox:
     """All participants of this process, by the name the test gave them."""
 
     def __init__(self) -> None:
@@ -159,21 +159,21 @@ class Stage:
 
 
 async def main() -> None:
-    stage = Stage()
+    sandbox = Sandbox()
     lines: asyncio.StreamReader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     at_work: set[asyncio.Task[None]] = set()
     while line := await lines.readline():
-        task = asyncio.ensure_future(answer(stage, json.loads(line)))
+        task = asyncio.ensure_future(answer(sandbox, json.loads(line)))
         at_work.add(task)
         task.add_done_callback(at_work.discard)
-    await stage.all_leave()
+    await sandbox.all_leave()
 
 
-async def answer(stage: Stage, asked: dict[str, Any]) -> None:
+async def answer(sandbox: Sandbox, asked: dict[str, Any]) -> None:
     number = asked.pop("id")
-    do: Callable[..., Awaitable[dict[str, Any]]] = getattr(stage, asked.pop("do"))
+    do: Callable[..., Awaitable[dict[str, Any]]] = getattr(sandbox, asked.pop("do"))
     try:
         told = {"id": number, "told": await do(**asked)}
     except (rtc.ConnectError, rtc.participant.PublishTrackError, TimeoutError) as refused:

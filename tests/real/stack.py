@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real neighbours on loopback with the guard between them: Synapse, lk-jwt-service, livekit-server. Tests."""
+"""The real dependencies on loopback with the guard between them: Synapse, lk-jwt-service, livekit-server. Tests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()",
 
 
 def executable(variable: str, name: str) -> str | None:
-    """Where a neighbour's program is: what the variable says, else what is on PATH."""
+    """Where a dependency's program is: what the variable says, else what is on PATH."""
     given = os.environ.get(variable)
     return given if given and os.access(given, os.X_OK) else None if given else shutil.which(name)
 
@@ -57,7 +57,7 @@ class Stack:
         self.recorder = Recorder()
         self.synapse = self._synapse()
         self.sfu = self._sfu(livekit_server)
-        self.authorizer = self._authorizer(lk_jwt_service)
+        self.upstream = self._authorizer(lk_jwt_service)
         self.guard: Program | None = None
         self._guard_settings: dict[str, object] | None = None
         self.tokens: dict[str, str] = {}
@@ -66,9 +66,9 @@ class Stack:
 
     def start(self) -> None:
         """Start all but the guard, whose settings each test chooses."""
-        for program in (self.synapse, self.sfu, self.authorizer):
+        for program in (self.synapse, self.sfu, self.upstream):
             program.start(wait=False)
-        for program in (self.sfu, self.authorizer, self.synapse):
+        for program in (self.sfu, self.upstream, self.synapse):
             program.wait_until_ready()
         self.server_admin = self.register("server_admin", admin=True)
         self.moderator = self.register("moderator")
@@ -79,7 +79,7 @@ class Stack:
     def stop(self) -> None:
         if hasattr(self, "clients"):
             self.clients.close()
-        for program in (self.guard, self.authorizer, self.sfu, self.synapse):
+        for program in (self.guard, self.upstream, self.sfu, self.synapse):
             if program is not None:
                 program.stop()
         self.recorder.close()

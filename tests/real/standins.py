@@ -13,15 +13,15 @@ from typing import Any
 from twisted.internet import task
 from twisted.internet.defer import Deferred
 
-from lotusguard.sandbox.authorizer import Authorizer
-from lotusguard.sandbox.sfu import Sfu
+from lotusguard.sandbox.livekit.server import FakeLiveKit
+from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 
 
 async def run(reactor: Any) -> None:
     key, secret, port, sfu_port, sfu_url, server_name, homeserver_url = sys.argv[1:]
     homeservers = {server_name: homeserver_url}
-    await Sfu(reactor, key=key, secret=secret, port=int(sfu_port)).start()
-    await Authorizer(
+    await FakeLiveKit(reactor, key=key, secret=secret, port=int(sfu_port)).start()
+    await FakeLkJwtService(
         reactor, key=key, secret=secret, sfu_url=sfu_url, homeservers=homeservers, full_access=(server_name,),
         port=int(port),
     ).start()  # fmt: skip

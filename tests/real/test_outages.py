@@ -77,9 +77,9 @@ def test_a_policy_changed_while_the_guard_was_away_holds_when_it_is_back(stack: 
 def test_a_burst_survives_a_restart_of_lk_jwt_service(stack: Stack, crowd: ThreadPoolExecutor) -> None:
     users = stack.users(*["somebody"] * 20)
     room_id = stack.room(10)
-    stack.authorizer.stop(signal.SIGKILL)
+    stack.upstream.stop(signal.SIGKILL)
     asked = burst(crowd, stack, users, room_id)
-    stack.authorizer.start()
+    stack.upstream.start()
     assert sorted(one.result().status for one in asked) == [200] * 10 + [403] * 10
 
 
@@ -88,7 +88,7 @@ def test_a_killed_lk_jwt_service_costs_no_seats(stack: Stack, crowd: ThreadPoolE
     room_id = stack.room(10)
     asked = burst(crowd, stack, users, room_id)
     eventually(lambda: any(one.done() for one in asked), 10.0, "the first answer")
-    stack.authorizer.restart(signal.SIGKILL)
+    stack.upstream.restart(signal.SIGKILL)
     first = [one.result() for one in asked]
     admitted = {user for user, answer in zip(users, first, strict=True) if answer.status == 200}
     assert len(admitted) <= 10

@@ -24,15 +24,15 @@ class StandIns:
 
 
 @pytest.fixture(scope="module")
-def stand_ins(neighbours: Stack) -> Iterator[StandIns]:
+def stand_ins(dependencies: Stack) -> Iterator[StandIns]:
     ports = free_port(), free_port()
     urls = [f"http://127.0.0.1:{port}" for port in ports]
-    about = [neighbours.sfu_url, neighbours.server_name, neighbours.homeserver_url]
+    about = [dependencies.sfu_url, dependencies.server_name, dependencies.homeserver_url]
     program = Program(
         "the stand-ins",
         [sys.executable, "-m", "tests.real.standins", KEY, SECRET, *map(str, ports), *about],
         {"PYTHONPATH": str(CHECKOUT)},
-        neighbours.place / "standins.log",
+        dependencies.place / "standins.log",
         f"{urls[0]}/healthz",
     )
     program.start()

@@ -1,0 +1,1 @@
+"""The soak test: random users and faults against an oracle."""

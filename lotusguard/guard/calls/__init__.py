@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running calls: webhooks, reconciling, and what is done to participants."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How Go's HTTP server and JSON decoder treat their input."""
