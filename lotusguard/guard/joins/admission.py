@@ -30,7 +30,8 @@ from lotusguard.rules.identity import user_of
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.requests import TokenRequest
 from lotusguard.rules.seats import Claim, Refusal
-from lotusguard.rules.tokens import Issued, NotOurs, SfuKey, compact, issued_to, narrowed, read_unverified
+from lotusguard.rules.sources import EVERY_SOURCE
+from lotusguard.rules.tokens import Issued, NotOurs, SfuKey, compact, issued_to, read_unverified, rebuilt
 
 log = Logger()
 
@@ -274,7 +275,8 @@ class Admission:
             return answer
         assert self._key is not None
         assert claims is not None
-        kept = narrowed(claims, join.policy, self._clock.seconds(), self._token_ttl)
+        allowed = EVERY_SOURCE - join.policy.forbidden
+        kept = rebuilt(claims, allowed, self._token_ttl, self._clock.seconds()).claims
         body = compact({**content, "jwt": self._key.sign(kept)}).encode() + b"\n"
         return Answer(answer.code, answer.headers, body)
 

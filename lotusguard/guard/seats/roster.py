@@ -16,17 +16,10 @@ from lotusguard.guard.seats.book import Present, SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.participants import takes_seat
 
 FEW_SLOTS = 3
 """SFU rooms of one Matrix room that are looked into without asking first which of them exist."""
-
-
-def counts(participant: ParticipantInfo) -> bool:
-    """Whether a participant takes a seat: all but recorders and agents, from the first sign of life on."""
-    return participant.kind not in _NO_SEAT and participant.state != ParticipantInfo.State.DISCONNECTED
-
-
-_NO_SEAT = (ParticipantInfo.Kind.EGRESS, ParticipantInfo.Kind.AGENT)
 
 
 class Roster:
@@ -73,7 +66,7 @@ class Roster:
         present = [
             Present(p.sid or p.identity, p.identity, await self._registry.user_behind(alias, p.identity))
             for p in sorted(participants, key=lambda p: p.joined_at)  # the SFU lists them in no order
-            if counts(p)
+            if takes_seat(p)
         ]
         cap = self._policies.last_known(room_id).max_users
         await self._seats.observe(room_id, alias, present, cap, since)
