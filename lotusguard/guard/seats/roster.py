@@ -15,7 +15,7 @@ from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import Present, SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.metrics import Metrics
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.identity import ROOM_SLOT, alias_cache_info, room_alias
 from lotusguard.rules.participants import takes_seat
 
 FEW_SLOTS = 3
@@ -40,8 +40,8 @@ class Roster:
         self._policies = policies
         self._clock = clock
         self._looks: SharedLookups[tuple[str, str], float] = SharedLookups(self._look)
-        metrics.cache_limit.labels("hashes").set(room_alias.cache_info().maxsize or 0)
-        metrics.cache_entries.labels("hashes").set_function(lambda: room_alias.cache_info().currsize)
+        metrics.cache_limit.labels("hashes").set(alias_cache_info().maxsize or 0)
+        metrics.cache_entries.labels("hashes").set_function(lambda: alias_cache_info().currsize)
 
     async def fresh(self, room_id: str, slot_id: str, budget: Budget, since: float) -> None:
         """See to it that the last look at all SFU rooms of a Matrix room began at ``since`` or later.
