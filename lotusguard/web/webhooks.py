@@ -9,7 +9,8 @@ from twisted.logger import Logger
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.metrics import Metrics
-from lotusguard.rules.tokens import NotOurs, SfuKey, verified_webhook
+from lotusguard.rules.jwt import NotOurs, SfuKey
+from lotusguard.rules.webhooks import verified_webhook
 from lotusguard.web.site import GuardRequest
 
 log = Logger()

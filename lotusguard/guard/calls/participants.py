@@ -21,7 +21,7 @@ from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.metrics import Metrics
-from lotusguard.rules.sources import Source, disguised, permitted_sources, restored, revoked, within
+from lotusguard.rules.sources import EVERY_SOURCE, Source, disguised, permitted_sources, restored, revoked, within
 
 log = Logger()
 
@@ -133,7 +133,7 @@ class ParticipantEnforcer:
         works = []
         for seen in participants:
             owed = taken.get(seen.sid, NOTHING) - forbidden if certain else NOTHING
-            if owed or revoked(seen.permission, forbidden) is not None or disguised(seen, forbidden):
+            if owed or revoked(seen.permission, forbidden) is not None or disguised(seen, EVERY_SOURCE - forbidden):
                 works.append(in_turn(seen, owed))
         await gather(works)
 
@@ -151,7 +151,7 @@ class ParticipantEnforcer:
                 await self._revoke(sfu, room_id, alias, seen, forbidden)
             elif owed:
                 await self._give_back(sfu, room_id, alias, seen, owed)
-            for track in disguised(seen, forbidden):
+            for track in disguised(seen, EVERY_SOURCE - forbidden):
                 if self._dry_run:
                     self._withheld("mute", room_id, alias, seen.identity, track.sid)
                     continue

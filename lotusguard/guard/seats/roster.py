@@ -15,18 +15,11 @@ from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import Present, SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.metrics import Metrics
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.identity import ROOM_SLOT, alias_cache_info, room_alias
+from lotusguard.rules.participants import takes_seat
 
 FEW_SLOTS = 3
 """SFU rooms of one Matrix room that are looked into without asking first which of them exist."""
-
-
-def counts(participant: ParticipantInfo) -> bool:
-    """Whether a participant takes a seat: all but recorders and agents, from the first sign of life on."""
-    return participant.kind not in _NO_SEAT and participant.state != ParticipantInfo.State.DISCONNECTED
-
-
-_NO_SEAT = (ParticipantInfo.Kind.EGRESS, ParticipantInfo.Kind.AGENT)
 
 
 class Roster:
@@ -47,8 +40,8 @@ class Roster:
         self._policies = policies
         self._clock = clock
         self._looks: SharedLookups[tuple[str, str], float] = SharedLookups(self._look)
-        metrics.cache_limit.labels("hashes").set(room_alias.cache_info().maxsize or 0)
-        metrics.cache_entries.labels("hashes").set_function(lambda: room_alias.cache_info().currsize)
+        metrics.cache_limit.labels("hashes").set(alias_cache_info().maxsize or 0)
+        metrics.cache_entries.labels("hashes").set_function(lambda: alias_cache_info().currsize)
 
     async def fresh(self, room_id: str, slot_id: str, budget: Budget, since: float) -> None:
         """See to it that the last look at all SFU rooms of a Matrix room began at ``since`` or later.
@@ -73,7 +66,7 @@ class Roster:
         present = [
             Present(p.sid or p.identity, p.identity, await self._registry.user_behind(alias, p.identity))
             for p in sorted(participants, key=lambda p: p.joined_at)  # the SFU lists them in no order
-            if counts(p)
+            if takes_seat(p)
         ]
         cap = self._policies.last_known(room_id).max_users
         await self._seats.observe(room_id, alias, present, cap, since)
