@@ -71,7 +71,10 @@ def counted(sandbox: Sandbox, name: str, **labels: str) -> float:
 
 def event_about(kind: str, participant: Participant, **more: Any) -> dict[str, Any]:
     """A webhook as the SFU writes it: camelCase, zero values left out."""
-    who = {"sid": participant.sid, "identity": participant.identity, "state": "ACTIVE"}
+    who = {
+        "sid": participant.sid, "identity": participant.identity, "state": "ACTIVE",
+        "joinedAt": str(int(participant.joined_at)),
+    }  # fmt: skip
     return {
         "event": kind, "room": {"sid": "RM_1", "name": participant.room.name}, "participant": who,
         "id": f"EV_hand{next(_ids)}", "createdAt": str(int(time.time())), **more,
