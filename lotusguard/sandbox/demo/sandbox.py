@@ -25,8 +25,9 @@ SERVER_NAME = "sandbox.local"
 class Sandbox:
     """The dependencies and the guard, each on a free port of loopback.
 
-    :param homeserver_options: dict of keyword arguments for `FakeSynapse`; ``livekit_options`` and ``upstream_options`` for
-        `FakeLiveKit` and `FakeLkJwtService`.
+    :param homeserver_options: dict of keyword arguments for `FakeSynapse`.
+    :param livekit_options: the same for `FakeLiveKit`.
+    :param upstream_options: the same for `FakeLkJwtService`.
     :param settings: settings of the guard by lower-case name; they override those that make the sandbox work.
     """
 

@@ -13,11 +13,12 @@ from typing import Any
 from urllib.parse import unquote
 
 from lotusguard.sandbox.standin import StandIn
-from lotusguard.sandbox.synapse import admin_api, client_api
+from lotusguard.sandbox.synapse import admin_api, client_api, sync
 from lotusguard.sandbox.synapse.admin_api import AdminApi
 from lotusguard.sandbox.synapse.client_api import ClientApi
 from lotusguard.sandbox.synapse.errors import PREFLIGHT_HEADERS, error, ok, query
 from lotusguard.sandbox.synapse.matrix import Login, Matrix
+from lotusguard.sandbox.synapse.sync import SyncApi
 from lotusguard.sandbox.wire import Asked, Reply
 
 _OPEN_ROUTES = {
@@ -25,7 +26,8 @@ _OPEN_ROUTES = {
     "userinfo": r"/_matrix/federation/v1/openid/userinfo",
     "versions": r"/_matrix/client/versions",
 }
-ROUTES = _OPEN_ROUTES | admin_api.ROUTES | client_api.ROUTES
+ROUTES = _OPEN_ROUTES | admin_api.ROUTES | client_api.ROUTES | sync.ROUTES
+_METHODS = client_api.METHODS | sync.METHODS
 _PATTERNS = {name: re.compile(pattern) for name, pattern in ROUTES.items()}
 
 
@@ -54,6 +56,7 @@ class FakeSynapse(Matrix, StandIn):
         self.has_memberships = has_memberships
         self.admin_api = AdminApi(self, ignores_type=ignores_type)
         self.client_api = ClientApi(self)
+        self.sync_api = SyncApi(self, self.clock)
 
     @property
     def ignores_type(self) -> bool:
@@ -71,7 +74,7 @@ class FakeSynapse(Matrix, StandIn):
             return Reply(204, b"", PREFLIGHT_HEADERS)
         if not route or (route == "user_memberships" and not self.has_memberships):
             raise error(404, "M_UNRECOGNIZED", "Unrecognized request")
-        if asked.method not in client_api.METHODS.get(route, ("GET",)):
+        if asked.method not in _METHODS.get(route, ("GET",)):
             raise error(405, "M_UNRECOGNIZED", "Unrecognized request")
         match = _PATTERNS[route].fullmatch(asked.path)
         assert match is not None
@@ -82,6 +85,8 @@ class FakeSynapse(Matrix, StandIn):
         login = self._login(asked)
         if route in admin_api.ROUTES:
             return ok(self.admin_api.answer(login, route, asked, groups))
+        if route in sync.ROUTES:
+            return ok(await self.sync_api.answer(login, route, asked, groups))
         return ok(self.client_api.answer(login, route, asked, groups))
 
     def _server_version(self, asked: Asked) -> dict[str, Any]:
