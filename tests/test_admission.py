@@ -15,8 +15,6 @@ from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.go.http import ServeMux
-from lotusguard.sandbox.lk_jwt_service.service import APP_SERVICE_ROUTES, ROUTES
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
 from tests.calls import ALICE, BOB, CAROL, old_token, room_of
 from tests.conftest import StartSandbox, until
@@ -150,8 +148,6 @@ async def test_releases_that_name_rooms_otherwise_are_understood_from_their_toke
 @pytest_twisted.ensureDeferred
 async def test_app_service_routes_are_enforced_as_well(sandbox: Sandbox) -> None:
     sandbox.upstream.hs_token = "hs"
-    sandbox.upstream._routes = ROUTES | APP_SERVICE_ROUTES
-    sandbox.upstream._mux = ServeMux(sandbox.upstream._routes, 307)
     room_id = room_of(sandbox, 1, allow_camera=False)
     base = "/_matrix/{}/unstable/io.element.msc4195/rtc/livekit/get_token"
     body = {"url": sandbox.upstream.livekit_url, "room_id": room_id, "slot_id": "m.call#ROOM", "member_id": "m1"}

@@ -182,7 +182,7 @@ async def test_reconciling_finds_unknown_rooms_on_the_last_page_too(start_sandbo
     alice = sandbox.livekit.connect(old_token(ALICE, room_id))
     nobodys = sandbox.livekit.connect(_token_for("alias-of-nobody"))
     for who in (alice, nobodys):
-        who.room._count()
+        who.room.refresh_listed()
     await until(lambda: is_narrowed(alice))
     lists = sandbox.livekit.asked["ListRooms"]
     await until(lambda: sandbox.livekit.asked["ListRooms"] >= lists + 3)  # further rounds

@@ -284,7 +284,7 @@ async def set_up() -> Fuzzed:
         (FULL, "io.lotus.voice_limit", {"max_users": 1}),
         (NO_CAMERA, "io.lotus.room_quality", {"allow_camera": False}),
     ):
-        sandbox.homeserver.create_room(room_id=room_id)
+        sandbox.homeserver.create_room(room_id=room_id, joined=OPENID)
         sandbox.homeserver.set_state(room_id, kind, content)
     await sandbox.enter(HOLDER, FULL)
     assert sandbox.livekit.rooms[room_alias(FULL)].participants

@@ -299,7 +299,7 @@ async def test_a_neighbours_redirect_is_not_followed_with_our_credentials(sandbo
     async with recorder() as elsewhere:
         sandbox.homeserver.fault = Fault.redirect(f"{elsewhere.url}/steal")
         sandbox.livekit.fault = Fault.redirect(f"{elsewhere.url}/steal", code=307)
-        room_id = sandbox.homeserver.create_room()
+        room_id = sandbox.homeserver.create_room(joined=["alice"])
         assert (await sandbox.ask_token("@alice:sandbox.local", room_id)).code == 401  # nor does upstream follow
         assert (await sandbox.operator("GET", "/readyz")).code == 503
         assert elsewhere.connections == []
@@ -372,7 +372,7 @@ async def test_nobodys_answer_goes_to_who_hung_up_and_nobody_else(sandbox: Sandb
     leaving = await connect(sandbox.url)
     leaving.send(request(method=b"POST", target=b"/sfu/get", body=TOKEN_BODY))
     leaving.drop()
-    room_id = sandbox.homeserver.create_room()
+    room_id = sandbox.homeserver.create_room(joined=["alice"])
     sandbox.homeserver.add_user("alice")
     answer = await sandbox.ask_token("@alice:sandbox.local", room_id)
     assert answer.code == 200
