@@ -103,7 +103,7 @@ class SynapseClient:
             return user if server_of(user) == openid.server_name else None
 
         path = f"/_matrix/federation/v1/openid/userinfo?access_token={quote(openid.access_token, safe='')}"
-        return await self._dependency.call(b"GET", path.encode("ascii"), Headers(), read=read, answers=(401, 403))
+        return await self._dependency.call(b"GET", path.encode("ascii"), Headers(), read=read, expected=(401, 403))
 
     async def whoami(self) -> str:
         """Whose access token we hold, and so on which server."""
@@ -117,7 +117,7 @@ class SynapseClient:
         :raises DependencyRefused: our token is not an admin's.
         """
         path = _state_of(NO_ROOM, VOICE_LIMIT)
-        await self._dependency.call(b"GET", path, self._headers, read=_room_or_none, wait=False)
+        await self._dependency.call(b"GET", path, self._headers, read=_room_or_none, is_probe=True)
 
 
 _WHOAMI = b"/_matrix/client/v3/account/whoami"
