@@ -93,6 +93,10 @@ class Dependency:
     def probe(self, probe: Callable[[], Awaitable[object]]) -> None:
         self._prober.probe = probe
 
+    def now(self) -> float:
+        """Seconds on the clock of its deadlines."""
+        return self._clock.seconds()
+
     @property
     def refused(self) -> str | None:
         """``status_401`` or ``status_403`` if our credentials were refused and not accepted since."""
@@ -140,6 +144,9 @@ class Dependency:
             raise
         finally:
             self._seconds.observe(self._clock.seconds() - began)
+        if answer.code >= 500:  # it was expected, and tells neither that the dependency works nor that it does not
+            self._outcomes["ok"].inc()
+            return result
         self._succeeded("ok")
         self._credentials.accept(path, headers)
         return result
