@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SynapseClient` against answers as Synapse, its older releases and Tuwunel give them."""
+"""`SynapseClient` against answers as Synapse, its older releases and Tuwunel give them, and against a real Synapse."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import pytest_twisted
 from attrs import define, field
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
@@ -20,12 +22,14 @@ from zope.interface import implementer
 
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.dependency import Dependency, DependencyFailed
+from lotusguard.clients.http import FixedAgent, connection_pool
 from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.synapse.client import MISSING_FOR
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.requests import OpenID
 from lotusguard.rules.state import StateEvent
+from tests.synapse import Synapse
 
 ROOM, ALICE = "!room:example.org", "@alice:example.org"
 LIMIT, QUALITY, CREATE = "io.lotus.voice_limit", "io.lotus.room_quality", "m.room.create"
@@ -307,3 +311,71 @@ def test_the_probe_fails_where_the_admin_api_does_not_serve_us(
     homeserver.answers[f"/rooms/!lotusguard:probe/state?type={LIMIT}"] = answer
     homeserver.answers["/rooms/!lotusguard:probe/members"] = answer
     assert isinstance(result(client.probe()), DependencyFailed)
+
+
+# -- the real Synapse --
+
+
+@pytest_twisted.async_yield_fixture
+async def real(synapse: Synapse) -> AsyncIterator[SynapseClient]:
+    """A client for the real homeserver, with an admin's token."""
+    admin = await synapse.user("admin", admin=True)
+    pool = connection_pool(reactor)
+    dependency = Dependency("synapse", FixedAgent(reactor, synapse.url, pool), reactor, Metrics(), timeout=30)
+    yield SynapseClient(dependency, admin.token)
+    await pool.closeCachedConnections()
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_real_synapse_tells_every_membership(real: SynapseClient, synapse: Synapse) -> None:
+    alice, bob = await synapse.user("alice"), await synapse.user("bob")
+    room_id = await synapse.create_room(
+        alice, room_version="10", initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}]
+    )
+    for action, by, membership in (
+        (None, alice, Membership.ABSENT),
+        ("knock", bob, Membership.KNOCK),
+        ("invite", alice, Membership.INVITE),
+        ("join", bob, Membership.JOIN),
+        ("kick", alice, Membership.LEAVE),
+        ("ban", alice, Membership.BAN),
+        ("unban", alice, Membership.LEAVE),
+    ):
+        if action is not None:
+            await synapse.change_membership(by, room_id, action, bob if by is alice else None)
+        assert await real.membership(bob.user_id, room_id) is membership
+    assert await real.membership(alice.user_id, room_id) is Membership.JOIN
+    assert await real.membership("@nobody:elsewhere.test", room_id) is Membership.ABSENT
+    assert await real.members(room_id) == frozenset({alice.user_id})
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("room_version", ["10", "12"])
+async def test_the_real_synapse_tells_state_by_type(real: SynapseClient, synapse: Synapse, room_version: str) -> None:
+    alice = await synapse.user("alice")
+    room_id = await synapse.create_room(alice, room_version=room_version)
+    await synapse.set_state(alice, room_id, LIMIT, {"max_users": 2})
+    state = await real.room_state(room_id, (LIMIT, QUALITY, CREATE, "m.room.power_levels"))
+    assert state is not None
+    assert set(state) == {LIMIT, CREATE, "m.room.power_levels"}
+    assert state[LIMIT] == StateEvent(LIMIT, {"max_users": 2}, alice.user_id)
+    assert state[CREATE].sender == alice.user_id
+    assert state[CREATE].mapping["room_version"] == room_version
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_real_synapse_says_which_rooms_it_does_not_know(real: SynapseClient) -> None:
+    assert await real.room_state("!nowhere:real.test", (LIMIT,)) is None
+    assert await real.members("!nowhere:real.test") is None
+    await real.probe()
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_real_synapse_verifies_openid_tokens(real: SynapseClient, synapse: Synapse) -> None:
+    alice = await synapse.user("alice")
+    given = await synapse.openid_token(alice)
+    token = OpenID(access_token=given["access_token"], server_name=given["matrix_server_name"])
+    assert await real.local_user(token) == alice.user_id
+    assert real.is_local(token)
+    assert await real.local_user(OpenID(access_token="nobodys", server_name=synapse.server_name)) is None
+    assert real.refused is None
