@@ -46,11 +46,14 @@ class Metrics:
         )
         self.dependency_calls = counter(
             "dependency_calls",
-            "Calls to dependencies by outcome (ok, refused, failed, circuit_open)",
+            "Calls to dependencies by outcome (ok, refused, failed, circuit_open, queue_full)",
             "dependency",
             "outcome",
         )
         self.dependency_seconds = histogram("dependency_call_seconds", "Time of calls to dependencies", "dependency")
+        self.clock_skew = gauge(
+            "clock_skew_seconds", "Seconds by which a dependency's clock is ahead of ours", "dependency"
+        )
         self.circuit_open = gauge("circuit_open", "1 while a dependency is not waited for", "dependency")
         self.in_flight = gauge("requests_in_flight", "Requests that are being answered")
         self.requests = counter("requests", "Requests at the public door by kind (token, relay)", "kind")

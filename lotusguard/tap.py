@@ -45,6 +45,8 @@ log = Logger()
 
 BACKLOG = 4096
 """Callers the kernel may keep waiting to be accepted. Who finds no place tries again after 1 s, 3 s, 7 s."""
+DISCOVERY_TIMEOUT = 10.0
+"""Seconds for one page of the homeserver's list of rooms."""
 OPERATORS_PATIENCE = 1.0
 """Seconds for which operators' requests may go on when we leave."""
 
@@ -142,9 +144,17 @@ class Guard(MultiService):
         synapse = Dependency(
             "synapse", FixedAgent(reactor, settings.synapse_api, pool), reactor, metrics, timeout=timeout
         )
-        self._dependencies = (livekit, synapse)
+        listing_rooms = Dependency(
+            "synapse_discovery",
+            FixedAgent(reactor, settings.synapse_api, pool),
+            reactor,
+            metrics,
+            timeout=DISCOVERY_TIMEOUT,
+        )
+        self._dependencies = (livekit, synapse, listing_rooms)
         sfu = LiveKitClient(livekit, key, reactor) if key is not None else None
         homeserver = SynapseClient(synapse, token, settings.guard_server_name) if token else None
+        rooms = SynapseClient(listing_rooms, token, settings.guard_server_name) if token else None
 
         # what we do
         policies = Policies(
@@ -183,7 +193,7 @@ class Guard(MultiService):
             roster=roster,
             seats=seats,
             registry=registry,
-            discovery=Discovery(homeserver, registry, reactor, metrics),
+            discovery=Discovery(rooms, registry, reactor, metrics),
             participants=participants,
             clock=reactor,
             metrics=metrics,

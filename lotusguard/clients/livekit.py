@@ -109,7 +109,7 @@ class LiveKitClient:
         path, headers = self._request("ListRooms", None)
         body = ListRoomsRequest(names=["-"]).SerializeToString()
         await self._dependency.call(
-            b"POST", path, headers, body, read=partial(_message, kind=ListRoomsResponse), wait=False
+            b"POST", path, headers, body, read=partial(_message, kind=ListRoomsResponse), is_probe=True
         )
 
     def _request(self, method: str, alias: str | None) -> tuple[bytes, Headers]:
@@ -142,7 +142,7 @@ class LiveKitClient:
             return _message(answer, response)
 
         body = request.SerializeToString()
-        found = await self._dependency.call(b"POST", path, headers, body, read=read, answers=_GONE_STATUSES)
+        found = await self._dependency.call(b"POST", path, headers, body, read=read, expected=_GONE_STATUSES)
         if isinstance(found, type):
             raise found
         return found
