@@ -78,6 +78,8 @@ class Metrics:
         self.cache_limit = gauge("cache_limit", "Most entries that a cache may have", "cache")
         self.cache_lookups = counter("cache_lookups", "Look-ups in a cache (hit, stale, miss)", "cache", "result")
         self.state_writes = counter("state_writes", "Batches written to the state directory", "outcome")
+        self.state_writes_pending = gauge("state_writes_pending", "Writes that are not in the state directory yet")
+        self.state_bad_rows = gauge("state_bad_rows", "Rows of the state directory that could not be read")
         self.secret_mismatches = counter("secret_mismatches", "Issued tokens that our secret did not sign")
         self.malformed_policies = counter("malformed_policies", "Policy events whose value cannot be used", "event")
         self.reactor_lag = gauge("reactor_lag_seconds", "How late the reactor was at the last look")

@@ -175,7 +175,7 @@ async def test_in_the_background_it_serves_and_keeps_what_it_promised(tmp_path: 
         assert (await sandbox.ask_token(ALICE, room_id)).code == 200
         assert (await sandbox.ask_token(BOB, room_id)).code == 403
         with closing(sqlite3.connect(tmp_path / "state" / "lotusguard.sqlite3")) as database:
-            assert database.execute("SELECT user FROM promises").fetchall() == [(ALICE,)]
+            assert database.execute("SELECT user FROM holds").fetchall() == [(ALICE,)]
         os.kill(pid, signal.SIGTERM)
         await until(lambda: not pidfile.exists())
         pid = 0

@@ -1,38 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only the issuer of a token learns: which room an alias is, which user an identity. Floor: guard."""
+"""Facts that only the issuer of a token learns: an SFU room's slot, an identity's user, and what was granted."""
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-from attrs import frozen
+from attrs import define, evolve, field, frozen
 from twisted.internet.interfaces import IReactorTime
 
-from lotusguard.guard.seats.store import Store
+from lotusguard.guard.lru import LruCache
+from lotusguard.guard.seats.store import StateStore
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import base_identities, user_of
 from lotusguard.rules.sources import Source
 
-ALIASES_KEPT = 50_000
-IDENTITIES_KEPT = 200_000
+ALIASES_KEPT, ALIAS_BYTES = 50_000, 64 << 20
+IDENTITIES_KEPT, IDENTITY_BYTES = 200_000, 256 << 20
+"""Limits of the caches. Names have at most 255 bytes. With those of the usual length an alias takes 0.8 kB and an
+identity 1 kB, so the number of entries is the limit; only unusually long names reach the limit in bytes first."""
 TAKEN_KEPT = 50_000
 REFRESHED = 86400.0
-"""Seconds after which what is learnt again is written again, so that the state directory sees it is in use."""
+"""Seconds after which a known fact is written again, so that the state store does not delete it as unused."""
+
+NOTHING: frozenset[Source] = frozenset()
 
 
 @frozen
 class Slot:
-    """Which Matrix room, and which slot of it, an SFU room is."""
+    """A Matrix room and a slot of it. An SFU room belongs to one."""
 
     room_id: str
     slot_id: str
 
 
 @frozen
+class IdentityEntry:
+    """What is known about an identity for which a token was issued.
+
+    :ivar device: empty if it is not known.
+    :ivar ceiling: the sources that upstream granted; ``None`` if they are not known.
+    :ivar withheld: the sources that the guard left out of the token or revoked, and did not give back.
+    """
+
+    user: str
+    device: str = ""
+    ceiling: frozenset[Source] | None = None
+    withheld: frozenset[Source] = NOTHING
+
+
+@frozen
 class Promise:
-    """A seat that was promised with a token. ``expires`` is in seconds since the epoch."""
+    """To be removed with its last caller: a hold as version 1 of the state store knew it."""
 
     room_id: str
     user: str
@@ -42,98 +63,140 @@ class Promise:
 class TokenRegistry(Protocol):
     """What is remembered about issued tokens. Several guards may share one, so every question is awaited."""
 
-    async def learn(self, alias: str, slot: Slot, identity: str, user: str) -> None:
-        """A token for this identity in this SFU room was issued to this user."""
+    async def learn(
+        self,
+        alias: str,
+        slot: Slot,
+        identity: str,
+        user: str,
+        device: str = "",
+        ceiling: frozenset[Source] | None = None,
+        withheld: frozenset[Source] = NOTHING,
+    ) -> None:
+        """A token for this identity in this SFU room was issued to this user.
+
+        What is withheld from an earlier token stays withheld, because its session may still be in the call;
+        `set_withheld` ends that.
+        """
 
     async def learn_alias(self, alias: str, slot: Slot) -> None:
         """An SFU room belongs to this slot."""
 
     async def slot_of(self, alias: str) -> Slot | None:
-        """Which slot an SFU room is, if a token for it was ever issued."""
+        """The slot of an SFU room, if it is known."""
 
     async def aliases_of(self, room_id: str) -> Collection[str]:
         """The SFU rooms of a Matrix room."""
 
     async def user_behind(self, alias: str, identity: str) -> str:
-        """Who is behind an identity. One that is not known counts as a user of its own."""
+        """The user of an identity. An unknown identity counts as a user of its own."""
+
+    async def entry(self, alias: str, identity: str) -> IdentityEntry | None:
+        """What is known about an identity, or about the one it is made of (see `base_identities`)."""
+
+    async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
+        """The sources that are withheld from an identity from now on. An unknown identity stays unknown: nothing may
+        be given to it anyway."""
 
     async def taken_in(self, alias: str) -> Mapping[str, frozenset[Source]]:
-        """What the guard itself took in an SFU room, by session."""
+        """To be removed with its last caller: the sources revoked in an SFU room, by session. In memory only."""
 
     async def remember_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
-        """What has been taken from a session, all in all; nothing forgets it. By session, because a new one
-        has what its own token granted."""
+        """To be removed with its last caller: the sources that are revoked from a session."""
 
 
 @frozen
 class _Alias:
     slot: Slot
-    seen: float
+    written: float
 
 
 @frozen
 class _Identity:
-    user: str
-    seen: float
+    entry: IdentityEntry
+    written: float
 
 
+def _texts_of_alias(alias: str, known: _Alias) -> tuple[str, ...]:
+    return alias, known.slot.room_id, known.slot.slot_id
+
+
+def _texts_of_identity(key: tuple[str, str], known: _Identity) -> tuple[str, ...]:
+    return *key, known.entry.user, known.entry.device
+
+
+@define(eq=False)
 class MemoryTokenRegistry:
-    """The registry of one guard: answers from memory, written behind to the state directory if there is one.
+    """The registry of one guard: answers from memory, and is written behind to the state store if there is one.
 
     :param store: where it survives a restart; ``None`` keeps it in memory only.
+    :param wall: seconds since the epoch.
+    :ivar on_alias_evicted: called with an alias and its slot when the cache forgets it.
     """
 
-    def __init__(self, store: Store | None, clock: IReactorTime, metrics: Metrics) -> None:
-        self._store = store
-        self._clock = clock
-        self._aliases: OrderedDict[str, _Alias] = OrderedDict()
-        self._rooms: dict[str, dict[str, None]] = {}
-        self._identities: OrderedDict[tuple[str, str], _Identity] = OrderedDict()
-        self._taken: OrderedDict[tuple[str, str], frozenset[Source]] = OrderedDict()
-        self._taken_in: dict[str, set[str]] = {}
+    _store: StateStore | None = field(repr=False)
+    _clock: IReactorTime = field(repr=False)
+    _metrics: Metrics = field(repr=False)
+    _wall: Callable[[], float] = field(default=time.time, repr=False, kw_only=True)
+    on_alias_evicted: list[Callable[[str, Slot], None]] = field(init=False, repr=False, factory=list)
+    _aliases: LruCache[str, _Alias] = field(init=False, repr=False)
+    _rooms: dict[str, dict[str, None]] = field(init=False, repr=False, factory=dict)
+    _identities: LruCache[tuple[str, str], _Identity] = field(init=False, repr=False)
+    _taken: OrderedDict[tuple[str, str], frozenset[Source]] = field(init=False, repr=False, factory=OrderedDict)
+
+    def __attrs_post_init__(self) -> None:
+        self._aliases = LruCache(ALIASES_KEPT, ALIAS_BYTES, _texts_of_alias, self._alias_evicted)
+        self._identities = LruCache(IDENTITIES_KEPT, IDENTITY_BYTES, _texts_of_identity)
         for cache, limit, entries in (
             ("aliases", ALIASES_KEPT, self._aliases),
             ("identities", IDENTITIES_KEPT, self._identities),
             ("taken", TAKEN_KEPT, self._taken),
         ):
-            metrics.cache_limit.labels(cache).set(limit)
-            metrics.cache_entries.labels(cache).set_function(entries.__len__)
+            self._metrics.cache_limit.labels(cache).set(limit)
+            self._metrics.cache_entries.labels(cache).set_function(entries.__len__)
 
     def load(self) -> list[Promise]:
-        """Read what an earlier run remembered. Blocks, so before anything is served.
+        """Read what an earlier run remembered. It blocks, so it is called before anything is served.
 
-        :return: the seats it had promised that have not expired.
+        :return: to be removed with its last caller; use `StateStore.holds`.
         """
         if self._store is None:
             return []
+        now = self._clock.seconds()
         for alias, room_id, slot_id in self._store.aliases(ALIASES_KEPT):
             self._place(alias, Slot(room_id, slot_id))
-        for alias, identity, user in self._store.identities(IDENTITIES_KEPT):
-            self._identities[alias, identity] = _Identity(user, self._clock.seconds())
-        for alias, sid, numbers in self._store.taken():
-            self._note_taken(alias, sid, frozenset(Source(number) for number in numbers))
-        return [Promise(*promise) for promise in self._store.promises(self._clock.seconds())]
+        for row in self._store.identities(IDENTITIES_KEPT):
+            ceiling = None if row.ceiling is None else sources_of(row.ceiling)
+            entry = IdentityEntry(row.user, row.device, ceiling, sources_of(row.withheld))
+            self._identities.put((row.alias, row.identity), _Identity(entry, now))
+        return [Promise(*promise) for promise in self._store.promises()]
 
-    async def learn(self, alias: str, slot: Slot, identity: str, user: str) -> None:
+    async def learn(
+        self,
+        alias: str,
+        slot: Slot,
+        identity: str,
+        user: str,
+        device: str = "",
+        ceiling: frozenset[Source] | None = None,
+        withheld: frozenset[Source] = NOTHING,
+    ) -> None:
         await self.learn_alias(alias, slot)
-        now = self._clock.seconds()
         known = self._identities.get((alias, identity))
-        if known is None or known.user != user or now - known.seen > REFRESHED:
-            self._identities[alias, identity] = _Identity(user, now)
-            if self._store is not None:
-                self._store.put_identity(alias, identity, user, now)
-        self._identities.move_to_end((alias, identity))
-        while len(self._identities) > IDENTITIES_KEPT:
-            self._identities.popitem(last=False)
+        if known is not None and known.entry.user == user:
+            withheld |= known.entry.withheld
+        if ceiling is not None:
+            withheld &= ceiling
+        self._remember(alias, identity, IdentityEntry(user, device, ceiling, withheld))
 
     async def learn_alias(self, alias: str, slot: Slot) -> None:
-        now = self._clock.seconds()
         known = self._aliases.get(alias)
-        if known is None or known.slot != slot or now - known.seen > REFRESHED:
+        if known is None or known.slot != slot or self._clock.seconds() - known.written > REFRESHED:
             self._place(alias, slot)
             if self._store is not None:
-                self._store.put_alias(alias, slot.room_id, slot.slot_id, now)
-        self._aliases.move_to_end(alias)
+                self._store.put_alias(alias, slot.room_id, slot.slot_id, self._wall())
+        else:
+            self._aliases.touch(alias)
 
     async def slot_of(self, alias: str) -> Slot | None:
         known = self._aliases.get(alias)
@@ -143,47 +206,68 @@ class MemoryTokenRegistry:
         return tuple(self._rooms.get(room_id, ()))
 
     async def user_behind(self, alias: str, identity: str) -> str:
+        entry = await self.entry(alias, identity)
+        return entry.user if entry is not None else user_of([*base_identities(identity)][-1])
+
+    async def entry(self, alias: str, identity: str) -> IdentityEntry | None:
         for base in base_identities(identity):
             known = self._identities.get((alias, base))
             if known is not None:
-                return known.user
-        return user_of(base)
+                return known.entry
+        return None
+
+    async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
+        entry = await self.entry(alias, identity)
+        if entry is not None and entry.withheld != sources:
+            self._remember(alias, identity, evolve(entry, withheld=sources))
 
     async def taken_in(self, alias: str) -> Mapping[str, frozenset[Source]]:
-        return {sid: self._taken[alias, sid] for sid in self._taken_in.get(alias, ())}
+        return {sid: sources for (where, sid), sources in self._taken.items() if where == alias}
 
     async def remember_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
-        before = self._taken.get((alias, sid), frozenset())
-        self._note_taken(alias, sid, sources)
-        if self._store is not None and sources != before:
-            self._store.put_taken(alias, sid, sorted(sources), self._clock.seconds())
-
-    def _note_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
         self._taken.pop((alias, sid), None)
         if sources:
             self._taken[alias, sid] = sources
-            self._taken_in.setdefault(alias, set()).add(sid)
-        else:
-            self._not_taken_in(alias, sid)
         while len(self._taken) > TAKEN_KEPT:
-            oldest, _ = self._taken.popitem(last=False)
-            self._not_taken_in(*oldest)
+            self._taken.popitem(last=False)
 
-    def _not_taken_in(self, alias: str, sid: str) -> None:
-        of_room = self._taken_in.get(alias, set())
-        of_room.discard(sid)
-        if not of_room:
-            self._taken_in.pop(alias, None)
+    def _remember(self, alias: str, identity: str, entry: IdentityEntry) -> None:
+        now, key = self._clock.seconds(), (alias, identity)
+        known = self._identities.get(key)
+        if known is not None and known.entry == entry and now - known.written <= REFRESHED:
+            self._identities.touch(key)
+            return
+        self._identities.put(key, _Identity(entry, now))
+        if self._store is not None:
+            ceiling = None if entry.ceiling is None else mask_of(entry.ceiling)
+            self._store.put_identity(
+                alias, identity, entry.user, entry.device, ceiling, mask_of(entry.withheld), self._wall()
+            )
 
     def _place(self, alias: str, slot: Slot) -> None:
         old = self._aliases.get(alias)
         if old is not None:
-            self._rooms[old.slot.room_id].pop(alias, None)
-        self._aliases[alias] = _Alias(slot, self._clock.seconds())
+            self._forget_alias(alias, old.slot)
         self._rooms.setdefault(slot.room_id, {})[alias] = None
-        while len(self._aliases) > ALIASES_KEPT:
-            dropped, entry = self._aliases.popitem(last=False)
-            remaining = self._rooms[entry.slot.room_id]
-            remaining.pop(dropped, None)
-            if not remaining:
-                del self._rooms[entry.slot.room_id]
+        self._aliases.put(alias, _Alias(slot, self._clock.seconds()))
+
+    def _alias_evicted(self, alias: str, known: _Alias) -> None:
+        self._forget_alias(alias, known.slot)
+        for hook in self.on_alias_evicted:
+            hook(alias, known.slot)
+
+    def _forget_alias(self, alias: str, slot: Slot) -> None:
+        remaining = self._rooms[slot.room_id]
+        remaining.pop(alias, None)
+        if not remaining:
+            del self._rooms[slot.room_id]
+
+
+def mask_of(sources: Collection[Source]) -> int:
+    """Sources as a bit mask of their numbers."""
+    return sum(1 << source for source in sources)
+
+
+def sources_of(mask: int) -> frozenset[Source]:
+    """The sources of a bit mask; bits that no source has are ignored."""
+    return frozenset(source for source in Source if mask >> source & 1)

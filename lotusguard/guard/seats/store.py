@@ -1,247 +1,269 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state directory: an SQLite file, written behind by one thread, for what must survive ``kill -9``. Floor: guard.
+"""The state store: what must survive ``kill -9``.
 
-Batches commit as fast as the disk takes them: while one is being written the next gathers. In WAL mode with
-``synchronous=NORMAL`` a commit is a write without an fsync, which a killed process does not lose.
+In WAL mode with ``synchronous=NORMAL`` a commit is a write without an fsync. A process that is killed loses nothing
+that was committed; a machine that loses its power may.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from attrs import define, field, frozen
 from twisted.internet.defer import Deferred
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
-from twisted.python.failure import Failure
-from twisted.python.threadpool import ThreadPool
 
-from lotusguard.clients.waiting import tell
+from lotusguard.guard.seats.statefile import StateUnusable, open_state_file
+from lotusguard.guard.seats.writer import PATIENCE, BatchWriter
 from lotusguard.metrics import Metrics
+
+__all__ = ["PATIENCE", "StateStore", "StateUnusable", "StoredHold", "StoredIdentity", "open_state_store"]
 
 log = Logger()
 
-WRITE_BEHIND = 0.2
-"""Seconds in which what nobody waits for gathers."""
-PATIENCE = 0.25
-"""Seconds that a batch may take before nobody waits for the disk any more. Longer would put a sick one in the way."""
-KEPT, TAKEN_KEPT = 30 * 86400.0, 2 * 86400.0
-"""Seconds after which what nobody asked for any more is forgotten."""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS aliases (
-    alias TEXT PRIMARY KEY, room_id TEXT NOT NULL, slot_id TEXT NOT NULL, seen REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS identities (
-    alias TEXT NOT NULL, identity TEXT NOT NULL, user TEXT NOT NULL, seen REAL NOT NULL, PRIMARY KEY (alias, identity)
-);
-CREATE TABLE IF NOT EXISTS promises (
-    room_id TEXT NOT NULL, user TEXT NOT NULL, expires REAL NOT NULL, PRIMARY KEY (room_id, user)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS taken (
-    alias TEXT NOT NULL, sid TEXT NOT NULL, sources TEXT NOT NULL, seen REAL NOT NULL, PRIMARY KEY (alias, sid)
-);
-"""
-_PROMISE = "INSERT INTO promises VALUES (?, ?, ?) ON CONFLICT (room_id, user) DO UPDATE SET expires = excluded.expires"
-_VERSION = 1
+HEARTBEAT = 60.0
+"""Seconds between two writes of ``last_alive``. Old rows are deleted in the same batch."""
+GAP = 600.0
+"""Seconds without a guard after which `StateStore.guarding_since` begins anew."""
+ROWS_KEPT = {"aliases": 200_000, "identities": 1_000_000}
+"""Rows that stay in the file; the oldest are deleted first."""
+HOLDS_READ = 200_000
+DELETED_AT_ONCE = 20_000
+KEPT, PRESENT_KEPT = 30 * 86400.0, 7 * 86400.0
+"""Seconds after which aliases and identities, and holds of people in a call, are deleted unless written again."""
+
+_PUT_ALIAS = "INSERT OR REPLACE INTO aliases (alias, room_id, slot_id, seen) VALUES (?, ?, ?, ?)"
+_PUT_IDENTITY = """INSERT OR REPLACE INTO identities (alias, identity, user, device, ceiling, withheld, seen)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+_PUT_HOLD = """INSERT OR REPLACE INTO holds (room_id, user, alias, identity, device, present, expires)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+_DROP_HOLD = "DELETE FROM holds WHERE room_id = ? AND alias = ? AND identity = ?"
+_PUT_CLOCK = "INSERT OR REPLACE INTO clock (name, at) VALUES (?, ?)"
+_ALIASES = """SELECT alias, room_id, slot_id FROM
+    (SELECT rowid AS written, * FROM aliases ORDER BY rowid DESC LIMIT ?) ORDER BY written"""
+_IDENTITIES = """SELECT alias, identity, user, device, ceiling, withheld FROM
+    (SELECT rowid AS written, * FROM identities ORDER BY rowid DESC LIMIT ?) ORDER BY written"""
+_HOLDS = """SELECT room_id, user, alias, identity, device, present, expires FROM holds
+    WHERE present = 1 OR expires > ? ORDER BY expires DESC LIMIT ?"""
+_DELETE_OLD = """DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY rowid LIMIT ?)
+    AND (seen < ? OR rowid <= (SELECT max(rowid) FROM {table}) - ?)"""
 
 
-class StateUnusable(Exception):
-    """The state directory cannot be used. The text is one line and names it."""
+@frozen
+class StoredHold:
+    """A seat that is held for a user.
 
-
-def open_state_store(directory: Path, reactor: Any, metrics: Metrics) -> Store:
-    """Open the state directory; a corrupt file in it is set aside.
-
-    :raises StateUnusable: it cannot be written.
+    :ivar alias: the SFU room of the issued token. It is empty in holds from version 1 of the file, whose ``identity``
+        is the user.
+    :ivar present: the user has arrived. Such a hold is kept until they leave, so that a restart knows who had a seat.
+    :ivar expires: seconds since the epoch.
     """
-    path = directory / "lotusguard.sqlite3"
-    for attempt in (1, 2):
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return Store(_connected(path), path, reactor, metrics)
-        except sqlite3.DatabaseError as error:
-            corrupt = not isinstance(error, sqlite3.OperationalError)
-            if not corrupt or attempt == 2:
-                raise StateUnusable(f"{path}: {error}") from None
-            _set_aside(path)
-        except OSError as error:
-            raise StateUnusable(f"{path}: {error.strerror}") from None
-    raise AssertionError
+
+    room_id: str
+    user: str
+    alias: str
+    identity: str
+    device: str
+    present: bool
+    expires: float
 
 
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
+@frozen
+class StoredIdentity:
+    """An identity for which a token was issued.
+
+    :ivar ceiling: what upstream granted, as a bit mask of source numbers; ``None`` if it is not known.
+    :ivar withheld: what the guard keeps back of it, as a bit mask.
+    """
+
+    alias: str
+    identity: str
+    user: str
+    device: str
+    ceiling: int | None
+    withheld: int
+
+
+def open_state_store(
+    directory: Path, reactor: Any, metrics: Metrics, wall: Callable[[], float] = time.time
+) -> StateStore:
+    """Open the state directory, and create it if there is none.
+
+    :param reactor: schedules, and takes the results of the writing thread. :param wall: seconds since the epoch.
+    :raises StateUnusable: it cannot be read or written.
+    """
+    connection, path = open_state_file(directory, wall)
     try:
-        path.rename(aside)
-        for rest in ("-wal", "-shm"):
-            path.with_name(path.name + rest).unlink(missing_ok=True)
-    except OSError as error:
-        raise StateUnusable(f"{path} is corrupt and cannot be set aside: {error.strerror}") from None
-    log.error("{path} is corrupt; it was set aside as {aside}", path=path, aside=aside, event_name="state_corrupt")
-
-
-def _connected(path: Path) -> sqlite3.Connection:
-    # check_same_thread: opened and read here, later only the writing thread uses it
-    connection = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        if connection.execute("PRAGMA quick_check").fetchone() != ("ok",):
-            raise sqlite3.DatabaseError("quick_check failed")
-        connection.executescript(_SCHEMA)
-        connection.execute(f"PRAGMA user_version={_VERSION}")
-        path.chmod(0o600)
-    except BaseException:
+        return StateStore(connection, path, reactor, metrics, wall)
+    except sqlite3.Error as error:
         connection.close()
-        raise
-    return connection
+        raise StateUnusable(f"{path}: {error}") from None
 
 
-class Store:
-    """Write-behind tables. What is put is on disk within a second; `put_promise` tells when."""
+@define(eq=False)
+class StateStore:
+    """Tables that are read once and then written behind: a write is on disk within a second; `put_hold` says when.
 
-    def __init__(self, connection: sqlite3.Connection, path: Path, reactor: Any, metrics: Metrics) -> None:
-        self._connection = connection
-        self._path = path
-        self._reactor = reactor
-        self._writes = metrics.state_writes
-        self._pool = ThreadPool(1, 1, "lotusguard-store")
-        self._pool.start()
-        self._queue: list[tuple[str, tuple[object, ...]]] = []
-        self._waiting: list[Deferred[bool]] = []
-        self._later: Any = None
-        self._writing: Deferred[None] | None = None
-        self._late = False
-        """Whether the batch that is being written has taken too long."""
-        self._emptied: Deferred[None] | None = None
-        self._pruned = 0.0
-        self.writable = True
+    :ivar bad_rows: rows that could not be read and were skipped.
+    :ivar guarding_since: since when, in seconds since the epoch, a guard has run on this directory without a gap of
+        more than `GAP` seconds. Everybody who joined a call later got their token from a guard.
+    """
+
+    _connection: sqlite3.Connection = field(repr=False)
+    _path: Path
+    _reactor: Any = field(repr=False)
+    _metrics: Metrics = field(repr=False)
+    _wall: Callable[[], float] = field(repr=False)
+    bad_rows: int = field(init=False, default=0)
+    guarding_since: float = field(init=False)
+    _last_alive: float = field(init=False)
+    _writer: BatchWriter = field(init=False, repr=False)
+    _heartbeat: Any = field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        now = self._last_alive = self._wall()
+        times = dict(self._rows("SELECT name, at FROM clock", (), str, float))
+        unbroken = abs(now - times.get("last_alive", 0.0)) < GAP
+        self.guarding_since = min(now, times.get("guarding_since", now)) if unbroken else now
+        for name, at in (("guarding_since", self.guarding_since), ("last_alive", now)):
+            self._connection.execute(_PUT_CLOCK, (name, at))
+        self._writer = BatchWriter(self._connection, self._path, self._reactor, self._metrics)
+        self._metrics.state_writes_pending.set_function(lambda: self.pending)
+        self._metrics.state_bad_rows.set_function(lambda: self.bad_rows)
+        self._heartbeat = self._reactor.callLater(HEARTBEAT, self._beat)
+
+    @property
+    def pending(self) -> int:
+        """How many writes are not on disk yet."""
+        return self._writer.pending
+
+    @property
+    def writable(self) -> bool:
         """Whether the last batch could be written."""
+        return self._writer.writable
 
-    def aliases(self, most: int) -> Iterator[tuple[str, str, str]]:
+    # -- reading, before the first write -------------------------------------------------------------------------
+
+    def aliases(self, limit: int) -> Iterator[tuple[str, str, str]]:
         """Alias, room and slot, the latest last."""
-        query = "SELECT alias, room_id, slot_id FROM (SELECT * FROM aliases ORDER BY seen DESC LIMIT ?) ORDER BY seen"
-        return iter(self._connection.execute(query, (most,)))
+        return ((alias, room, slot) for alias, room, slot in self._rows(_ALIASES, (limit,), str, str, str))
 
-    def identities(self, most: int) -> Iterator[tuple[str, str, str]]:
-        """Alias, identity and user, the latest last."""
-        query = "SELECT alias, identity, user FROM (SELECT * FROM identities ORDER BY seen DESC LIMIT ?) ORDER BY seen"
-        return iter(self._connection.execute(query, (most,)))
+    def identities(self, limit: int) -> Iterator[StoredIdentity]:
+        """Identities with what is known about them, the latest last."""
+        rows = self._rows(_IDENTITIES, (limit,), str, str, str, str, (int, type(None)), int)
+        return (StoredIdentity(*row) for row in rows)
 
-    def promises(self, now: float) -> list[tuple[str, str, float]]:
-        """Room, user and expiry (seconds since the epoch) of the seats that are promised still."""
-        return self._connection.execute(
-            "SELECT room_id, user, expires FROM promises WHERE expires > ?", (now,)
-        ).fetchall()
+    def holds(self) -> list[StoredHold]:
+        """The holds of people in a call, and those that have not expired."""
+        rows = self._rows(_HOLDS, (self._wall(), HOLDS_READ), str, str, str, str, str, int, float)
+        return [
+            StoredHold(room_id, user, alias, identity, device, bool(present), expires)
+            for room_id, user, alias, identity, device, present, expires in rows
+        ]
 
-    def taken(self) -> list[tuple[str, str, list[int]]]:
-        """Alias and sid of participants, and the numbers of the sources taken from them."""
-        rows = self._connection.execute("SELECT alias, sid, sources FROM taken ORDER BY seen")
-        return [(alias, sid, [int(number) for number in sources.split(",")]) for alias, sid, sources in rows]
+    def _rows(self, query: str, values: tuple[object, ...], *types: Any) -> Iterator[tuple[Any, ...]]:
+        """The rows whose values have these types. Others are counted, and the rest of a damaged table counts as one."""
+        try:
+            for row in self._connection.execute(query, values):
+                try:
+                    decoded = tuple(value.decode() if isinstance(value, bytes) else value for value in row)
+                except UnicodeDecodeError:
+                    self.bad_rows += 1
+                    continue
+                if all(map(isinstance, decoded, types)):
+                    yield decoded
+                else:
+                    self.bad_rows += 1
+        except sqlite3.DatabaseError as error:
+            self.bad_rows += 1
+            log.error("{path} is damaged, not all of it was read: {reason}",
+                      path=str(self._path), reason=str(error), event_name="state_damaged")  # fmt: skip
 
-    def put_alias(self, alias: str, room_id: str, slot_id: str, now: float) -> None:
-        self._put("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?)", (alias, room_id, slot_id, now))
+    # -- writing -------------------------------------------------------------------------------------------------
 
-    def put_identity(self, alias: str, identity: str, user: str, now: float) -> None:
-        self._put("INSERT OR REPLACE INTO identities VALUES (?, ?, ?, ?)", (alias, identity, user, now))
+    def put_alias(self, alias: str, room_id: str, slot_id: str, seen: float) -> None:
+        """An SFU room belongs to a slot. :param seen: seconds since the epoch."""
+        self._writer.put(("aliases", alias), _PUT_ALIAS, (alias, room_id, slot_id, seen))
 
-    def put_taken(self, alias: str, sid: str, sources: Sequence[int], now: float) -> None:
-        if sources:
-            text = ",".join(str(int(source)) for source in sources)
-            self._put("INSERT OR REPLACE INTO taken VALUES (?, ?, ?, ?)", (alias, sid, text, now))
-        else:
-            self._put("DELETE FROM taken WHERE alias = ? AND sid = ?", (alias, sid))
+    def put_identity(
+        self, alias: str, identity: str, user: str, device: str, ceiling: int | None, withheld: int, seen: float
+    ) -> None:
+        """See `StoredIdentity`. :param seen: seconds since the epoch."""
+        values = (alias, identity, user, device, ceiling, withheld, seen)
+        self._writer.put(("identities", alias, identity), _PUT_IDENTITY, values)
 
-    def put_promise(self, room_id: str, user: str, expires: float) -> Deferred[bool]:
-        """A seat is promised.
+    def put_hold(self, hold: StoredHold) -> Deferred[bool]:
+        """Write a hold at once.
 
-        :return: fires when that is on disk, with whether it could be written; after `PATIENCE` with ``False``, although
-            it may still be.
+        :return: fires when it is on disk, with whether it could be written; after `PATIENCE` with ``False``, although
+            it will still be written.
         """
-        written: Deferred[bool] = Deferred()
-        if self._late:
-            written.callback(False)
-        else:
-            self._waiting.append(written)
-        self._queue.append((_PROMISE, (room_id, user, expires)))
-        self._write_now()
-        return written
+        return self._writer.put_now(_key(hold), _PUT_HOLD, _values(hold))
 
-    def drop_promise(self, room_id: str, user: str) -> None:
-        """A promise has been kept, or taken back."""
-        self._put("DELETE FROM promises WHERE room_id = ? AND user = ?", (room_id, user))
+    def put_hold_later(self, hold: StoredHold) -> None:
+        """Write a hold with the next batch."""
+        self._writer.put(_key(hold), _PUT_HOLD, _values(hold))
+
+    def drop_hold(self, room_id: str, alias: str, identity: str) -> None:
+        """A hold has ended."""
+        self._writer.put(("holds", room_id, alias, identity), _DROP_HOLD, (room_id, alias, identity))
 
     async def close(self) -> None:
-        """Write what is left and close the file."""
-        self._write_now()
-        if self._writing is not None:
-            self._emptied = Deferred()
-            await self._emptied
-        self._pool.stop()
+        """Write what is left, as far as it can be written, and close the file."""
+        if self._heartbeat.active():
+            self._heartbeat.cancel()
+        self._put_clock("last_alive", self._wall())
+        await self._writer.close()
         self._connection.close()
 
-    def _put(self, statement: str, values: tuple[object, ...]) -> None:
-        self._queue.append((statement, values))
-        if self._writing is None and self._later is None:
-            self._later = self._reactor.callLater(WRITE_BEHIND, self._write_now)
+    def _beat(self) -> None:
+        now = self._wall()
+        if now - self._last_alive > GAP:  # the machine was suspended
+            self.guarding_since = now
+            self._put_clock("guarding_since", now)
+        self._last_alive = now
+        self._put_clock("last_alive", now)
+        self._writer.clean_up(
+            [
+                ("DELETE FROM holds WHERE present = 0 AND expires < ?", (now,)),
+                ("DELETE FROM holds WHERE present = 1 AND expires < ?", (now - PRESENT_KEPT,)),
+                *(
+                    (_DELETE_OLD.format(table=table), (DELETED_AT_ONCE, now - KEPT, kept))
+                    for table, kept in ROWS_KEPT.items()
+                ),
+            ]
+        )
+        self._heartbeat = self._reactor.callLater(HEARTBEAT, self._beat)
 
-    def _write_now(self) -> None:
-        if self._writing is not None or not self._queue:
-            return
-        if self._later is not None:
-            if self._later.active():
-                self._later.cancel()
-            self._later = None
-        batch, self._queue = self._queue, []
-        waiting, self._waiting = self._waiting, []
-        now = self._reactor.seconds()
-        prune, self._pruned = now - self._pruned > 60, now if now - self._pruned > 60 else self._pruned
+    def _put_clock(self, name: str, at: float) -> None:
+        self._writer.put(("clock", name), _PUT_CLOCK, (name, at))
 
-        def too_long() -> None:
-            self._late = True
-            tell(waiting, False)
-            tell(self._waiting, False)
+    # -- to be removed with the last caller: holds as version 1 knew them, with times of the reactor -------------
 
-        def finished(outcome: object) -> None:
-            self._writing = None
-            self._late = False
-            if waited.active():
-                waited.cancel()
-            written = not isinstance(outcome, Failure)
-            self._writes.labels("ok" if written else "failed").inc()
-            if written != self.writable:
-                self.writable = written
-                (log.info if written else log.error)(
-                    "{path} can{no} be written: {reason}",
-                    path=self._path, no="" if written else "not",
-                    reason=outcome.getErrorMessage() if isinstance(outcome, Failure) else "well again",
-                    event_name="state_writable",
-                )  # fmt: skip
-            tell(waiting, written)
-            self._write_now()
-            if self._writing is None and self._emptied is not None:
-                self._emptied.callback(None)
+    def put_promise(self, room_id: str, user: str, expires: float) -> Deferred[bool]:
+        wall = expires - self._reactor.seconds() + self._wall()
+        return self.put_hold(StoredHold(room_id, user, "", user, "", present=False, expires=wall))
 
-        waited = self._reactor.callLater(PATIENCE, too_long)
-        self._writing = deferToThreadPool(self._reactor, self._pool, self._write, batch, now if prune else None)
-        self._writing.addBoth(finished)
+    def drop_promise(self, room_id: str, user: str) -> None:
+        self.drop_hold(room_id, "", user)
 
-    def _write(self, batch: list[tuple[str, tuple[object, ...]]], prune_at: float | None) -> None:
-        """In the writing thread."""
-        cursor = self._connection.cursor()
-        cursor.execute("BEGIN IMMEDIATE")
-        try:
-            for statement, values in batch:
-                cursor.execute(statement, values)
-            if prune_at is not None:
-                cursor.execute("DELETE FROM promises WHERE expires < ?", (prune_at,))
-                cursor.execute("DELETE FROM identities WHERE seen < ?", (prune_at - KEPT,))
-                cursor.execute("DELETE FROM aliases WHERE seen < ?", (prune_at - KEPT,))
-                cursor.execute("DELETE FROM taken WHERE seen < ?", (prune_at - TAKEN_KEPT,))
-            cursor.execute("COMMIT")
-        except BaseException:
-            cursor.execute("ROLLBACK")
-            raise
+    def promises(self) -> list[tuple[str, str, float]]:
+        offset = self._reactor.seconds() - self._wall()
+        return [(hold.room_id, hold.user, hold.expires + offset) for hold in self.holds() if not hold.alias]
+
+
+Store = StateStore
+"""To be removed with the last caller."""
+
+
+def _key(hold: StoredHold) -> tuple[str, ...]:
+    return ("holds", hold.room_id, hold.alias, hold.identity)
+
+
+def _values(hold: StoredHold) -> tuple[object, ...]:
+    expires = float(hold.expires)
+    return (hold.room_id, hold.user, hold.alias, hold.identity, hold.device, int(hold.present), expires)
