@@ -237,8 +237,8 @@ async def test_a_crooked_answer_cannot_inject_a_header(start_sandbox: StartSandb
         assert answer.all("set-cookie") == []
         assert all("\r" not in value and "\n" not in value and "\0" not in value for _, value in answer.headers)
         assert answer.code == 502 or answer.body == b"ok"
-        if answer.code == 502 and payload is POST_TOKEN:
-            assert answer.all("access-control-allow-origin") == ["*"]
+        if answer.code == 502:
+            assert answer.all("access-control-allow-origin") == []
 
 
 async def injected(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> list[Response]:
@@ -317,7 +317,7 @@ async def test_a_compressed_answer_passes_as_it_is(start_sandbox: StartSandbox) 
         await one(
             sandbox.url, request(CLOSE, b"Accept-Encoding: gzip", method=b"POST", target=b"/sfu/get", body=TOKEN_BODY)
         )
-        assert header(upstream.requests[1], b"accept-encoding") == []  # a token we could not read
+        assert header(upstream.requests[1], b"accept-encoding") == [b"identity"]  # else a token we could not read
 
 
 @pytest_twisted.ensureDeferred

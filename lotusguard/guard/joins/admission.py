@@ -28,6 +28,8 @@ from lotusguard.guard.seats.roster import Roster
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import user_of
 from lotusguard.rules.policy import Policy
+from lotusguard.rules.refusals import JoinRefused
+from lotusguard.rules.refusals import Refusal as Reason
 from lotusguard.rules.requests import TokenRequest
 from lotusguard.rules.seats import Claim, Refusal
 from lotusguard.rules.tokens import Issued, NotOurs, SfuKey, compact, issued_to, narrowed, read_unverified
@@ -40,11 +42,8 @@ never older than their request."""
 NO_CAP = 2**31
 NEVER = float("-inf")
 NO_KEY = "no_livekit_key"
-Forward = Callable[[], Awaitable[Answer]]
-
-
-class RoomFull(Exception):
-    """There is no seat for the caller."""
+Forward = Callable[[bytes, float | None], Awaitable[Answer]]
+"""Sends a body upstream and returns the answer, at the latest at a time on the clock."""
 
 
 @define
@@ -103,12 +102,12 @@ class Admission:
         """Decide one token request.
 
         :param forward: hands the request to upstream and brings its answer.
-        :raises RoomFull: refused. :raises UpstreamFailed: there is no answer.
+        :raises JoinRefused: refused. :raises UpstreamFailed: there is no answer.
         """
         decision = self._decision_log.begin(request_id, request.route.path, request.room_id, request.user)
         try:
             return await self._joined(request, decision, forward)
-        except RoomFull:
+        except JoinRefused:
             decision.verdict = "refused"
             raise
         except UpstreamFailed as failed:
@@ -123,13 +122,13 @@ class Admission:
     async def _joined(self, request: TokenRequest, decision: Decision, forward: Forward) -> Answer:
         if request.room_id is None:
             decision.reason = "no_room"
-            return await self._decision_log.timed(decision, "upstream", forward())
+            return await self._decision_log.timed(decision, "upstream", forward(request.body, None))
         join = _Join(request, request.room_id, Budget(self._clock, self._lookup_timeout), decision, user=request.user)
         join.policy = await self._policy(join)
         try:
             if join.policy.max_users is not None:
                 await self._find_seat(join, join.policy.max_users)
-            answer = await self._decision_log.timed(decision, "upstream", forward())
+            answer = await self._decision_log.timed(decision, "upstream", forward(request.body, None))
             return await self._answered(join, answer)
         finally:
             if join.claim is not None:  # nothing came of it
@@ -146,7 +145,7 @@ class Admission:
     # -- the seat, before upstream has done anything -----------------------------------------------------
 
     async def _find_seat(self, join: _Join, cap: int) -> None:
-        """Hold a seat for this join, or find out that there is none. :raises RoomFull:"""
+        """Hold a seat for this join, or find out that there is none. :raises JoinRefused:"""
         try:
             seated = await self._seat(join, cap, NEVER)
             if not seated and not await self._known_caller(join):
@@ -156,7 +155,7 @@ class Admission:
         except (DependencyFailed, TimeoutError) as trouble:
             self._decision_log.unenforced(join.decision, "cap", _reason(trouble))
             await self._seat_regardless(join)
-        except (RoomFull, CancelledError):
+        except (JoinRefused, CancelledError):
             raise
         except Exception:
             log.failure("deciding on a seat in {room_id} failed", room_id=join.room_id)
@@ -203,6 +202,8 @@ class Admission:
         :return: whether the caller is known now. A bad OpenID token is for upstream to refuse, in its own words;
             users of other homeservers only upstream can verify.
         """
+        if join.request.proven_user is not None:
+            return True
         openid, homeserver = join.request.openid, self._homeserver
         if openid is None or homeserver is None:
             return False
@@ -220,14 +221,14 @@ class Admission:
     def _refuse(self, join: _Join) -> None:
         join.decision.reason = "full"
         if not self._dry_run:
-            raise RoomFull
+            raise JoinRefused(Reason.FULL)
         join.decision.verdict = "would_refuse"
         self._metrics.dry_run_skipped.labels("refuse").inc()
 
     # -- the answer --------------------------------------------------------------------------------------
 
     async def _answered(self, join: _Join, answer: Answer) -> Answer:
-        """What becomes of upstream's answer. :raises RoomFull: only now it was known who asked."""
+        """What becomes of upstream's answer. :raises JoinRefused: only now it was known who asked."""
         content = _token_answer(answer)
         if content is None:
             join.decision.reason = f"upstream_status_{answer.code}"
@@ -235,7 +236,7 @@ class Admission:
             return answer
         try:
             return await self._issued(join, answer, content)
-        except (RoomFull, CancelledError):
+        except (JoinRefused, CancelledError):
             raise
         except Exception:
             log.failure("an issued token for {room_id} could not be worked on", room_id=join.room_id)
@@ -288,7 +289,7 @@ class Admission:
             return read_unverified(token), str(other)
 
     async def _late_seat(self, join: _Join, user: str) -> None:
-        """Decide on the seat of somebody whom only the answer names. :raises RoomFull:"""
+        """Decide on the seat of somebody whom only the answer names. :raises JoinRefused:"""
         assert join.policy.max_users is not None
         join.user = user
         try:
