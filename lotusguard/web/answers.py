@@ -11,7 +11,6 @@ from attrs import evolve, frozen
 from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from werkzeug.exceptions import HTTPException
 
 from lotusguard.clients.lk_jwt_service import VIA, UpstreamFailed
 from lotusguard.rules.refusals import JoinRefused, Refusal
@@ -104,8 +103,6 @@ def reply_to(error: BaseException) -> Reply | None:
             return NOT_IN_TIME if error.code == 504 else UNREACHABLE
         case LoopFound():
             return LOOP
-        case HTTPException():
-            return evolve(NO_ROUTE, code=error.code if error.code is not None and error.code >= 400 else 404)
     return None
 
 

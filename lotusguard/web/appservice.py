@@ -10,7 +10,7 @@ from klein import Klein
 from twisted.python.failure import Failure
 
 from lotusguard.rules.requests import proxied_route
-from lotusguard.web.answers import NO_BEARER, Rejected, answer_failure
+from lotusguard.web.answers import NO_BEARER, NO_ROUTE, Rejected, answer_failure
 from lotusguard.web.bearer import has_bearer
 from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.site import GuardRequest, GuardSite
@@ -41,6 +41,12 @@ class AppServiceApi:
         """What else a homeserver sends to an app service."""
         self._authorise(request)
         await self._handler.relay(request)
+
+    @app.route("/", branch=True)
+    def nothing(self, request: GuardRequest) -> None:
+        """Clients' routes are on the public listener only."""
+        self._authorise(request)
+        raise Rejected(NO_ROUTE)
 
     @app.handle_errors(Exception)  # type: ignore[arg-type]
     def failed(self, request: GuardRequest, failure: Failure) -> None:

@@ -22,7 +22,7 @@ from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import MemorySeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
-from lotusguard.web.answers import BAD_ROOM, OPERATORS_ONLY, Rejected, answer_failure, answer_json
+from lotusguard.web.answers import BAD_ROOM, NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure, answer_json
 from lotusguard.web.bearer import has_bearer
 from lotusguard.web.site import GuardRequest, GuardSite
 
@@ -128,6 +128,11 @@ class OperatorApi:
             raise Rejected(BAD_ROOM)
         await self._enforcement.policy_changed(room_id)
         answer_json(request, 202, {})
+
+    @app.route("/", branch=True)
+    def nothing(self, request: GuardRequest) -> None:
+        """No such route, or not with this method."""
+        raise Rejected(NO_ROUTE)
 
     @app.handle_errors(Exception)  # type: ignore[arg-type]
     def failed(self, request: GuardRequest, failure: Failure) -> None:

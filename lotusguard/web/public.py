@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from lotusguard.rules.requests import TOKEN_ROUTES
-from lotusguard.web.answers import NO_ROUTE, answer_failure, refuse
+from lotusguard.web.answers import NO_ROUTE, Rejected, answer_failure
 from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.site import GuardRequest, GuardSite
 from lotusguard.web.webhooks import Webhooks
@@ -42,7 +42,7 @@ class PublicApi:
     @app.route("/_matrix/<any(client, federation):api>/<version>/rtc/livekit", branch=True)
     def proxied(self, request: GuardRequest, **_: Any) -> None:
         """Not served here: on these routes a homeserver names the caller, and the public cannot be believed."""
-        refuse(request, NO_ROUTE)
+        raise Rejected(NO_ROUTE)
 
     @app.route("/", branch=True)
     async def relay(self, request: GuardRequest) -> None:
