@@ -79,6 +79,10 @@ class Settings(BaseSettings):
     matrix_token: SecretStr = SecretStr("")
     matrix_token_from_file: Path | None = None
     guard_server_name: Annotated[str, AfterValidator(str.strip)] = ""
+    guard_appservice_host: str = "127.0.0.1"
+    guard_appservice_port: Annotated[Port | None, BeforeValidator(lambda v: None if v == "" else v)] = None
+    guard_appservice_token: SecretStr = SecretStr("")
+    guard_appservice_token_from_file: Path | None = None
     guard_admin_host: str = "127.0.0.1"
     guard_admin_port: Annotated[Port | None, BeforeValidator(lambda v: None if v == "" else v)] = 8072
     guard_admin_token: SecretStr = SecretStr("")
@@ -119,7 +123,7 @@ class Settings(BaseSettings):
     def _secrets_from_files(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Read ``…_FROM_FILE`` and ``LIVEKIT_KEY_FILE``, in the order of precedence that lk-jwt-service has."""
         values = dict(values)
-        for name in ("livekit_key", "livekit_secret", "matrix_token", "guard_admin_token"):
+        for name in ("livekit_key", "livekit_secret", "matrix_token", "guard_admin_token", "guard_appservice_token"):
             path = values.get(f"{name}_from_file")
             if path:
                 values[name] = _contents(f"{name}_from_file", path)
@@ -218,7 +222,9 @@ def _fault(first: Mapping[str, Any], cause: object) -> str:
 def _expectation(name: str) -> str:
     field = Settings.model_fields[name]
     if name.endswith("_port"):
-        return _EXPECTED["port"] + (", or nothing for no listener" if name == "guard_admin_port" else "")
+        return _EXPECTED["port"] + (
+            ", or nothing for no listener" if name in ("guard_admin_port", "guard_appservice_port") else ""
+        )
     if name in ("guard_upstream", "livekit_api", "synapse_api"):
         return _EXPECTED["url"]
     if name == "guard_max_body":

@@ -34,10 +34,11 @@ from lotusguard.guard.seats.store import StateUnusable, open_state_store
 from lotusguard.logs import observer_for
 from lotusguard.metrics import Metrics
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
+from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.listener import Listener
-from lotusguard.web.operators import OperatorRoutes
-from lotusguard.web.public import PublicRoutes
-from lotusguard.web.site import GuardSite, PublicSite
+from lotusguard.web.operators import OperatorApi
+from lotusguard.web.public import PublicApi
 from lotusguard.web.webhooks import Webhooks
 
 log = Logger()
@@ -214,8 +215,9 @@ class Guard(MultiService):
 
         # doors
         webhooks = Webhooks(enforcement, key, reactor, metrics)
-        public = PublicRoutes(admission, authorizer, webhooks, reactor, metrics, idle=settings.guard_upstream_timeout)
-        site = PublicSite(public.app, public.answer_token, reactor, max_body=settings.guard_max_body)
+        idle = settings.guard_upstream_timeout
+        public = PublicApi(RequestHandler(admission, authorizer, reactor, metrics, idle=idle), webhooks)
+        site = public.site(reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))
         self.public = Listener(
             "the public door",
@@ -225,9 +227,21 @@ class Guard(MultiService):
             reactor,
         )
         self.public.setServiceParent(self)
+        self.appservice: Listener | None = None
+        if settings.guard_appservice_port is not None:
+            proxied = RequestHandler(admission, authorizer, reactor, metrics, idle=idle, keep_identity=True)
+            appservice = AppServiceApi(proxied, settings.guard_appservice_token.get_secret_value())
+            self.appservice = Listener(
+                "the app-service listener",
+                _endpoint(settings.guard_appservice_host, settings.guard_appservice_port),
+                "GUARD_APPSERVICE_PORT",
+                appservice.site(reactor, max_body=settings.guard_max_body),
+                reactor,
+            )
+            self.appservice.setServiceParent(self)
         self.admin: Listener | None = None
         if admin_listen or settings.guard_admin_port is not None:
-            door = OperatorRoutes(
+            door = OperatorApi(
                 health=health,
                 decision_log=decision_log,
                 enforcement=enforcement,
@@ -242,7 +256,7 @@ class Guard(MultiService):
                 "the operators' door",
                 admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0),
                 "GUARD_ADMIN_PORT",
-                GuardSite(door.app, reactor, max_body=65536),
+                door.site(reactor),
                 reactor,
             )
             self.admin.setServiceParent(self)
@@ -283,6 +297,8 @@ class Guard(MultiService):
         self._supervised.stopping()
         patience = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
         await self.public.close(patience)
+        if self.appservice is not None:
+            await self.appservice.close(patience)
         if self.admin is not None:
             await self.admin.close(OPERATORS_PATIENCE)
         await self._enforcement.stop()

@@ -92,6 +92,8 @@ class Sandbox:
         assert self.guard.public.port is not None
         self.url = _url(self.guard.public.port)
         self.admin_url = _url(self.guard.admin.port) if self.guard.admin and self.guard.admin.port else ""
+        proxied = self.guard.appservice
+        self.appservice_url = _url(proxied.port) if proxied and proxied.port else ""
         self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
 
     async def stop(self) -> None:
