@@ -136,7 +136,7 @@ class RoomSeats:
         self.touched = now
         if limit is None:
             self.unlimited_at = now
-        joined_by = now if who.joined is None else who.joined + 1
+        joined_by = now if who.joined is None else who.joined
         self._arrived(Session(alias, who.sid), who, limit, now, joined_by)
 
     def leave(self, alias: str, sid: str, identity: str, now: float, left_by: float, *, by_choice: bool) -> None:
@@ -179,7 +179,7 @@ class RoomSeats:
             there.add(at)
             if self._ended.get(at, since) < since:
                 del self._ended[at]  # the SFU was asked after that event, and says it is there
-            before = first and (who.joined is None or who.joined + 1 <= self.unlimited_at)
+            before = first and (who.joined is None or who.joined <= self.unlimited_at)
             self._arrived(at, who, None if before else limit, now, since)
         for at, hold in list(self._by_alias.get(alias, {}).items()):
             if at not in there and hold.began < since:

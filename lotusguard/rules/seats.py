@@ -128,7 +128,7 @@ class IdentityKey:
 class Arrival:
     """A participant who takes a seat, as a webhook or a listing shows them.
 
-    :ivar joined: when they joined, to the second below, on our clock; ``None`` where the SFU does not say.
+    :ivar joined: when they joined, at the latest, on our clock; ``None`` where the SFU does not say.
     """
 
     sid: str

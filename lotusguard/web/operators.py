@@ -11,17 +11,18 @@ from typing import Any
 from attrs import asdict, define, field
 from klein import Klein
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
 from lotusguard import __version__
+from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.health import Health
-from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.rooms.policies import Policies
-from lotusguard.guard.seats.book import MemorySeatBook
+from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
+from lotusguard.rules.seats import HoldState
 from lotusguard.web.answers import BAD_ROOM, NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure, answer_json
 from lotusguard.web.bearer import has_bearer
 from lotusguard.web.site import GuardRequest, GuardSite
@@ -56,11 +57,11 @@ class OperatorApi:
     _health: Health
     _decision_log: DecisionLog
     _enforcement: Enforcement
+    _changes: CallChanges
     _policies: Policies
-    _seats: MemorySeatBook
+    _seats: SeatBook
     _registry: TokenRegistry
     _metrics: Metrics
-    _clock: IReactorTime
     token: str = field(repr=False)
 
     def site(self, reactor: Any) -> GuardSite:
@@ -88,45 +89,52 @@ class OperatorApi:
     @for_operators
     async def rooms(self, request: GuardRequest) -> None:
         """Live rooms: policy, participants, seats, the latest decisions."""
-        now = self._clock.seconds()
-        listed = []
-        for room_id, room in sorted(self._seats.rooms.items()):
-            if room.idle(now):
-                continue
-            policy = self._policies.last_known(room_id)
-            listed.append(
-                {
-                    "room_id": room_id,
-                    "policy": {
-                        "max_users": policy.max_users,
-                        "forbidden": sorted(source.claim for source in policy.forbidden),
-                    },
-                    "seats_held": room.held(now),
-                    "awaited": sorted(room.awaited(now)),
-                    "present": [
-                        {"user": seat.user, "identity": seat.identity, "alias": at.alias, "seated": seat.seated}
-                        for at, seat in room.sessions.items()
-                    ],
-                }
-            )
+        listed = [self._room(snapshot) for snapshot in await self._seats.snapshots()]
         watched = {}
         for alias, participants in self._enforcement.watched.items():
             slot = await self._registry.slot_of(alias)
             watched[alias] = {"participants": participants, "room_id": slot.room_id if slot else None}
-        decisions = [asdict(decision) for decision in list(self._decision_log.decisions)[-100:]]
+        decisions = [_as_json(decision) for decision in list(self._decision_log.decisions)[-100:]]
         answer_json(request, 200, {"rooms": listed, "sfu_rooms": watched, "decisions": decisions})
+
+    def _room(self, snapshot: RoomSnapshot) -> dict[str, Any]:
+        policy = self._policies.last_known(snapshot.room_id)
+        present = [
+            {
+                "user": one.user,
+                "identity": one.identity,
+                "alias": one.alias,
+                "seated": one.state == HoldState.PRESENT.value,
+                "allowed": sorted(source.claim for source in policy.allowed_sources(one.user)),
+            }
+            for one in snapshot.present
+        ]
+        return {
+            "room_id": snapshot.room_id,
+            "policy": {
+                "max_users": policy.max_users,
+                "forbidden": sorted(source.claim for source in policy.forbidden),
+                "permissions": {action.value: level for action, level in policy.permissions.needed.items()}
+                if policy.permissions
+                else {},
+            },
+            "seats_held": snapshot.seats_taken,
+            "awaited": list(snapshot.awaited),
+            "present": present,
+        }
 
     @app.route("/policy-changed", methods=["POST"])
     @for_operators
     async def policy_changed(self, request: GuardRequest) -> None:
-        """A room's policy changed, says the homeserver's module: 202, and it is enforced at once."""
+        """A room's state or memberships changed, says the homeserver's module: 202, and it is enforced at once."""
         try:
-            room_id = json.loads(request.body())["room_id"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            room_id = None
-        if not isinstance(room_id, str) or not room_id.startswith("!"):
+            content = json.loads(request.body())
+            room_id, user = content["room_id"], content.get("user", "")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            room_id = user = None
+        if not isinstance(room_id, str) or not room_id.startswith("!") or not isinstance(user, str):
             raise Rejected(BAD_ROOM)
-        await self._enforcement.policy_changed(room_id)
+        await self._changes.room_changed(room_id, user)
         answer_json(request, 202, {})
 
     @app.route("/", branch=True)
@@ -138,3 +146,7 @@ class OperatorApi:
     def failed(self, request: GuardRequest, failure: Failure) -> None:
         """See ``web/answers.py``."""
         answer_failure(request, failure)
+
+
+def _as_json(decision: Decision) -> dict[str, Any]:
+    return {**asdict(decision), "verdict": decision.verdict.value}

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attrs import define
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.waiting import run_in_background
-from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.metrics import Metrics
 from lotusguard.rules.jwt import NotOurs, SfuKey
-from lotusguard.rules.webhooks import verified_webhook
+from lotusguard.rules.webhooks import read_webhook
 from lotusguard.web.site import GuardRequest
 
 log = Logger()
@@ -21,12 +22,13 @@ log = Logger()
 class Webhooks:
     """Acts on webhooks. They are relayed to upstream in any case.
 
+    :param wall: seconds since the epoch.
     :param key: what LiveKit signs them with; without it none can be verified.
     """
 
-    _enforcement: Enforcement
+    _changes: CallChanges
     _key: SfuKey | None
-    _clock: IReactorTime
+    _wall: Callable[[], float]
     _metrics: Metrics
 
     def handle(self, request: GuardRequest, body: bytes) -> None:
@@ -39,7 +41,7 @@ class Webhooks:
             return
         given = request.requestHeaders.getRawHeaders(b"authorization") or [b""]
         try:
-            event = verified_webhook(given[0].decode("latin-1"), body, self._key, self._clock.seconds())
+            event = read_webhook(given[0].decode("latin-1"), body, self._key, self._wall())
         except NotOurs as forged:
             self._metrics.webhooks.labels("forged").inc()
             log.warn(
@@ -48,5 +50,5 @@ class Webhooks:
             )  # fmt: skip
             return
         run_in_background(
-            self._enforcement.noticed(event), lambda failure: log.failure("could not act on a webhook", failure)
+            self._changes.handle_webhook(event), lambda failure: log.failure("could not act on a webhook", failure)
         )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from attrs import define
@@ -101,10 +101,10 @@ class Seating:
         while True:
             if not needs_no_roster:
                 with join.log.stage(join.decision, Stage.ROSTER):
-                    await self._roster.refresh(join.room_id, since, deadline, requested=join.alias)
+                    await self._roster.refresh(join.room_id, since, deadline, join.request.slot_id)
             taken = await self._seats.take(
                 join.room_id, join.user, policy.max_users, join.alias,
-                exempt=policy.bypasses_limit(join.user), new_slot=not join.is_main_slot,
+                exempt=policy.max_users is not None and policy.bypasses_limit(join.user), new_slot=not join.is_main_slot,
             )  # fmt: skip
             if taken is not Refusal.FULL:
                 return taken

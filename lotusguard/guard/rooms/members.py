@@ -74,14 +74,8 @@ class Members:
         :param since: the lookup must have begun at this time or later.
         :param max_age: seconds for which a membership is believed here, instead of the TTL.
         """
-        now = self._clock.seconds()
         key = _Key(room_id, user)
-        needed = max(
-            now - (self._ttl if max_age is None else max_age),
-            self._changed.get((room_id, ""), 0.0),
-            self._changed.get((room_id, user), 0.0),
-            since or 0.0,
-        )
+        needed = max(self._oldest(key, self._ttl if max_age is None else max_age), since or 0.0)
         known = self._known.get(key)
         if known is not None and known.began >= needed:
             return known
@@ -113,6 +107,18 @@ class Members:
                 return known
             known, read_twice = again, True
         return known
+
+    def is_fresh(self, room_id: str, user: str, known: KnownMembership, max_age: float) -> bool:
+        """Whether a remembered membership may still be believed."""
+        return known.began >= self._oldest(_Key(room_id, user), max_age)
+
+    def _oldest(self, key: _Key, max_age: float) -> float:
+        """When a lookup must have begun at the earliest."""
+        return max(
+            self._clock.seconds() - max_age,
+            self._changed.get((key.room_id, ""), 0.0),
+            self._changed.get((key.room_id, key.user), 0.0),
+        )
 
     def last_known(self, room_id: str, user: str) -> KnownMembership | None:
         return self._known.get(_Key(room_id, user))
