@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies that ask one reader for an open room and another for a full one, each shown to a parser as lax as upstream's.
+"""Bodies that name an open room to one parser and a full one to another; the other is as lax as upstream's.
 
-Who gets a body past us that we read as ``!open``, which has no policy, and upstream as ``!full`` has outrun the cap.
+A body that we read as ``!open``, which has no policy, and upstream as ``!full`` would bypass the limit.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ REFUSED_BY_ALL: dict[str, str] = {
 
 
 def written(pattern: str, route: Route) -> bytes:
-    """The bytes of a pattern for a route; what stands as a lone ``\\udcXX`` is the raw byte XX."""
+    """The bytes of a pattern for a route; a lone ``\\udcXX`` is the raw byte XX."""
     key = route.room_key
     for name, text in (
         ("KEY1", key[1:]),
@@ -158,7 +158,7 @@ OTHER_KEYS = (
 
 
 def hidden_elsewhere(route: Route) -> dict[str, tuple[bytes, list[str], str]]:
-    """Bodies that are hostile in another key than the room's, as far as the route has it."""
+    """Bodies that are ambiguous in another key than the room's, if the route has that key."""
     proper = f'{{"{route.room_key}":"{OPEN}",{route.rest},'
     return {
         name: ((proper + added + "}").encode(), path.split("."), found)
@@ -168,7 +168,7 @@ def hidden_elsewhere(route: Route) -> dict[str, tuple[bytes, list[str], str]]:
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-def test_each_body_is_another_room_to_a_lax_reader_and_none_to_us(route: Route) -> None:
+def test_ambiguous_bodies_are_unreadable(route: Route) -> None:
     for name, (pattern, room) in PATTERNS.items():
         body = written(pattern, route)
         assert (name, decode(body, route.schema)[route.room_key]) == (name, room)
@@ -182,7 +182,7 @@ def test_each_body_is_another_room_to_a_lax_reader_and_none_to_us(route: Route) 
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-def test_what_is_no_request_is_none_to_anybody(route: Route) -> None:
+def test_bodies_that_are_not_requests_are_unreadable_to_both(route: Route) -> None:
     for name, pattern in REFUSED_BY_ALL.items():
         body = written(pattern, route)
         with pytest.raises(NotDecodable):
@@ -198,7 +198,7 @@ def unreadable(name: str, route: Route, body: bytes) -> None:
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
-async def test_a_hostile_body_gets_upstreams_own_400_and_nothing_is_forwarded(sandbox: Sandbox, route: Route) -> None:
+async def test_unreadable_body_gets_upstreams_own_400_and_nothing_is_forwarded(sandbox: Sandbox, route: Route) -> None:
     bodies = {name: written(pattern, route) for name, (pattern, _) in PATTERNS.items()}
     bodies |= {name: written(pattern, route) for name, pattern in REFUSED_BY_ALL.items()}
     bodies |= {name: body for name, (body, _, _) in hidden_elsewhere(route).items()}
@@ -214,8 +214,8 @@ async def test_a_hostile_body_gets_upstreams_own_400_and_nothing_is_forwarded(sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_two_shapes_in_one_body_are_refused(sandbox: Sandbox) -> None:
-    """``/sfu/get`` takes either body; which of the two rooms counts is up to upstream's release."""
+async def test_body_of_two_shapes_is_refused(sandbox: Sandbox) -> None:
+    """``/sfu/get`` takes either body; upstream's release decides which of the two rooms counts."""
     body = f'{{"room":"{OPEN}","device_id":"D","room_id":"{FULL}","slot_id":"s",{MEMBER},{OPENID}}}'.encode()
     answer = await sandbox.request("POST", sandbox.url + "/sfu/get", body)
     assert (answer.code, json.loads(answer.body)["errcode"]) == (400, "M_NOT_JSON")
@@ -223,7 +223,7 @@ async def test_two_shapes_in_one_body_are_refused(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_users_header_that_stands_there_twice_is_refused(sandbox: Sandbox) -> None:
+async def test_duplicate_user_header_is_refused(sandbox: Sandbox) -> None:
     from tests.raw_http import exchange
 
     body = b'{"room_id":"!r:x","slot_id":"s","member_id":"m"}'
@@ -236,10 +236,10 @@ async def test_a_users_header_that_stands_there_twice_is_refused(sandbox: Sandbo
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
-async def test_what_goes_on_is_our_own_writing_and_reads_the_same_to_a_lax_reader(
+async def test_forwarded_body_is_our_own_serialisation_and_means_the_same_to_a_lax_parser(
     start_sandbox: StartSandbox, route: Route
 ) -> None:
-    """Odd but unambiguous bodies: whatever they held, upstream reads of ours what we read."""
+    """Odd but unambiguous bodies: upstream reads from our serialisation what we read."""
     rooms = ("!a:b", "!\U0001f600:b", "!\u2028<>&:b", '!"\\/:b', "!\x7f\u0000:b", "!ſK:b", "!" + "x" * 254)
     async with recorder() as upstream:
         sandbox = await start_sandbox(
@@ -258,7 +258,7 @@ async def test_what_goes_on_is_our_own_writing_and_reads_the_same_to_a_lax_reade
 
 
 @pytest_twisted.ensureDeferred
-async def test_unknown_keys_are_upstreams_to_judge(sandbox: Sandbox) -> None:
+async def test_unknown_keys_are_forwarded(sandbox: Sandbox) -> None:
     body = f'{{"room":"{OPEN}","device_id":"D",{OPENID},"what":{{"nested":[1.5,null,true]}}}}'.encode()
     answer = await sandbox.request("POST", sandbox.url + "/sfu/get", body)
     assert answer.code == 400

@@ -8,7 +8,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
-from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -116,8 +115,8 @@ def _refused(error: JoinRefused) -> Reply:
 
 def answer_failure(request: GuardRequest, failure: Failure) -> None:
     """Answer a request whose handler failed. Every listener's Klein has this as its error handler."""
-    if failure.check(CancelledError) or request.channel is None:
-        return  # the caller has gone
+    if request.channel is None:
+        return  # the caller has disconnected
     reply = None if failure.value is None else reply_to(failure.value)
     if reply is None:
         log.failure("a request could not be answered", failure)

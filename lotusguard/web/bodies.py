@@ -9,10 +9,10 @@ from attrs import Factory, define, field
 
 SMALL = 16 * 1024
 """Bytes of each body that are not counted, so that a small body always fits; the number of connections bounds them."""
-LARGEST_AT_ONCE = 64
-"""How many bodies of the greatest length the pool holds."""
+POOL = 64 * 1024 * 1024
+"""Bytes that all bodies may hold together, unless eight of the greatest length need more."""
 SHARES = 8
-"""One caller gets at most this fraction of the pool: an eighth."""
+"""One caller gets at most an eighth of the pool."""
 RELAYED_FACTOR = 16
 """How many times longer than a token request any other request may be."""
 
@@ -34,11 +34,11 @@ class BodyPool:
 
     @limit.default
     def _whole(self) -> int:
-        return self.largest * LARGEST_AT_ONCE
+        return max(POOL, self.largest * SHARES)
 
     @share.default
     def _part(self) -> int:
-        return max(self.limit // SHARES, self.largest)
+        return self.limit // SHARES
 
     def take(self, caller: str, size: int) -> bool:
         """Take bytes if there is room for them, for all and for this caller."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from random import getrandbits
+from typing import Any
 
 from attrs import define, evolve, field
 from twisted.internet.interfaces import IReactorTime
@@ -40,7 +41,11 @@ class RequestHandler:
     _metrics: Metrics
     _idle: float = field(kw_only=True)
     _keep_identity: bool = field(kw_only=True, default=False)
-    _loop_logged_at: float | None = None
+    _loop_logged_at: float | None = field(init=False, default=None)
+    _counts: dict[str, Any] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._counts = {kind: self._metrics.requests.labels(kind) for kind in ("token", "relay")}
 
     async def token(self, request: GuardRequest) -> None:
         """A request to a token route: read strictly, decided, forwarded as we read it. Methods other than POST are
@@ -50,7 +55,7 @@ class RequestHandler:
             await self.relay(request)
             return
         self._refuse_loop(request)
-        self._metrics.requests.labels("token").inc()
+        self._counts["token"].inc()
         request_id = _request_id(request)
         asked = _read(request, route, request_id)
         going = forwarded(request, asked.body, request_id, keep_identity=self._keep_identity)
@@ -63,7 +68,7 @@ class RequestHandler:
     async def relay(self, request: GuardRequest) -> None:
         """Any other request: forwarded as it came, answered as upstream answers."""
         self._refuse_loop(request)
-        self._metrics.requests.labels("relay").inc()
+        self._counts["relay"].inc()
         body = request.body()
         going = forwarded(
             request,
