@@ -97,8 +97,14 @@ class Settings(BaseSettings):
     guard_token_ttl: Seconds = 120.0
     guard_reconcile_interval: Seconds = 3.0
     guard_overflow: Annotated[Literal["eject", "allow"], LowerCase] = "eject"
-    guard_restore: bool = False
+    guard_restore: bool = True
     guard_max_body: Annotated[int, Field(ge=1024)] = 1048576
+    guard_members_only: Literal["on", "log", "off"] = "on"
+    guard_homeservers: tuple[str, ...] = ("*",)
+    guard_start_homeservers: tuple[str, ...] = ("*",)
+    guard_default_max_users: int | None = None
+    guard_tokens: Literal["all", "policy"] = "all"
+    guard_membership_interval: Seconds = 30.0
     guard_dry_run: bool = False
     guard_log_level: LogLevel = "info"
     guard_log_format: Annotated[Literal["text", "json"], LowerCase] = "text"

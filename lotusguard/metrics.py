@@ -83,5 +83,16 @@ class Metrics:
         self.secret_mismatches = counter("secret_mismatches", "Issued tokens that our secret did not sign")
         self.malformed_policies = counter("malformed_policies", "Policy events whose value cannot be used", "event")
         self.reactor_lag = gauge("reactor_lag_seconds", "How late the reactor was at the last look")
+        self.removals = counter("removals", "Participants removed, by reason", "reason")
+        self.tokens_rebuilt = counter("tokens_rebuilt", "x")
+        self.foreign_tokens = counter("foreign_tokens", "x")
+        self.slots_rejected = counter("slots_rejected", "x")
+        self.memberships_unknown = counter("memberships_unknown", "x")
+        self.unidentified_participants = gauge("unidentified_participants", "x")
+        self.enforcing = gauge("enforcing", "x", "rule")
+        self.dry_run = gauge("dry_run", "x")
         self.build = gauge("build_info", "Versions", "version", "python")
         self.build.labels(__version__, platform.python_version()).set(1)
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        self.join_seconds.labels(stage).observe(seconds)

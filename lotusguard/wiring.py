@@ -38,6 +38,7 @@ from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_store
 from lotusguard.metrics import Metrics
+from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
 
 DISCOVERY_TIMEOUT = 10.0
@@ -164,7 +165,8 @@ def joins(
     decision_log = DecisionLog(reactor, metrics)
     checks = EntryChecks(
         given.policies, given.members, state.seats, given.roster,
-        homeservers=settings.homeservers, start_homeservers=settings.start_homeservers,
+        homeservers=homeserver_list(settings.guard_homeservers),
+        start_homeservers=homeserver_list(settings.guard_start_homeservers),
         members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
     )  # fmt: skip
     seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
@@ -184,7 +186,7 @@ def calls(
 ) -> Calls:
     lease = state.lease
     entitlement = Entitlement(
-        given.members, state.registry, settings.homeservers, MembersOnly(settings.guard_members_only),
+        given.members, state.registry, homeserver_list(settings.guard_homeservers), MembersOnly(settings.guard_members_only),
         lambda: clients.homeserver.server_name, reactor, metrics, settings.guard_lookup_timeout,
         interval=settings.guard_membership_interval, arrival_age=settings.guard_policy_ttl,
     )  # fmt: skip
@@ -214,6 +216,10 @@ def health(
     )  # fmt: skip
 
 
+
+
+def homeserver_list(names: tuple[str, ...]) -> HomeserverList:
+    return HomeserverList.parse(",".join(names))
 
 
 WALL_CLOCK = time.time

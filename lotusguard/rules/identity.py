@@ -115,3 +115,11 @@ def base_identities(identity: str) -> Iterator[str]:
     while "#" in identity:
         identity = identity.rpartition("#")[0]
         yield identity
+
+
+def possible_identities(user: str, device_id: str, member_id: str) -> frozenset[str]:
+    """Every identity that upstream may derive for a user's request, whichever route and release it is."""
+    identities = {legacy_identity(user, device_id)} if device_id else set[str]()
+    if member_id:
+        identities |= hashed_identities(user, device_id, member_id) | proxied_identities(user, member_id)
+    return frozenset(identities)

@@ -33,6 +33,8 @@ SLACK = 0.5
 STALE_SHARE = 2 / 3
 """Part of the lookup timeout after which the last known policy serves; the rest is for the roster."""
 
+UNIDENTIFIED = Caller(Identified.UNKNOWN, reason="internal_error")
+
 
 @define(eq=False)
 class Admission:
@@ -99,11 +101,13 @@ class Admission:
         with self._log.stage(join.decision, Stage.LOOKUP):
             try:
                 if not self._policies.is_remembered(join.room_id):
-                    caller = await self._identify(join)
+                    await self._identify(join)
+                    caller = join.caller or UNIDENTIFIED
                     if caller.identified is Identified.PROVEN:
                         await self._look_up_room(join)
                     return caller
-                caller, _ = await gather((self._identify(join), self._look_up_policy(join)))
+                await gather((self._identify(join), self._look_up_policy(join)))
+                caller = join.caller or UNIDENTIFIED
                 if caller.identified is Identified.PROVEN:
                     await self._look_up_membership(join)
                 return caller
@@ -111,13 +115,12 @@ class Admission:
                 raise
             except Exception:
                 self._log.failure(join.decision, "lookups")
-                return join.caller or Caller(Identified.UNKNOWN, reason="internal_error")
+                return join.caller or UNIDENTIFIED
 
-    async def _identify(self, join: Join) -> Caller:
+    async def _identify(self, join: Join) -> None:
         caller = join.caller = await self._callers.identify(join.request, join.lookups)
         if caller.identified is Identified.PROVEN:
             join.user = join.decision.user = caller.user
-        return caller
 
     async def _look_up_room(self, join: Join) -> None:
         await gather((self._look_up_policy(join), self._look_up_membership(join)))

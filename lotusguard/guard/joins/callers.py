@@ -69,7 +69,8 @@ class Callers:
         user: str | None = self._known.get(key)
         if user is None:
             try:
-                if not await deadline.wait(Deferred.fromCoroutine(self._homeserver.is_local(openid))):
+                await deadline.wait(Deferred.fromCoroutine(self._homeserver.know_server_name()))
+                if not self._homeserver.is_local(openid):
                     return Caller(Identified.FOREIGN)
                 user = await deadline.wait(Deferred.fromCoroutine(self._homeserver.local_user(openid)))
             except TimeoutError:
