@@ -25,13 +25,13 @@ async def dry(start_sandbox: StartSandbox) -> Any:
 
 async def at_rest(sandbox: Sandbox) -> None:
     await sandbox.livekit.drained()
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
 
 
 async def looked_again(sandbox: Sandbox, *whose: Participant) -> None:
     for _ in range(3):
         for who in whose:
-            sandbox.guard._enforcement.enforce(who.room.name)
+            sandbox.guard.enforcement.enforce(who.room.name)
         await at_rest(sandbox)
 
 

@@ -114,7 +114,7 @@ async def join_then_track(sandbox: Sandbox, room_id: str, policy: dict[str, bool
     who: Participant = joins(sandbox, room_id)
     await sandbox.livekit.drained()
     put_policy(sandbox, room_id, **policy)
-    sandbox.guard._enforcement._policies.drop(room_id)  # as if its time were over
+    sandbox.guard.policies.forget_freshness(room_id)  # as if its time were over
     for source in EVERYTHING:
         who.publish(source)
     who.activate()
@@ -130,8 +130,8 @@ async def join_then_nothing(sandbox: Sandbox, room_id: str, policy: dict[str, bo
         who.publish(source)
     who.room.refresh_listed()  # as the SFU counts every five seconds
     put_policy(sandbox, room_id, **policy)
-    sandbox.guard._enforcement._policies.drop(room_id)
-    await sandbox.guard._enforcement.reconcile()
+    sandbox.guard.policies.forget_freshness(room_id)
+    await sandbox.guard.changes.reconcile()
     return who
 
 
@@ -152,7 +152,7 @@ async def test_what_is_forbidden_is_taken_and_all_else_stays(
     if joins is still_connecting and order is policy_then_join:
         who.activate()
     await until(lambda: may_publish(who) == granted - FORBIDDEN[policy])
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
     assert may_publish(who) == granted - FORBIDDEN[policy]
     assert other_flags(who) == flags
     assert set(published(who)) <= granted - FORBIDDEN[policy]
@@ -195,7 +195,7 @@ async def test_an_old_wide_token_is_narrowed_whenever_it_comes_back(sandbox: San
         await until(lambda bob=bob: published(bob) == [])  # type: ignore[misc]
         assert not bob.publish("SCREEN_SHARE")
         await sandbox.livekit.drained()
-        await until(lambda: not sandbox.guard._enforcement._running)
+        await sandbox.guard.enforcement.worker.idle()
         assert counted(sandbox, "revocations_total", source="screen_share") == times
 
 
@@ -207,7 +207,7 @@ async def test_nobody_is_granted_anything(sandbox: Sandbox) -> None:
     speaker = sandbox.livekit.connect(old_token(BOB, room_id, canPublishSources=["microphone"]))
     for policy in (NO_CAMERA, {}, NO_VIDEO, {}):
         await change_policy(sandbox, room_id, **policy)
-        await until(lambda: not sandbox.guard._enforcement._running)
+        await sandbox.guard.enforcement.worker.idle()
         assert may_publish(mute) == set()
         assert may_publish(speaker) == {"MICROPHONE"}
     assert not sandbox.livekit.update_log
@@ -224,7 +224,7 @@ async def test_video_that_calls_itself_a_microphone_is_muted_and_said(sandbox: S
         assert disguise
         assert camera
         await until(lambda: disguise.muted)
-        await until(lambda: not sandbox.guard._enforcement._running)
+        await sandbox.guard.enforcement.worker.idle()
     assert not voice.muted
     assert not camera.muted
     assert published(bob) == ["CAMERA", "MICROPHONE", "MICROPHONE"]
@@ -242,7 +242,7 @@ async def test_video_under_any_label_is_let_be_where_all_video_is_allowed(sandbo
     bob = await sandbox.enter(BOB, room_id)
     disguise = bob.publish("MICROPHONE", "VIDEO")
     await sandbox.livekit.drained()
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
     assert disguise is not None
     assert not disguise.muted
 
@@ -287,11 +287,11 @@ async def test_what_a_crashed_node_left_behind_does_not_stop_the_rest(sandbox: S
         sandbox.livekit.add_stale(room_alias(room_id), f"@ghost{number}:sandbox.local:D", status)
     alice, bob = await sandbox.enter(ALICE, room_id), await sandbox.enter(BOB, room_id)
     await sandbox.livekit.drained()
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
     with logged() as events:
         for _ in range(4):
             await change_policy(sandbox, room_id, **NO_SCREEN)
-            await until(lambda: not sandbox.guard._enforcement._running)
+            await sandbox.guard.enforcement.worker.idle()
     for who in (alice, bob):
         assert "SCREEN_SHARE" not in may_publish(who)
     assert crashes(events) == []
@@ -314,7 +314,7 @@ async def test_who_left_before_they_could_be_asked_is_no_failure(sandbox: Sandbo
     with logged() as events:
         await change_policy(sandbox, room_id, **NO_SCREEN)
         await until(lambda: "SCREEN_SHARE" not in may_publish(bob))
-        await until(lambda: not sandbox.guard._enforcement._running)
+        await sandbox.guard.enforcement.worker.idle()
     assert crashes(events) == []
     assert named(events, "enforcement_failed") == []
 
@@ -333,7 +333,7 @@ async def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_belie
     room_id = room_of(sandbox)
     for _ in range(2):
         put_policy(sandbox, room_id)
-        sandbox.guard._enforcement._policies.drop(room_id)
+        sandbox.guard.policies.forget_freshness(room_id)
         before = sandbox.homeserver.asked["room_state"]
         sandbox.homeserver.faults["room_state"] = Fault.drip(0.0005, times=2)  # tells what was so when it was asked
         entering: Deferred[Participant] = Deferred.fromCoroutine(sandbox.enter(ALICE, room_id))
@@ -353,9 +353,9 @@ async def test_a_change_while_a_room_is_being_worked_on_is_worked_on_next(sandbo
     room_id = room_of(sandbox, **NO_CAMERA)
     alice = await sandbox.enter(ALICE, room_id)
     await sandbox.livekit.drained()
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
     sandbox.livekit.room_faults[alice.room.name] = Fault.status(500, times=1)
-    sandbox.guard._enforcement.enforce(alice.room.name)
+    sandbox.guard.enforcement.enforce(alice.room.name)
     await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: may_publish(alice) == {"MICROPHONE"})
 

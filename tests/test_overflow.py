@@ -41,7 +41,7 @@ from tests.conftest import StartSandbox, until
 async def at_rest(sandbox: Sandbox) -> None:
     """PeriodicService webhook has been delivered and worked on."""
     await sandbox.livekit.drained()
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
 
 
 def put_out(sandbox: Sandbox) -> list[str]:
@@ -53,7 +53,7 @@ def put_out(sandbox: Sandbox) -> list[str]:
 
 async def look_again(sandbox: Sandbox, *whose: Participant) -> None:
     for who in whose:
-        sandbox.guard._enforcement.enforce(who.room.name)
+        sandbox.guard.enforcement.enforce(who.room.name)
     await at_rest(sandbox)
 
 
@@ -415,7 +415,7 @@ async def test_a_seat_that_comes_free_while_others_are_put_out_saves_the_next(sa
     await at_rest(sandbox)
     assert await seen_in(sandbox, room_id) == [(ALICE, True), (BOB, True), (CAROL, False), (DAVE, False)]
     sandbox.livekit.faults["RemoveParticipant"] = Fault.delay(0.3, times=1)
-    sandbox.guard._enforcement.enforce(carol.room.name)
+    sandbox.guard.enforcement.enforce(carol.room.name)
     await until(lambda: bool(sandbox.livekit.in_flight) and sandbox.livekit.faults["RemoveParticipant"].times == 0)
     bob.room.remove(bob, 1)
     await at_rest(sandbox)

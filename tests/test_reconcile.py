@@ -50,7 +50,7 @@ NO_SCREEN = {"allow_screenshare": False}
 
 async def at_rest(sandbox: Sandbox) -> None:
     await sandbox.livekit.drained()
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
 
 
 async def sharing(sandbox: Sandbox, room_id: str) -> Participant:
@@ -69,7 +69,7 @@ async def calls_where_sharing_ends(sandbox: Sandbox, count: int) -> list[Partici
     sandbox.livekit.webhooks.urls[:] = []
     for room_id in rooms:
         put_policy(sandbox, room_id, **NO_SCREEN)
-        sandbox.guard._enforcement._policies.drop(room_id)
+        sandbox.guard.policies.forget_freshness(room_id)
     return everybody
 
 
@@ -106,17 +106,17 @@ async def test_one_list_of_rooms_and_then_only_those_with_a_policy_and_people_in
         room.listed.creation_time -= 0 if new else 60
     sandbox.livekit.seen.clear()
     sandbox.livekit.asked.clear()
-    await sandbox.guard._enforcement.reconcile()
+    await sandbox.guard.changes.reconcile()
     await at_rest(sandbox)
     assert sandbox.livekit.asked["ListRooms"] == 1
     assert sorted(asked_about(sandbox)) == sorted([alice.room.name, *([room_alias(empty)] if new else [])])
     assert without.connected
-    assert sandbox.guard._enforcement.watched == {alice.room.name: 1}
+    assert sandbox.guard.enforcement.watched == {alice.room.name: 1}
 
 
 @pytest_twisted.ensureDeferred
 async def test_an_idle_guard_asks_for_the_rooms_and_nothing_else(sandbox: Sandbox) -> None:
-    await sandbox.guard._enforcement.reconcile()
+    await sandbox.guard.changes.reconcile()
     assert sandbox.livekit.asked == {"ListRooms": 1}
     assert not sandbox.homeserver.asked["room_state"]
 
@@ -127,7 +127,7 @@ async def test_a_policy_is_asked_for_once_in_its_time_however_often_it_is_reconc
     await at_rest(sandbox)
     before = sandbox.homeserver.asked["room_state"]
     for _ in range(5):
-        await sandbox.guard._enforcement.reconcile()
+        await sandbox.guard.changes.reconcile()
         await at_rest(sandbox)
     assert sandbox.homeserver.asked["room_state"] == before
 
@@ -151,7 +151,7 @@ async def test_who_went_unnoticed_is_seen_to_be_gone(sandbox: Sandbox) -> None:
     assert counted(sandbox, "participants") == 1
     sandbox.livekit.webhooks.urls[:] = []
     alice.room.close()
-    await sandbox.guard._enforcement.reconcile()
+    await sandbox.guard.changes.reconcile()
     await at_rest(sandbox)
     assert counted(sandbox, "participants") == counted(sandbox, "rooms") == counted(sandbox, "seats_held") == 0
 
@@ -160,8 +160,8 @@ async def test_who_went_unnoticed_is_seen_to_be_gone(sandbox: Sandbox) -> None:
 async def test_a_round_fails_with_the_sfu_and_says_so(sandbox: Sandbox) -> None:
     sandbox.livekit.faults["ListRooms"] = Fault.status(500)
     with pytest.raises(DependencyFailed):
-        await sandbox.guard._enforcement.reconcile()
-    assert sandbox.guard._enforcement.round_at is None
+        await sandbox.guard.changes.reconcile()
+    assert sandbox.guard.changes.round_at is None
 
 
 # -- one room does not delay another ---------------------------------------------------------------------------
@@ -177,14 +177,14 @@ async def test_an_ill_room_does_not_delay_the_others(start_sandbox: StartSandbox
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3)
     ill, *others = await calls_where_sharing_ends(sandbox, 6)
     sandbox.livekit.room_faults[ill.room.name] = fault
-    await sandbox.guard._enforcement.reconcile()
+    await sandbox.guard.changes.reconcile()
     await until(lambda: all(map(ended, others)))
     if fault.kind in ("hang", "delay"):
         assert ill.room.name in sandbox.guard._enforcement._running
     assert not ended(ill)
     await at_rest(sandbox)
     sandbox.livekit.room_faults.clear()
-    await sandbox.guard._enforcement.reconcile()
+    await sandbox.guard.changes.reconcile()
     await until(lambda: ended(ill))
 
 
@@ -194,7 +194,7 @@ async def test_rounds_leave_alone_what_an_earlier_one_is_still_at(sandbox: Sandb
     sandbox.livekit.room_faults[ill.room.name] = Fault.hang()
     sandbox.livekit.seen.clear()
     for rounds in range(1, 4):
-        await sandbox.guard._enforcement.reconcile()  # returns although that room hangs
+        await sandbox.guard.changes.reconcile()  # returns although that room hangs
         await until(lambda: other.room.name not in sandbox.guard._enforcement._running)
         assert asked_about(sandbox).count(other.room.name) == rounds
     assert asked_about(sandbox).count(ill.room.name) == 1
@@ -212,7 +212,7 @@ async def test_only_so_many_rooms_are_worked_on_at_once(sandbox: Sandbox) -> Non
         at_once = max(at_once, len(sandbox.livekit.in_flight))
         return all(map(ended, everybody))
 
-    await sandbox.guard._enforcement.reconcile()
+    await sandbox.guard.changes.reconcile()
     await until(all_ended)
     assert 1 < at_once <= ROOMS_AT_ONCE
 
@@ -244,13 +244,13 @@ async def test_a_room_that_was_done_out_of_turn_is_not_done_again_in_its_turn(sa
     sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.1, times=ROOMS_AT_ONCE)
     sandbox.livekit.seen.clear()
     for who in everybody:
-        sandbox.guard._enforcement.enforce(who.room.name, in_turn=True)
-    sandbox.guard._enforcement.enforce(everybody[-1].room.name)
+        sandbox.guard.enforcement.enforce(who.room.name, in_turn=True)
+    sandbox.guard.enforcement.enforce(everybody[-1].room.name)
     await until(lambda: all(map(ended, everybody)))
     await at_rest(sandbox)
     assert asked_about(sandbox).count(everybody[-1].room.name) == 1
     for who in everybody:  # and all turns are free again
-        sandbox.guard._enforcement.enforce(who.room.name, in_turn=True)
+        sandbox.guard.enforcement.enforce(who.room.name, in_turn=True)
     assert not sandbox.guard._enforcement._queued - {everybody[-1].room.name}
     await at_rest(sandbox)
 
@@ -482,7 +482,7 @@ async def reconciled(
     sandbox.livekit.webhooks.urls.clear()
     participant = sandbox.livekit.connect(old_token(ALICE, room_id, **video))
     before = participant.info().permission
-    await sandbox.guard._enforcement.reconcile()
+    await sandbox.guard.changes.reconcile()
     await at_rest(sandbox)
     return before, participant.info().permission
 

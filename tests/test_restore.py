@@ -36,7 +36,7 @@ def may_publish(who: Participant) -> set[str]:
 
 async def at_rest(sandbox: Sandbox) -> None:
     await sandbox.livekit.drained()
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
 
 
 async def connected(sandbox: Sandbox, room_id: str, **video: Any) -> Participant:
@@ -163,8 +163,8 @@ async def test_nothing_is_given_back_while_the_policy_is_unknown(giving: Sandbox
     await giving.guard.stopService()
     await giving.homeserver.stop_listening()
     await giving.start_guard(guard_reconcile_interval=0.1)
-    await until(lambda: giving.guard._enforcement.round_at is not None)
-    giving.guard._enforcement.enforce(alice.room.name)
+    await until(lambda: giving.guard.changes.round_at is not None)
+    giving.guard.enforcement.enforce(alice.room.name)
     await at_rest(giving)
     assert may_publish(alice) == {"MICROPHONE", "CAMERA"}
     await giving.homeserver.listen()
@@ -205,7 +205,7 @@ async def test_rooms_without_a_policy_that_are_owed_nothing_are_left_in_peace(gi
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     alice.room.refresh_listed()
-    await giving.guard._enforcement.reconcile()
+    await giving.guard.changes.reconcile()
     await at_rest(giving)
     assert not giving.livekit.asked["ListParticipants"]
 

@@ -48,7 +48,7 @@ async def deaf(start_sandbox: StartSandbox) -> Any:
 
 async def at_rest(sandbox: Sandbox) -> None:
     """Everything that a webhook set going has been done."""
-    await until(lambda: not sandbox.guard._enforcement._running)
+    await sandbox.guard.enforcement.worker.idle()
 
 
 # -- handed on ---------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ async def test_unknown_fields_and_absent_zeros_do_not_matter(deaf: Sandbox) -> N
     share = alice.publish("SCREEN_SHARE")
     assert share is not None
     put_policy(deaf, room_id, allow_screenshare=False)
-    deaf.guard._enforcement._policies.drop(room_id)
+    deaf.guard.policies.forget_freshness(room_id)
     event = event_about("track_published", alice, track={"sid": share.sid}, later={"unknown": [1]})
     event["participant"] = {"sid": alice.sid, "identity": alice.identity, "newField": {}}
     await tell(deaf, event)
@@ -361,7 +361,7 @@ async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away
     left = event_about("participant_left", alice)
     left["participant"]["disconnectReason"] = "DUPLICATE_IDENTITY"
     await tell(deaf, left)
-    deaf.guard._enforcement.enforce(alice.room.name)
+    deaf.guard.enforcement.enforce(alice.room.name)
     await at_rest(deaf)
     assert await seen_in(deaf, room_id) == [(BOB, True)]
     new = reconnected(deaf, room_id)

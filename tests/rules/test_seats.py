@@ -19,9 +19,9 @@ ALIAS = "alias"
 _ids = count(1)
 
 
-def room(**given: float) -> RoomSeats:
+def room() -> RoomSeats:
     """A room that was listed empty at 0, and has had a limit since -10."""
-    seats = RoomSeats(unlimited_at=-10.0, **given)
+    seats = RoomSeats(unlimited_at=-10.0)
     seats.apply_listing(ALIAS, [], 1, since=0.0, now=0.0)
     return seats
 
