@@ -122,9 +122,7 @@ class Demo:
         users = self._call.users()
         expect(users == present.split(), f"the SFU has {users}")
         connections = len(self._call.participants())
-        held = await self._call.until(
-            lambda: self._call.seats_held(len(users)), "the guard counts another number of seats"
-        )
+        held = await self._call.until(lambda: self._call.seats_held(len(users)), "the guard counts other seats")
         return f"200; in the call: {_listed(users)} ({_many(connections, 'connection')}, {_many(held, 'seat')} taken)"
 
     async def _joins_in_time(self, name: str, present: str) -> str:
