@@ -8,7 +8,7 @@ SECONDS_OF_SOAK ?= 600
 .PHONY: demo test lint unit fuzz bench profile soak dist clean
 
 demo: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/lotusguard sandbox --play
+	$(DEMO_VENV)/bin/lotusguard sandbox --demo
 
 test: lint unit
 

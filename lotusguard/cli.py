@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 from lotusguard import __version__
 from lotusguard.config import ConfigurationError, Settings, read_settings
 from lotusguard.logs import observer_for
-from lotusguard.terminal import Account, Terminal
+from lotusguard.terminal import StepReport, Terminal
 
 T = TypeVar("T")
 
@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Starts stand-ins for Synapse, LiveKit and lk-jwt-service on free ports of loopback, with the "
         "guard in front, prints what to curl, and serves until stopped. No setting of yours is read.",
     )
-    sandbox.add_argument("--play", action="store_true", help="play a call through it, and tell how it went")
-    sandbox.add_argument("--verbose", action="store_true", help="with --play: the guard's log in between")
+    sandbox.add_argument("--demo", action="store_true", help="run a call through it and report each step")
+    sandbox.add_argument("--verbose", action="store_true", help="with --demo: show the guard's log too")
     sandbox.set_defaults(do=_sandbox)
     return parser
 
@@ -90,26 +90,26 @@ def _check(asked: argparse.Namespace) -> int:
 
 
 def _sandbox(asked: argparse.Namespace) -> int:
-    from lotusguard.sandbox.demo.demo import play
+    from lotusguard.sandbox.demo.demo import run_demo
     from lotusguard.sandbox.demo.serve import serve
 
     _forget_settings()
-    if not asked.play:
+    if not asked.demo:
         _log_to("text", "info")
         _run(lambda reactor: serve(reactor, sys.stdout))
         return FINE
     _log_to("text", "info" if asked.verbose else "critical")
 
-    async def played(reactor: Any) -> bool:
-        account = Account(Terminal(sys.stdout, os.environ), reactor)
-        account.title(
+    async def demo(reactor: Any) -> bool:
+        report = StepReport(Terminal(sys.stdout, os.environ), reactor)
+        report.title(
             f"A call through lotusguard {__version__}",
             "Stand-ins for Synapse, LiveKit and lk-jwt-service on loopback, with the guard in front of lk-jwt-service.",
-            "Each step is looked at in what they saw.",
+            "Each step is checked in what these saw.",
         )
-        return await play(reactor, account)
+        return await run_demo(reactor, report)
 
-    well = _run(played)
+    well = _run(demo)
     if well is None:
         return INTERRUPTED
     return FINE if well else WRONG

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people see on their terminal: marks, colours, and the account of a play, line by line. Under the roof."""
+"""Output for terminals: marks, colours, and a report of steps, line by line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PLAIN = {"✓": "ok", "✗": "no", "→": "->", "…": "...", "–": "-"}
 class Terminal:
     """A stream to write lines to.
 
-    Coloured when it is a terminal that can, and its owner did not set ``NO_COLOR`` (no-color.org). Where the
-    stream's encoding has no ``✓``, plain words stand for the marks.
+    Colours are used on terminals that support them, unless ``NO_COLOR`` is set (no-color.org). If the stream's
+    encoding has no ``✓``, words replace the marks.
     """
 
     def __init__(self, stream: TextIO, environ: Mapping[str, str]) -> None:
@@ -34,34 +34,34 @@ class Terminal:
             self._marks = {ord(mark): plain for mark, plain in _PLAIN.items()}
 
     def paint(self, text: str, *styles: str) -> str:
-        """The text in these styles (green, red, yellow, bold, dim), or as it is where there are no colours."""
+        """The text in these styles (green, red, yellow, bold, dim); unchanged if colours are off."""
         if not self.coloured or not text:
             return text
         return f"\x1b[{';'.join(_CODES[style] for style in styles)}m{text}\x1b[0m"
 
     def wrapped(self, text: str, indent: int) -> list[str]:
-        """The text in lines that fit a terminal when they are indented so far; elsewhere in one line."""
+        """The text in lines that fit the terminal after indentation; in one line if the stream is not a terminal."""
         if not self._stream.isatty():
             return [text]
         return textwrap.wrap(text, max(30, shutil.get_terminal_size().columns - indent), break_on_hyphens=False)
 
     def line(self, text: str = "") -> None:
-        """Write one line, at once."""
+        """Write one line and flush."""
         line = text.translate(self._marks) if self._marks else text
-        # what a dependency said may hold anything
+        # texts of dependencies may contain characters that the stream cannot encode
         self._stream.write(line.encode(self._encoding, "replace").decode(self._encoding) + "\n")
         self._stream.flush()
 
 
-class NotAsItShould(Exception):
-    """A step did not turn out as it should. The text says what was seen instead."""
+class StepFailed(Exception):
+    """A step failed. The text says what was seen instead."""
 
 
-class Account:
-    """Tells of steps as they are taken: whether each turned out as it should, what was seen, and how long it took.
+class StepReport:
+    """Reports steps as they are taken: whether each succeeded, what was seen, and how long it took.
 
-    :ivar steps: how many went well.
-    :ivar failed: the step that did not, with the reason.
+    :ivar steps: how many succeeded.
+    :ivar failed: the step that failed and the reason; empty if none did.
     """
 
     def __init__(self, terminal: Terminal, clock: IReactorTime) -> None:
@@ -76,42 +76,42 @@ class Account:
         for line in below:
             self._terminal.line(self._terminal.paint(line, "dim"))
 
-    def act(self, text: str, *below: str) -> None:
+    def section(self, text: str, *below: str) -> None:
         self._terminal.line()
         self.title(text, *below)
 
     async def step(self, what: str, work: Awaitable[str]) -> None:
-        """Take one step.
+        """Take one step and report it.
 
-        :param work: does it, looks whether it went well, and gives what was seen.
-        :raises NotAsItShould: it did not; that has been told then.
+        :param work: takes the step, checks it and returns what was seen.
+        :raises StepFailed: if it failed; the failure has been reported by then.
         """
         began = self._clock.seconds()
         try:
             seen, mark = await work, self._terminal.paint("✓", "green")
         except CancelledError:
             raise
-        except Exception as trouble:
-            reason = str(trouble) if isinstance(trouble, NotAsItShould) else f"{type(trouble).__name__}: {trouble}"
-            self._tell(self._terminal.paint("✗", "red", "bold"), began, what, reason, "red")
+        except Exception as error:
+            reason = str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
+            self._report(self._terminal.paint("✗", "red", "bold"), began, what, reason, "red")
             self.failed = f"{what}: {reason}"
-            raise NotAsItShould(reason) from trouble
+            raise StepFailed(reason) from error
         self.steps += 1
-        self._tell(mark, began, what, seen, "dim")
+        self._report(mark, began, what, seen, "dim")
 
-    def _tell(self, mark: str, began: float, what: str, seen: str, style: str) -> None:
+    def _report(self, mark: str, began: float, what: str, seen: str, style: str) -> None:
         took = f"{(self._clock.seconds() - began) * 1000:5.0f} ms"
         self._terminal.line(f"  {mark} {self._terminal.paint(took, 'dim')}  {what}")
         for line in self._terminal.wrapped(seen, 14):
             self._terminal.line(f"              {self._terminal.paint(line, style)}")
 
     def end(self) -> None:
-        """The last line."""
+        """Write the last line."""
         took = f"{self._clock.seconds() - self._began:.1f} s"
         self._terminal.line()
         if self.failed:
-            text = f"✗ Not as it should, after {self.steps} steps and {took}. {self.failed}"
+            text = f"✗ Failed after {self.steps} steps and {took}. {self.failed}"
             self._terminal.line(self._terminal.paint(text, "red", "bold"))
         else:
-            text = f"✓ All {self.steps} steps turned out as they should, in {took}."
+            text = f"✓ All {self.steps} steps succeeded in {took}."
             self._terminal.line(self._terminal.paint(text, "green", "bold"))

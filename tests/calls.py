@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of running calls share: rooms, wide old tokens, policy changes, webhooks by hand, counters."""
+"""Helpers for tests of running calls: rooms, old tokens, policy changes, hand-made webhooks, metrics."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def room_of(sandbox: Sandbox, max_users: int | None = None, **quality: bool) -> 
 
 
 def put_policy(sandbox: Sandbox, room_id: str, max_users: int | None = None, **quality: bool) -> None:
-    """The room's admin writes a policy; what is left out is not limited."""
+    """Write the policy of a room. What is left out is not restricted."""
     limit = {} if max_users is None else {"max_users": max_users}
     sandbox.homeserver.set_state(room_id, "io.lotus.voice_limit", limit)
     sandbox.homeserver.set_state(room_id, "io.lotus.room_quality", quality)
 
 
 async def change_policy(sandbox: Sandbox, room_id: str, max_users: int | None = None, **quality: bool) -> None:
-    """The same, and the homeserver's module tells the guard."""
+    """The same, and tell the guard as the homeserver's module does."""
     put_policy(sandbox, room_id, max_users, **quality)
     answer = await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
     assert answer.code == 202
 
 
 def old_token(user: str, room_id: str, *, device: str = "PHONE", **video: Any) -> str:
-    """A token as lk-jwt-service issues it, which never passed the guard: wide, and good for an hour."""
+    """A token as lk-jwt-service issues it, unchanged by the guard: all grants, valid for an hour."""
     grant = {
         "roomJoin": True, "room": room_alias(room_id), "canPublish": True, "canSubscribe": True,
         "canUpdateOwnMetadata": True, **video,
@@ -60,7 +60,7 @@ def old_token(user: str, room_id: str, *, device: str = "PHONE", **video: Any) -
 
 
 def published(participant: Participant) -> list[str]:
-    """The labels of what a participant publishes now."""
+    """The sources that a participant publishes now."""
     return sorted(TrackSource.Name(track.source) for track in participant.tracks.values())
 
 
@@ -70,7 +70,7 @@ def counted(sandbox: Sandbox, name: str, **labels: str) -> float:
 
 
 def event_about(kind: str, participant: Participant, **more: Any) -> dict[str, Any]:
-    """A webhook as the SFU writes it: camelCase, zero values left out."""
+    """A webhook as the SFU writes it: camelCase, without zero values."""
     who = {
         "sid": participant.sid, "identity": participant.identity, "state": "ACTIVE",
         "joinedAt": str(int(participant.joined_at)),
@@ -84,7 +84,7 @@ def event_about(kind: str, participant: Participant, **more: Any) -> dict[str, A
 async def tell(
     sandbox: Sandbox, event: Mapping[str, Any] | bytes, *, authorization: str | None = None, **headers: str
 ) -> Answer:
-    """POST a webhook by hand. :param authorization: instead of the true one."""
+    """POST a hand-made webhook. :param authorization: replaces the correct header."""
     body = event if isinstance(event, bytes) else json.dumps(event).encode()
     given = {"Content-Type": "application/webhook+json", **headers}
     given["Authorization"] = sandbox.livekit.webhooks.authorization(body) if authorization is None else authorization
@@ -92,7 +92,7 @@ async def tell(
 
 
 async def seen_in(sandbox: Sandbox, room_id: str) -> list[tuple[str, bool]]:
-    """Who sits in a room's call as far as the guard knows: user and whether on a seat."""
+    """The occupants of a room's call as the guard reports them: user, and whether they have a seat."""
     answer = await sandbox.operator("GET", "/rooms")
     rooms = {room["room_id"]: room["present"] for room in json.loads(answer.body)["rooms"]}
     return sorted((who["user"], who["seated"]) for who in rooms.get(room_id, ()))
@@ -100,7 +100,7 @@ async def seen_in(sandbox: Sandbox, room_id: str) -> list[tuple[str, bool]]:
 
 @contextmanager
 def logged() -> Iterator[list[LogEvent]]:
-    """What is logged meanwhile."""
+    """Collects the log events of the ``with`` block."""
     events: list[LogEvent] = []
 
     @implementer(ILogObserver)
@@ -120,5 +120,5 @@ def named(events: list[LogEvent], name: str) -> list[str]:
 
 
 def crashes(events: list[LogEvent]) -> list[str]:
-    """What was logged as a failure of our own."""
+    """The texts of log events with a failure."""
     return [formatEvent(event) for event in events if "log_failure" in event]

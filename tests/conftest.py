@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: a sandbox of stand-ins with the guard in front, on free ports of loopback."""
+"""Fixtures for all tests: a sandbox of stand-ins with the guard in front, on free ports of loopback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lotusguard.config import Settings
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.synapse import guarded, set_guarded, synapse  # noqa: F401 (fixtures: a real homeserver)
 
-# how long an example takes is the machine's affair, and says nothing about the code
+# The duration of an example depends on the machine, not on the code.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
@@ -27,7 +27,7 @@ StartSandbox = Callable[..., Awaitable[Sandbox]]
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the settings of whoever runs it."""
+    """Remove the settings of the person who runs the tests."""
     for name in (*Settings.model_fields, "guard_config", "state_directory", "notify_socket", "watchdog_usec"):
         monkeypatch.delenv(name.upper(), raising=False)
     for name in [name for name in os.environ if name.startswith("GUARD_")]:
@@ -36,36 +36,36 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest_twisted.async_yield_fixture
 async def start_sandbox() -> AsyncIterator[StartSandbox]:
-    """Makes a started `Sandbox`; settings of the guard by lower-case name. All are stopped when the test ends.
+    """Makes a started `Sandbox` from its keyword arguments. All are stopped when the test ends.
 
-    Its patience is long: that the machine is busy is no reason to let something pass.
+    The lookup timeout is long: on a busy machine, the guard must not fail open in a test.
     """
-    stages: list[Sandbox] = []
+    sandboxes: list[Sandbox] = []
 
     async def make(**settings: object) -> Sandbox:
         sandbox = Sandbox(reactor, **{"guard_lookup_timeout": 10, **settings})
-        stages.append(sandbox)
+        sandboxes.append(sandbox)
         await sandbox.start()
         return sandbox
 
     yield make
-    for sandbox in stages:
+    for sandbox in sandboxes:
         await sandbox.stop()
 
 
 @pytest_twisted.async_yield_fixture
 async def sandbox(start_sandbox: StartSandbox) -> AsyncIterator[Sandbox]:
-    """A sandbox as it is by default, but for reconciling, which is left to those tests that want it."""
+    """A sandbox with default settings, except that it does not reconcile."""
     yield await start_sandbox(guard_reconcile_interval=3600)
 
 
 def until(condition: Callable[[], Any], seconds: float = 15.0) -> Deferred[None]:
-    """Wait until something holds that other parts of this process bring about; fails after ``seconds``."""
+    """Wait until a condition holds; fail after ``seconds``."""
 
     async def wait() -> None:
         end = reactor.seconds() + seconds
         while not condition():
-            assert reactor.seconds() < end, "it did not come about"
+            assert reactor.seconds() < end, "the condition did not become true"
             await deferLater(reactor, 0.005)
 
     return Deferred.fromCoroutine(wait())

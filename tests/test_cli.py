@@ -142,26 +142,26 @@ def test_check_tells_machines_the_same() -> None:
     assert all(one["remedy"] for one in report["findings"] if one["state"] in ("wrong", "warning"))
 
 
-def test_the_play_succeeds_and_touches_nothing_of_the_operator(tmp_path: Path) -> None:
+def test_the_demo_succeeds_and_reads_no_setting_of_the_operator(tmp_path: Path) -> None:
     state = tmp_path / "state"
     asked = lotusguard(
         "sandbox",
-        "--play",
+        "--demo",
         GUARD_STATE_DIR=str(state),
         GUARD_DRY_RUN="on",
         LIVEKIT_KEY_FILE="/does/not/exist",
         GUARD_CONFIG="/does/not/exist",
     )
     assert asked.returncode == 0, asked.stdout + asked.stderr
-    assert asked.stdout.splitlines()[-1].startswith("✓ All 20 steps turned out as they should")
+    assert asked.stdout.splitlines()[-1].startswith("✓ All 20 steps succeeded")
     assert asked.stderr == "", "no log in between"
     assert not state.exists()
 
 
-def test_the_play_fails_with_a_guard_that_enforces_nothing() -> None:
+def test_the_demo_fails_with_a_guard_that_enforces_nothing() -> None:
     sabotaged = (
-        "import sys; from lotusguard.sandbox import play; play.SETTINGS['guard_dry_run'] = True; "
-        "from lotusguard.cli import main; sys.exit(main(['sandbox', '--play', '--verbose']))"
+        "import sys; from lotusguard.sandbox.demo import demo; demo.SETTINGS['guard_dry_run'] = True; "
+        "from lotusguard.cli import main; sys.exit(main(['sandbox', '--demo', '--verbose']))"
     )
     asked = subprocess.run(
         [sys.executable, "-c", sabotaged], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -171,8 +171,8 @@ def test_the_play_fails_with_a_guard_that_enforces_nothing() -> None:
     assert "would_refuse @carol:sandbox.local" in asked.stderr, "with --verbose the guard's log is there"
 
 
-def test_an_interrupted_play_is_no_success() -> None:
-    with running("sandbox", "--play") as process:
+def test_an_interrupted_demo_does_not_succeed() -> None:
+    with running("sandbox", "--demo") as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "alice joins" in line:
@@ -181,10 +181,10 @@ def test_an_interrupted_play_is_no_success() -> None:
         assert process.wait(20) == 130
 
 
-def test_the_play_is_coloured_on_a_terminal() -> None:
+def test_the_demo_is_coloured_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
-    play = [*COMMAND, "sandbox", "--play"]
-    process = subprocess.Popen(play, env=environment(TERM="xterm"), cwd=ROOT, stdout=theirs, stderr=theirs)
+    demo = [*COMMAND, "sandbox", "--demo"]
+    process = subprocess.Popen(demo, env=environment(TERM="xterm"), cwd=ROOT, stdout=theirs, stderr=theirs)
     os.close(theirs)
     seen = b""
     try:

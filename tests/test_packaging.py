@@ -177,7 +177,7 @@ def test_a_port_that_is_taken_ends_the_start_with_a_line_that_names_the_setting(
 
 
 def test_the_wheel_alone_plays_a_call(installed: Path) -> None:
-    done = run(installed / "bin" / "lotusguard", "sandbox", "--play", cwd=installed, PYTHONPATH=SITE)
+    done = run(installed / "bin" / "lotusguard", "sandbox", "--demo", cwd=installed, PYTHONPATH=SITE)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-ins for the three dependencies, on the wire; used by ``lotusguard sandbox`` and by the tests.
+"""Stand-ins for the three dependencies, as real HTTP services. ``lotusguard sandbox`` and the tests use them.
 
-They import nothing of the rest of lotusguard, so that no mistake is shared.
+Except for the demo, they import nothing else of lotusguard: a mistake in shared code would not be noticed.
 """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stand-in can be told to do instead of answering as the real service would. Sandbox.
+"""Faults: what a stand-in does instead of answering as the real service would. Sandbox.
 
 Set ``standin.fault`` for every route or ``standin.faults["route name"]`` for one::
 
     homeserver.faults["room_state"] = Fault.hang()
-    sfu.fault = Fault.status(503, times=2)
+    livekit.fault = Fault.status(503, times=2)
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Answer = Callable[[], Awaitable[Reply]]
 
 @dataclass
 class Fault:
-    """One way of being ill; made by the class methods below.
+    """One kind of misbehaviour; created by the class methods below.
 
-    :ivar times: how many requests it still spoils, ``None`` for all.
+    :ivar times: how many more requests it affects; ``None`` for all.
     """
 
     kind: str
@@ -44,59 +44,59 @@ class Fault:
 
     @classmethod
     def delay(cls, seconds: float, times: int | None = None) -> Fault:
-        """Answer properly, but so many seconds later by the stand-in's clock."""
+        """Answer correctly, after so many seconds of the stand-in's clock."""
         return cls("delay", times, seconds=seconds)
 
     @classmethod
     def status(cls, code: int, body: bytes = b'{"errcode":"M_UNKNOWN"}', times: int | None = None) -> Fault:
-        """Answer with that status, without doing anything."""
+        """Answer with that status and do nothing."""
         return cls("status", times, reply=Reply(code, body, [("Content-Type", "application/json")]))
 
     @classmethod
     def invalid_response(cls, body: bytes = b"\xff\xfe<html>oops", times: int | None = None) -> Fault:
-        """200 with the usual content type and bytes that are nothing like it."""
+        """200 with the usual content type and a body that cannot be parsed."""
         return cls("invalid_response", times, reply=Reply(200, body, [("Content-Type", "application/json")]))
 
     @classmethod
     def truncated(cls, times: int | None = None) -> Fault:
-        """The proper answer, cut in half: the connection closes before Content-Length bytes were sent."""
+        """The first half of the correct answer; then the connection closes."""
         return cls("truncated", times)
 
     @classmethod
     def redirect(cls, location: str, code: int = 302, times: int | None = None) -> Fault:
-        """Send the caller elsewhere."""
+        """Redirect the caller."""
         return cls("redirect", times, reply=Reply(code, b"", [("Location", location)]))
 
     @classmethod
     def too_large(cls, times: int | None = None) -> Fault:
-        """200, and a body without end, as fast as the caller reads it."""
+        """200 with a body that never ends, as fast as the caller reads it."""
         return cls("too_large", times)
 
     @classmethod
     def wrong_types(cls, times: int | None = None) -> Fault:
-        """The proper answer, well formed, with every value of another type than promised."""
+        """The correct answer, but every value has another type than documented."""
         return cls("wrong_types", times)
 
     @classmethod
     def close(cls, times: int | None = None) -> Fault:
-        """Drop the connection without having done anything."""
+        """Drop the connection and do nothing."""
         return cls("close", times)
 
     @classmethod
     def late_close(cls, times: int | None = None) -> Fault:
-        """Do everything that was asked, then drop the connection without an answer."""
+        """Carry out the request, then drop the connection without an answer."""
         return cls("late_close", times)
 
     @classmethod
     def drip(cls, seconds: float = 1.0, times: int | None = None) -> Fault:
-        """The proper answer, one byte every so many seconds: never silent, never done."""
+        """The correct answer, one byte every so many seconds."""
         return cls("drip", times, seconds=seconds)
 
     async def spoil(self, request: http.Request, clock: IReactorTime, answer: Answer) -> Reply | None:
-        """Demo the fault.
+        """Misbehave.
 
-        :param answer: does what was asked and gives the proper reply.
-        :return: what to answer instead, or ``None`` when nothing more is to be sent.
+        :param answer: carries out the request and returns the correct reply.
+        :return: the reply to send instead; ``None`` if nothing more is to be sent.
         """
         if self.kind == "hang":
             await Deferred()
@@ -115,7 +115,7 @@ class Fault:
             reply = await answer()
             body = _begin(request, reply)
             request.write(body[: len(body) // 2])
-            # Not abortConnection: that would throw away what has just been written.
+            # abortConnection would discard what has just been written.
             _transport(request).loseConnection()
             return None
         if self.kind == "drip":
@@ -135,7 +135,7 @@ def _transport(request: http.Request) -> Any:
 
 
 def _begin(request: http.Request, reply: Reply) -> bytes:
-    """Write the headers of the reply; return the body that is owed now (at least two bytes)."""
+    """Write the headers of the reply. :return: the body that must follow, at least two bytes."""
     body = reply.body.ljust(2)
     request.setResponseCode(reply.status)
     for name, value in reply.headers:
@@ -146,7 +146,7 @@ def _begin(request: http.Request, reply: Reply) -> bytes:
 
 @implementer(IPullProducer)
 class _Endless:
-    """Writes whenever the transport has room; stopped by the peer's going away."""
+    """Writes whenever the transport has room, until the peer disconnects."""
 
     def __init__(self, request: http.Request) -> None:
         self._request = request
@@ -161,7 +161,7 @@ class _Endless:
 
 
 def mistyped(reply: Reply) -> Reply:
-    """The same reply with other types inside; in protobuf, field 1 is a number where there should be text."""
+    """The reply with wrong types. In protobuf, field 1 is a number instead of a string."""
     if "json" not in (reply.header("Content-Type") or ""):
         return replace(reply, body=b"\x08\x01")
     try:

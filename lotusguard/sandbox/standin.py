@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common part of all stand-ins: a real listening socket, faults, and a record of what was asked. Sandbox.
+"""The common part of all stand-ins: a listening socket, faults, and a record of the requests. Sandbox.
 
-Requests are handled below Klein and twisted.web's resources: those decode and clean paths, while what the
-real services make of an undecoded path is just what is to be imitated.
+Stand-ins handle undecoded paths, as the real services do. Klein and the resources of twisted.web decode and clean
+them first, so they are not used here.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ log = Logger()
 
 
 class StandIn:
-    """An HTTP service on 127.0.0.1 that behaves as another one would.
+    """An HTTP service on 127.0.0.1 that imitates another one.
 
-    :param reactor: the reactor; time is taken from ``clock`` where that is given.
-    :param port: the port to listen on; 0 takes a free one, which is kept over ``stop_listening``/``listen``.
+    :param clock: the source of time, if not the reactor.
+    :param port: the port to listen on; 0 takes a free one and keeps it when listening again.
     :ivar url: base address without a trailing slash, known once started.
-    :ivar fault: what to do instead of answering, on every route.
-    :ivar faults: the same by route name (see each stand-in's docstring); wins over ``fault``.
-    :ivar asked: how often each route was asked.
+    :ivar fault: the fault of every route.
+    :ivar faults: faults by route name (see each stand-in's docstring); they override ``fault``.
+    :ivar asked: the number of requests by route.
     :ivar seen: the latest requests, oldest first.
     """
 
@@ -58,7 +58,7 @@ class StandIn:
         raise NotImplementedError
 
     async def answer(self, asked: Asked, route: str) -> Reply:
-        """Do what is asked, as the real service would."""
+        """Carry out a request as the real service would. :raises Refusal: to answer with an error."""
         raise NotImplementedError
 
     async def start(self) -> None:
@@ -77,7 +77,7 @@ class StandIn:
         self.url = f"http://127.0.0.1:{self.port}"
 
     async def stop_listening(self, *, abort: bool = True) -> None:
-        """Refuse connections from now on; open ones are dropped too, unless ``abort`` is false."""
+        """Refuse connections. Open ones are dropped too, unless ``abort`` is false."""
         if self._listening is not None:
             listening, self._listening = self._listening, None
             await maybeDeferred(listening.stopListening)
@@ -85,11 +85,11 @@ class StandIn:
             await self.drop_connections()
 
     async def drop_connections(self) -> None:
-        """Close all open connections, idle or not; what is in flight on them is given up."""
+        """Close all open connections; requests in flight are cancelled."""
         await self._channels.abort_all()
 
     async def stop(self) -> None:
-        """Leave nothing behind in the reactor."""
+        """Stop listening, cancel all requests and close all connections."""
         await self.stop_listening()
         for task in list(self.in_flight):
             task.cancel()
@@ -100,10 +100,10 @@ class StandIn:
         task = Deferred.fromCoroutine(self._handle(request, asked))
         self.in_flight.add(task)
         request.notifyFinish().addErrback(lambda _: task.cancel())
-        task.addErrback(self._gave_up)
+        task.addErrback(self._log_failure)
         task.addBoth(lambda _: self.in_flight.discard(task))
 
-    def _gave_up(self, failure: Failure) -> None:
+    def _log_failure(self, failure: Failure) -> None:
         if not failure.check(CancelledError):
             log.failure("{standin} failed", failure, standin=type(self).__name__)
 
@@ -118,7 +118,7 @@ class StandIn:
             except Refusal as refusal:
                 return refusal.reply
 
-        fault = self._spoiling(self.fault_for(asked, route))
+        fault = self._applicable(self.fault_for(asked, route))
         try:
             reply = await (fault.spoil(request, self.clock, answer) if fault else answer())
         except CancelledError:
@@ -130,10 +130,10 @@ class StandIn:
             _send(request, reply)
 
     def fault_for(self, asked: Asked, route: str) -> Fault | None:
-        """The fault that was set for such a request, if one was."""
+        """The fault that applies to this request, if any."""
         return self.faults.get(route, self.fault)
 
-    def _spoiling(self, fault: Fault | None) -> Fault | None:
+    def _applicable(self, fault: Fault | None) -> Fault | None:
         if fault is None or fault.times is None:
             return fault
         if fault.times <= 0:
@@ -154,12 +154,12 @@ def _send(request: http.Request, reply: Reply) -> None:
 
 
 class _Request(http.Request):
-    """Hands a complete request to the stand-in, without any routing of its own."""
+    """Hands each complete request to the stand-in, without routing."""
 
     defaultContentType = None
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
-        """Without reading forms, which Go leaves to those who ask for them."""
+        """Skip twisted.web's parsing of forms; the real services do not parse them."""
         assert self.content is not None
         self.content.seek(0)
         self.method, self.uri, self.clientproto = command, path, version
@@ -190,7 +190,7 @@ class _Channel(http.HTTPChannel):
 
 
 class _Channels(http.HTTPFactory):
-    """Knows the open connections, so that they can be closed."""
+    """Keeps track of open connections, so that they can be closed."""
 
     protocol = _Channel  # type: ignore[assignment]
 
@@ -201,7 +201,7 @@ class _Channels(http.HTTPFactory):
         self._waiting: list[Deferred[None]] = []
 
     def log(self, request: Any) -> None:
-        """Nothing: ``StandIn.seen`` is the record."""
+        """Log nothing: ``StandIn.seen`` is the record."""
 
     def closed(self, channel: _Channel) -> None:
         self.open.discard(channel)

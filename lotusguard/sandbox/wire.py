@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes over a stand-in's wire: the request as it came, the answer as it goes. Sandbox."""
+"""Requests and answers of the stand-ins, as they are sent. Sandbox."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import treq
 
 ANSWER_READ = 1024 * 1024
-"""Bytes of an answer that a stand-in reads; like the real ones, it holds no too_large one."""
+"""The longest answer, in bytes, that a stand-in reads."""
 
 
 async def answer_of(response: Any) -> bytes:
-    """The body of an answer to a stand-in. :raises ValueError: there is no end to it; the connection is dropped."""
+    """The body of an answer to a stand-in. :raises ValueError: it is too large; the connection is dropped."""
     body = bytearray()
 
     def part(chunk: bytes) -> None:
@@ -29,17 +29,17 @@ async def answer_of(response: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as a stand-in got to see it."""
+    """A request as a stand-in received it."""
 
     method: str
     target: bytes
-    """The request target, undecoded: with the query string, in whatever form it was sent."""
+    """The request target with the query string, undecoded."""
     headers: tuple[tuple[str, str], ...]
     body: bytes = field(repr=False)
 
     @property
     def path(self) -> str:
-        """The target's path, still percent-encoded; for a target in absolute form, the path within it."""
+        """The path, still percent-encoded; also of a target in absolute form."""
         target = self.target.decode("latin-1")
         if not target.startswith("/") and "://" in target:
             target = "/" + target.partition("://")[2].partition("/")[2]
@@ -47,7 +47,7 @@ class Asked:
 
     @property
     def query(self) -> str:
-        """What follows the first ``?``, undecoded."""
+        """The query string, undecoded."""
         return self.target.decode("latin-1").partition("?")[2]
 
     def header(self, name: str) -> str | None:
@@ -56,7 +56,7 @@ class Asked:
         return next((value for key, value in self.headers if key.lower() == wanted), None)
 
     def json(self) -> Any:
-        """The body, strictly read as JSON."""
+        """The body, parsed as JSON. :raises ValueError: it is not JSON."""
         return json.loads(self.body)
 
 
@@ -75,7 +75,7 @@ class Reply:
 
 
 class Refusal(Exception):
-    """Raised inside a stand-in to answer with ``reply`` at once."""
+    """Raised in a stand-in to answer with ``reply``."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.status)

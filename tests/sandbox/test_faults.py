@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sandbox's ways of being ill, over real sockets; and that stand-ins leave nothing behind."""
+"""Faults of the stand-ins, over real sockets, and that stopped stand-ins leave nothing behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def pause(seconds: float = 0.05) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_well_stand_in_answers_and_remembers_what_it_was_asked() -> None:
+async def test_a_stand_in_without_faults_answers_and_records_requests() -> None:
     async with homeserver() as synapse:
         response, body = await get(synapse.url + VERSIONS + "?a=%2F")
         assert (response.code, body[:12]) == (200, b'{"versions":')
@@ -57,7 +57,7 @@ async def test_a_well_stand_in_answers_and_remembers_what_it_was_asked() -> None
 
 
 @pytest_twisted.ensureDeferred
-async def test_status_garbage_and_redirect_replace_the_answer() -> None:
+async def test_status_invalid_response_and_redirect_replace_the_answer() -> None:
     async with homeserver() as synapse:
         for fault, code in (
             (Fault.status(503), 503),
@@ -71,7 +71,7 @@ async def test_status_garbage_and_redirect_replace_the_answer() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_fault_may_hold_for_one_route_and_for_some_times_only() -> None:
+async def test_a_fault_may_be_limited_to_a_route_and_a_number_of_requests() -> None:
     async with homeserver() as synapse:
         synapse.faults["versions"] = Fault.status(500, times=2)
         codes = [(await get(synapse.url + VERSIONS))[0].code for _ in range(3)]
@@ -81,7 +81,7 @@ async def test_a_fault_may_hold_for_one_route_and_for_some_times_only() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_hanging_answers_nothing_and_is_given_up_when_the_caller_is() -> None:
+async def test_a_hanging_request_ends_when_the_caller_disconnects() -> None:
     async with homeserver() as synapse:
         synapse.fault = Fault.hang()
         waiting = Deferred.fromCoroutine(get(synapse.url + VERSIONS))
@@ -95,7 +95,7 @@ async def test_hanging_answers_nothing_and_is_given_up_when_the_caller_is() -> N
 
 
 @pytest_twisted.ensureDeferred
-async def test_delay_is_by_the_stand_ins_clock() -> None:
+async def test_delay_follows_the_clock_of_the_stand_in() -> None:
     clock = Clock()
     async with homeserver(clock) as synapse:
         synapse.fault = Fault.delay(30)
@@ -109,7 +109,7 @@ async def test_delay_is_by_the_stand_ins_clock() -> None:
 
 @pytest.mark.parametrize("fault", [Fault.close(), Fault.truncated(), Fault.late_close()])
 @pytest_twisted.ensureDeferred
-async def test_broken_answers_fail_at_the_caller(fault: Fault) -> None:
+async def test_broken_answers_are_errors_for_the_caller(fault: Fault) -> None:
     async with homeserver() as synapse:
         synapse.fault = fault
         with pytest.raises(ResponseFailed):
@@ -117,7 +117,7 @@ async def test_broken_answers_fail_at_the_caller(fault: Fault) -> None:
 
 
 class _Reader(Protocol):
-    """Reads the first chunk, then no more until told."""
+    """Reads the first chunk and pauses until resumed."""
 
     got = 0
 
@@ -132,7 +132,7 @@ class _Reader(Protocol):
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_endless_answer_comes_as_fast_as_it_is_read_and_ends_with_the_caller() -> None:
+async def test_a_too_large_answer_is_sent_as_fast_as_it_is_read_until_the_caller_disconnects() -> None:
     async with homeserver() as synapse:
         synapse.fault = Fault.too_large()
         reader = _Reader()
@@ -152,7 +152,7 @@ async def test_an_endless_answer_comes_as_fast_as_it_is_read_and_ends_with_the_c
 
 
 @pytest_twisted.ensureDeferred
-async def test_dripping_sends_a_byte_at_a_time() -> None:
+async def test_drip_sends_one_byte_at_a_time() -> None:
     clock = Clock()
     async with homeserver(clock) as synapse:
         synapse.fault = Fault.drip(1)
@@ -169,7 +169,7 @@ async def _whole(response: IResponse) -> bytes:
     return await treq.content(response)
 
 
-def test_wrong_types_leave_the_format_intact() -> None:
+def test_wrong_types_keep_the_format() -> None:
     reply = Reply(200, b'{"state":[{"a":1}],"n":3,"s":"x","d":{"k":true}}', [("Content-Type", "application/json")])
     assert mistyped(reply).body == b'{"state": {"0": [[1]]}, "n": [3], "s": 7, "d": ["true"]}'
 

@@ -33,7 +33,7 @@ SCHEMA = {"room": str, "openid_token": {"access_token": str, "matrix_server_name
         (b"{}", ""),
     ],
 )
-def test_what_is_read_as_which_room(body: bytes, room: str) -> None:
+def test_lax_bodies_name_the_room_that_go_reads(body: bytes, room: str) -> None:
     assert decode(body, SCHEMA)["room"] == room
 
 
@@ -67,12 +67,12 @@ def test_what_is_read_as_which_room(body: bytes, room: str) -> None:
         b'{"room":"a"',
     ],
 )
-def test_what_go_refuses(body: bytes) -> None:
+def test_bodies_that_go_refuses(body: bytes) -> None:
     with pytest.raises(NotDecodable):
         decode(body, SCHEMA)
 
 
-def test_nested_objects_merge_over_duplicates_and_odd_letters() -> None:
+def test_duplicate_nested_objects_merge_also_across_case_variants() -> None:
     body = '{"openid_token":{"access_token":"x"},"OPENID_TO\u212aEN":{"matrix_\u017ferver_name":"y"}}'
     token = decode(body.encode(), SCHEMA)["openid_token"]
     assert token == {"access_token": "x", "matrix_server_name": "y", "expires_in": 0}
@@ -102,7 +102,7 @@ def test_pointers_lists_maps_and_dates(body: bytes, field: str, value: Any) -> N
     assert decode(body, schema, known_only=False)[field] == value
 
 
-def test_unmarshal_lets_nothing_follow() -> None:
+def test_unmarshal_refuses_trailing_data() -> None:
     assert decode(b'{"room":"a"} \n', SCHEMA, whole=True)["room"] == "a"
     with pytest.raises(NotDecodable):
         decode(b'{"room":"a"}x', SCHEMA, whole=True)

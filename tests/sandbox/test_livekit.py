@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stand-in SFU: each trap that PROTOCOL.md names is one here too."""
+"""The stand-in SFU: it has the pitfalls of the real one."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def json_of(event: Any) -> Any:
 
 
 @pytest_twisted.ensureDeferred
-async def test_wrong_grants_are_twirp_s_401_and_bad_keys_plain_text() -> None:
+async def test_wrong_grants_are_a_twirp_401_and_bad_keys_a_plain_text_one() -> None:
     async with sfu() as standin:
         standin.open_room("room")
         denied = (401, b'{"code":"unauthenticated","msg":"permissions denied"}')
@@ -127,7 +127,7 @@ async def test_wrong_grants_are_twirp_s_401_and_bad_keys_plain_text() -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_which_tokens_let_in(claims: dict[str, Any], lets_in: bool) -> None:
+async def test_tokens_that_may_connect(claims: dict[str, Any], lets_in: bool) -> None:
     async with sfu() as standin:
         now = time.time()
         shifted = {
@@ -142,7 +142,7 @@ async def test_which_tokens_let_in(claims: dict[str, Any], lets_in: bool) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_later_releases_require_an_expiry_and_only_hs256_is_known() -> None:
+async def test_later_releases_require_exp_and_only_hs256_is_accepted() -> None:
     async with sfu(exp_required=True) as standin:
         with pytest.raises(JoinRefused):
             standin.connect(token(claims={"exp": None}))
@@ -170,14 +170,14 @@ async def test_later_releases_require_an_expiry_and_only_hs256_is_known() -> Non
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_which_sources_a_token_lets_publish(video: dict[str, Any], allowed: set[int]) -> None:
+async def test_sources_that_a_token_may_publish(video: dict[str, Any], allowed: set[int]) -> None:
     async with sfu() as standin:
         standin.connect(token(**video))
         assert {source for source in range(5) if standin.publish_track("room", "alice", source)} == allowed
 
 
 @pytest_twisted.ensureDeferred
-async def test_data_follows_publish_and_a_label_is_the_client_s_word() -> None:
+async def test_data_follows_can_publish_and_track_labels_are_not_verified() -> None:
     async with sfu() as standin:
         alice = standin.connect(token(canPublish=False))
         assert not alice.info().permission.can_publish_data
@@ -211,7 +211,7 @@ async def test_update_replaces_the_whole_permission_and_unpublishes() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_a_permission_an_update_takes_nothing() -> None:
+async def test_an_update_without_permission_revokes_nothing() -> None:
     async with sfu() as standin:
         alice = standin.connect(token())
         request = pb.UpdateParticipantRequest(room="room", identity="alice", metadata="m")
@@ -258,7 +258,7 @@ async def test_json_answers_have_every_field() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_no_request_is_twirp_s_error() -> None:
+async def test_malformed_requests_are_twirp_errors() -> None:
     async with sfu() as standin:
         for method, body, content_type, code, status in (
             ("ListRooms", b"\xff", "application/protobuf", "malformed", 400),
@@ -291,7 +291,7 @@ async def test_missing_rooms_and_participants() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_stale_entries_are_listed_and_not_served() -> None:
+async def test_stale_entries_are_listed_but_cannot_be_changed() -> None:
     async with sfu() as standin:
         standin.add_stale("room", "gone", 404)
         standin.add_stale("room", "lost", 503)
@@ -304,7 +304,7 @@ async def test_stale_entries_are_listed_and_not_served() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_removing_revokes_no_token() -> None:
+async def test_removal_does_not_revoke_the_token() -> None:
     async with sfu() as standin:
         presented = token()
         alice = standin.connect(presented)
@@ -316,7 +316,7 @@ async def test_removing_revokes_no_token() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_new_join_has_the_grants_of_the_presented_token() -> None:
+async def test_a_new_session_has_the_grants_of_its_token() -> None:
     async with sfu() as standin:
         wide = token()
         first = standin.connect(wide)
@@ -333,7 +333,7 @@ async def test_a_new_join_has_the_grants_of_the_presented_token() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_publish_makes_a_second_participant_of_one_token() -> None:
+async def test_publish_parameter_connects_a_second_participant_with_one_token() -> None:
     async with sfu() as standin:
         standin.connect(token())
         second = standin.connect(token(), publish="screen")
@@ -345,7 +345,7 @@ async def test_publish_makes_a_second_participant_of_one_token() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_joining_then_active_or_aborted() -> None:
+async def test_a_joining_participant_becomes_active_or_aborts() -> None:
     async with sfu() as standin:
         waiting = standin.connect(token(), activate=False)
         assert waiting.info().state == ParticipantInfo.State.JOINING
@@ -358,7 +358,7 @@ async def test_joining_then_active_or_aborted() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_room_s_count_lags_five_seconds_and_leaves_agents_out() -> None:
+async def test_num_participants_lags_five_seconds_and_excludes_agents() -> None:
     clock = Clock()
     async with sfu(clock=clock) as standin:
         standin.connect(token())
@@ -371,7 +371,7 @@ async def test_a_room_s_count_lags_five_seconds_and_leaves_agents_out() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_empty_rooms_close_after_a_while() -> None:
+async def test_empty_rooms_close_after_their_timeout() -> None:
     clock = Clock()
     async with sfu(clock=clock) as standin:
         await call(standin, "CreateRoom", pb.CreateRoomRequest(name="room"), Room)
@@ -387,7 +387,7 @@ async def test_empty_rooms_close_after_a_while() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_max_participants_counts_connections_and_is_never_cleared() -> None:
+async def test_max_participants_counts_connections_and_cannot_be_cleared() -> None:
     async with sfu() as standin:
         for most in (1, 0):
             request = pb.CreateRoomRequest(name="room", max_participants=most)
@@ -399,7 +399,7 @@ async def test_max_participants_counts_connections_and_is_never_cleared() -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_muting_by_an_admin_cannot_be_undone_by_one() -> None:
+async def test_an_admin_may_mute_but_not_unmute() -> None:
     async with sfu() as standin:
         alice = standin.connect(token())
         track = alice.publish(MICROPHONE, "VIDEO")
@@ -413,7 +413,7 @@ async def test_muting_by_an_admin_cannot_be_undone_by_one() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_deleting_a_room_puts_everybody_out() -> None:
+async def test_deleting_a_room_removes_everybody() -> None:
     async with sfu() as standin:
         alice = standin.connect(token())
         alice.publish(CAMERA)
@@ -423,7 +423,7 @@ async def test_deleting_a_room_puts_everybody_out() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_human_can_curl_a_participant_in_and_out() -> None:
+async def test_participants_can_be_moved_by_http() -> None:
     async with sfu() as standin:
 
         async def control(verb: str, **wish: Any) -> tuple[int, Any]:

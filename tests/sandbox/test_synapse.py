@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stand-in homeserver: the answers that the guard and the authorizer build on."""
+"""The stand-in homeserver: the answers that the guard and lk-jwt-service rely on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def ask(
 
 
 @pytest_twisted.ensureDeferred
-async def test_state_by_type_and_all_of_it_from_older_releases() -> None:
+async def test_state_is_filtered_by_type_except_in_older_releases() -> None:
     async with homeserver() as synapse:
         token = synapse.add_user("admin", admin=True)
         room_id = synapse.create_room(members=3)
@@ -53,7 +53,7 @@ async def test_state_by_type_and_all_of_it_from_older_releases() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_room_ids_are_decoded_once_and_slashes_in_them_stay() -> None:
+async def test_room_ids_are_decoded_once_and_may_contain_slashes() -> None:
     async with homeserver() as synapse:
         token = synapse.add_user("admin", admin=True)
         for room_id in ("!a/../b?c#d%2F:x", "!é"):
@@ -63,7 +63,7 @@ async def test_room_ids_are_decoded_once_and_slashes_in_them_stay() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_errors_are_synapse_s() -> None:
+async def test_errors_have_the_codes_of_synapse() -> None:
     async with homeserver() as synapse:
         admin, nobody = synapse.add_user("admin", admin=True), synapse.add_user("nobody")
         path = f"{ADMIN}/rooms/!nowhere/state"
@@ -96,7 +96,7 @@ async def test_rooms_come_in_pages() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_am_i_users_and_versions() -> None:
+async def test_whoami_users_and_versions() -> None:
     async with homeserver(server_name="example.org:8448") as synapse:
         token = synapse.add_user("admin", admin=True)
         assert (await ask(synapse, f"{CLIENT}/account/whoami", token))[1]["user_id"] == "@admin:example.org:8448"
@@ -126,7 +126,7 @@ async def test_openid_tokens_last_an_hour() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_only_the_room_s_admin_changes_its_state_and_whoever_listens_is_told() -> None:
+async def test_state_changes_need_power_and_are_reported_to_callbacks() -> None:
     async with homeserver() as synapse:
         alice, bob = synapse.add_user("alice"), synapse.add_user("bob")
         room_id = synapse.create_room("alice")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stand-in SFU's webhooks as a receiver gets them. The receiver is a stand-in authorizer."""
+"""The stand-in SFU's webhooks as a receiver gets them. The receiver is the stand-in for lk-jwt-service."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def received(receiver: FakeLkJwtService) -> list[dict[str, Any]]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_events_come_in_order_signed_over_the_raw_body() -> None:
+async def test_webhooks_arrive_in_order_signed_over_the_raw_body() -> None:
     async with pair() as (sfu, receiver):
         alice = sfu.connect(token())
         alice.publish("MICROPHONE")
@@ -66,7 +66,7 @@ async def test_events_come_in_order_signed_over_the_raw_body() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_zero_values_are_absent_and_tracks_tell_little() -> None:
+async def test_zero_values_are_absent_and_track_events_carry_little() -> None:
     async with pair() as (sfu, receiver):
         alice = sfu.connect(token())
         alice.publish("UNKNOWN", "AUDIO")
@@ -82,7 +82,7 @@ async def test_zero_values_are_absent_and_tracks_tell_little() -> None:
 
 
 async def settle(clock: Clock, seconds: float = 0) -> None:
-    """Turn the clock and let the sockets follow."""
+    """Advance the clock step by step, and let the sockets work in between."""
     clock.advance(seconds)
     for _ in range(4):
         await deferLater(reactor, 0.01)
@@ -90,7 +90,7 @@ async def settle(clock: Clock, seconds: float = 0) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_failing_receiver_is_tried_again_after_1_2_4_and_8_seconds() -> None:
+async def test_a_failing_receiver_is_retried_after_1_2_4_and_8_seconds() -> None:
     clock = Clock()
     async with pair(clock) as (sfu, receiver):
         receiver.faults["sfu_webhook"] = Fault.status(503)
@@ -109,7 +109,7 @@ async def test_a_failing_receiver_is_tried_again_after_1_2_4_and_8_seconds() -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_room_waits_for_itself_only_and_the_old_is_dropped() -> None:
+async def test_rooms_do_not_delay_each_other_and_old_events_are_dropped() -> None:
     clock = Clock()
     async with pair(clock) as (sfu, receiver):
         receiver.faults["sfu_webhook"] = Fault.hang(times=1)

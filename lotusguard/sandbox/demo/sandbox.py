@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything at once on loopback: the three stand-ins with the guard in front. Used by ``sandbox`` and the tests."""
+"""The three stand-ins and the guard on loopback. ``lotusguard sandbox`` and the tests use it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Sandbox:
         await self.start_guard()
 
     def guard_settings(self) -> dict[str, object]:
-        """What the guard is set to: what makes the sandbox work, and over it what was given."""
+        """The guard's settings: those that make the sandbox work, overridden by those that were given."""
         return {
             "guard_bind_host": "127.0.0.1",
             "guard_bind_port": 0,
@@ -84,7 +84,7 @@ class Sandbox:
         }
 
     async def start_guard(self, **settings: object) -> None:
-        """Start the guard, on the port it had before if it had one."""
+        """Start the guard. :param settings: override those of `guard_settings`."""
         self.settings = read_settings(**(self.guard_settings() | settings))
         self.guard = Guard(self.settings, self.reactor)
         self.guard.privilegedStartService()
@@ -107,12 +107,12 @@ class Sandbox:
             await standin.stop()
         await self._pool.closeCachedConnections()
 
-    # -- what clients and operators do -------------------------------------------------------------------
+    # -- clients and operators ---------------------------------------------------------------------------
 
     async def request(
         self, method: str, url: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> Answer:
-        """One HTTP request, answered whole."""
+        """Make one HTTP request and read the whole answer."""
         base, _, target = url.removeprefix("http://").partition("/")
         agent = self._agents.get(base)
         if agent is None:
@@ -141,19 +141,19 @@ class Sandbox:
         return await self.request("POST", self.url + path, json.dumps(body).encode(), headers)
 
     async def enter(self, user: str, room_id: str, **how: Any) -> Participant:
-        """Ask for a token and connect with it. :raises Refused: there was none."""
+        """Ask for a token and connect with it. :raises Refused: if the guard issues none."""
         answer = await self.ask_token(user, room_id, **how)
         if answer.code != 200:
             raise Refused(answer.code, json.loads(answer.body)["error"])
         return self.livekit.connect(json.loads(answer.body)["jwt"])
 
     async def operator(self, method: str, path: str, body: bytes | None = None) -> Answer:
-        """A request at the operators' door, with their token."""
+        """Make a request to the operators' listener, with its token."""
         return await self.request(method, self.admin_url + path, body, {"Authorization": f"Bearer {ADMIN_TOKEN}"})
 
 
 class Refused(Exception):
-    """No token was given."""
+    """No token was issued."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code} {text}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything at once, served until stopped, with a script of what to ``curl``. ``lotusguard sandbox``. Sandbox."""
+"""``lotusguard sandbox``: serve everything until stopped, and print a script with requests to try. Sandbox."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ROOM = f"!call:{SERVER_NAME}"
 USERS = ("alice", "bob", "carol")
 
 _SCRIPT = """\
-# lotusguard's sandbox: stand-ins for Synapse, LiveKit and lk-jwt-service, with the guard before lk-jwt-service.
+# lotusguard's sandbox: stand-ins for Synapse, LiveKit and lk-jwt-service, with the guard in front of lk-jwt-service.
 # Everything below is for a shell: paste it, as a whole or line by line, into another terminal.
-GUARD={guard}         # what clients reach, in front of lk-jwt-service at {authorizer}
+GUARD={guard}         # what clients reach, in front of lk-jwt-service at {upstream}
 OPERATORS={operators}     # the guard's own: /readyz, /metrics, /rooms
 SYNAPSE={synapse}
 LIVEKIT={livekit}
@@ -58,13 +58,13 @@ curl -s "$OPERATORS/readyz"
 
 
 def script(sandbox: Sandbox) -> str:
-    """A shell script that goes through a call with ``curl``; says on the way what everything is."""
+    """A shell script that goes through a call with ``curl`` and explains each address."""
     tokens = {name: sandbox.homeserver.add_user(name) for name in USERS}
     if ROOM not in sandbox.homeserver.rooms:
         sandbox.homeserver.create_room("alice", ROOM, joined=USERS)
     return _SCRIPT.format(
         guard=sandbox.url,
-        authorizer=sandbox.upstream.url,
+        upstream=sandbox.upstream.url,
         operators=sandbox.admin_url,
         synapse=sandbox.homeserver.url,
         livekit=sandbox.livekit.url,
@@ -77,7 +77,7 @@ def script(sandbox: Sandbox) -> str:
 
 
 async def serve(reactor: Any, out: TextIO) -> None:
-    """Start everything, say what to do with it, and serve until cancelled."""
+    """Start everything, print the script and serve until cancelled."""
     sandbox = Sandbox(reactor)
     await sandbox.start()
     try:

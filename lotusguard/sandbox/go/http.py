@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every Go service has from its standard library: ``net/http``'s ServeMux and JSON encoding. Sandbox.
+"""Go's ``net/http`` ServeMux and JSON encoding, which the imitated Go services use. Sandbox.
 
 Read from Go 1.26's ``net/http/server.go``, ``routing_tree.go``, ``net/url`` and ``encoding/json``.
 """
@@ -32,12 +32,12 @@ def marshal(value: Any) -> str:
 
 
 def encode(value: Any) -> bytes:
-    """``json.NewEncoder(w).Encode``: the same with a newline after it."""
+    """``json.NewEncoder(w).Encode``: ``marshal`` and a newline."""
     return (marshal(value) + "\n").encode("utf-8", "replace")
 
 
 class ServeMux:
-    """A mux with exact patterns that name no method and no host.
+    """A mux with exact patterns without method or host.
 
     :param redirect_status: 307; 301 for programs built with Go 1.25 or older.
     """
@@ -47,7 +47,7 @@ class ServeMux:
         self._redirect_status = redirect_status
 
     def find(self, path: str, query: str, method: str = "POST") -> str | Reply:
-        """The pattern that serves an undecoded path, or the mux's own answer: redirect, 404 or 400."""
+        """The pattern that matches an undecoded path, or the mux's own answer: redirect, 404 or 400."""
         if path == "*":
             return Reply(200 if method == "OPTIONS" else 400)
         if not path.startswith("/") or _BAD_ESCAPE.search(path) or not path.isprintable():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON as Go's ``encoding/json`` reads it into a struct, laxness included. Sandbox.
+"""JSON decoding as lax as Go's ``encoding/json`` into a struct. Sandbox.
 
 From the package's own documentation and source: keys match without case under Unicode's simple folding
 (so ``ſ`` is an s and the Kelvin sign a k), of duplicates the last wins and nested structs merge, only the
@@ -31,20 +31,20 @@ class NotDecodable(Exception):
 
 @dataclass(frozen=True)
 class Pointer:
-    """A field that is ``None`` when absent, and again after ``null``."""
+    """A field that is ``None`` if it is absent or ``null``."""
 
     to: Schema
 
 
 @dataclass(frozen=True)
 class MapOf:
-    """A Go map: keys are taken as they are, all values are of one type."""
+    """A Go map: keys are kept as they are, and all values have one type."""
 
     of: Schema
 
 
 class _Number(str):
-    """A number's literal, not yet of any type."""
+    """The literal of a number, before it is given a type."""
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -68,7 +68,7 @@ def decode(
 
 def first_value(body: bytes, *, whole: bool = False) -> Any:
     """The first value in ``body``, with objects as lists of pairs and numbers as their literals."""
-    # PeriodicService byte that is no UTF-8 becomes a surrogate of its own here and one U+FFFD in the end, as in Go.
+    # Each byte that is not UTF-8 becomes a surrogate here, and a U+FFFD in the end, as in Go.
     text = body.decode("utf-8", "surrogateescape").lstrip(" \t\r\n")
     try:
         value, end = _DECODER.raw_decode(text)
@@ -124,7 +124,7 @@ def _fill(into: dict[str, Any], value: Any, schema: Mapping[str, Schema], known_
 
 
 def _read(before: Any, value: Any, schema: Schema, known_only: bool) -> Any:
-    """What a field holds after ``value`` was decoded into it."""
+    """The value of a field after ``value`` was decoded into it."""
     if isinstance(schema, Pointer):
         if value is None:
             return None
@@ -159,7 +159,7 @@ def _scalar(value: Any, schema: Schema) -> Any:
         digits = value.removeprefix("-")
         if digits.isdigit() and len(digits) < 20 and int(value) in _INT64:
             return int(value)
-    # json.Number, which the JWT library reads dates with, takes a quoted number too.
+    # The JWT library reads dates as json.Number, which accepts a quoted number too.
     if schema is float and isinstance(value, str) and _NUMBER.fullmatch(value):
         return float(value)
     raise NotDecodable(f"wrong type for {schema.__name__}")

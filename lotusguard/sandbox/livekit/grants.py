@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A token's video grant and the permission it becomes, as in livekit/protocol's ``grants.go``. Sandbox."""
+"""The video grant of a token and the permission it results in, as in livekit/protocol's ``grants.go``. Sandbox."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def source_name(source: int) -> str:
 
 @dataclass
 class VideoGrant:
-    """What the holder may do. ``None`` means absent, which is not ``False``.
+    """The ``video`` claim of a token. ``None`` means absent, which differs from ``False``.
 
     :ivar can_publish_sources: names as they stood in the token: only exact lower-case ones permit anything.
     """
@@ -77,7 +77,7 @@ class VideoGrant:
         return cls(**{name: claim[_camel(name)] for name in cls.__dataclass_fields__})
 
     def to_claim(self) -> dict[str, Any]:
-        """The ``video`` claim that Go would write: false and empty ones left out."""
+        """The ``video`` claim as Go writes it: without false and empty values."""
         values = {_camel(name): getattr(self, name) for name in self.__dataclass_fields__}
         return {
             name: value
@@ -92,11 +92,11 @@ class VideoGrant:
         return not self.can_publish_sources or source_name(source) in self.can_publish_sources
 
     def may_publish_data(self) -> bool:
-        """Follows ``can_publish`` when absent."""
+        """Whether data may be published; the same as ``can_publish`` if the grant does not say."""
         return self.can_publish is not False if self.can_publish_data is None else self.can_publish_data
 
     def to_permission(self) -> ParticipantPermission:
-        """The permission that participants are listed with."""
+        """The permission as participants are listed with it."""
         return ParticipantPermission(
             can_subscribe=self.can_subscribe is not False,
             can_publish=self.can_publish is not False,
@@ -111,7 +111,7 @@ class VideoGrant:
         )
 
     def replaced_by(self, permission: ParticipantPermission) -> VideoGrant:
-        """The grant after UpdateParticipant: all of it is replaced, what was left out is false."""
+        """The grant after UpdateParticipant, which replaces the whole permission: missing fields become false."""
         grant = copy.deepcopy(self)
         grant.can_publish = permission.can_publish
         grant.can_publish_data = permission.can_publish_data

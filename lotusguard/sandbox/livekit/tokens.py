@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiveKit's access tokens, made and verified as livekit/protocol's ``auth`` package does. Sandbox.
+"""LiveKit's access tokens, signed and verified as livekit/protocol's ``auth`` package does. Sandbox.
 
-Written out by hand rather than with PyJWT: the guard uses that, and it is stricter than LiveKit.
+PyJWT is not used: it is stricter than LiveKit, and the guard uses it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lotusguard.sandbox.go.lax_json import MapOf, NotDecodable, Pointer, decode
 from lotusguard.sandbox.livekit.grants import VIDEO, VideoGrant
 
 LEEWAY = 60
-"""Seconds by which ``exp`` and ``nbf`` may be off (``tokenLeeway``)."""
+"""Tolerance for ``exp`` and ``nbf``, in seconds (``tokenLeeway``)."""
 
 _REGISTERED = {
     "iss": str,
@@ -49,16 +49,16 @@ _CLAIMS = _REGISTERED | {
 
 
 class BadToken(Exception):
-    """The token is not accepted; the text is what the real service says about it."""
+    """The token is not accepted. The text is that of the real service."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What a verified token says."""
+    """The claims of a verified token."""
 
     api_key: str
     identity: str
-    """``sub``, or ``jti`` when there is none."""
+    """``sub``; ``jti`` if there is no ``sub``."""
     video: VideoGrant | None
     expires: float | None
     name: str
@@ -90,7 +90,7 @@ def api_key_of(token: str) -> str:
 
 
 def verify(token: str, secret: str, *, now: float, exp_required: bool = False) -> Claims:
-    """What ``APIKeyTokenVerifier.Verify`` makes of a token.
+    """Verify a token as ``APIKeyTokenVerifier.Verify`` does.
 
     :param exp_required: as after LiveKit 1.13.5; before, a token without ``exp`` lives for ever.
     :raises BadToken: with the reason.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Twirp as LiveKit's RoomService speaks it: protobuf or JSON in, the same out, errors always JSON. Sandbox.
+"""Twirp as LiveKit's RoomService uses it: protobuf or JSON, errors always in JSON. Sandbox.
 
 Read from the generated ``livekit_room.twirp.go`` and from ``utils/xtwirp``; the JSON is protojson with
 ``DiscardUnknown`` in, ``UseProtoNames`` and ``EmitUnpopulated`` out.
@@ -28,7 +28,7 @@ REQUESTS: dict[str, type[Message]] = {
     "MutePublishedTrack": pb.MuteRoomTrackRequest,
     "UpdateParticipant": pb.UpdateParticipantRequest,
 }
-"""The methods that are stood in for, with what they take."""
+"""The implemented methods with their request messages."""
 
 STATUS = {
     "bad_route": 404,

@@ -117,7 +117,7 @@ class ClientApi:
             raise error(404, "M_UNKNOWN", text)
         membership = room.membership(login.user_id)
         if membership == "ban":
-            raise forbidden(f"{login.user_id} is banned from the room")
+            raise error(403, "M_BAD_STATE", f"{login.user_id} is banned from the room")
         public = room.content("m.room.join_rules").get("join_rule") == "public"
         if membership not in ("invite", "join") and not public:
             raise forbidden("You are not invited to this room.")
@@ -156,7 +156,7 @@ class ClientApi:
         if room.power_level(login.user_id) < room.level_for("invite"):
             raise forbidden("You don't have permission to invite users")
         if room.membership(user_id) == "ban":
-            raise forbidden(f"{user_id} is banned from the room")
+            raise error(403, "M_BAD_STATE", f"{user_id} is banned from the room")
         if room.membership(user_id) == "join":
             raise forbidden(f"{user_id} is already in the room.")
         self.matrix.invite(room_id, user_id, sender=login.user_id)
@@ -179,7 +179,7 @@ class ClientApi:
     def unban(self, login: Login, asked: Asked, room_id: str) -> dict[str, Any]:
         room, user_id = self._joined_room(login, room_id), _user_in(asked)
         if room.membership(user_id) != "ban":
-            raise forbidden("Cannot unban user who was not banned")
+            raise error(403, "M_BAD_STATE", "Cannot unban user who was not banned")
         self._check_power_over(room, login, user_id, "ban", f"You cannot unban user {user_id}.")
         self.matrix.unban(room_id, user_id, sender=login.user_id)
         return {}
@@ -220,7 +220,7 @@ class ClientApi:
     def _room(self, room_id: str) -> MatrixRoom:
         room = self.matrix.rooms.get(room_id)
         if room is None:
-            raise error(404, "M_NOT_FOUND", "Unknown room")
+            raise error(404, "M_UNKNOWN", "Not a known room")
         return room
 
     def _joined_room(self, login: Login, room_id: str) -> MatrixRoom:

@@ -86,16 +86,16 @@ def _entry(
     newly_joined: bool = False,
 ) -> dict[str, Any] | None:
     """Timeline and state of a room; ``None`` if there is nothing to report."""
-    timeline = [(at, event) for at, event in visible if at in span and wanted.timeline.matches(event)]
-    limit = wanted.timeline.limit
-    limited = newly_joined or (len(timeline) > limit and wanted.timeline.types != [])
-    timeline = timeline[-limit:] if limit else []
+    timeline, limited = _load_timeline([one for one in visible if one[0] in span], wanted, initial=span.since is None)
+    limited = (limited or newly_joined) and wanted.timeline.types != []
     if not timeline and not newly_joined and span.since is not None:
         return None
     start = timeline[0][0] if timeline else span.until + 1
     state: list[Event] = []
     if limited or span.since is None:
-        state = [event for event in _state_before(room, start, span) if wanted.state.matches(event)]
+        last = {(event["type"], event.get("state_key")): event for _, event in timeline}
+        at_start = _state_at(room, start, span).items()
+        state = [event for key, event in at_start if wanted.state.matches(event) and last.get(key) is not event]
     return {
         "timeline": {
             "events": [_for_client(event) for _, event in timeline],
@@ -106,18 +106,40 @@ def _entry(
     }
 
 
-def _state_before(room: MatrixRoom, start: int, span: Span) -> Iterable[Event]:
-    """The state before a position, without what the client knows from before the span."""
+def _load_timeline(
+    visible: list[tuple[int, Event]], wanted: SyncFilter, *, initial: bool
+) -> tuple[list[tuple[int, Event]], bool]:
+    """The latest wanted events, and whether there may be more (``_load_filtered_recents``).
+
+    As Synapse does, page by page: it stops once it has enough events, and does not know then whether the rest
+    contains wanted ones. A limit of 0 cuts nothing off.
+    """
+    limit = wanted.timeline.limit
+    page_size, pages = max(2 * limit, 10), 5
+    left, recents, limited = visible, [], True
+    if not initial:
+        left, page = visible[: -(limit + 1)], visible[-(limit + 1) :]
+        recents = [one for one in page if wanted.timeline.matches(one[1])]
+        limited = len(page) > limit
+    while limited and len(recents) < limit and pages:
+        left, page = left[:-page_size], left[-page_size:]
+        recents = [one for one in page if wanted.timeline.matches(one[1])] + recents
+        limited, pages = bool(left), pages - 1
+    return recents[-limit:], limited or len(recents) > limit
+
+
+def _state_at(room: MatrixRoom, start: int, span: Span) -> dict[tuple[str, str], Event]:
+    """The state after the event at a position, without what the client knows from before the span."""
     oldest = room.timeline[0][0] if room.timeline else 0
-    before: dict[tuple[str, str], Event] = {}
+    found: dict[tuple[str, str], Event] = {}
     kept = {event["event_id"] for _, event in room.timeline}
     if span.since is None or span.since < oldest:
-        before = {key: event for key, event in room.state.items() if event["event_id"] not in kept}
+        found = {key: event for key, event in room.state.items() if event["event_id"] not in kept}
     for position, event in room.timeline:
         key = (event["type"], event.get("state_key", ""))
-        if position < start and position in span and "state_key" in event and key in room.state:
-            before[key] = event
-    return before.values()
+        if position <= start and position in span and "state_key" in event and key in room.state:
+            found[key] = event
+    return found
 
 
 def _stripped_state(room: MatrixRoom, user_id: str, span: Span) -> list[Event] | None:
