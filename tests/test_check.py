@@ -15,10 +15,12 @@ import pytest_twisted
 from twisted.internet import reactor
 
 from lotusguard.check.everything import check
+from lotusguard.check.exposure import listening_addresses
 from lotusguard.check.report import Finding, Report
 from lotusguard.config import read_settings
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
+from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
 from lotusguard.terminal import Terminal
 from tests.conftest import StartSandbox
@@ -385,6 +387,91 @@ async def test_answers_that_nobody_expects_are_found_wrong(sandbox: Sandbox, fau
     else:
         assert surprised >= {"synapse", "livekit", "lk-jwt-service"}
     assert all(finding.remedy for finding in report.findings if finding.state == "wrong")
+
+
+# -- what others can reach --
+
+
+def listening(address: str) -> str:
+    """A line of /proc/net/tcp. :param address: as the kernel writes it."""
+    return f"   0: {address} 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 1 1 0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "told"),
+    [
+        ("tcp", "0100007F:1F87", "127.0.0.1"),
+        ("tcp", "00000000:1F87", "0.0.0.0"),
+        ("tcp", "0A02000A:1F87", "10.0.2.10"),
+        ("tcp6", "00000000000000000000000000000000:1F87", "::"),
+        ("tcp6", "00000000000000000000000001000000:1F87", "::1"),
+        ("tcp6", "0000000000000000FFFF00000100007F:1F87", "127.0.0.1"),
+    ],
+)
+def test_listening_addresses_are_read_as_the_kernel_writes_them(
+    tmp_path: Path, name: str, address: str, told: str
+) -> None:
+    other = "   1: 00000000:1F88 00000000:0000 0A 0\n   2: 00000000:1F87 0100007F:9999 01 0\n"
+    (tmp_path / name).write_text("  sl  local_address rem_address   st\n" + listening(address) + other)
+    assert listening_addresses(0x1F87, tmp_path) == [told]
+
+
+def test_where_the_kernel_tells_nothing_nothing_is_known(tmp_path: Path) -> None:
+    assert listening_addresses(8071, tmp_path) is None
+
+
+def test_a_listening_socket_of_this_machine_is_found() -> None:
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        assert listening_addresses(listener.getsockname()[1]) == ["0.0.0.0"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_lk_jwt_service_on_every_address_is_a_warning(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lotusguard.check.exposure.listening_addresses", lambda port: ["0.0.0.0"])
+    report = await checked(sandbox)
+    finding = found(report, "exposure", "lk-jwt-service")
+    assert finding.state == "warning"
+    assert "listens on 0.0.0.0" in finding.reason
+    assert f"LIVEKIT_JWT_BIND=127.0.0.1:{sandbox.upstream.port}" in finding.remedy
+    assert ("exposure", "homeserver routes") not in {(one.about, one.asked) for one in report.findings}
+
+
+@pytest_twisted.ensureDeferred
+async def test_homeserver_routes_on_every_address_are_a_warning(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homeservers = {sandbox.homeserver.server_name: sandbox.homeserver.url}
+    upstream = FakeLkJwtService(
+        reactor,
+        key=KEY,
+        secret=SECRET,
+        sfu_url=sandbox.livekit.url,
+        homeservers=homeservers,
+        hs_token="the-homeservers",
+    )
+    await upstream.start()
+    try:
+        report = await checked(sandbox, guard_upstream=upstream.url)
+        assert found(report, "exposure", "lk-jwt-service").reason == "listens on loopback only"
+        monkeypatch.setattr("lotusguard.check.exposure.listening_addresses", lambda port: ["::"])
+        report = await checked(sandbox, guard_upstream=upstream.url)
+    finally:
+        await upstream.stop()
+    finding = found(report, "exposure", "homeserver routes")
+    assert finding.state == "warning"
+    assert "GUARD_APPSERVICE_PORT" in finding.remedy
+
+
+@pytest_twisted.ensureDeferred
+async def test_livekits_room_service_on_the_address_of_clients_is_a_warning(sandbox: Sandbox) -> None:
+    sandbox.upstream.sfu_url = sandbox.livekit.url.replace("127.0.0.1", "localhost")
+    finding = found(await checked(sandbox), "exposure", "LiveKit")
+    assert finding.state == "warning"
+    assert "/twirp" in finding.reason
+    sandbox.livekit.faults["ListRooms"] = Fault.status(404)
+    assert found(await checked(sandbox), "exposure", "LiveKit").state == "fine"
 
 
 # -- webhooks, clocks, the running guard ---------------------------------------------------------------------

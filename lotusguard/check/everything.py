@@ -9,7 +9,8 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 
-from lotusguard.check.asking import Dependency
+from lotusguard.check.asking import Asking, Service
+from lotusguard.check.exposure import ExposureCheck
 from lotusguard.check.homeserver import HomeserverCheck, Us
 from lotusguard.check.host import GuardCheck, check_state_directory
 from lotusguard.check.livekit import LiveKitCheck
@@ -23,7 +24,18 @@ PATIENCE, LONGEST = 5.0, 15.0
 """Seconds for one answer, and for everything."""
 SKEW_SEEN, SKEW_HARMFUL = 5.0, 60.0
 """Seconds by which clocks may differ before it is told; and before LiveKit refuses tokens."""
-ORDER = ["settings", "ports", "state directory", "synapse", "livekit", "lk-jwt-service", "clocks", "guard", "webhooks"]
+ORDER = [
+    "settings",
+    "ports",
+    "state directory",
+    "synapse",
+    "livekit",
+    "lk-jwt-service",
+    "clocks",
+    "guard",
+    "webhooks",
+    "exposure",
+]
 
 
 async def check(
@@ -38,12 +50,9 @@ async def check(
     report = Report(order=ORDER)
     pool = connection_pool(reactor)
 
-    def dependency(setting: str, base: str) -> Dependency:
-        return Dependency(setting, base, reactor, pool, patience, now)
-
-    asking = Check(settings, reactor, report, dependency, patience, now)
+    checking = Check(settings, report, Asking(reactor, pool, patience, now))
     try:
-        await Deferred.fromCoroutine(asking.run()).addTimeout(longest, reactor)
+        await Deferred.fromCoroutine(checking.run()).addTimeout(longest, reactor)
     except TimeoutError:
         Findings(report, "settings").wrong(
             "time", f"not done after {longest:g} s; what is not listed was not looked at", "see who answers so slowly"
@@ -54,38 +63,28 @@ async def check(
 
 
 class Check:
-    """One check. What depends on nothing is asked at once; then the trial; then what came of it.
+    """One check. What depends on nothing is asked at once; then the trial; then what needs its result."""
 
-    :param dependency: makes somebody to ask, of the setting's name and the address.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        reactor: Any,
-        report: Report,
-        dependency: Callable[[str, str], Dependency],
-        patience: float,
-        now: Callable[[], float],
-    ) -> None:
+    def __init__(self, settings: Settings, report: Report, asking: Asking) -> None:
         self._settings = settings
         self._report = report
-        self._dependencies = [
-            dependency("SYNAPSE_API", settings.synapse_api),
-            dependency("LIVEKIT_API", settings.livekit_api),
-            dependency("GUARD_UPSTREAM", settings.guard_upstream),
+        self._services: list[Service] = [
+            asking.service("SYNAPSE_API", settings.synapse_api),
+            asking.service("LIVEKIT_API", settings.livekit_api),
+            asking.service("GUARD_UPSTREAM", settings.guard_upstream),
         ]
-        synapse, livekit, upstream = self._dependencies
+        synapse, livekit, upstream = self._services
         self._homeserver = HomeserverCheck(settings, synapse, self._about("synapse"))
-        self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), now)
-        self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), reactor)
-        public = dependency("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
+        self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), asking.now)
+        self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), asking.reactor)
+        public = asking.service("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
         operators = (
-            dependency("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
+            asking.service("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
             if settings.guard_admin_port
             else None
         )
-        self._guard = GuardCheck(settings, public, operators, reactor, patience=patience)
+        self._guard = GuardCheck(settings, public, operators, asking.reactor, patience=asking.timeout)
+        self._exposure = ExposureCheck(asking, self._about("exposure"))
         self._us: Us | None = None
         self._is_upstream = self._runs = self._just_now = False
 
@@ -104,6 +103,8 @@ class Check:
         await self._part("lk-jwt-service", self._try_a_token())
         self._compare_clocks()
         await self._part("webhooks", self._guard.check_webhooks(self._about("webhooks"), self._runs, self._just_now))
+        if self._is_upstream:
+            await self._part("exposure", self._look_at_exposure())
         if self._runs:
             await self._part("guard", self._guard.check_running(self._about("guard")))
 
@@ -158,9 +159,15 @@ class Check:
             return
         self._just_now = await self._upstream.trial(self._us, self._livekit)
 
+    async def _look_at_exposure(self) -> None:
+        upstream = self._services[2]
+        await self._exposure.check_upstream(upstream, await self._upstream.is_here())
+        if self._upstream.livekit_url is not None:
+            await self._exposure.check_livekit(self._upstream.livekit_url)
+
     def _compare_clocks(self) -> None:
         say = self._about("clocks")
-        for who in self._dependencies:
+        for who in self._services:
             if who.skew is None:
                 continue
             ahead = f"{abs(who.skew):.0f} s {'ahead of' if who.skew > 0 else 'behind'} ours"

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from attrs import frozen
 
-from lotusguard.check.asking import Dependency, NoAnswer, errcode_of, json_of
+from lotusguard.check.asking import NoAnswer, Service, errcode_of, json_of
 from lotusguard.check.report import Findings
 from lotusguard.config import Settings
 from lotusguard.rules.identity import server_of
@@ -30,7 +30,7 @@ class Us:
 class HomeserverCheck:
     """Asks Synapse. :param findings: takes what was found."""
 
-    def __init__(self, settings: Settings, synapse: Dependency, findings: Findings) -> None:
+    def __init__(self, settings: Settings, synapse: Service, findings: Findings) -> None:
         self._settings = settings
         self._synapse = synapse
         self._say = findings

@@ -15,7 +15,7 @@ from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
 from lotusguard import __version__
-from lotusguard.check.asking import Dependency, NoAnswer, json_of
+from lotusguard.check.asking import NoAnswer, Service, json_of
 from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
@@ -84,7 +84,7 @@ class GuardCheck:
     """
 
     def __init__(
-        self, settings: Settings, public: Dependency, operators: Dependency | None, reactor: Any, *, patience: float
+        self, settings: Settings, public: Service, operators: Service | None, reactor: Any, *, patience: float
     ) -> None:
         self._settings = settings
         self._public = public
@@ -187,7 +187,7 @@ class GuardCheck:
         ago = seen.get("last_seen_seconds_ago") if isinstance(seen, dict) else None
         return float(ago) if isinstance(ago, int | float) else None
 
-    async def _tried(self, whom: Dependency, *question: Any) -> Answer:
+    async def _tried(self, whom: Service, *question: Any) -> Answer:
         """An answer; one without anything in it when there is none."""
         try:
             return await whom.ask(*question)

@@ -16,7 +16,7 @@ from livekit.protocol.room import (
     ListRoomsResponse,
 )
 
-from lotusguard.check.asking import Dependency, NoAnswer
+from lotusguard.check.asking import NoAnswer, Service
 from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
@@ -33,7 +33,7 @@ SAME_KEY = (
 class LiveKitCheck:
     """Asks LiveKit. :param now: seconds since the epoch."""
 
-    def __init__(self, settings: Settings, livekit: Dependency, findings: Findings, now: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, livekit: Service, findings: Findings, now: Callable[[], float]) -> None:
         self._settings = settings
         self._livekit = livekit
         self._say = findings

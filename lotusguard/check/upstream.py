@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from twisted.internet.threads import deferToThreadPool
 
-from lotusguard.check.asking import Dependency, NoAnswer, errcode_of, json_of
+from lotusguard.check.asking import NoAnswer, Service, errcode_of, json_of
 from lotusguard.check.homeserver import Us
 from lotusguard.check.livekit import SAME_KEY, LiveKitCheck
 from lotusguard.check.report import Findings
@@ -28,11 +28,13 @@ ADDRESS = "correct GUARD_UPSTREAM: lk-jwt-service's own address, usually http://
 class UpstreamCheck:
     """Asks lk-jwt-service."""
 
-    def __init__(self, settings: Settings, upstream: Dependency, findings: Findings, reactor: Any) -> None:
+    def __init__(self, settings: Settings, upstream: Service, findings: Findings, reactor: Any) -> None:
         self._settings = settings
         self._upstream = upstream
         self._say = findings
         self._reactor = reactor
+        self.livekit_url: str | None = None
+        """LiveKit's address as clients are told it; known after the trial."""
 
     async def run(self) -> bool:
         """:return: whether it is lk-jwt-service. Trouble is told, not raised."""
@@ -58,6 +60,10 @@ class UpstreamCheck:
             "let lk-jwt-service listen on another port (LIVEKIT_JWT_BIND=:8071) and name that in GUARD_UPSTREAM",
         )
         return True
+
+    async def is_here(self) -> bool:
+        """Whether lk-jwt-service runs on this machine."""
+        return await self._is_here(urlsplit(self._settings.guard_upstream).hostname or "")
 
     async def _is_here(self, host: str) -> bool:
         """Whether a host is this machine."""
@@ -121,6 +127,8 @@ class UpstreamCheck:
         if answer.code != 200 or not isinstance(token, str):
             self._say.wrong("its tokens", *_no_token(answer, us))
             return False
+        url = json_of(answer).get("url")
+        self.livekit_url = url if isinstance(url, str) else None
         claims = self._signed(token)
         issued = issued_to(claims or {})
         if issued is None:

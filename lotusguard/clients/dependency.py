@@ -186,7 +186,7 @@ class Dependency:
                 self._failed("timeout")
             raise
         except Exception as error:
-            raise DependencyFailed(self.name, _reason(error)) from None
+            raise DependencyFailed(self.name, _reason(error), error) from None
         finally:
             self._turns.release()
 
