@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check``: would this configuration enforce anything? Asks everybody, in bounded time. Under the roof."""
+"""``lotusguard check``: would this configuration enforce anything? Asks all services, in bounded time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lotusguard.clients.waiting import gather
 from lotusguard.config import Settings, suspicions
 
 PATIENCE, LONGEST = 5.0, 15.0
-"""Seconds for one answer, and for everything."""
+"""Seconds for one answer, and for the whole check."""
 SKEW_SEEN, SKEW_HARMFUL = 5.0, 60.0
-"""Seconds by which clocks may differ before it is told; and before LiveKit refuses tokens."""
+"""Seconds by which clocks may differ until we warn, and until LiveKit refuses tokens."""
 ORDER = [
     "settings",
     "ports",
@@ -46,7 +46,7 @@ async def check(
     longest: float = LONGEST,
     now: Callable[[], float] = time.time,
 ) -> Report:
-    """Ask everybody and report. :param now: our clock, in seconds since the epoch."""
+    """Ask all services and report. :param now: our clock, in seconds since the epoch."""
     report = Report(order=ORDER)
     pool = connection_pool(reactor)
 
@@ -55,7 +55,7 @@ async def check(
         await Deferred.fromCoroutine(checking.run()).addTimeout(longest, reactor)
     except TimeoutError:
         Findings(report, "settings").wrong(
-            "time", f"not done after {longest:g} s; what is not listed was not looked at", "see who answers so slowly"
+            "time", f"not done after {longest:g} s; what is not listed was not checked", "see which service is so slow"
         )
     finally:
         await pool.closeCachedConnections()
@@ -89,7 +89,7 @@ class Check:
         self._is_upstream = self._runs = self._just_now = False
 
     async def run(self) -> None:
-        """Ask everybody."""
+        """Ask all services."""
         self._look_at_settings()
         await gather(
             (
@@ -112,7 +112,7 @@ class Check:
         return Findings(self._report, what)
 
     async def _part(self, about: str, work: Awaitable[None] | Coroutine[Any, Any, Any]) -> None:
-        """What surprises us in one part does not keep the others from being looked at."""
+        """An unexpected exception in one part does not keep the others from being checked."""
         try:
             await work
         except CancelledError:
@@ -120,7 +120,7 @@ class Check:
         except Exception as error:
             self._about(about).wrong(
                 "understood",
-                f"an answer that nobody expects ({type(error).__name__})",
+                f"an unexpected answer ({type(error).__name__})",
                 "see what the address points to",
             )
 
@@ -129,11 +129,13 @@ class Check:
         for suspicion in suspicions(settings):
             say.warning("suspicious", suspicion, "correct it")
         if settings.guard_dry_run:
-            say.warning("GUARD_DRY_RUN", "is on: all is decided and logged, nothing is enforced", "GUARD_DRY_RUN=off")
+            say.warning(
+                "GUARD_DRY_RUN", "is on: everything is decided and logged, nothing is enforced", "GUARD_DRY_RUN=off"
+            )
         if not settings.guard_admin_token.get_secret_value() and settings.guard_admin_port is not None:
             say.warning(
                 "GUARD_ADMIN_TOKEN",
-                "is not set: /rooms answers nobody, and Synapse cannot tell of changed policies",
+                "is not set: /rooms answers nobody, and Synapse cannot report changed policies",
                 "set it (openssl rand -hex 32), and give it to the Synapse module",
             )
 
@@ -154,7 +156,7 @@ class Check:
             return
         if self._us is None or self._us.openid is None:
             self._about("lk-jwt-service").unknown(
-                "its tokens", "it was not asked for one: that takes an OpenID token from Synapse"
+                "its tokens", "not requested: that takes an OpenID token from Synapse"
             )
             return
         self._just_now = await self._upstream.trial(self._us, self._livekit)
@@ -176,10 +178,10 @@ class Check:
             elif abs(who.skew) > SKEW_SEEN:
                 say.warning(who.setting, ahead, "run NTP on both machines")
             else:
-                say.fine(who.setting, "as ours, to the second that is told")
+                say.fine(who.setting, "no difference, to the second")
 
 
 def _address(host: str, port: int | None) -> str:
-    """Where to reach what listens there."""
+    """The URL of a listener of ours."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
