@@ -238,7 +238,7 @@ async def test_a_join_that_is_not_enforced_is_one_event_and_one_count(sandbox: S
 
 
 @pytest_twisted.ensureDeferred
-async def test_questions_that_synapse_does_not_like_are_no_fault(sandbox: Sandbox) -> None:
+async def test_requests_that_synapse_rejects_do_not_open_its_circuit(sandbox: Sandbox) -> None:
     """A client chooses the room: that must not stop lookups of other rooms."""
     room_id = room_of(sandbox, 1)
     sandbox.homeserver.faults["room_state"] = Fault.status(400, b'{"errcode":"M_INVALID_PARAM"}', times=20)
