@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Synapse module: tells the guard at once that a room's policy changed. Beside the house: it runs inside Synapse.
+"""A Synapse module that tells the guard at once when a room's policy, power levels or members change.
 
-It needs Synapse and Twisted and nothing else of lotusguard, so Synapse's environment may hold just this file::
+It runs inside Synapse and needs Synapse and Twisted only, so Synapse's environment may hold just this file::
 
     modules:
       - module: lotusguard.synapse_module.PolicyPush
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -24,20 +25,37 @@ from urllib.parse import urlsplit
 from synapse.module_api import EventBase, ModuleApi, StateMap, make_deferred_yieldable
 from synapse.module_api.errors import ConfigError
 from twisted.internet.protocol import Protocol
-from twisted.web.client import Agent, FileBodyProducer
+from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool
 from twisted.web.http_headers import Headers
 
 logger = logging.getLogger(__name__)
 
-POLICY_EVENTS = ("io.lotus.voice_limit", "io.lotus.room_quality")
+POLICY_EVENTS = (
+    "io.lotus.voice_limit",
+    "io.lotus.room_quality",
+    "io.lotus.call_permissions",
+    "io.lotus.lobby",
+    "m.room.power_levels",
+)
+"""State events, with the state key "", that decide what the guard enforces."""
 TIMEOUT = 2.0
-"""Seconds for one try, the connecting included."""
+"""Seconds for one request, connecting included."""
 FIRST_PAUSE = 0.25
-"""Seconds before the second try; doubled with each."""
+"""Seconds before the second attempt; doubled with each."""
 GIVE_UP = 10.0
-"""Seconds after which no further try is begun: by then the guard has looked for itself, or will start with no cache."""
+"""Seconds after which no attempt is begun: by then the guard has looked by itself, or starts with an empty cache."""
 ROOMS_AT_ONCE = 100
-"""Rooms that are being told of at once; changes of more than these are left for the guard to notice."""
+"""Rooms for which requests are in flight or waiting. Changes of more rooms are left for the guard to notice."""
+ROOMS_AT_ONCE_FOR_JOINS = 50
+"""The same for users who join. They are the least urgent: before the guard refuses anybody, it looks by itself."""
+MOST_USERS = 5
+"""Changed members of a room who are named one by one; for more the whole room is reported as changed."""
+JOINS_REMEMBERED = 10_000
+"""Users and rooms of which a join was reported. A changed display name is an m.room.member event with "join" too."""
+SHORT_BODY = 4096
+"""Bytes of an answer that are read; the status is all that counts."""
+IDLE_TIMEOUT = 5
+"""Seconds for which an unused connection to the guard stays open."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +66,54 @@ class PolicyPushConfig:
     token: str = field(repr=False)
 
 
-class PolicyPush:
-    """Posts ``/policy-changed`` whenever one of our state events is new, or the one in force is redacted.
+@dataclass
+class _Changes:
+    """What changed in one room and has not been reported.
 
-    Synapse calls `on_new_event` on every worker for every event and waits for it before clients see the event: it
-    starts a background process and returns. Every worker tells the guard, which does no harm: telling it twice has
-    it look twice. It must be so, as the process that answers the admin API may learn of an event after the
-    process that wrote it, and is the last to tell.
+    :ivar users: whose membership changed, in order. :ivar whole: the policy changed, or too many members to name.
+    :ivar count: of events so far. :ivar attempted: ``count`` at the last attempt to report.
+    """
+
+    users: dict[str, None] = field(default_factory=dict)
+    whole: bool = False
+    count: int = 0
+    attempted: int = 0
+
+    def __bool__(self) -> bool:
+        return self.whole or bool(self.users)
+
+    def add(self, user: str | None) -> None:
+        """:param user: whose membership changed; None: the policy did."""
+        if user is None:
+            self.whole = True
+        elif not self.whole:
+            self.users[user] = None
+        if self.whole or len(self.users) > MOST_USERS:
+            self.whole = True
+            self.users.clear()
+
+    def first(self) -> str | None:
+        """The user to report next; None: the whole room."""
+        return None if self.whole else next(iter(self.users))
+
+    def remove(self, user: str | None) -> None:
+        """It is about to be reported."""
+        if user is None:
+            self.whole = False
+        else:
+            self.users.pop(user, None)
+
+
+class PolicyPush:
+    """Posts ``/policy-changed`` when one of our state events is new or redacted, and when somebody joins or leaves, is
+    kicked or banned.
+
+    Synapse calls `on_new_event` on every worker for every event and waits for it before clients see the event. So it
+    starts a background process and returns. Every worker reports every change, because the process that answers the
+    admin API may learn of an event later than the process that wrote it; looking twice does no harm.
 
     :param reactor: the one Synapse runs on.
-    :param agent: what sends the requests.
+    :param agent: sends the requests.
     """
 
     def __init__(self, config: PolicyPushConfig, api: ModuleApi, *, reactor: Any = None, agent: Any = None) -> None:
@@ -65,11 +121,11 @@ class PolicyPush:
             from twisted.internet import reactor
         self._api = api
         self._clock = reactor
-        self._agent = agent if agent is not None else Agent(reactor, connectTimeout=TIMEOUT)
+        self._agent = agent if agent is not None else _agent(reactor)
         self._uri = f"{config.url}/policy-changed".encode("ascii")
         self._headers = {"Authorization": [f"Bearer {config.token}"], "Content-Type": ["application/json"]}
-        self._telling: set[str] = set()
-        self._changed_again: set[str] = set()
+        self._rooms: dict[str, _Changes] = {}
+        self._joins: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._overrun = False
         api.register_third_party_rules_callbacks(on_new_event=self.on_new_event)
 
@@ -78,7 +134,7 @@ class PolicyPush:
         """:raises ConfigError: one line that names the key, its fault and what is expected; never the token."""
         for key in config:
             if key not in ("url", "token", "token_path"):
-                raise ConfigError(f"{key}: no key has this name; expected url and token or token_path", (str(key),))
+                raise ConfigError(f"{key}: there is no such key; expected url and token or token_path", (str(key),))
         if ("token" in config) == ("token_path" in config):
             fault = "both are set" if "token" in config else "neither is set"
             raise ConfigError(f"token, token_path: {fault}; expected one of them", ("token",))
@@ -90,81 +146,128 @@ class PolicyPush:
 
     async def on_new_event(self, event: EventBase, state: StateMap[EventBase]) -> None:
         """Called by Synapse with each new event and the room's state after it. Waits for nothing."""
-        if not changes_policy(event, state):
-            return
-        room_id = event.room_id
-        if room_id in self._telling:
-            self._changed_again.add(room_id)
-        elif len(self._telling) < ROOMS_AT_ONCE:
-            self._telling.add(room_id)
-            self._api.delayed_background_call(0, self._tell, room_id, desc="lotusguard_policy_push")
-        elif not self._overrun:
-            self._overrun = True
-            logger.warning("the guard is not told of some rooms' policies: it has to be told of too many at once")
+        user = changed_member(event)
+        if user is not None:
+            joined = event.content.get("membership") == "join"
+            if not (joined and self._is_known_join(event.room_id, user)):
+                self._report(event.room_id, user, ROOMS_AT_ONCE_FOR_JOINS if joined else ROOMS_AT_ONCE)
+            if not joined:
+                self._joins.pop((event.room_id, user), None)
+        elif changes_policy(event, state):
+            self._report(event.room_id, None, ROOMS_AT_ONCE)
 
-    async def _tell(self, room_id: str) -> None:
-        """Tell the guard until it knows of every change up to now."""
+    def _is_known_join(self, room_id: str, user: str) -> bool:
+        """Whether this join was reported already: the event changes a display name or an avatar."""
+        known = (room_id, user) in self._joins
+        self._joins[room_id, user] = None
+        self._joins.move_to_end((room_id, user))
+        if len(self._joins) > JOINS_REMEMBERED:
+            self._joins.popitem(last=False)
+        return known
+
+    def _report(self, room_id: str, user: str | None, limit: int) -> None:
+        changes = self._rooms.get(room_id)
+        if changes is not None:
+            changes.add(user)
+            changes.count += 1
+        elif len(self._rooms) < limit:
+            changes = self._rooms[room_id] = _Changes()
+            changes.add(user)
+            self._api.delayed_background_call(0, self._tell, room_id, changes, desc="lotusguard_policy_push")
+        elif limit == ROOMS_AT_ONCE and not self._overrun:
+            self._overrun = True
+            logger.warning("the guard is not told of changes in some rooms: too many rooms change at once")
+
+    async def _tell(self, room_id: str, changes: _Changes) -> None:
+        """Report every change of a room, those that come meanwhile too."""
         try:
-            while True:
-                fault = await self._tried(room_id)
-                if fault:
-                    logger.warning("the guard was not told that the policy of %s changed: %s", room_id, fault)
-                if room_id not in self._changed_again:
-                    return
+            while changes:
+                error = await self._report_all(room_id, changes)
+                if error:
+                    logger.warning("could not tell the guard that %s changed: %s", room_id, error)
+                    if changes.attempted == changes.count:
+                        return
         finally:
-            self._telling.discard(room_id)
-            self._changed_again.discard(room_id)
+            del self._rooms[room_id]
             self._overrun = False
 
-    async def _tried(self, room_id: str) -> str:
+    async def _report_all(self, room_id: str, changes: _Changes) -> str:
         """:return: why the guard could not be told, or ``""``."""
         end = self._clock.seconds() + GIVE_UP
         pause = FIRST_PAUSE
-        while True:
-            self._changed_again.discard(room_id)  # this try tells of all that changed until now
-            try:
-                code = await self._post(room_id)
-            except Exception as error:
-                fault = f"{type(error).__name__}: {error}"[:200]
-            else:
-                if code < 300:
-                    return ""
-                fault = f"it answers {code}"
-                if code in (401, 403):
-                    return f"{fault}; the token must be its GUARD_ADMIN_TOKEN"
-                if code < 500 and code != 429:
-                    return f"{fault}; the url must be its operators' listener"
-            if self._clock.seconds() + pause > end:
-                return fault
+        while changes:
+            user = changes.first()
+            changes.remove(user)  # a change that comes while we report is another one
+            changes.attempted = changes.count
+            error, final = await self._attempt(room_id, user)
+            if not error:
+                continue
+            changes.add(user)
+            if final or self._clock.seconds() + pause > end:
+                return error
             await self._api.sleep(pause)
             pause *= 2
+        return ""
 
-    async def _post(self, room_id: str) -> int:
-        """:return: the status that the guard answers with."""
-        body = FileBodyProducer(BytesIO(json.dumps({"room_id": room_id}).encode("ascii")))
+    async def _attempt(self, room_id: str, user: str | None) -> tuple[str, bool]:
+        """:return: why the guard could not be told, or ``""``; and whether another attempt is useless."""
+        try:
+            code = await self._post(room_id, user)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:200], False
+        if code < 300:
+            return "", True
+        answered = f"it answers {code}"
+        if code in (401, 403):
+            return f"{answered}; the token must be its GUARD_ADMIN_TOKEN", True
+        if code < 500 and code != 429:
+            return f"{answered}; the url must be its operators' listener", True
+        return answered, False
+
+    async def _post(self, room_id: str, user: str | None) -> int:
+        """:return: the status of the guard's answer."""
+        content = {"room_id": room_id} if user is None else {"room_id": room_id, "user": user}
+        body = FileBodyProducer(BytesIO(json.dumps(content).encode("ascii")))
         asked = self._agent.request(b"POST", self._uri, Headers(self._headers), body)
         response = await make_deferred_yieldable(asked.addTimeout(TIMEOUT, self._clock))
-        response.deliverBody(_Unread())
+        response.deliverBody(_Discard(response.length))
         code: int = response.code
         return code
 
 
 def changes_policy(event: EventBase, state: StateMap[EventBase]) -> bool:
-    """Whether a new event is, or takes the content from, what a room's policy is made of."""
+    """Whether a new event is one of our state events, or redacts one that is in force."""
     if event.type in POLICY_EVENTS:
         return event.get_state_key() == ""
     if event.type == "m.room.redaction":
-        inforce = [state[kind, ""].event_id for kind in POLICY_EVENTS if (kind, "") in state]
-        return event.redacts in inforce
+        in_force = [state[kind, ""].event_id for kind in POLICY_EVENTS if (kind, "") in state]
+        return event.redacts in in_force
     return False
 
 
-class _Unread(Protocol):
-    """Takes no body: the status was all."""
+def changed_member(event: EventBase) -> str | None:
+    """The user who joined, left, was kicked or was banned by this event; None for any other event."""
+    if event.type != "m.room.member" or event.content.get("membership") not in ("join", "leave", "ban"):
+        return None
+    return event.get_state_key()
+
+
+def _agent(reactor: Any) -> Agent:
+    pool = HTTPConnectionPool(reactor)
+    pool.cachedConnectionTimeout = IDLE_TIMEOUT
+    return Agent(reactor, connectTimeout=TIMEOUT, pool=pool)
+
+
+class _Discard(Protocol):
+    """Reads a short body and drops it, so that the connection can be used again; any other closes the connection."""
+
+    def __init__(self, length: object) -> None:
+        self._short = isinstance(length, int) and length <= SHORT_BODY
 
     def connectionMade(self) -> None:
         assert self.transport is not None
-        self.transport.loseConnection()
+        if not self._short:
+            self.transport.loseConnection()
 
 
 def _base_url(url: object) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real homeserver for the tests: Synapse as a process of its own, started once, on SQLite in a temporary directory.
+"""A real homeserver for the tests: one Synapse process per session, with SQLite in a temporary directory.
 
-Its ``PolicyPush`` module tells a guard on ``guard_port``, which a test may or may not start.
+Its ``PolicyPush`` module reports to ``guard_port``, where a test may start a guard.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Failed(Exception):
 class Synapse:
     """One homeserver process.
 
-    :param directory: empty, and gone afterwards.
-    :param guard_port: where its module looks for the operators' listener of the guard, with `ADMIN_TOKEN`.
+    :param directory: an empty directory.
+    :param guard_port: the port of the guard's operators' listener, whose token is `ADMIN_TOKEN`.
     """
 
     def __init__(self, directory: Path, *, guard_port: int) -> None:
@@ -85,7 +85,7 @@ class Synapse:
         path.write_text(yaml.safe_dump(self._configuration()))
         (self._directory / "signing.key").write_text(f"ed25519 a_test {b64encode(os.urandom(32)).decode().rstrip('=')}")
         (self._directory / "log.yaml").write_text(yaml.safe_dump(_LOGGING))
-        # The tests' warnings are not its affair; the module it loads is the one under test.
+        # Synapse does not get the tests' warning filters; it loads the module under test.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
         environment["PYTHONPATH"] = str(Path(lotusguard.__file__).parent.parent)
         with self._log.open("wb") as log:
@@ -115,7 +115,7 @@ class Synapse:
             return False
 
     def stop(self) -> None:
-        """End the process that was started, and no other."""
+        """Stop the process that `start` started."""
         if self._process is None:
             return
         self._process.terminate()
@@ -126,7 +126,7 @@ class Synapse:
             self._process.wait()
 
     def log(self) -> str:
-        """What it has said up to now."""
+        """Its log so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def _configuration(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Synapse:
     # -- what its users do -------------------------------------------------------------------------------
 
     async def ask(self, method: str, path: str, token: str = "", content: object = None) -> tuple[int, Any]:
-        """One request: the status and the JSON that came."""
+        """Make one request. :return: the status and the JSON of the answer."""
         if self._agent is None:
             self._agent = Agent(reactor, connectTimeout=5)
         headers = Headers({"Authorization": [f"Bearer {token}"]} if token else {})
@@ -184,7 +184,7 @@ class Synapse:
         return answered
 
     async def register(self, name: str, *, admin: bool = False) -> User:
-        """A new user, by shared secret; a number is put after the name.
+        """A new user, registered by shared secret; a number is appended to the name.
 
         :param admin: of the homeserver.
         """
@@ -198,7 +198,7 @@ class Synapse:
         return User(registered["user_id"], registered["access_token"])
 
     async def user(self, name: str, *, admin: bool = False) -> User:
-        """The user of that name, registered when first asked for."""
+        """The user of that name, registered at the first call."""
         if name not in self._users:
             self._users[name] = await self.register(name, admin=admin)
         return self._users[name]
@@ -225,9 +225,9 @@ class Synapse:
         await self._done("PUT", path, by.token, {})
 
     async def saw(self, user: User, what: str = "", since: str = "") -> str:
-        """Wait until something comes to a user's client.
+        """Wait until /sync shows something to a user.
 
-        :param what: an event's ID or type. :return: up to where everything was seen.
+        :param what: an event's ID or type. :return: the token for the next /sync.
         """
         while True:
             query = f"?since={since}&timeout=30000" if since else ""
@@ -243,7 +243,7 @@ class Synapse:
 
 
 class Guarded:
-    """A guard that asks the real homeserver; all else is the sandbox's."""
+    """A guard with the real homeserver; everything else is the sandbox's."""
 
     def __init__(self, synapse: Synapse, sandbox: Sandbox) -> None:
         self.synapse = synapse
@@ -251,7 +251,7 @@ class Guarded:
         sandbox.upstream.homeservers[synapse.server_name] = synapse.url
 
     async def ask_token(self, user: User, room_id: str, **how: Any) -> Answer:
-        """As `Sandbox.ask_token`, with an OpenID token that the homeserver made."""
+        """As `Sandbox.ask_token`, with an OpenID token of the real homeserver."""
         how.setdefault("openid_token", await self.synapse.openid_token(user))
         return await self.sandbox.ask_token(user.user_id, room_id, **how)
 
@@ -261,7 +261,7 @@ class Guarded:
         return await self.sandbox.enter(user.user_id, room_id, **how)
 
     async def cap_becomes(self, room_id: str, cap: int | None) -> None:
-        """Wait until the guard knows of a room's new cap. Somebody has to be in the room's call."""
+        """Wait until the guard knows a room's new limit. Somebody must be in the room's call."""
         end = reactor.seconds() + KNOWN_WITHIN
         while True:
             rooms = json.loads((await self.sandbox.operator("GET", "/rooms")).body)["rooms"]
@@ -279,7 +279,7 @@ MakeGuarded = Callable[..., Awaitable[Guarded]]
 @pytest.fixture(scope="session")
 def synapse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
     if importlib.util.find_spec("synapse") is None:
-        pytest.skip("matrix-synapse is not installed: nothing was tried against a real homeserver")
+        pytest.skip("matrix-synapse is not installed: the tests with a real homeserver were skipped")
     homeserver = Synapse(tmp_path_factory.mktemp("synapse"), guard_port=free_port())
     homeserver.start()
     yield homeserver
@@ -288,7 +288,7 @@ def synapse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
 
 @pytest_twisted.async_yield_fixture
 async def set_guarded(synapse: Synapse, start_sandbox: Any) -> AsyncIterator[MakeGuarded]:
-    """Makes a guard before the real homeserver; settings by lower-case name."""
+    """Makes a guard with the real homeserver; settings by lower-case name."""
 
     async def make(**settings: object) -> Guarded:
         admin = await synapse.user("admin", admin=True)
@@ -304,7 +304,7 @@ async def guarded(set_guarded: MakeGuarded) -> AsyncIterator[Guarded]:
 
 
 def free_port() -> int:
-    """A port of loopback that is free, and not among those that outgoing connections are given."""
+    """A free port of loopback, outside the range of outgoing connections."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as tried:

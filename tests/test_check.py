@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check`` over the stand-ins: every wrong setting that a person can make is told, with its remedy."""
+"""``lotusguard check`` against the stand-ins: every wrong setting is reported, with its remedy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import pytest_twisted
 from twisted.internet import reactor
 
 from lotusguard.check.everything import check
+from lotusguard.check.exposure import listening_addresses
 from lotusguard.check.report import Finding, Report
 from lotusguard.config import read_settings
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
+from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
 from lotusguard.terminal import Terminal
 from tests.conftest import StartSandbox
@@ -39,7 +41,7 @@ async def checked(sandbox: Sandbox, *, longest: Any = 15.0, ahead: Any = 0.0, **
 
 
 def found(report: Report, about: str, asked: str) -> Finding:
-    """What was found out about this, told last."""
+    """The last finding about this."""
     return [finding for finding in report.findings if (finding.about, finding.asked) == (about, asked)][-1]
 
 
@@ -70,9 +72,7 @@ def state_dir(tmp_path: Path) -> Path:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_configuration_that_enforces_is_fine_and_leaves_no_room_behind(
-    sandbox: Sandbox, state_dir: Path
-) -> None:
+async def test_a_correct_configuration_is_fine_and_leaves_no_room_behind(sandbox: Sandbox, state_dir: Path) -> None:
     room_id = sandbox.homeserver.create_room("admin")
     report = await checked(sandbox, guard_state_dir=state_dir)
     assert report.fine
@@ -88,7 +88,7 @@ async def test_a_configuration_that_enforces_is_fine_and_leaves_no_room_behind(
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_secret_is_told(sandbox: Sandbox) -> None:
+async def test_no_secret_is_printed(sandbox: Sandbox) -> None:
     report = await checked(sandbox, livekit_secret=OTHER_SECRET)
     text = io.StringIO()
     report.tell(Terminal(text, {}))
@@ -118,11 +118,11 @@ async def test_a_matrix_token_that_is_not_valid(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_matrix_token_of_somebody_who_is_no_admin(sandbox: Sandbox) -> None:
+async def test_a_matrix_token_of_a_user_who_is_not_an_admin(sandbox: Sandbox) -> None:
     report = await checked(sandbox, matrix_token=sandbox.homeserver.add_user("alice"))
     finding = found(report, "synapse", "access token")
     assert finding.state == "wrong"
-    assert "@alice:sandbox.local's, who is no server admin" in finding.reason
+    assert "@alice:sandbox.local's, who is not a server admin" in finding.reason
     assert "PUT /_synapse/admin/v1/users/@alice:sandbox.local/admin" in finding.remedy
 
 
@@ -147,7 +147,7 @@ async def test_synapses_address_is_a_proxy_without_the_admin_api(sandbox: Sandbo
     sandbox.homeserver.faults["server_version"] = Fault.status(404, b"<html>no such page</html>")
     finding = found(await checked(sandbox), "synapse", "reachable")
     assert finding.state == "wrong"
-    assert "its admin API is not there (404)" in finding.reason
+    assert "its admin API does not answer (404)" in finding.reason
     assert "main process" in finding.remedy
 
 
@@ -170,7 +170,7 @@ async def test_an_old_synapse_that_answers_the_whole_state(sandbox: Sandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_a_neighbour_says_does_not_reach_the_terminal_as_it_is(sandbox: Sandbox) -> None:
+async def test_control_characters_of_a_service_do_not_reach_the_terminal(sandbox: Sandbox) -> None:
     sandbox.homeserver.faults["server_version"] = Fault.status(
         200, b'{"server_version": "1.0\\u001b[2J\\n  all is well"}'
     )
@@ -192,7 +192,7 @@ async def test_what_a_neighbour_says_does_not_reach_the_terminal_as_it_is(sandbo
         ({"livekit_secret": OTHER_SECRET}, "LIVEKIT_SECRET is not its secret"),
     ],
 )
-async def test_a_key_that_livekit_does_not_take(sandbox: Sandbox, settings: dict[str, Any], said: str) -> None:
+async def test_a_key_that_livekit_does_not_accept(sandbox: Sandbox, settings: dict[str, Any], said: str) -> None:
     finding = found(await checked(sandbox, **settings), "livekit", "key")
     assert finding.state == "wrong"
     assert said in finding.reason
@@ -220,7 +220,7 @@ async def test_livekits_address_is_synapses(sandbox: Sandbox) -> None:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("name", ["guard_bind_port", "guard_admin_port"])
-async def test_the_guard_before_itself_is_told_without_asking_it(sandbox: Sandbox, name: str) -> None:
+async def test_a_guard_in_front_of_itself_is_reported_without_asking_it(sandbox: Sandbox, name: str) -> None:
     port = free_port()
     settings: dict[str, Any] = {name: port, "guard_upstream": f"http://localhost:{port}"}
     report = await checked(sandbox, **settings)
@@ -308,7 +308,7 @@ async def test_upstream_uses_another_livekit(sandbox: Sandbox, start_sandbox: St
     assert "LIVEKIT_URL" in finding.remedy
 
 
-# -- addresses, whosever -------------------------------------------------------------------------------------
+# -- addresses of any service -------------------------------------------------------------------------------------
 
 ADDRESSES = pytest.mark.parametrize(
     ("name", "about"),
@@ -324,7 +324,7 @@ async def test_an_address_where_nothing_listens(sandbox: Sandbox, name: str, abo
     finding = found(report, about, "reachable")
     assert (finding.state, finding.reason) == ("wrong", f"nothing listens on 127.0.0.1:{port}")
     assert name.upper() in finding.remedy
-    assert {what for what, _ in wrong(report)} == {about}, "the others were looked at all the same"
+    assert {what for what, _ in wrong(report)} == {about}, "the other services were checked all the same"
 
 
 @pytest_twisted.ensureDeferred
@@ -347,7 +347,7 @@ async def test_https_where_http_is_spoken(sandbox: Sandbox, name: str, about: st
 
 
 @pytest_twisted.ensureDeferred
-async def test_neighbours_that_never_answer_are_not_waited_for_long(sandbox: Sandbox) -> None:
+async def test_services_that_never_answer_do_not_delay_the_report(sandbox: Sandbox) -> None:
     for standin in (sandbox.homeserver, sandbox.livekit, sandbox.upstream):
         standin.fault = Fault.hang()
     began = reactor.seconds()
@@ -375,7 +375,7 @@ async def test_the_whole_check_ends_in_time(sandbox: Sandbox) -> None:
     [Fault.invalid_response(), Fault.wrong_types(), Fault.close(), Fault.truncated(), Fault.too_large()],
     ids=lambda f: f.kind,
 )
-async def test_answers_that_nobody_expects_are_found_wrong(sandbox: Sandbox, fault: Fault) -> None:
+async def test_unexpected_answers_are_reported_as_wrong(sandbox: Sandbox, fault: Fault) -> None:
     for standin in (sandbox.homeserver, sandbox.livekit, sandbox.upstream):
         standin.fault = fault
     report = await checked(sandbox, guard_admin_port=None)
@@ -387,6 +387,91 @@ async def test_answers_that_nobody_expects_are_found_wrong(sandbox: Sandbox, fau
     assert all(finding.remedy for finding in report.findings if finding.state == "wrong")
 
 
+# -- what others can reach --
+
+
+def listening(address: str) -> str:
+    """A line of /proc/net/tcp. :param address: as the kernel writes it."""
+    return f"   0: {address} 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 1 1 0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "told"),
+    [
+        ("tcp", "0100007F:1F87", "127.0.0.1"),
+        ("tcp", "00000000:1F87", "0.0.0.0"),
+        ("tcp", "0A02000A:1F87", "10.0.2.10"),
+        ("tcp6", "00000000000000000000000000000000:1F87", "::"),
+        ("tcp6", "00000000000000000000000001000000:1F87", "::1"),
+        ("tcp6", "0000000000000000FFFF00000100007F:1F87", "127.0.0.1"),
+    ],
+)
+def test_listening_addresses_are_read_as_the_kernel_writes_them(
+    tmp_path: Path, name: str, address: str, told: str
+) -> None:
+    other = "   1: 00000000:1F88 00000000:0000 0A 0\n   2: 00000000:1F87 0100007F:9999 01 0\n"
+    (tmp_path / name).write_text("  sl  local_address rem_address   st\n" + listening(address) + other)
+    assert listening_addresses(0x1F87, tmp_path) == [told]
+
+
+def test_where_the_kernel_tells_nothing_nothing_is_known(tmp_path: Path) -> None:
+    assert listening_addresses(8071, tmp_path) is None
+
+
+def test_a_listening_socket_of_this_machine_is_found() -> None:
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        assert listening_addresses(listener.getsockname()[1]) == ["0.0.0.0"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_lk_jwt_service_on_every_address_is_a_warning(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lotusguard.check.exposure.listening_addresses", lambda port: ["0.0.0.0"])
+    report = await checked(sandbox)
+    finding = found(report, "exposure", "lk-jwt-service")
+    assert finding.state == "warning"
+    assert "listens on 0.0.0.0" in finding.reason
+    assert f"LIVEKIT_JWT_BIND=127.0.0.1:{sandbox.upstream.port}" in finding.remedy
+    assert ("exposure", "homeserver routes") not in {(one.about, one.asked) for one in report.findings}
+
+
+@pytest_twisted.ensureDeferred
+async def test_homeserver_routes_on_every_address_are_a_warning(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homeservers = {sandbox.homeserver.server_name: sandbox.homeserver.url}
+    upstream = FakeLkJwtService(
+        reactor,
+        key=KEY,
+        secret=SECRET,
+        sfu_url=sandbox.livekit.url,
+        homeservers=homeservers,
+        hs_token="the-homeservers",
+    )
+    await upstream.start()
+    try:
+        report = await checked(sandbox, guard_upstream=upstream.url)
+        assert found(report, "exposure", "lk-jwt-service").reason == "listens on loopback only"
+        monkeypatch.setattr("lotusguard.check.exposure.listening_addresses", lambda port: ["::"])
+        report = await checked(sandbox, guard_upstream=upstream.url)
+    finally:
+        await upstream.stop()
+    finding = found(report, "exposure", "homeserver routes")
+    assert finding.state == "warning"
+    assert "GUARD_APPSERVICE_PORT" in finding.remedy
+
+
+@pytest_twisted.ensureDeferred
+async def test_livekits_room_service_on_the_address_of_clients_is_a_warning(sandbox: Sandbox) -> None:
+    sandbox.upstream.sfu_url = sandbox.livekit.url.replace("127.0.0.1", "localhost")
+    finding = found(await checked(sandbox), "exposure", "LiveKit")
+    assert finding.state == "warning"
+    assert "/twirp" in finding.reason
+    sandbox.livekit.faults["ListRooms"] = Fault.status(404)
+    assert found(await checked(sandbox), "exposure", "LiveKit").state == "fine"
+
+
 # -- webhooks, clocks, the running guard ---------------------------------------------------------------------
 
 
@@ -396,7 +481,7 @@ async def test_webhooks_that_do_not_arrive(sandbox: Sandbox) -> None:
     report = await checked(sandbox)
     finding = found(report, "webhooks", "arrive")
     assert finding.state == "warning"
-    assert "although LiveKit has just had something to tell" in finding.reason
+    assert "although LiveKit has just had something to report" in finding.reason
     assert "/sfu_webhook" in finding.remedy
 
 
@@ -407,7 +492,7 @@ async def test_webhooks_that_another_secret_signed(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_a_running_guard_it_is_said_how_to_see_webhooks(sandbox: Sandbox) -> None:
+async def test_without_a_running_guard_the_remedy_says_how_to_see_webhooks(sandbox: Sandbox) -> None:
     report = await checked(sandbox, guard_bind_port=free_port(), guard_admin_port=free_port())
     finding = found(report, "webhooks", "arrive")
     assert finding.state == "unknown"
@@ -427,14 +512,14 @@ async def test_clocks_that_differ(sandbox: Sandbox, ahead: float, state: str) ->
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_clock_so_far_ahead_that_livekit_takes_no_token(sandbox: Sandbox) -> None:
+async def test_a_clock_so_far_ahead_that_livekit_refuses_tokens(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, ahead=600.0), "livekit", "key")
     assert finding.state == "wrong"
     assert "its clock and ours differ" in finding.reason
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_running_guard_says_what_it_does_not_enforce(start_sandbox: StartSandbox) -> None:
+async def test_a_running_guard_reports_what_it_does_not_enforce(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_dry_run=True, guard_reconcile_interval=3600)
     report = await checked(sandbox)
     assert found(report, "settings", "GUARD_DRY_RUN").state == "warning"
@@ -443,7 +528,7 @@ async def test_a_running_guard_says_what_it_does_not_enforce(start_sandbox: Star
     assert "GUARD_DRY_RUN is on" in finding.reason
 
 
-# -- at home -------------------------------------------------------------------------------------------------
+# -- this machine -------------------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -472,7 +557,7 @@ async def test_the_same_port_twice(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_address_that_is_not_of_this_machine(sandbox: Sandbox) -> None:
+async def test_an_address_that_this_machine_does_not_have(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, guard_bind_host="192.0.2.1"), "ports", "GUARD_BIND_PORT")
     assert finding.state == "wrong"
     assert "EADDRNOTAVAIL" in finding.reason
@@ -491,7 +576,7 @@ async def test_a_state_directory_that_is_a_file(sandbox: Sandbox, tmp_path: Path
     file.write_text("")
     for path in (file, file / "below"):
         finding = found(await checked(sandbox, guard_state_dir=path), "state directory", "writable")
-        assert (finding.state, finding.reason) == ("wrong", f"{file} is no directory")
+        assert (finding.state, finding.reason) == ("wrong", f"{file} is not a directory")
 
 
 @pytest_twisted.ensureDeferred
@@ -503,11 +588,11 @@ async def test_a_state_directory_that_cannot_be_written_to(sandbox: Sandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_state_directory_that_is_not_there_yet_is_not_made(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_a_state_directory_that_does_not_exist_is_not_created(sandbox: Sandbox, tmp_path: Path) -> None:
     directory = tmp_path / "var" / "lotusguard"
     finding = found(await checked(sandbox, guard_state_dir=directory), "state directory", "writable")
     assert finding.state == "fine"
-    assert "made at the first start" in finding.reason
+    assert "created at the first start" in finding.reason
     assert not (tmp_path / "var").exists()
 
 
@@ -528,7 +613,7 @@ async def test_a_full_file_system(sandbox: Sandbox, tmp_path: Path, monkeypatch:
 
 
 @pytest_twisted.ensureDeferred
-async def test_settings_that_are_probably_not_meant(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_settings_that_are_probably_typing_errors(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUARD_UPSTREEM", "http://127.0.0.1:8071")
     finding = found(await checked(sandbox), "settings", "suspicious")
     assert finding.state == "warning"
@@ -541,7 +626,7 @@ async def test_no_operators_token(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_homeserver_without_rooms_leaves_the_filter_open(sandbox: Sandbox) -> None:
+async def test_without_any_room_the_type_filter_is_unknown(sandbox: Sandbox) -> None:
     assert isinstance(sandbox.homeserver, FakeSynapse)
     assert found(await checked(sandbox), "synapse", "state by type").state == "unknown"
 

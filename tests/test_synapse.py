@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard before a real homeserver: policies that a room's admin writes, tokens that real users have."""
+"""The guard with a real homeserver: policies that room admins write, OpenID tokens of real users."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ async def ready(guarded: Guarded) -> tuple[int, dict[str, Any]]:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("room_version", ["10", "12"])
-async def test_the_cap_that_a_rooms_admin_set_holds_on_both_routes(guarded: Guarded, room_version: str) -> None:
-    """From version 12 on, room IDs have no server's name in them."""
+async def test_the_limit_of_a_room_holds_on_both_routes(guarded: Guarded, room_version: str) -> None:
+    """From version 12 on, room IDs contain no server name."""
     synapse, sandbox = guarded.synapse, guarded.sandbox
     alice, bob, carol = await users_of(synapse)
     room_id = await synapse.create_room(alice, room_version=room_version)
@@ -55,7 +55,7 @@ async def test_the_cap_that_a_rooms_admin_set_holds_on_both_routes(guarded: Guar
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_raised_cap_lets_the_next_one_in(set_guarded: MakeGuarded) -> None:
+async def test_a_raised_limit_admits_the_next_user(set_guarded: MakeGuarded) -> None:
     guarded = await set_guarded(guard_policy_ttl=0.01)
     alice, bob, _ = await users_of(guarded.synapse)
     room_id = await guarded.synapse.create_room(alice)
@@ -104,8 +104,10 @@ async def test_a_bad_openid_token_gets_upstreams_own_401_from_a_full_room(guarde
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("new", [False, True])
-async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_knew_them(guarded: Guarded, new: bool) -> None:
-    """The sandbox's own homeserver is the other one: upstream can ask it, the guard cannot."""
+async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_verified_them(
+    guarded: Guarded, new: bool
+) -> None:
+    """The other homeserver is the sandbox's own: upstream can ask it, the guard cannot."""
     synapse, sandbox = guarded.synapse, guarded.sandbox
     alice, _, _ = await users_of(synapse)
     room_id = await synapse.create_room(alice)
@@ -121,8 +123,8 @@ async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_knew_th
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_server_name_is_the_homeservers_own_unless_it_is_set(set_guarded: MakeGuarded) -> None:
-    """Whose users can be refused before upstream hears of them: those of the server whose name we know."""
+async def test_the_server_name_is_asked_of_the_homeserver_unless_it_is_set(set_guarded: MakeGuarded) -> None:
+    """Users of the server whose name we know can be refused before upstream is asked."""
     synapse = (await set_guarded()).synapse
     alice, bob, _ = await users_of(synapse)
     room_id = await synapse.create_room(alice)
@@ -136,14 +138,14 @@ async def test_the_server_name_is_the_homeservers_own_unless_it_is_set(set_guard
 
 
 @pytest_twisted.ensureDeferred
-async def test_with_an_admins_token_it_says_that_it_enforces(guarded: Guarded) -> None:
+async def test_with_an_admins_token_the_guard_is_ready(guarded: Guarded) -> None:
     code, report = await ready(guarded)
     assert (code, report["ready"], report["reasons"]) == (200, True, [])
 
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize(("whose", "status"), [("of no admin", 403), ("of nobody", 401)])
-async def test_with_a_token_that_may_not_read_policies_it_lets_in_and_says_so(
+async def test_without_permission_to_read_policies_joins_are_allowed_and_the_guard_is_not_ready(
     set_guarded: MakeGuarded, synapse: Synapse, whose: str, status: int
 ) -> None:
     alice, bob, _ = await users_of(synapse)
@@ -161,10 +163,10 @@ async def test_with_a_token_that_may_not_read_policies_it_lets_in_and_says_so(
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_address_without_the_admin_api_is_not_taken_for_rooms_without_policies(
+async def test_an_address_without_the_admin_api_does_not_mean_that_rooms_have_no_policy(
     set_guarded: MakeGuarded, synapse: Synapse
 ) -> None:
-    """A proxy that keeps the admin API to itself answers 404 as well."""
+    """A proxy that does not pass the admin API on answers 404 too."""
     alice, _, _ = await users_of(synapse)
     guarded = await set_guarded(synapse_api=f"{synapse.url}/elsewhere")
     room_id = await synapse.create_room(alice)
@@ -176,7 +178,7 @@ async def test_an_address_without_the_admin_api_is_not_taken_for_rooms_without_p
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_call_that_is_older_than_the_guard_is_found_among_the_homeservers_rooms(
+async def test_a_call_from_before_the_start_is_found_among_the_homeservers_rooms(
     set_guarded: MakeGuarded,
 ) -> None:
     guarded = await set_guarded(guard_reconcile_interval=0.2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Synapse module: what it makes of events, how it tells the guard, and the whole way inside a real Synapse."""
+"""The Synapse module: which events it reports, how it tells the guard, and how that works inside a real Synapse."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred, succeed
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import ConnectionRefusedError
 from twisted.internet.task import Clock, deferLater
 from twisted.web.http_headers import Headers
+from twisted.web.resource import Resource
+from twisted.web.server import Request, Site
 
-from lotusguard.rules import policy
+from lotusguard.rules.state import POLICY_TYPES, POWER_LEVELS, ROOM_QUALITY, VOICE_LIMIT
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN
 from lotusguard.sandbox.livekit.participant import Participant
 from tests.conftest import until
@@ -35,9 +39,8 @@ with warnings.catch_warnings():
     from synapse.module_api.errors import ConfigError
 
     from lotusguard import synapse_module
-    from lotusguard.synapse_module import PolicyPush, PolicyPushConfig, changes_policy
+    from lotusguard.synapse_module import PolicyPush, PolicyPushConfig, changed_member, changes_policy
 
-VOICE_LIMIT, ROOM_QUALITY = synapse_module.POLICY_EVENTS
 URL, TOKEN = "http://127.0.0.1:8072", "operatorsSecret"
 
 
@@ -45,10 +48,10 @@ URL, TOKEN = "http://127.0.0.1:8072", "operatorsSecret"
 
 
 def test_the_events_are_those_that_the_guard_reads() -> None:
-    assert set(synapse_module.POLICY_EVENTS) == {policy.VOICE_LIMIT, policy.ROOM_QUALITY}
+    assert set(synapse_module.POLICY_EVENTS) == {*POLICY_TYPES, POWER_LEVELS}
 
 
-def test_a_token_is_taken_as_it_is_or_from_a_file(tmp_path: Path) -> None:
+def test_the_token_is_configured_directly_or_by_a_file(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     wanted = PolicyPushConfig("https://[::1]:8072/guard", TOKEN)
@@ -90,8 +93,8 @@ def test_a_wrong_configuration_is_refused_in_one_line_that_names_the_key(config:
     assert "secret" not in text
 
 
-def test_nothing_but_synapse_and_twisted_is_needed() -> None:
-    """Synapse's environment may have just this one file of ours."""
+def test_the_module_needs_nothing_but_synapse_and_twisted() -> None:
+    """Synapse's environment may hold this one file only."""
     program = (
         "import sys, synapse.module_api.errors, twisted.web.client\n"
         "before = set(sys.modules)\n"
@@ -106,25 +109,40 @@ def test_nothing_but_synapse_and_twisted_is_needed() -> None:
 
 
 _depths = itertools.count(1)
-"""Makes every event another one: contents do not count for event IDs."""
+"""Event IDs do not depend on contents; the depth makes each event a different one."""
 
 
 def event(kind: str, content: dict[str, Any], *, version: Any = RoomVersions.V11, **more: Any) -> EventBase:
-    """An event as Synapse hands it to its modules; without a ``state_key`` it is no state."""
+    """An event as Synapse passes it to its modules; without a ``state_key`` it is not a state event."""
     given = {"type": kind, "content": content, "room_id": "!room:real.test", "sender": "@alice:real.test", **more}
     given |= {"depth": next(_depths), "origin_server_ts": 1, "auth_events": [], "prev_events": []}
     given |= {"hashes": {}, "signatures": {}}
     return make_event_from_dict(given, version)
 
 
-@pytest.mark.parametrize("kind", [VOICE_LIMIT, ROOM_QUALITY])
-def test_our_state_events_with_the_empty_key_change_the_policy_and_no_others_do(kind: str) -> None:
+@pytest.mark.parametrize("kind", synapse_module.POLICY_EVENTS)
+def test_only_our_state_events_with_an_empty_key_change_the_policy(kind: str) -> None:
     assert changes_policy(event(kind, {"max_users": 2}, state_key=""), {})
     assert changes_policy(event(kind, {}, state_key=""), {})
     assert not changes_policy(event(kind, {}, state_key="@alice:real.test"), {})
     assert not changes_policy(event(kind, {}), {})
     assert not changes_policy(event("m.room.topic", {}, state_key=""), {})
     assert not changes_policy(event("m.room.message", {"body": kind}), {})
+
+
+@pytest.mark.parametrize(
+    ("membership", "reported"), [("join", True), ("leave", True), ("ban", True), ("invite", False), ("knock", False)]
+)
+def test_users_who_join_leave_or_are_banned_are_reported(membership: str, reported: bool) -> None:
+    user = "@bob:real.test"
+    new = event("m.room.member", {"membership": membership}, state_key=user)
+    assert changed_member(new) == (user if reported else None)
+    assert not changes_policy(new, {})
+
+
+def test_other_events_change_no_membership() -> None:
+    assert changed_member(event("m.room.message", {"membership": "leave"})) is None
+    assert changed_member(event("m.room.member", {}, state_key="@bob:real.test")) is None
 
 
 @pytest.mark.parametrize("version", [RoomVersions.V10, RoomVersions.V11])
@@ -144,13 +162,13 @@ def test_redacting_the_event_in_force_changes_the_policy(version: Any) -> None:
     assert not changes_policy(redaction_of(newer), {})
 
 
-# -- telling the guard, by a clock -----------------------------------------------------------------------
+# -- telling the guard -----------------------------------------------------------------------
 
 
 class Inside:
-    """As much of Synapse as the module sees, and the guard it tells.
+    """What the module uses of Synapse, and the guard it tells.
 
-    :ivar tries: for each request its time, URI, Authorization and body; as yet unanswered ones in ``open``.
+    :ivar tries: for each request its time, URI, Authorization and body; the Deferreds of the answers are in ``open``.
     """
 
     def __init__(self) -> None:
@@ -176,16 +194,31 @@ class Inside:
         return self.open[-1]
 
     def changed(self, room_id: str = "!room:real.test") -> None:
-        """The room's cap changed. The module is done with it when this returns."""
-        new = event(VOICE_LIMIT, {"max_users": 2}, state_key="", room_id=room_id)
+        """The room's limit changed."""
+        self.happened(event(VOICE_LIMIT, {"max_users": 2}, state_key="", room_id=room_id))
+
+    def member(self, name: str, membership: str, room_id: str = "!room:real.test") -> None:
+        """Somebody's membership changed."""
+        state_key = f"@{name}:real.test"
+        self.happened(event("m.room.member", {"membership": membership}, state_key=state_key, room_id=room_id))
+
+    def happened(self, new: EventBase) -> None:
+        """A new event. The module does not let Synapse wait."""
         assert Deferred.fromCoroutine(self.on_new_event(new, {})).called
+
+    @property
+    def told(self) -> list[tuple[str, str | None]]:
+        """Rooms and users of which the guard was told."""
+        return [(one[3]["room_id"].split(":")[0], one[3].get("user")) for one in self.tries]
 
     def run(self, seconds: float) -> None:
         self.clock.pump([0] + [0.05] * round(seconds / 0.05))
 
 
 class Response:
-    """An answer of which only the status is looked at."""
+    """An answer; only its status matters."""
+
+    length = 0
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -206,7 +239,7 @@ def inside() -> Inside:
     return Inside()
 
 
-def test_the_guard_is_told_the_room_and_the_token_after_synapse_went_on(inside: Inside) -> None:
+def test_the_guard_is_told_without_delaying_synapse(inside: Inside) -> None:
     inside.changed()
     assert inside.tries == []
     inside.run(0)
@@ -220,7 +253,7 @@ def test_the_guard_is_told_the_room_and_the_token_after_synapse_went_on(inside: 
     assert len(inside.tries) == 1
 
 
-def test_changes_while_the_guard_is_being_told_make_one_more_telling(inside: Inside) -> None:
+def test_changes_during_a_request_are_reported_by_one_more_request(inside: Inside) -> None:
     inside.changed()
     inside.run(0)
     for _ in range(5):
@@ -236,13 +269,11 @@ def test_changes_while_the_guard_is_being_told_make_one_more_telling(inside: Ins
     assert len(inside.tries) == 4
 
 
-def test_a_guard_that_is_away_is_tried_for_ten_seconds_and_then_left_alone(
-    inside: Inside, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_guard_that_is_down_is_tried_for_ten_seconds(inside: Inside, caplog: pytest.LogCaptureFixture) -> None:
     inside.answer = refused
     inside.changed()
     inside.run(1)
-    inside.changed()  # told by the tries that are still to come
+    inside.changed()  # reported by the attempts that follow
     inside.run(60)
     assert [round(one[0], 1) for one in inside.tries] == [0, 0.2, 0.8, 1.8, 3.8, 7.8]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -255,9 +286,7 @@ def test_a_guard_that_is_away_is_tried_for_ten_seconds_and_then_left_alone(
     assert len(inside.tries) == 7
 
 
-def test_a_guard_that_never_answers_is_waited_for_two_seconds_a_try(
-    inside: Inside, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_request_that_is_not_answered_times_out(inside: Inside, caplog: pytest.LogCaptureFixture) -> None:
     inside.changed()
     inside.run(60)
     times = [one[0] for one in inside.tries]
@@ -268,7 +297,7 @@ def test_a_guard_that_never_answers_is_waited_for_two_seconds_a_try(
 
 
 @pytest.mark.parametrize("code", [500, 503, 429])
-def test_a_guard_that_is_ill_is_told_again(inside: Inside, code: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_guard_that_fails_is_told_again(inside: Inside, code: int, caplog: pytest.LogCaptureFixture) -> None:
     inside.answer = lambda: succeed(Response(code if len(inside.tries) < 3 else 202))
     inside.changed()
     inside.run(60)
@@ -277,7 +306,7 @@ def test_a_guard_that_is_ill_is_told_again(inside: Inside, code: int, caplog: py
 
 
 @pytest.mark.parametrize(("code", "hint"), [(401, "token"), (403, "token"), (404, "url"), (400, "url"), (301, "url")])
-def test_a_refusal_is_final_and_says_which_key_to_look_at(
+def test_a_refusal_is_final_and_logged_with_the_key_to_correct(
     inside: Inside, code: int, hint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     inside.answer = lambda: succeed(Response(code))
@@ -289,9 +318,7 @@ def test_a_refusal_is_final_and_says_which_key_to_look_at(
     assert TOKEN not in caplog.text
 
 
-def test_more_rooms_than_can_be_told_of_at_once_are_left_out_and_said_once(
-    inside: Inside, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rooms_beyond_the_limit_are_dropped_with_one_warning(inside: Inside, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(synapse_module.ROOMS_AT_ONCE + 50):
         inside.changed(f"!{number}:real.test")
     inside.run(0)
@@ -302,6 +329,62 @@ def test_more_rooms_than_can_be_told_of_at_once_are_left_out_and_said_once(
     inside.changed("!late:real.test")
     inside.run(0)
     assert inside.tries[-1][3] == {"room_id": "!late:real.test"}
+
+
+def test_a_user_who_leaves_is_named(inside: Inside) -> None:
+    inside.answer = lambda: succeed(Response(202))
+    inside.member("bob", "leave")
+    inside.member("carol", "ban")
+    inside.run(0)
+    assert inside.told == [("!room", "@bob:real.test"), ("!room", "@carol:real.test")]
+
+
+def test_a_burst_of_leaves_is_reported_as_one_change_of_the_room(inside: Inside) -> None:
+    inside.answer = lambda: succeed(Response(202))
+    for number in range(synapse_module.MOST_USERS + 1):
+        inside.member(f"user{number}", "leave")
+    inside.run(0)
+    assert inside.told == [("!room", None)]
+
+
+def test_a_changed_policy_includes_the_members_who_changed(inside: Inside) -> None:
+    inside.answer = lambda: succeed(Response(202))
+    inside.member("bob", "leave")
+    inside.changed()
+    inside.member("carol", "leave")
+    inside.run(0)
+    assert inside.told == [("!room", None)]
+
+
+def test_a_leave_during_the_last_attempt_is_not_lost(inside: Inside) -> None:
+    inside.answer = lambda: succeed(Response(404))
+    inside.member("bob", "leave")
+    waiting: Deferred[Any] = Deferred()
+    inside.answer = lambda: waiting
+    inside.run(0)
+    inside.member("carol", "ban")
+    inside.answer = lambda: succeed(Response(202))
+    waiting.callback(Response(404))
+    inside.run(0)
+    assert inside.told[0] == ("!room", "@bob:real.test")
+    assert ("!room", "@carol:real.test") in inside.told[1:]
+
+
+def test_a_join_is_reported_once_and_not_for_each_new_display_name(inside: Inside) -> None:
+    inside.answer = lambda: succeed(Response(202))
+    for membership in ("join", "join", "leave", "join", "join"):
+        inside.member("bob", membership)
+        inside.run(0)
+    assert len(inside.told) == 3
+
+
+def test_joins_leave_room_for_more_urgent_changes(inside: Inside) -> None:
+    for number in range(2 * synapse_module.ROOMS_AT_ONCE):
+        inside.member("bob", "join", f"!{number}:real.test")
+    inside.member("bob", "ban", "!banned:real.test")
+    inside.run(0)
+    assert len(inside.told) == synapse_module.ROOMS_AT_ONCE_FOR_JOINS + 1
+    assert inside.told[-1] == ("!banned", "@bob:real.test")
 
 
 # -- inside a real Synapse -------------------------------------------------------------------------------
@@ -318,7 +401,7 @@ async def sharing(guarded: Guarded) -> tuple[User, str, Participant]:
 
 
 async def pushed(set_guarded: MakeGuarded, synapse: Synapse, **settings: object) -> Guarded:
-    """A guard that would notice nothing for an hour if it were not told."""
+    """A guard that notices changes within the hour only if it is told."""
     given = {"guard_admin_port": synapse.guard_port, "guard_policy_ttl": 3600}
     return await set_guarded(**{**given, **settings})
 
@@ -328,7 +411,7 @@ def sources_of(participant: Participant) -> list[int]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_the_rooms_admin_forbids_stops_in_the_call(set_guarded: MakeGuarded, synapse: Synapse) -> None:
+async def test_a_forbidden_screen_share_ends_in_the_running_call(set_guarded: MakeGuarded, synapse: Synapse) -> None:
     guarded = await pushed(set_guarded, synapse)
     alice, room_id, alices = await sharing(guarded)
     await synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False})
@@ -336,7 +419,7 @@ async def test_what_the_rooms_admin_forbids_stops_in_the_call(set_guarded: MakeG
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_new_cap_holds_for_the_next_join(set_guarded: MakeGuarded, synapse: Synapse) -> None:
+async def test_a_new_limit_applies_to_the_next_join(set_guarded: MakeGuarded, synapse: Synapse) -> None:
     guarded = await pushed(set_guarded, synapse)
     alice, room_id, _ = await sharing(guarded)
     bob = await synapse.user("bob")
@@ -349,7 +432,7 @@ async def test_a_new_cap_holds_for_the_next_join(set_guarded: MakeGuarded, synap
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_redacted_policy_is_one_no_more(set_guarded: MakeGuarded, synapse: Synapse) -> None:
+async def test_a_redacted_policy_is_no_longer_enforced(set_guarded: MakeGuarded, synapse: Synapse) -> None:
     guarded = await pushed(set_guarded, synapse, guard_restore=True)
     alice, room_id, alices = await sharing(guarded)
     forbidding = await synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False})
@@ -359,26 +442,26 @@ async def test_a_redacted_policy_is_one_no_more(set_guarded: MakeGuarded, synaps
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_wrong_token_is_logged_and_not_shown(set_guarded: MakeGuarded, synapse: Synapse) -> None:
+async def test_a_refused_token_is_logged_without_the_token(set_guarded: MakeGuarded, synapse: Synapse) -> None:
     guarded = await pushed(set_guarded, synapse, guard_admin_token="another")
     alice, room_id, alices = await sharing(guarded)
     await synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False})
-    await until(lambda: f"policy of {room_id} changed: it answers 403" in synapse.log())
+    await until(lambda: f"the guard that {room_id} changed: it answers 403" in synapse.log())
     assert ADMIN_TOKEN not in synapse.log()
     assert sources_of(alices) == [2, 3]
 
 
-class DeafGuard:
-    """Where the guard should be, connections are taken and nothing is ever said."""
+class SilentGuard:
+    """Accepts connections where the guard should be, and never answers."""
 
     def __init__(self, synapse: Synapse) -> None:
         self._held = ExitStack()
-        self._door = self._held.enter_context(socket.socket())
-        self._door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._door.bind(("127.0.0.1", synapse.guard_port))
-        self._door.listen()
+        self._listener = self._held.enter_context(socket.socket())
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(("127.0.0.1", synapse.guard_port))
+        self._listener.listen()
 
-    def __enter__(self) -> DeafGuard:
+    def __enter__(self) -> SilentGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -386,9 +469,9 @@ class DeafGuard:
 
     def told_of(self, room_id: str) -> bytes:
         """Wait for Synapse to tell of that room. :return: its request."""
-        self._door.settimeout(10)
+        self._listener.settimeout(10)
         while True:
-            connection = self._held.enter_context(self._door.accept()[0])
+            connection = self._held.enter_context(self._listener.accept()[0])
             asked = b""
             while not asked.endswith(b"}"):
                 asked += connection.recv(65536)
@@ -396,33 +479,66 @@ class DeafGuard:
                 return asked
 
     def forget(self) -> None:
-        """Throw away those tellings that have come already."""
-        self._door.settimeout(0)
+        """Drop the requests that have come already."""
+        self._listener.settimeout(0)
         with suppress(BlockingIOError):
             while True:
-                self._held.enter_context(self._door.accept()[0])
+                self._held.enter_context(self._listener.accept()[0])
 
 
 @pytest_twisted.ensureDeferred
-async def test_synapse_waits_for_no_guard(synapse: Synapse) -> None:
-    """It goes on trying to tell of an event that its clients have seen already."""
+async def test_synapse_does_not_wait_for_the_guard(synapse: Synapse) -> None:
+    """Clients see the event while the module still tries to report it."""
     alice = await synapse.user("alice")
     room_id = await synapse.create_room(alice)
     polling = Deferred.fromCoroutine(synapse.saw(alice, VOICE_LIMIT, await synapse.saw(alice)))
-    with DeafGuard(synapse) as deaf:
+    with SilentGuard(synapse) as silent:
         await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
         await polling
-        deaf.forget()
-        assert deaf.told_of(room_id).startswith(b"POST /policy-changed HTTP/1.1\r\n")
+        silent.forget()
+        assert silent.told_of(room_id).startswith(b"POST /policy-changed HTTP/1.1\r\n")
     assert (await synapse.ask("GET", "/_matrix/client/versions"))[0] == 200
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_guard_that_comes_back_is_told_what_changed_meanwhile(synapse: Synapse) -> None:
+async def test_a_guard_that_comes_back_learns_what_changed_while_it_was_down(synapse: Synapse) -> None:
     alice = await synapse.user("alice")
     room_id = await synapse.create_room(alice)
     polling = Deferred.fromCoroutine(synapse.saw(alice, VOICE_LIMIT, await synapse.saw(alice)))
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
     await polling
-    with DeafGuard(synapse) as deaf:
-        assert f"Bearer {ADMIN_TOKEN}".encode() in deaf.told_of(room_id)
+    with SilentGuard(synapse) as silent:
+        assert f"Bearer {ADMIN_TOKEN}".encode() in silent.told_of(room_id)
+
+
+class RecordingGuard(Resource):
+    """Accepts every report. :ivar told: the bodies."""
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[dict[str, str]] = []
+
+    def render_POST(self, request: Request) -> bytes:
+        assert request.content is not None
+        self.told.append(json.loads(request.content.read()))
+        request.setResponseCode(202)
+        return b"{}"
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_real_synapse_reports_who_was_kicked_and_banned(synapse: Synapse) -> None:
+    alice, bob = await synapse.user("alice"), await synapse.user("bob")
+    guard = RecordingGuard()
+    endpoint = serverFromString(reactor, f"tcp:{synapse.guard_port}:interface=127.0.0.1")
+    port = await endpoint.listen(Site(guard))
+    try:
+        room_id = await synapse.create_room(alice, preset="public_chat")
+        for action, by in (("join", bob), ("kick", alice), ("ban", alice)):
+            before = len(guard.told)
+            await synapse.change_membership(by, room_id, action, bob if by is alice else None)
+            change = {"room_id": room_id, "user": bob.user_id}
+            await until(lambda before=before, change=change: change in guard.told[before:])  # type: ignore[misc]
+    finally:
+        await port.stopListening()

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ``lotusguard check`` asks: like the guard, but it tells in words why there is no answer, and reads clocks.
-Under the roof.
-"""
+"""How ``lotusguard check`` asks: as the guard does, through a `Dependency`; and it explains why there is no answer."""
 
 from __future__ import annotations
 
@@ -12,15 +10,17 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from attrs import define, field
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.web.client import HTTPConnectionPool, ResponseFailed
-from twisted.web.http import stringToDatetime
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, FixedAgent, collected
+from lotusguard.clients.dependency import Dependency, DependencyFailed
+from lotusguard.clients.http import Answer, BodyTooLarge, FixedAgent
+from lotusguard.metrics import Metrics
 
 LONGEST_ANSWER = 8 * 1024 * 1024
+ANY_STATUS = range(100, 600)
 
 
 class NoAnswer(Exception):
@@ -31,93 +31,95 @@ class NoAnswer(Exception):
         self.remedy = remedy
 
 
-class Dependency:
-    """Somebody to ask.
+@define
+class Asking:
+    """What all services that are asked have in common.
 
-    :param setting: the setting that holds the address.
-    :param patience: seconds for one answer.
+    :param timeout: seconds for one answer.
     :param now: our clock, in seconds since the epoch.
-    :ivar skew: seconds by which its clock is ahead of ours, as far as its last ``Date`` tells; ``None`` unknown.
     """
 
-    def __init__(
-        self, setting: str, base: str, reactor: Any, pool: HTTPConnectionPool, patience: float, now: Callable[[], float]
-    ) -> None:
-        self.setting = setting
-        self.base = base
-        self.skew: float | None = None
-        self._reactor = reactor
-        self._patience = patience
-        self._now = now
-        self._agent = FixedAgent(reactor, base, pool)
+    reactor: Any
+    pool: HTTPConnectionPool
+    timeout: float
+    now: Callable[[], float]
+
+    def service(self, setting: str, base: str) -> Service:
+        """:param setting: the setting that holds the address, for remedies."""
+        dependency = Dependency(
+            setting,
+            FixedAgent(self.reactor, base, self.pool),
+            self.reactor,
+            Metrics(),
+            timeout=self.timeout,
+            limit=LONGEST_ANSWER,
+            wall_clock=self.now,
+        )
+        return Service(setting, base, dependency)
+
+
+@define
+class Service:
+    """A service that is asked; any status is an answer."""
+
+    setting: str
+    base: str
+    dependency: Dependency = field(repr=False)
+
+    @property
+    def skew(self) -> float | None:
+        """Seconds by which its clock is ahead of ours, from its last ``Date``; None while unknown."""
+        return self.dependency.skew
 
     async def ask(
         self, method: str, target: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> Answer:
-        """One request, answered whole. :raises NoAnswer:"""
-        exchange = Deferred.fromCoroutine(self._exchange(method, target, body, headers or {}))
+        """Make one request and return the whole answer. :raises NoAnswer:"""
+        given = Headers({name: [value] for name, value in (headers or {}).items()})
         try:
-            return await exchange.addTimeout(self._patience, self._reactor)
-        except CancelledError:
-            raise
-        except Exception as error:
-            raise self._explained(error) from None
+            return await self.dependency.call(
+                method.encode(), target.encode("ascii"), given, body, read=_whole, expected=ANY_STATUS, is_probe=True
+            )
+        except DependencyFailed as failed:
+            raise self._explained(failed) from None
 
     async def post_json(self, target: str, value: object, **headers: str) -> Answer:
         """:raises NoAnswer:"""
         content_type = {"Content-Type": "application/json"}
         return await self.ask("POST", target, json.dumps(value).encode(), content_type | headers)
 
-    async def _exchange(self, method: str, target: str, body: bytes | None, headers: dict[str, str]) -> Answer:
-        given = Headers({name: [value] for name, value in headers.items()})
-        producer = None if body is None else BytesBody(body)
-        asked_at = self._now()
-        response = await self._agent.request(method.encode(), target.encode("ascii"), given, producer)
-        dated = (response.headers.getRawHeaders(b"date") or [b""])[0]
-        self._read_clock(dated, asked_at)
-        return Answer(response.code, response.headers, await collected(response, LONGEST_ANSWER))
-
-    def _read_clock(self, dated: bytes, asked_at: float) -> None:
-        """``Date`` has whole seconds, and was written between the question and now."""
-        try:
-            theirs = float(stringToDatetime(dated))
-        except (ValueError, IndexError, KeyError, TypeError):
-            return
-        earliest, latest = theirs - self._now(), theirs + 1 - asked_at
-        self.skew = 0.0 if earliest <= 0 <= latest else min(earliest, latest, key=abs)
-
-    def _explained(self, error: Exception) -> NoAnswer:
-        parts = urlsplit(self.base)
-        host = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+    def _explained(self, failed: DependencyFailed) -> NoAnswer:
+        parts, error = urlsplit(self.base), failed.error
         secure = parts.scheme == "https"
-        if isinstance(error, TimeoutError):
-            doing = f"see what {self.setting} ({self.base}) is doing"
-            return NoAnswer(
-                f"no answer within {self._patience:g} s", f"{doing}; it may not speak TLS" if secure else doing
-            )
+        host = f"{parts.hostname}:{parts.port or (443 if secure else 80)}"
+        address = f"{self.setting} ({self.base})"
+        if failed.reason == "timeout":
+            remedy = f"see what {address} is doing"
+            remedy += "; it may not speak TLS" if secure else ""
+            return NoAnswer(f"no answer within {self.dependency.timeout:g} s", remedy)
         if isinstance(error, DNSLookupError):
             return NoAnswer(f"the name {parts.hostname!r} is not known", f"correct the host name in {self.setting}")
         if isinstance(error, ConnectError):
-            correct = f"start it, or correct the address in {self.setting} ({self.base})"
+            remedy = f"start it, or correct the address in {address}"
             if error.osError == errno.ECONNREFUSED:
-                return NoAnswer(f"nothing listens on {host}", correct)
+                return NoAnswer(f"nothing listens on {host}", remedy)
             why = f" ({os.strerror(error.osError)})" if error.osError else ""
-            return NoAnswer(f"cannot connect to {host}{why}", correct)
+            return NoAnswer(f"cannot connect to {host}{why}", remedy)
         if isinstance(error, BodyTooLarge):
-            return NoAnswer("the answer does not end", f"see what {self.setting} ({self.base}) points to")
+            return NoAnswer("the answer does not end", f"see what {address} points to")
         if isinstance(error, ResponseFailed):
-            why = "; ".join(
-                sorted({reason.getErrorMessage() or type(reason.value).__name__ for reason in error.reasons})
-            )
+            reasons = {reason.getErrorMessage() or type(reason.value).__name__ for reason in error.reasons}
             other = "it may not speak TLS, or its certificate is not trusted" if secure else "it may want https"
-            return NoAnswer(f"no HTTP answer ({why})", f"{other}: correct {self.setting} ({self.base})")
-        return NoAnswer(
-            f"no usable answer ({type(error).__name__})", f"see what {self.setting} ({self.base}) points to"
-        )
+            return NoAnswer(f"no HTTP answer ({'; '.join(sorted(reasons))})", f"{other}: correct {address}")
+        return NoAnswer(f"no usable answer ({type(error).__name__})", f"see what {address} points to")
+
+
+def _whole(answer: Answer) -> Answer:
+    return answer
 
 
 def json_of(answer: Answer) -> dict[str, Any]:
-    """The JSON object of an answer; empty when there is none."""
+    """The JSON object of an answer; empty if there is none."""
     try:
         value = json.loads(answer.body)
     except (ValueError, RecursionError):

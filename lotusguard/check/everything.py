@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check``: would this configuration enforce anything? Asks everybody, in bounded time. Under the roof."""
+"""``lotusguard check``: would this configuration enforce anything? Asks all services, in bounded time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 
-from lotusguard.check.asking import Dependency
+from lotusguard.check.asking import Asking, Service
+from lotusguard.check.exposure import ExposureCheck
 from lotusguard.check.homeserver import HomeserverCheck, Us
 from lotusguard.check.host import GuardCheck, check_state_directory
 from lotusguard.check.livekit import LiveKitCheck
@@ -20,10 +21,21 @@ from lotusguard.clients.waiting import gather
 from lotusguard.config import Settings, suspicions
 
 PATIENCE, LONGEST = 5.0, 15.0
-"""Seconds for one answer, and for everything."""
+"""Seconds for one answer, and for the whole check."""
 SKEW_SEEN, SKEW_HARMFUL = 5.0, 60.0
-"""Seconds by which clocks may differ before it is told; and before LiveKit refuses tokens."""
-ORDER = ["settings", "ports", "state directory", "synapse", "livekit", "lk-jwt-service", "clocks", "guard", "webhooks"]
+"""Seconds by which clocks may differ until we warn, and until LiveKit refuses tokens."""
+ORDER = [
+    "settings",
+    "ports",
+    "state directory",
+    "synapse",
+    "livekit",
+    "lk-jwt-service",
+    "clocks",
+    "guard",
+    "webhooks",
+    "exposure",
+]
 
 
 async def check(
@@ -34,19 +46,16 @@ async def check(
     longest: float = LONGEST,
     now: Callable[[], float] = time.time,
 ) -> Report:
-    """Ask everybody and report. :param now: our clock, in seconds since the epoch."""
+    """Ask all services and report. :param now: our clock, in seconds since the epoch."""
     report = Report(order=ORDER)
     pool = connection_pool(reactor)
 
-    def dependency(setting: str, base: str) -> Dependency:
-        return Dependency(setting, base, reactor, pool, patience, now)
-
-    asking = Check(settings, reactor, report, dependency, patience, now)
+    checking = Check(settings, report, Asking(reactor, pool, patience, now))
     try:
-        await Deferred.fromCoroutine(asking.run()).addTimeout(longest, reactor)
+        await Deferred.fromCoroutine(checking.run()).addTimeout(longest, reactor)
     except TimeoutError:
         Findings(report, "settings").wrong(
-            "time", f"not done after {longest:g} s; what is not listed was not looked at", "see who answers so slowly"
+            "time", f"not done after {longest:g} s; what is not listed was not checked", "see which service is so slow"
         )
     finally:
         await pool.closeCachedConnections()
@@ -54,43 +63,33 @@ async def check(
 
 
 class Check:
-    """One check. What depends on nothing is asked at once; then the trial; then what came of it.
+    """One check. What depends on nothing is asked at once; then the trial; then what needs its result."""
 
-    :param dependency: makes somebody to ask, of the setting's name and the address.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        reactor: Any,
-        report: Report,
-        dependency: Callable[[str, str], Dependency],
-        patience: float,
-        now: Callable[[], float],
-    ) -> None:
+    def __init__(self, settings: Settings, report: Report, asking: Asking) -> None:
         self._settings = settings
         self._report = report
-        self._dependencies = [
-            dependency("SYNAPSE_API", settings.synapse_api),
-            dependency("LIVEKIT_API", settings.livekit_api),
-            dependency("GUARD_UPSTREAM", settings.guard_upstream),
+        self._services: list[Service] = [
+            asking.service("SYNAPSE_API", settings.synapse_api),
+            asking.service("LIVEKIT_API", settings.livekit_api),
+            asking.service("GUARD_UPSTREAM", settings.guard_upstream),
         ]
-        synapse, livekit, upstream = self._dependencies
+        synapse, livekit, upstream = self._services
         self._homeserver = HomeserverCheck(settings, synapse, self._about("synapse"))
-        self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), now)
-        self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), reactor)
-        public = dependency("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
+        self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), asking.now)
+        self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), asking.reactor)
+        public = asking.service("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
         operators = (
-            dependency("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
+            asking.service("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
             if settings.guard_admin_port
             else None
         )
-        self._guard = GuardCheck(settings, public, operators, reactor, patience=patience)
+        self._guard = GuardCheck(settings, public, operators, asking.reactor, patience=asking.timeout)
+        self._exposure = ExposureCheck(asking, self._about("exposure"))
         self._us: Us | None = None
         self._is_upstream = self._runs = self._just_now = False
 
     async def run(self) -> None:
-        """Ask everybody."""
+        """Ask all services."""
         self._look_at_settings()
         await gather(
             (
@@ -104,6 +103,8 @@ class Check:
         await self._part("lk-jwt-service", self._try_a_token())
         self._compare_clocks()
         await self._part("webhooks", self._guard.check_webhooks(self._about("webhooks"), self._runs, self._just_now))
+        if self._is_upstream:
+            await self._part("exposure", self._look_at_exposure())
         if self._runs:
             await self._part("guard", self._guard.check_running(self._about("guard")))
 
@@ -111,7 +112,7 @@ class Check:
         return Findings(self._report, what)
 
     async def _part(self, about: str, work: Awaitable[None] | Coroutine[Any, Any, Any]) -> None:
-        """What surprises us in one part does not keep the others from being looked at."""
+        """An unexpected exception in one part does not keep the others from being checked."""
         try:
             await work
         except CancelledError:
@@ -119,7 +120,7 @@ class Check:
         except Exception as error:
             self._about(about).wrong(
                 "understood",
-                f"an answer that nobody expects ({type(error).__name__})",
+                f"an unexpected answer ({type(error).__name__})",
                 "see what the address points to",
             )
 
@@ -128,11 +129,13 @@ class Check:
         for suspicion in suspicions(settings):
             say.warning("suspicious", suspicion, "correct it")
         if settings.guard_dry_run:
-            say.warning("GUARD_DRY_RUN", "is on: all is decided and logged, nothing is enforced", "GUARD_DRY_RUN=off")
+            say.warning(
+                "GUARD_DRY_RUN", "is on: everything is decided and logged, nothing is enforced", "GUARD_DRY_RUN=off"
+            )
         if not settings.guard_admin_token.get_secret_value() and settings.guard_admin_port is not None:
             say.warning(
                 "GUARD_ADMIN_TOKEN",
-                "is not set: /rooms answers nobody, and Synapse cannot tell of changed policies",
+                "is not set: /rooms answers nobody, and Synapse cannot report changed policies",
                 "set it (openssl rand -hex 32), and give it to the Synapse module",
             )
 
@@ -153,14 +156,20 @@ class Check:
             return
         if self._us is None or self._us.openid is None:
             self._about("lk-jwt-service").unknown(
-                "its tokens", "it was not asked for one: that takes an OpenID token from Synapse"
+                "its tokens", "not requested: that takes an OpenID token from Synapse"
             )
             return
         self._just_now = await self._upstream.trial(self._us, self._livekit)
 
+    async def _look_at_exposure(self) -> None:
+        upstream = self._services[2]
+        await self._exposure.check_upstream(upstream, await self._upstream.is_here())
+        if self._upstream.livekit_url is not None:
+            await self._exposure.check_livekit(self._upstream.livekit_url)
+
     def _compare_clocks(self) -> None:
         say = self._about("clocks")
-        for who in self._dependencies:
+        for who in self._services:
             if who.skew is None:
                 continue
             ahead = f"{abs(who.skew):.0f} s {'ahead of' if who.skew > 0 else 'behind'} ours"
@@ -169,10 +178,10 @@ class Check:
             elif abs(who.skew) > SKEW_SEEN:
                 say.warning(who.setting, ahead, "run NTP on both machines")
             else:
-                say.fine(who.setting, "as ours, to the second that is told")
+                say.fine(who.setting, "no difference, to the second")
 
 
 def _address(host: str, port: int | None) -> str:
-    """Where to reach what listens there."""
+    """The URL of a listener of ours."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check`` asks Synapse: is it there, is our token an admin's, does it tell policies? Under the roof."""
+"""``lotusguard check`` asks Synapse: does it answer, is our token an admin's, can policies be read?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from attrs import frozen
 
-from lotusguard.check.asking import Dependency, NoAnswer, errcode_of, json_of
+from lotusguard.check.asking import NoAnswer, Service, errcode_of, json_of
 from lotusguard.check.report import Findings
 from lotusguard.config import Settings
 from lotusguard.rules.identity import server_of
@@ -21,23 +21,23 @@ MAIN_PROCESS = (
 
 @frozen
 class Us:
-    """Whom our access token belongs to, and an OpenID token of theirs if Synapse gave one."""
+    """The user of our access token, and an OpenID token of theirs if Synapse issued one."""
 
     user: str
     openid: dict[str, Any] | None
 
 
 class HomeserverCheck:
-    """Asks Synapse. :param findings: takes what was found."""
+    """Asks Synapse. :param findings: where findings are added."""
 
-    def __init__(self, settings: Settings, synapse: Dependency, findings: Findings) -> None:
+    def __init__(self, settings: Settings, synapse: Service, findings: Findings) -> None:
         self._settings = settings
         self._synapse = synapse
         self._say = findings
         self._headers = {"Authorization": f"Bearer {settings.matrix_token.get_secret_value()}"}
 
     async def run(self) -> Us | None:
-        """:return: who we are, when that is known. Trouble is told, not raised."""
+        """:return: the user of our token, if known. Problems become findings, not exceptions."""
         say = self._say
         try:
             if not await self._is_there():
@@ -75,10 +75,10 @@ class HomeserverCheck:
         version = json_of(answer).get("server_version")
         if answer.code == 404 or (answer.code == 200 and not version):
             self._say.wrong(
-                "reachable", f"{base} is a homeserver, but its admin API is not there ({answer.code})", MAIN_PROCESS
+                "reachable", f"{base} is a homeserver, but its admin API does not answer ({answer.code})", MAIN_PROCESS
             )
             return False
-        self._say.fine("reachable", f"{base}, Synapse {version}" if version else f"{base}, version not told")
+        self._say.fine("reachable", f"{base}, Synapse {version}" if version else f"{base}, version unknown")
         return True
 
     async def _whose_token(self) -> str | None:
@@ -87,9 +87,9 @@ class HomeserverCheck:
         if answer.code == 200 and isinstance(user, str) and user.startswith("@"):
             return user
         if answer.code in (401, 403):
-            self._say.wrong("access token", f"Synapse does not take MATRIX_TOKEN ({errcode_of(answer)})", NEW_TOKEN)
+            self._say.wrong("access token", f"Synapse does not accept MATRIX_TOKEN ({errcode_of(answer)})", NEW_TOKEN)
         else:
-            self._say.wrong("access token", f"Synapse does not tell whose it is ({errcode_of(answer)})", MAIN_PROCESS)
+            self._say.wrong("access token", f"Synapse does not say whose it is ({errcode_of(answer)})", MAIN_PROCESS)
         return None
 
     def _server_name(self, user: str) -> None:
@@ -104,12 +104,12 @@ class HomeserverCheck:
             self._say.fine("server name", theirs if ours else f"{theirs} (asked of Synapse)")
 
     async def _room_for_admins(self, user: str) -> str | None:
-        """Some room's ID, ``""`` when there is none; ``None`` when we are not told, for we are no admin."""
+        """The ID of some room; ``""`` if there is none, None if we may not list rooms."""
         answer = await self._synapse.ask("GET", "/_synapse/admin/v1/rooms?limit=1", headers=self._headers)
         if answer.code == 403:
             self._say.wrong(
                 "access token",
-                f"MATRIX_TOKEN is {user}'s, who is no server admin: no room's policy can be read",
+                f"MATRIX_TOKEN is {user}'s, who is not a server admin: no room's policy can be read",
                 f"make {user} an admin (PUT /_synapse/admin/v1/users/{user}/admin), or {NEW_TOKEN}",
             )
             return None
@@ -122,30 +122,30 @@ class HomeserverCheck:
 
     async def _type_filter(self, room_id: str) -> None:
         if not room_id:
-            self._say.unknown("state by type", "Synapse has no room to try it with")
+            self._say.unknown("state by type", "Synapse has no room to try this with")
             return
         target = f"/_synapse/admin/v1/rooms/{quote(room_id, safe='')}/state?type=m.room.create"
         answer = await self._synapse.ask("GET", target, headers=self._headers)
         events = json_of(answer).get("state")
         if answer.code != 200 or not isinstance(events, list):
-            self._say.unknown("state by type", f"the state of {room_id} is not told ({errcode_of(answer)})")
+            self._say.unknown("state by type", f"the state of {room_id} could not be read ({errcode_of(answer)})")
         elif any(event.get("type") != "m.room.create" for event in events):
             self._say.warning(
                 "state by type",
-                "this release answers a room's whole state whatever type is asked for: right, but slow in large rooms",
+                "this release ignores the requested type and returns the whole state: correct, but slow in large rooms",
                 "upgrade Synapse when you can",
             )
         else:
-            self._say.fine("state by type", "only what is asked for is sent")
+            self._say.fine("state by type", "only the requested type is sent")
 
     async def _openid(self, user: str) -> dict[str, Any] | None:
-        """An OpenID token of our own; and whether it can be verified where the guard does that."""
+        """An OpenID token of our own; also checks whether the guard can verify it."""
         target = f"/_matrix/client/v3/user/{quote(user, safe='')}/openid/request_token"
         answer = await self._synapse.post_json(target, {}, **self._headers)
         openid = json_of(answer)
         token = openid.get("access_token")
         if answer.code != 200 or not isinstance(token, str):
-            self._say.unknown("OpenID", f"Synapse gives {user} no OpenID token ({errcode_of(answer)})")
+            self._say.unknown("OpenID", f"Synapse issues no OpenID token to {user} ({errcode_of(answer)})")
             return None
         target = f"/_matrix/federation/v1/openid/userinfo?access_token={quote(token, safe='')}"
         answer = await self._synapse.ask("GET", target)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check`` looks around at home: state directory, ports, and the guard if it runs. Under the roof."""
+"""``lotusguard check`` looks at this machine: the state directory, the ports, and the guard if it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
 from lotusguard import __version__
-from lotusguard.check.asking import Dependency, NoAnswer, json_of
+from lotusguard.check.asking import NoAnswer, Service, json_of
 from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
@@ -23,20 +23,20 @@ from lotusguard.config import Settings
 LEAST_SPACE, SOME_SPACE = 1024 * 1024, 64 * 1024 * 1024
 NOTHING = Answer(0, Headers(), b"")
 WEBHOOKS_TAKE = 3.0
-"""Seconds within which LiveKit tells of a room that was made and deleted."""
+"""Seconds within which LiveKit sends webhooks about a room that was created and deleted."""
 WIRING = (
     "livekit.yaml: webhook: {api_key: <LIVEKIT_KEY>, urls: [http://<guard>:8070/sfu_webhook]}; "
-    "until then only reconciling takes what is forbidden, seconds later"
+    "until then only reconciling revokes what is forbidden, seconds later"
 )
 
 
 def check_state_directory(settings: Settings, say: Findings) -> None:
-    """Whether what must survive a restart can be kept. Leaves no trace in the directory."""
+    """Whether state can survive a restart. Leaves no file in the directory."""
     directory = settings.state_dir
     if directory is None:
         say.warning(
             "kept",
-            "in memory only: after a restart it is not known who is in which room until they join again",
+            "in memory only: after a restart, participants are unknown until they ask for a token again",
             "set GUARD_STATE_DIR, or StateDirectory= in the unit (then ask with systemd-run, or set it here, too)",
         )
         return
@@ -45,7 +45,7 @@ def check_state_directory(settings: Settings, say: Findings) -> None:
         existing = existing.parent
     owner = "make it a directory that the service's user may write to (chown, chmod 700)"
     if not existing.is_dir():
-        say.wrong("writable", f"{existing} is no directory", "correct GUARD_STATE_DIR")
+        say.wrong("writable", f"{existing} is not a directory", "correct GUARD_STATE_DIR")
         return
     try:
         with tempfile.TemporaryFile(dir=existing) as trying:
@@ -53,7 +53,7 @@ def check_state_directory(settings: Settings, say: Findings) -> None:
     except OSError as error:
         say.wrong("writable", f"{existing} cannot be written to ({error.strerror})", owner)
         return
-    say.fine("writable", f"{directory}" + ("" if existing == directory else ", made at the first start"))
+    say.fine("writable", f"{directory}" + ("" if existing == directory else ", created at the first start"))
     free = shutil.disk_usage(existing).free
     if free < SOME_SPACE:
         told = say.wrong if free < LEAST_SPACE else say.warning
@@ -69,7 +69,7 @@ def _check_permissions(directory: Path, say: Findings) -> None:
     if mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IXOTH):
         say.warning(
             "private",
-            f"{directory} is open to everybody ({mode:o}): it tells who called whom",
+            f"{directory} is readable by everybody ({mode:o}): it shows who called whom",
             f"chmod 700 {directory}",
         )
     else:
@@ -79,12 +79,12 @@ def _check_permissions(directory: Path, say: Findings) -> None:
 class GuardCheck:
     """Asks the guard that may be running with these settings.
 
-    :param operators: its operators' door; ``None`` when there is none.
-    :param public: its public door.
+    :param operators: its operators' listener; None if there is none.
+    :param public: its public listener.
     """
 
     def __init__(
-        self, settings: Settings, public: Dependency, operators: Dependency | None, reactor: Any, *, patience: float
+        self, settings: Settings, public: Service, operators: Service | None, reactor: Any, *, patience: float
     ) -> None:
         self._settings = settings
         self._public = public
@@ -93,7 +93,7 @@ class GuardCheck:
         self._patience = min(WEBHOOKS_TAKE, patience)
 
     async def check_ports(self, say: Findings) -> bool:
-        """Whether we can listen where we shall, or do so already. :return: whether a guard runs there."""
+        """Whether a guard can listen on its ports, or does so already. :return: whether a guard runs there."""
         settings = self._settings
         if settings.guard_bind_port and settings.guard_bind_port == settings.guard_admin_port:
             say.wrong(
@@ -129,8 +129,8 @@ class GuardCheck:
             )
 
     async def _holder(self) -> tuple[str, bool]:
-        """Who holds the public port, and whether that is a guard: a guard alone refuses a body with two rooms in it
-        as unreadable before anything else; lk-jwt-service takes the last and misses the rest."""
+        """What listens on the public port, and whether that is a guard. Only a guard refuses a body with two rooms as
+        unreadable; lk-jwt-service takes the last room and misses other fields."""
         headers = {"Content-Type": "application/json"}
         answer = await self._tried(self._public, "POST", "/sfu/get", b'{"room": "!a", "room": "!b"}', headers)
         errcode = json_of(answer).get("errcode")
@@ -141,7 +141,7 @@ class GuardCheck:
         return "is taken by another program", False
 
     async def check_running(self, say: Findings) -> None:
-        """What the running guard says of itself."""
+        """What the running guard reports about itself."""
         assert self._operators is not None
         version = json_of(await self._tried(self._operators, "GET", "/healthz")).get("version")
         if version == __version__:
@@ -150,7 +150,7 @@ class GuardCheck:
             say.warning("version", f"{version} runs, this is {__version__}", "restart the service")
         report = json_of(await self._tried(self._operators, "GET", "/readyz"))
         if report.get("ready"):
-            say.fine("enforcing", "the cap, the sources, and during calls")
+            say.fine("enforcing", "the limit, the sources, and during calls")
         else:
             reasons = "; ".join(map(str, report.get("reasons", []))) or "it does not say why"
             say.wrong("enforcing", f"not everything: {reasons}", "see the findings above, and the service's log")
@@ -158,12 +158,12 @@ class GuardCheck:
     async def check_webhooks(self, say: Findings, runs: bool, just_now: bool) -> None:
         """Whether LiveKit's webhooks reach the running guard.
 
-        :param just_now: LiveKit has just had something to tell.
+        :param just_now: LiveKit has just had something to report.
         """
         if not runs or self._operators is None:
             say.unknown(
                 "arrive",
-                "no guard is running with these settings, so nobody can say",
+                "no guard is running with these settings",
                 "start it, then look at `webhooks` in its /readyz during a call, or ask again here",
             )
             return
@@ -174,10 +174,10 @@ class GuardCheck:
             await deferLater(self._reactor, 0.2)
             ago = await self._webhook_ago()
         if ago is None:
-            since = "although LiveKit has just had something to tell" if just_now else "since it started"
-            say.warning("arrive", f"the guard has seen no true webhook, {since}", WIRING)
+            since = "although LiveKit has just had something to report" if just_now else "since it started"
+            say.warning("arrive", f"the guard has received no valid webhook, {since}", WIRING)
         elif just_now and ago > WEBHOOKS_TAKE + 2:
-            say.warning("arrive", f"the last came {ago:.0f} s ago, none of what happened just now", WIRING)
+            say.warning("arrive", f"the last came {ago:.0f} s ago, none about the room that was just created", WIRING)
         else:
             say.fine("arrive", f"the last came {ago:.0f} s ago" + (", on the trial's room" if just_now else ""))
 
@@ -187,8 +187,8 @@ class GuardCheck:
         ago = seen.get("last_seen_seconds_ago") if isinstance(seen, dict) else None
         return float(ago) if isinstance(ago, int | float) else None
 
-    async def _tried(self, whom: Dependency, *question: Any) -> Answer:
-        """An answer; one without anything in it when there is none."""
+    async def _tried(self, whom: Service, *question: Any) -> Answer:
+        """The answer, or an empty one."""
         try:
             return await whom.ask(*question)
         except NoAnswer:
@@ -196,7 +196,7 @@ class GuardCheck:
 
 
 def _listening_trouble(host: str, port: int) -> int:
-    """The errno that listening there would bring; 0 for none. Nobody is listened to meanwhile."""
+    """The errno of an attempt to bind there; 0 if it works. Does not listen."""
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -209,4 +209,4 @@ def _listening_trouble(host: str, port: int) -> int:
 
 
 def _words(trouble: int) -> str | None:
-    return f"cannot be listened on ({errno.errorcode.get(trouble, trouble)})" if trouble else None
+    return f"cannot be used ({errno.errorcode.get(trouble, trouble)})" if trouble else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check`` asks LiveKit: is it there, does it take our key, may we do what we have to? Under the roof."""
+"""``lotusguard check`` asks LiveKit: does it answer, does it accept our key, may we list rooms and participants?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from livekit.protocol.room import (
     ListRoomsResponse,
 )
 
-from lotusguard.check.asking import Dependency, NoAnswer
+from lotusguard.check.asking import NoAnswer, Service
 from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
@@ -33,14 +33,14 @@ SAME_KEY = (
 class LiveKitCheck:
     """Asks LiveKit. :param now: seconds since the epoch."""
 
-    def __init__(self, settings: Settings, livekit: Dependency, findings: Findings, now: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, livekit: Service, findings: Findings, now: Callable[[], float]) -> None:
         self._settings = settings
         self._livekit = livekit
         self._say = findings
         self._now = now
 
     async def run(self) -> None:
-        """Trouble is told, not raised."""
+        """Problems become findings, not exceptions."""
         try:
             key = self._key()
             if await self._is_there() and key is not None and await self._takes(key):
@@ -59,12 +59,12 @@ class LiveKitCheck:
                 )
                 if not value
             ]
-            reason = f"{' and '.join(missing)} not set: neither caps nor permissions are enforced"
+            reason = f"{' and '.join(missing)} not set: neither limits nor permissions are enforced"
             self._say.wrong("key", reason, SAME_KEY)
         elif len(key.secret) < SHORTEST_SECRET:
             self._say.warning(
                 "secret",
-                f"{len(key.secret)} characters: who has one token can find it out by trying",
+                f"{len(key.secret)} characters: anybody who has a token can guess it offline",
                 f"use {SHORTEST_SECRET} or more, at LiveKit, lk-jwt-service and here: openssl rand -hex 32",
             )
         return key
@@ -72,7 +72,7 @@ class LiveKitCheck:
     async def _is_there(self) -> bool:
         base = self._settings.livekit_api
         answer = await self._livekit.ask("POST", _target("ListRooms"), b"", _headers(None))
-        # Without a token, RoomService refuses; whatever else answers has no such path.
+        # RoomService refuses a call without a token; other services do not have this path.
         if answer.code == 401:
             self._say.fine("reachable", base)
             return True
@@ -91,7 +91,7 @@ class LiveKitCheck:
         if _read(answer, ListRoomsResponse) is None:
             self._say.wrong("key", f"LiveKit answers {answer.code} to ListRooms", "see LiveKit's log")
             return False
-        self._say.fine("key", f"{key.key}, taken by LiveKit")
+        self._say.fine("key", f"{key.key}, accepted by LiveKit")
         return True
 
     async def _shows_participants(self, key: SfuKey) -> None:
@@ -101,13 +101,13 @@ class LiveKitCheck:
             self._say.wrong(
                 "grants",
                 f"LiveKit answers {answer.code} to ListParticipants",
-                "see LiveKit's log: who is in cannot be counted",
+                "see LiveKit's log: participants cannot be counted",
             )
         else:
             self._say.fine("grants", "rooms and participants can be listed")
 
     async def has_room(self, alias: str) -> bool | None:
-        """Whether LiveKit has a room; ``None`` when it does not tell."""
+        """Whether LiveKit has a room; None if it does not answer."""
         key = self._settings.sfu_key
         if key is None:
             return None
@@ -115,7 +115,7 @@ class LiveKitCheck:
         return None if listed is None else bool(listed.rooms)
 
     async def delete_room(self, alias: str) -> bool:
-        """Delete the room that the trial made. :return: whether it is gone."""
+        """Delete the room that the trial created. :return: whether it is gone."""
         key = self._settings.sfu_key
         assert key is not None
         now = int(self._now())
@@ -149,12 +149,12 @@ def _read(answer: Answer, kind: type[M]) -> M | None:
 
 
 def _refusal(answer: Answer, key: SfuKey) -> tuple[str, str]:
-    """Reason and remedy of a 401. LiveKit's own text is not told: it may hold the token."""
+    """Reason and remedy of a 401. LiveKit's own text is not repeated: it may contain the token."""
     text = answer.body.decode("utf-8", "replace").lower()
     if "api key" in text:
         return f"LiveKit does not know the API key {key.key!r}", SAME_KEY
     if "expired" in text or "not valid yet" in text or "(nbf)" in text or "(exp)" in text:
-        return "LiveKit takes our tokens for expired or not valid yet: its clock and ours differ", "run NTP on both"
+        return "LiveKit considers our tokens expired or not valid yet: its clock and ours differ", "run NTP on both"
     if "permissions denied" in text:
         return f"the API key {key.key!r} may not list rooms", "see LiveKit's log"
     return f"LiveKit knows the API key {key.key!r}, but LIVEKIT_SECRET is not its secret", SAME_KEY

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``lotusguard check`` found out: findings with a reason and a remedy each, as a table or JSON. Under the roof."""
+"""The findings of ``lotusguard check``, each with a reason and a remedy, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MARKS = {"fine": ("✓", "green"), "warning": ("!", "yellow"), "wrong": ("✗",
 class Finding:
     """One question and its answer.
 
-    :ivar about: whom or what it is about: synapse, livekit, upstream …
-    :ivar remedy: what to do about it; nothing where there is nothing to do.
+    :ivar about: what it is about: synapse, livekit, upstream …
+    :ivar remedy: what to do about it; empty if there is nothing to do.
     """
 
     about: str
@@ -31,15 +31,15 @@ class Finding:
 
 @define
 class Report:
-    """All findings, in the order in which they came."""
+    """All findings, in the order in which they were added."""
 
     findings: list[Finding] = Factory(list)
     order: list[str] = Factory(list)
-    """In which order they are told, by what they are about."""
+    """The order in which they are written, by what they are about."""
 
     @property
     def fine(self) -> bool:
-        """Whether nothing is wrong; warnings are not wrong."""
+        """Whether nothing is wrong; warnings do not count."""
         return not any(finding.state == "wrong" for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Report:
 
 
 class Findings:
-    """Takes down what is found out about one thing.
+    """Adds findings about one thing to a report.
 
     :param about: the thing, as in `Finding.about`.
     """
@@ -99,7 +99,7 @@ class Findings:
         self._add(asked, "wrong", reason, remedy)
 
     def unknown(self, asked: str, reason: str, remedy: str = "") -> None:
-        """It cannot be told."""
+        """It could not be determined."""
         self._add(asked, "unknown", reason, remedy)
 
     def _add(self, asked: str, state: State, reason: str, remedy: str = "") -> None:
@@ -107,5 +107,5 @@ class Findings:
 
 
 def _plain(text: str) -> str:
-    """What a dependency said must not move the terminal's cursor, nor look like lines of ours."""
+    """Text of a service must not move the terminal's cursor or look like lines of ours."""
     return "".join(character if character.isprintable() else "?" for character in text)

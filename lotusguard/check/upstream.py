@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check`` asks lk-jwt-service: is it there, is it what it should be, and do its tokens carry our key and
-secret? For the last it is asked for one, of a made-up room. Under the roof.
+"""``lotusguard check`` asks lk-jwt-service: does it answer, and do our key and secret verify its tokens? For that it is
+asked for a token of an invented room.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from twisted.internet.threads import deferToThreadPool
 
-from lotusguard.check.asking import Dependency, NoAnswer, errcode_of, json_of
+from lotusguard.check.asking import NoAnswer, Service, errcode_of, json_of
 from lotusguard.check.homeserver import Us
 from lotusguard.check.livekit import SAME_KEY, LiveKitCheck
 from lotusguard.check.report import Findings
@@ -26,16 +26,18 @@ ADDRESS = "correct GUARD_UPSTREAM: lk-jwt-service's own address, usually http://
 
 
 class UpstreamCheck:
-    """Asks lk-jwt-service."""
+    """Asks lk-jwt-service, after making sure that the address is not our own."""
 
-    def __init__(self, settings: Settings, upstream: Dependency, findings: Findings, reactor: Any) -> None:
+    def __init__(self, settings: Settings, upstream: Service, findings: Findings, reactor: Any) -> None:
         self._settings = settings
         self._upstream = upstream
         self._say = findings
         self._reactor = reactor
+        self.livekit_url: str | None = None
+        """LiveKit's address as clients are told it; known after the trial."""
 
     async def run(self) -> bool:
-        """:return: whether it is lk-jwt-service. Trouble is told, not raised."""
+        """:return: whether it is lk-jwt-service. Problems become findings, not exceptions."""
         try:
             if await self._is_ourselves():
                 return False
@@ -45,7 +47,7 @@ class UpstreamCheck:
             return False
 
     async def _is_ourselves(self) -> bool:
-        """Told before it is asked anything: a guard before itself would hand our question on for ever."""
+        """Checked before anything is asked: a guard in front of itself would forward our request for ever."""
         settings = self._settings
         parts = urlsplit(settings.guard_upstream)
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -58,6 +60,10 @@ class UpstreamCheck:
             "let lk-jwt-service listen on another port (LIVEKIT_JWT_BIND=:8071) and name that in GUARD_UPSTREAM",
         )
         return True
+
+    async def is_here(self) -> bool:
+        """Whether lk-jwt-service runs on this machine."""
+        return await self._is_here(urlsplit(self._settings.guard_upstream).hostname or "")
 
     async def _is_here(self, host: str) -> bool:
         """Whether a host is this machine."""
@@ -106,9 +112,9 @@ class UpstreamCheck:
     # -- the trial ---------------------------------------------------------------------------------------
 
     async def trial(self, us: Us, livekit: LiveKitCheck) -> bool:
-        """Ask for a token as a client does, and look who signed it.
+        """Ask for a token as a client does, and see who signed it.
 
-        :return: whether LiveKit made and deleted a room for it, and so has something to tell by webhook.
+        :return: whether LiveKit created and deleted a room for it, and so has webhooks to send.
         """
         room_id = f"!lotusguard-check-{uuid4().hex}:{server_of(us.user)}"
         try:
@@ -121,6 +127,8 @@ class UpstreamCheck:
         if answer.code != 200 or not isinstance(token, str):
             self._say.wrong("its tokens", *_no_token(answer, us))
             return False
+        url = json_of(answer).get("url")
+        self.livekit_url = url if isinstance(url, str) else None
         claims = self._signed(token)
         issued = issued_to(claims or {})
         if issued is None:
@@ -133,14 +141,14 @@ class UpstreamCheck:
             return False
 
     def _signed(self, token: str) -> dict[str, Any] | None:
-        """The claims, when they can be read at all; says whether our key signed them."""
+        """The claims, if they can be read. Reports whether our key signed them."""
         key: SfuKey | None = self._settings.sfu_key
         claims = read_unverified(token)
         if claims is None:
-            self._say.wrong("its tokens", "what it gives out is no token", ADDRESS)
+            self._say.wrong("its tokens", "what it issues is not a token", ADDRESS)
             return None
         if key is None:
-            self._say.unknown("its tokens", f"issued with the API key {claims.get('iss')!r}; we have none to compare")
+            self._say.unknown("its tokens", f"issued with the API key {claims.get('iss')!r}; we have no key to compare")
             return claims
         try:
             key.read(token)
@@ -151,9 +159,9 @@ class UpstreamCheck:
                 if other != key.key
                 else f"with the API key {key.key!r}, but not with our LIVEKIT_SECRET"
             )
-            self._say.wrong("its tokens", f"it signs them {reason}: nothing can be taken from them", SAME_KEY)
+            self._say.wrong("its tokens", f"it signs them {reason}: permissions cannot be removed from them", SAME_KEY)
         else:
-            self._say.fine("its tokens", "a token it issued for a made-up room carries our key and secret")
+            self._say.fine("its tokens", "a token for an invented room is signed with our key and secret")
         return claims
 
     def _naming(self, room_id: str, alias: str) -> None:
@@ -163,27 +171,29 @@ class UpstreamCheck:
             old = "before 0.4.0" if alias == room_id else "before 0.4.3"
             self._say.warning(
                 "release",
-                f"names rooms as releases {old} do: what they are called after an upgrade is another matter",
+                f"names SFU rooms as releases {old} do: the names change with an upgrade",
                 "upgrade lk-jwt-service while nobody is in a call",
             )
 
     async def _clear_up(self, alias: str, livekit: LiveKitCheck) -> bool:
         made = await livekit.has_room(alias)
         if made is None:
-            self._say.unknown("the trial's room", "LiveKit does not tell us; left alone it closes after five minutes")
+            self._say.unknown(
+                "the trial's room", "LiveKit does not say whether it exists; it closes after five minutes"
+            )
         elif not made:
             self._say.warning(
                 "the trial's room",
-                "is not at LIVEKIT_API: lk-jwt-service uses another LiveKit, or may not make rooms for this homeserver",
+                "is not at LIVEKIT_API: lk-jwt-service uses another LiveKit, or may not create rooms for this server",
                 "compare lk-jwt-service's LIVEKIT_URL with LIVEKIT_API, and see its LIVEKIT_FULL_ACCESS_HOMESERVERS",
             )
         elif await livekit.delete_room(alias):
-            self._say.fine("the trial's room", "was made at LIVEKIT_API, and is deleted again")
+            self._say.fine("the trial's room", "was created at LIVEKIT_API and deleted again")
             return True
         else:
             self._say.warning(
                 "the trial's room",
-                "was made at LIVEKIT_API and could not be deleted",
+                "was created at LIVEKIT_API and could not be deleted",
                 "none: it closes in five minutes",
             )
         return False
@@ -199,7 +209,7 @@ def _no_token(answer: Answer, us: Us) -> tuple[str, str]:
         )
     if answer.code >= 500:
         return (
-            f"it issues none ({errcode_of(answer)}): LiveKit did not let it make a room, or cannot be reached",
+            f"it issues none ({errcode_of(answer)}): LiveKit did not let it create a room, or cannot be reached",
             "see lk-jwt-service's log, and its LIVEKIT_URL, LIVEKIT_KEY and LIVEKIT_SECRET",
         )
     return f"it issues none to {us.user} ({errcode_of(answer)})", "see lk-jwt-service's log"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What we ask of others: one file a dependency, plus the HTTP plumbing they share."""
+"""Clients for the services we depend on, and the calling code they share."""

@@ -167,7 +167,8 @@ class Dependency:
         self, method: bytes, path: bytes, headers: Headers, body: bytes | None, turn: str, is_probe: bool
     ) -> Answer:
         try:
-            await self._turns.acquire(turn).addTimeout(QUEUE_TIMEOUT, self._clock)
+            acquiring = self._turns.acquire(turn)
+            await (acquiring if acquiring.called else acquiring.addTimeout(QUEUE_TIMEOUT, self._clock))
         except (QueueFull, TimeoutError):
             self._outcomes["queue_full"].inc()
             raise TooManyCalls(self.name) from None
@@ -186,7 +187,7 @@ class Dependency:
                 self._failed("timeout")
             raise
         except Exception as error:
-            raise DependencyFailed(self.name, _reason(error)) from None
+            raise DependencyFailed(self.name, _reason(error), error) from None
         finally:
             self._turns.release()
 

@@ -9,12 +9,14 @@ class DependencyFailed(Exception):
 
     :ivar reason: one of a few words that fit a metric's label: ``timeout``, ``unreachable``, ``truncated``,
         ``too_large``, ``invalid_response``, ``status_500``, ``circuit_open``, ``queue_full``.
+    :ivar error: what was raised while calling; None if the answer came and was not usable.
     """
 
-    def __init__(self, dependency: str, reason: str) -> None:
+    def __init__(self, dependency: str, reason: str, error: Exception | None = None) -> None:
         super().__init__(f"{dependency}: {reason}")
         self.dependency = dependency
         self.reason = reason
+        self.error = error
 
 
 class CircuitOpen(DependencyFailed):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiveKit's RoomService over Twirp. Floor: clients.
+"""LiveKit's RoomService over Twirp.
 
-Protobuf on the wire: a JSON request with a name the SFU does not know is read as *nothing*, and nothing means all.
+Requests are protobuf: in a JSON request, LiveKit drops an unknown enum name without an error, and an empty list of
+sources means all of them.
 """
 
 from __future__ import annotations
@@ -40,22 +41,26 @@ class NoSuchParticipant(Exception):
 
 
 class NodeGone(NoSuchParticipant):
-    """The node that holds the participant does not answer. They may be gone with it, or be back in a moment."""
+    """The node of the participant does not answer. They may be gone with it, or come back in a moment."""
 
 
 _PARTICIPANT_GONE = {"not_found": NoSuchParticipant, "deadline_exceeded": NodeGone, "unavailable": NodeGone}
 _GONE_STATUSES = (404, 408, 503)
-"""Those of Twirp's errors above. A 404 that does not say not_found is a proxy's, or a wrong address, and tells nothing
-of participants."""
+"""The statuses of those Twirp errors. A 404 without ``not_found`` comes from a proxy or a wrong address; it tells
+nothing about a participant."""
 _NO_SUCH_ROOM = {"not_found": NoSuchParticipant}
-"""LiveKit answers an empty list; whoever answers not_found means the same."""
+"""LiveKit answers with an empty list; ``not_found`` means the same."""
 
 
 @define(eq=False)
 class LiveKitClient:
-    """What the guard asks of LiveKit. Every method raises `DependencyFailed` when there is no usable answer.
+    """What the guard asks of LiveKit. Every method raises `DependencyFailed` if there is no usable answer.
 
-    :param key: signs the tokens that RoomService wants.
+    Calls for different rooms take turns. ``turn`` names the Matrix room, so that its slots share one turn; by default
+    it is the alias.
+
+    :param key: signs the tokens that RoomService requires.
+    :param wall: seconds since the epoch, for those tokens.
     """
 
     _dependency: Dependency
@@ -66,57 +71,65 @@ class LiveKitClient:
         self._dependency.probe = self.probe
 
     @property
-    def clock_skew(self) -> float | None:
-        """Seconds by which LiveKit's clock is ahead of ours; ``None`` while unknown."""
-        return self._dependency.skew
-
-    @property
     def available(self) -> bool:
         """Whether its circuit is closed."""
         return not self._dependency.breaker.open
 
+    well = available  # the former name
+
+    @property
+    def refused(self) -> str | None:
+        """``status_401`` or ``status_403`` if it refused our key and has not accepted it since."""
+        return self._dependency.refused
+
+    @property
+    def clock_skew(self) -> float | None:
+        """Seconds by which its clock is ahead of ours; None while unknown."""
+        return self._dependency.skew
+
     async def list_rooms(self, names: Iterable[str] = ()) -> Sequence[Room]:
-        """The rooms there are, or those of them that are named. ``num_participants`` lags by seconds."""
+        """The SFU rooms, or those of them that are named. ``num_participants`` lags by seconds."""
         request = ListRoomsRequest(names=names)
         return (await self._ask("ListRooms", request, ListRoomsResponse)).rooms
 
-    async def list_participants(self, alias: str, turn: str = "") -> Sequence[ParticipantInfo]:
-        """The participants of an SFU room; none if there is no such room.
-
-        :param turn: for whom we ask; see `Dependency.call`.
-        """
+    async def list_participants(self, alias: str, *, turn: str = "") -> Sequence[ParticipantInfo]:
+        """The participants of a room; none if there is no such room."""
         request = ListParticipantsRequest(room=alias)
         try:
-            found = await self._ask_of("ListParticipants", request, ListParticipantsResponse, alias, _NO_SUCH_ROOM, turn)
+            found = await self._ask_of(
+                "ListParticipants", request, ListParticipantsResponse, alias, turn, _NO_SUCH_ROOM
+            )
         except NoSuchParticipant:
             return ()
         return found.participants
 
-    async def get_participant(self, alias: str, identity: str) -> ParticipantInfo:
+    async def get_participant(self, alias: str, identity: str, *, turn: str = "") -> ParticipantInfo:
         """:raises NoSuchParticipant:"""
         request = RoomParticipantIdentity(room=alias, identity=identity)
-        return await self._ask_of("GetParticipant", request, ParticipantInfo, alias)
+        return await self._ask_of("GetParticipant", request, ParticipantInfo, alias, turn)
 
-    async def update_permission(self, alias: str, identity: str, permission: ParticipantPermission) -> ParticipantInfo:
-        """Replace a participant's whole permission. Sources that go are unpublished by the SFU.
+    async def update_permission(
+        self, alias: str, identity: str, permission: ParticipantPermission, *, turn: str = ""
+    ) -> ParticipantInfo:
+        """Replace a participant's whole permission. LiveKit unpublishes tracks of sources that are revoked.
 
-        :return: the participant as it is afterwards. :raises NoSuchParticipant:
+        :return: the participant with the new permission. :raises NoSuchParticipant:
         """
         request = UpdateParticipantRequest(room=alias, identity=identity, permission=permission)
-        return await self._ask_of("UpdateParticipant", request, ParticipantInfo, alias)
+        return await self._ask_of("UpdateParticipant", request, ParticipantInfo, alias, turn)
 
-    async def mute_track(self, alias: str, identity: str, track_sid: str) -> None:
+    async def mute_track(self, alias: str, identity: str, track_sid: str, *, turn: str = "") -> None:
         """Mute a published track. :raises NoSuchParticipant:"""
         request = MuteRoomTrackRequest(room=alias, identity=identity, track_sid=track_sid, muted=True)
-        await self._ask_of("MutePublishedTrack", request, MuteRoomTrackResponse, alias)
+        await self._ask_of("MutePublishedTrack", request, MuteRoomTrackResponse, alias, turn)
 
-    async def remove_participant(self, alias: str, identity: str) -> None:
-        """Disconnect a participant. Their token stays valid. :raises NoSuchParticipant:"""
+    async def remove_participant(self, alias: str, identity: str, *, turn: str = "") -> None:
+        """Disconnect a participant. Their token remains valid. :raises NoSuchParticipant:"""
         request = RoomParticipantIdentity(room=alias, identity=identity)
-        await self._ask_of("RemoveParticipant", request, RemoveParticipantResponse, alias)
+        await self._ask_of("RemoveParticipant", request, RemoveParticipantResponse, alias, turn)
 
     async def probe(self) -> None:
-        """The cheapest question that shows whether it answers and takes our key."""
+        """The cheapest call that shows whether it answers and accepts our key."""
         path, headers = self._request("ListRooms", None)
         body = ListRoomsRequest(names=["-"]).SerializeToString()
         await self._dependency.call(
@@ -133,7 +146,7 @@ class LiveKitClient:
     async def _ask(self, method: str, request: Message, response: type[M], alias: str | None = None) -> M:
         path, headers = self._request(method, alias)
         return await self._dependency.call(
-            b"POST", path, headers, request.SerializeToString(), read=partial(_message, kind=response)
+            b"POST", path, headers, request.SerializeToString(), read=partial(_message, kind=response), turn=method
         )
 
     async def _ask_of(
@@ -142,10 +155,10 @@ class LiveKitClient:
         request: Message,
         response: type[M],
         alias: str,
-        gone: Mapping[str, type[NoSuchParticipant]] = MappingProxyType(_PARTICIPANT_GONE),
         turn: str = "",
+        gone: Mapping[str, type[NoSuchParticipant]] = MappingProxyType(_PARTICIPANT_GONE),
     ) -> M:
-        """Ask something of one participant, whose node may be gone: that is no illness of the SFU."""
+        """Make a call about one participant or room. That its node is gone is not a failure of LiveKit."""
         path, headers = self._request(method, alias)
 
         def read(answer: Answer) -> M | type[NoSuchParticipant]:
@@ -154,7 +167,9 @@ class LiveKitClient:
             return _message(answer, response)
 
         body = request.SerializeToString()
-        found = await self._dependency.call(b"POST", path, headers, body, read=read, expected=_GONE_STATUSES, turn=turn or alias)
+        found = await self._dependency.call(
+            b"POST", path, headers, body, read=read, expected=_GONE_STATUSES, turn=turn or alias
+        )
         if isinstance(found, type):
             raise found
         return found
@@ -165,8 +180,8 @@ def _message(answer: Answer, kind: type[M]) -> M:
         raise ValueError(answer.code)
     content_type = (answer.headers.getRawHeaders(b"content-type") or [b""])[0].lower()
     if b"json" in content_type or b"text" in content_type:
-        raise ValueError("no protobuf")
+        raise ValueError("not protobuf")
     message = kind.FromString(answer.body)
     if answer.body and not message.ListFields():
-        raise ValueError("nothing in it is what was asked for")
+        raise ValueError("not the expected message")
     return message

@@ -35,7 +35,7 @@ def test_nothing_is_wrong_and_no_room_is_left(stack: Stack) -> None:
     assert {name: one for name, one in findings.items() if one["state"] != "fine"} == {}
     assert status == 0
     assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("carries our key and secret")
-    assert findings["lk-jwt-service", "the trial's room"]["reason"] == "was made at LIVEKIT_API, and is deleted again"
+    assert findings["lk-jwt-service", "the trial's room"]["reason"] == "was created at LIVEKIT_API and deleted again"
     assert findings["webhooks", "arrive"]["reason"].endswith("on the trial's room")
     assert findings["synapse", "state by type"]["reason"] == "only what is asked for is sent"
     assert stack.sfu_call("ListRooms", {}).content["rooms"] == before
@@ -62,7 +62,7 @@ def test_wrong_credentials(stack: Stack, settings: dict[str, str], finding: tupl
 def test_a_token_of_somebody_who_is_no_admin(stack: Stack) -> None:
     status, findings = checked(stack, MATRIX_TOKEN=stack.tokens[stack.moderator])
     assert status == 1
-    assert "who is no server admin" in findings["synapse", "access token"]["reason"]
+    assert "who is not a server admin" in findings["synapse", "access token"]["reason"]
 
 
 @pytest.mark.parametrize(
