@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Protocol
 
 from attrs import define, evolve, field, frozen
@@ -21,6 +22,8 @@ ALIASES_KEPT, ALIAS_BYTES = 50_000, 64 << 20
 IDENTITIES_KEPT, IDENTITY_BYTES = 200_000, 256 << 20
 """Limits of the caches. Names have at most 255 bytes. With those of the usual length an alias takes 0.8 kB and an
 identity 1 kB, so the number of entries is the limit; only unusually long names reach the limit in bytes first."""
+IDENTITIES_LOADED = 50_000
+"""The latest identities that are read at the start, so that it takes less than a second however many there are."""
 TAKEN_KEPT = 50_000
 REFRESHED = 86400.0
 """Seconds after which a known fact is written again, so that the state store does not delete it as unused."""
@@ -165,7 +168,7 @@ class MemoryTokenRegistry:
         now = self._clock.seconds()
         for alias, room_id, slot_id in self._store.aliases(ALIASES_KEPT):
             self._place(alias, Slot(room_id, slot_id))
-        for row in self._store.identities(IDENTITIES_KEPT):
+        for row in self._store.identities(IDENTITIES_LOADED):
             ceiling = None if row.ceiling is None else sources_of(row.ceiling)
             entry = IdentityEntry(row.user, row.device, ceiling, sources_of(row.withheld))
             self._identities.put((row.alias, row.identity), _Identity(entry, now))
@@ -268,6 +271,7 @@ def mask_of(sources: Collection[Source]) -> int:
     return sum(1 << source for source in sources)
 
 
+@lru_cache(maxsize=64)
 def sources_of(mask: int) -> frozenset[Source]:
     """The sources of a bit mask; bits that no source has are ignored."""
     return frozenset(source for source in Source if mask >> source & 1)
