@@ -73,6 +73,10 @@ def _switch_or_word(value: object) -> object:
     return str(value).strip().lower()
 
 
+def _optional_word(value: object) -> object:
+    return None if value is None or value == "" else _switch_or_word(value)
+
+
 def _none_if_empty(value: Any) -> Any:
     return None if value == "" else value
 
@@ -89,4 +93,4 @@ ServerNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 Word = BeforeValidator(_switch_or_word)
 LogLevel = Annotated[Literal["debug", "info", "warn", "error", "critical"], BeforeValidator(_level)]
 MembersOnly = Annotated[Literal["on", "log", "off"], Word]
-Invites = Annotated[Literal["local", "any", "off"] | None, BeforeValidator(lambda v: _switch_or_word(v) or None)]
+Invites = Annotated[Literal["local", "any", "off"] | None, BeforeValidator(_optional_word)]
