@@ -46,11 +46,14 @@ class Metrics:
         )
         self.dependency_calls = counter(
             "dependency_calls",
-            "Calls to dependencies by outcome (ok, refused, failed, circuit_open)",
+            "Calls to dependencies by outcome (ok, refused, failed, circuit_open, queue_full)",
             "dependency",
             "outcome",
         )
         self.dependency_seconds = histogram("dependency_call_seconds", "Time of calls to dependencies", "dependency")
+        self.clock_skew = gauge(
+            "clock_skew_seconds", "Seconds by which a dependency's clock is ahead of ours", "dependency"
+        )
         self.circuit_open = gauge("circuit_open", "1 while a dependency is not waited for", "dependency")
         self.in_flight = gauge("requests_in_flight", "Requests that are being answered")
         self.requests = counter("requests", "Requests at the public door by kind (token, relay)", "kind")
@@ -80,5 +83,16 @@ class Metrics:
         self.secret_mismatches = counter("secret_mismatches", "Issued tokens that our secret did not sign")
         self.malformed_policies = counter("malformed_policies", "Policy events whose value cannot be used", "event")
         self.reactor_lag = gauge("reactor_lag_seconds", "How late the reactor was at the last look")
+        self.removals = counter("removals", "Participants removed, by reason", "reason")
+        self.tokens_rebuilt = counter("tokens_rebuilt", "x")
+        self.foreign_tokens = counter("foreign_tokens", "x")
+        self.slots_rejected = counter("slots_rejected", "x")
+        self.memberships_unknown = counter("memberships_unknown", "x")
+        self.unidentified_participants = gauge("unidentified_participants", "x")
+        self.enforcing = gauge("enforcing", "x", "rule")
+        self.dry_run = gauge("dry_run", "x")
         self.build = gauge("build_info", "Versions", "version", "python")
         self.build.labels(__version__, platform.python_version()).set(1)
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        self.join_seconds.labels(stage).observe(seconds)

@@ -21,15 +21,16 @@ from lotusguard.sandbox.livekit.participant import Participant
 from lotusguard.sandbox.livekit.tokens import mint
 
 ALICE, BOB, CAROL, DAVE = (f"@{name}:sandbox.local" for name in ("alice", "bob", "carol", "dave"))
+USERS = (ALICE, BOB, CAROL, DAVE)
 _ids = count(1)
 
 
 def room_of(sandbox: Sandbox, max_users: int | None = None, **quality: bool) -> str:
-    """A room with a policy, and users to be in it."""
-    for user in (ALICE, BOB, CAROL, DAVE):
+    """A room of Alice's with a policy. Bob, Carol and Dave are joined to it too."""
+    for user in USERS:
         if user not in sandbox.homeserver.users:
             sandbox.homeserver.add_user(user.split(":")[0][1:])
-    room_id: str = sandbox.homeserver.create_room(creator=ALICE)
+    room_id: str = sandbox.homeserver.create_room(creator=ALICE, joined=USERS)
     put_policy(sandbox, room_id, max_users, **quality)
     return room_id
 
@@ -70,7 +71,10 @@ def counted(sandbox: Sandbox, name: str, **labels: str) -> float:
 
 def event_about(kind: str, participant: Participant, **more: Any) -> dict[str, Any]:
     """A webhook as the SFU writes it: camelCase, zero values left out."""
-    who = {"sid": participant.sid, "identity": participant.identity, "state": "ACTIVE"}
+    who = {
+        "sid": participant.sid, "identity": participant.identity, "state": "ACTIVE",
+        "joinedAt": str(int(participant.joined_at)),
+    }  # fmt: skip
     return {
         "event": kind, "room": {"sid": "RM_1", "name": participant.room.name}, "participant": who,
         "id": f"EV_hand{next(_ids)}", "createdAt": str(int(time.time())), **more,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP by hand for tests: bytes to a port and back, and an upstream that records bytes and answers with given ones."""
+"""HTTP as raw bytes for tests: a client, and an upstream that records what it receives and answers with given bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 @frozen
 class Response:
-    """One answer as it came."""
+    """One answer as received."""
 
     code: int
     headers: list[tuple[str, str]]
@@ -36,7 +36,7 @@ class Response:
 
 
 class Connection(Protocol):
-    """A client's connection; what came back is in ``received``."""
+    """A client's connection; the bytes received are in ``received``."""
 
     def __init__(self) -> None:
         self.received = b""
@@ -55,7 +55,7 @@ class Connection(Protocol):
             self.transport.write(data)
 
     def drop(self) -> None:
-        """Hang up."""
+        """Drop the connection."""
         if self.transport is not None:
             self.transport.abortConnection()  # type: ignore[attr-defined]
 
@@ -73,8 +73,8 @@ async def connect(url: str) -> Connection:
     return connection
 
 
-async def exchange(url: str, payload: bytes, seconds: float = 5.0) -> list[Response]:
-    """Send bytes and wait until the other side closes. Whoever does not within ``seconds`` fails the test.
+async def exchange(url: str, payload: bytes, seconds: float = 30.0) -> list[Response]:
+    """Send bytes and wait until the other side closes. The test fails if it does not within ``seconds``.
 
     The payload should say ``Connection: close`` in its last request.
     """
@@ -91,7 +91,7 @@ async def exchange(url: str, payload: bytes, seconds: float = 5.0) -> list[Respo
 
 
 def parsed(received: bytes) -> tuple[list[Response], bytes]:
-    """Complete answers, and what is left over. An answer without any framing goes on to the end."""
+    """Complete answers, and the remaining bytes. An answer without framing extends to the end."""
     answers = []
     while received:
         head, end, rest = received.partition(b"\r\n\r\n")
@@ -132,7 +132,7 @@ def _chunks(data: bytes) -> tuple[bytes, bool, bytes]:
 
 
 class Recorder(Factory):
-    """An upstream that writes down every byte and answers each request with the same given bytes."""
+    """An upstream that records every byte and answers each request with the same given bytes."""
 
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
@@ -146,12 +146,12 @@ class Recorder(Factory):
 
     @property
     def requests(self) -> list[bytes]:
-        """Head and body of each request, as they stood on the wire."""
+        """Head and body of each request, as received."""
         return [request for connection in self.connections for request in connection.requests]
 
     @property
     def unverifiable(self) -> bytes:
-        """What came in besides whole requests."""
+        """What was received besides complete requests."""
         return b"".join(connection.buffer for connection in self.connections)
 
 

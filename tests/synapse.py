@@ -214,6 +214,12 @@ class Synapse:
         event_id: str = (await self._done("PUT", path, by.token, content))["event_id"]
         return event_id
 
+    async def change_membership(self, by: User, room_id: str, action: str, of: User | None = None) -> None:
+        """:param action: ``join``, ``leave``, ``invite``, ``kick``, ``ban``, ``unban`` or ``knock``."""
+        room = quote(room_id, safe="")
+        path = f"{_CLIENT}/knock/{room}" if action == "knock" else f"{_CLIENT}/rooms/{room}/{action}"
+        await self._done("POST", path, by.token, {"user_id": of.user_id} if of is not None else {})
+
     async def redact(self, by: User, room_id: str, event_id: str) -> None:
         path = f"{_CLIENT}/rooms/{quote(room_id, safe='')}/redact/{quote(event_id, safe='')}/{secrets.token_hex(4)}"
         await self._done("PUT", path, by.token, {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller can make the guard hold, and for how long: time, bytes, connections and memory have bounds."""
+"""Limits on what callers can make the guard hold: time, bytes, connections and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lotusguard.guard.rooms import policies
 from lotusguard.guard.seats import book, registry
 from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.sandbox.demo.sandbox import Sandbox
-from lotusguard.web import site
+from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
 from lotusguard.web.site import DISCARDED, RECEIVE_TIMEOUT, GuardSite
 from tests.calls import ALICE, BOB, CAROL, room_of
 from tests.conftest import StartSandbox, until
@@ -39,7 +39,7 @@ class Wire:
         app = Klein()
         self.answers: list[Deferred[bytes]] = []
 
-        @app.route("/relay")
+        @app.route("/never")
         def never(request: Any) -> Deferred[bytes]:
             self.answers.append(Deferred())
             return self.answers[-1]
@@ -54,8 +54,8 @@ class Wire:
         return bool(self.transport.disconnecting)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /relay", HEAD, HEAD + b"Content-Length: 500\r\n\r\n{", b"\r\n"])
-def test_a_half_sent_request_is_not_waited_for_for_ever(sent: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"", b"GET /never", HEAD, HEAD + b"Content-Length: 500\r\n\r\n{", b"\r\n"])
+def test_connection_of_an_incomplete_request_is_closed_in_time(sent: bytes) -> None:
     wire = Wire()
     wire.channel.dataReceived(sent)
     wire.clock.advance(RECEIVE_TIMEOUT - 1)
@@ -64,8 +64,8 @@ def test_a_half_sent_request_is_not_waited_for_for_ever(sent: bytes) -> None:
     assert wire.hung_up
 
 
-@pytest.mark.parametrize("start", [b"GET /relay HTTP/1.1\r\nX-A: ", HEAD + b"Content-Length: 900\r\n\r\n"])
-def test_a_request_that_trickles_in_gains_no_time_by_each_byte(start: bytes) -> None:
+@pytest.mark.parametrize("start", [b"GET /never HTTP/1.1\r\nX-A: ", HEAD + b"Content-Length: 900\r\n\r\n"])
+def test_each_byte_that_arrives_extends_no_timeout(start: bytes) -> None:
     wire = Wire()
     wire.channel.dataReceived(start)
     for _ in range(RECEIVE_TIMEOUT - 1):
@@ -76,13 +76,13 @@ def test_a_request_that_trickles_in_gains_no_time_by_each_byte(start: bytes) -> 
     assert wire.hung_up
 
 
-def test_a_request_that_is_being_answered_has_no_such_limit_and_the_next_one_has_it_anew() -> None:
+def test_timeout_pauses_while_a_request_is_answered_and_starts_anew_for_the_next() -> None:
     wire = Wire()
-    wire.channel.dataReceived(b"GET /relay HTTP/1.1\r\nHost: x\r\n\r\n")
+    wire.channel.dataReceived(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
     wire.clock.advance(RECEIVE_TIMEOUT * 10)
     assert not wire.hung_up
     wire.answers[0].callback(b"late")
-    assert wire.transport.value().endswith(b"late\r\n0\r\n\r\n") or wire.transport.value().endswith(b"late")
+    assert wire.transport.value().endswith(b"\r\n\r\n4\r\nlate\r\n0\r\n\r\n")
     wire.clock.advance(RECEIVE_TIMEOUT - 1)
     assert not wire.hung_up
     wire.clock.advance(2)
@@ -94,10 +94,11 @@ def test_a_request_that_is_being_answered_has_no_such_limit_and_the_next_one_has
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest_twisted.ensureDeferred
-async def test_a_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox: StartSandbox, chunked: bool) -> None:
+async def test_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox: StartSandbox, chunked: bool) -> None:
     sandbox = await start_sandbox(guard_max_body=2048, guard_reconcile_interval=3600)
     for path in (*TOKEN_ROUTES, "/sfu_webhook", "/other"):
-        body = b'{"room":"' + b"x" * 2048 + b'"}'
+        token = path in TOKEN_ROUTES
+        body = b'{"room":"' + b"x" * 2048 * (1 if token else RELAYED_FACTOR) + b'"}'
         framing, sent = f"Content-Length: {len(body)}", body
         if chunked:
             framing, sent = "Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
@@ -105,21 +106,24 @@ async def test_a_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox
         after = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         refused, next_one = await exchange(sandbox.url, head + sent + after)
         assert (path, refused.code, refused.json()["errcode"]) == (path, 413, "M_TOO_LARGE")
-        cors = path in TOKEN_ROUTES and TOKEN_ROUTES[path].cors
-        assert (path, refused.all("access-control-allow-origin")) == (path, ["*"] if cors else [])
+        assert (path, refused.all("access-control-allow-origin")) == (path, ["*"] if token else [])
         assert next_one.code == 200
     assert {asked.path for asked in sandbox.upstream.seen} == {"/healthz"}
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_body_of_just_the_limit_goes_through(start_sandbox: StartSandbox) -> None:
+async def test_relayed_request_may_have_16_times_what_a_token_request_may_have(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=2048, guard_reconcile_interval=3600)
-    for size, code in ((2048, 404), (2049, 413), (500_000, 413)):
+    for size, code in ((2048, 404), (2048 * 16, 404), (2048 * 16 + 1, 413), (500_000, 413)):
         assert (await sandbox.request("POST", sandbox.url + "/other", b"x" * size)).code == code
-    assert len(sandbox.upstream.seen[-1].body) == 2048
+    assert len(sandbox.upstream.seen[-1].body) == 2048 * 16
+    padding = b" " * (2048 - len(b'{"room":"!r:x"}'))
+    for body, code in ((b'{"room":"!r:x"}' + padding, 400), (b'{"room":"!r:x"} ' + padding, 413)):
+        assert (await sandbox.request("POST", sandbox.url + "/sfu/get", body)).code == code
+    assert (await sandbox.request("PUT", sandbox.url + "/sfu/get", b"x" * 4096)).code == 405
 
 
-def test_what_goes_far_over_the_limit_is_hung_up_on_and_never_held() -> None:
+def test_body_far_over_the_limit_is_never_held_and_its_connection_is_closed_in_the_end() -> None:
     wire = Wire(max_body=1000)
     wire.channel.dataReceived(HEAD + b"Content-Length: 999999999\r\n\r\n")
     piece = b"x" * 1024 * 1024
@@ -128,33 +132,100 @@ def test_what_goes_far_over_the_limit_is_hung_up_on_and_never_held() -> None:
         wire.channel.dataReceived(piece)
     wire.channel.dataReceived(piece)
     assert wire.hung_up
-    assert wire.site.held <= 1000
+    assert wire.site.pool.held == 0
+
+
+def post(size: int, *headers: bytes) -> bytes:
+    """The head of a request whose body has this size."""
+    return HEAD + b"".join(line + b"\r\n" for line in (*headers, b"Content-Length: %d" % size)) + b"\r\n"
 
 
 @pytest_twisted.ensureDeferred
-async def test_half_sent_bodies_together_are_bounded_and_let_go_of(
-    start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(site, "HELD", 4)
+async def test_body_that_does_not_fit_gets_503_and_nothing_of_it_is_forwarded(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
-    doors = sandbox.guard.public._site
-    callers = [await connect(sandbox.url) for _ in range(10)]
-    for caller in callers:
-        caller.send(HEAD + b"Content-Length: 100000\r\n\r\n" + b"x" * 90_000)
-    await until(lambda: sum(caller.open for caller in callers) <= 4)
-    assert doors.held <= 400_000
-    for caller in callers:
+    pool = sandbox.guard.public.site.pool
+    pool.limit = pool.share = 200_000
+    holding = [await connect(sandbox.url) for _ in range(2)]
+    for caller in holding:
+        caller.send(post(100_000) + b"x" * 99_999)
+    await until(lambda: pool.held > 2 * (99_000 - SMALL))
+    for path in (b"/sfu/get", b"/other"):
+        payload = post(90_000, b"Connection: close").replace(b"/sfu/get", path) + b"{" * 90_000
+        (answer,) = await exchange(sandbox.url, payload)
+        assert (answer.code, answer.json()["errcode"]) == (503, "M_LIMIT_EXCEEDED")
+        assert answer.all("access-control-allow-origin") == []
+    assert list(sandbox.upstream.seen) == []
+    for caller in holding:
         caller.drop()
-    await until(lambda: doors.held == 0)
+    await until(lambda: pool.held == 0)
+    assert (await sandbox.request("POST", sandbox.url + "/other", b"x" * 90_000)).code == 404
+    await until(lambda: pool.held == 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_small_bodies_fit_while_the_pool_is_used_up(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
+    pool = sandbox.guard.public.site.pool
+    assert pool.take("192.0.2.1", pool.share)
+    pool.limit = pool.held
     assert (await sandbox.ask_token(ALICE, room_of(sandbox, 1))).code == 200
-    await until(lambda: doors.held == 0)
+    for size, code in ((SMALL, 404), (SMALL + 1, 503)):
+        assert (await sandbox.request("POST", sandbox.url + "/other", b"x" * size)).code == code
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_caller_behind_the_reverse_proxy_uses_no_more_than_a_share(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
+    pool = sandbox.guard.public.site.pool
+    pool.share = 150_000
+    greedy = b"X-Forwarded-For: 8.8.4.4, 8.8.8.8"
+    holding = await connect(sandbox.url)
+    holding.send(post(1_000_000, greedy) + b"x" * 150_000)
+    await until(lambda: pool.held > 100_000)
+    for header, code in ((greedy, 503), (b"X-Forwarded-For: 8.8.8.8, 8.8.4.4", 404)):
+        payload = post(90_000, header, b"Connection: close").replace(b"/sfu/get", b"/other") + b"x" * 90_000
+        (answer,) = await exchange(sandbox.url, payload)
+        assert answer.code == code
+    holding.drop()
+    await until(lambda: pool.held == 0)
+
+
+def test_pool_counts_what_all_and_what_each_caller_hold() -> None:
+    pool = BodyPool(largest=100, limit=300, share=200)
+    assert pool.take("a", 150)
+    assert not pool.take("a", 51)
+    assert pool.take("b", 150)
+    assert not pool.take("c", 1)
+    pool.give_back("a", 150)
+    assert pool.take("c", 150)
+    assert pool.held == 300
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded_for", "caller"),
+    [
+        ("8.8.8.8", b"", "8.8.8.8"),
+        ("8.8.8.8", b"9.9.9.9", "8.8.8.8"),  # its own word
+        ("127.0.0.1", b"9.9.9.9", "9.9.9.9"),
+        ("10.0.0.2", b"1.1.1.1, 9.9.9.9", "9.9.9.9"),
+        ("::1", b"9.9.9.9", "9.9.9.9"),
+        ("::ffff:127.0.0.1", b"9.9.9.9", "9.9.9.9"),
+        (None, b"9.9.9.9", "9.9.9.9"),
+        (None, b"", ""),
+        ("127.0.0.1", b"unknown", "127.0.0.1"),
+        ("2a00:1450:4001:82a::200e", b"", "2a00:1450:4001:82a::"),
+        ("127.0.0.1", b"2a00:1450:4001:82a::1", "2a00:1450:4001:82a::"),
+    ],
+)
+def test_caller_is_the_peer_or_who_the_reverse_proxy_names(peer: str | None, forwarded_for: bytes, caller: str) -> None:
+    assert caller_of(peer, forwarded_for) == caller
 
 
 # -- many at once --------------------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_others_are_served_while_hundreds_of_connections_say_nothing(sandbox: Sandbox) -> None:
+async def test_callers_are_served_beside_hundreds_of_silent_connections(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     silent = [await connect(sandbox.url) for _ in range(300)]
     for n, caller in enumerate(silent):
@@ -166,11 +237,11 @@ async def test_others_are_served_while_hundreds_of_connections_say_nothing(sandb
     for caller in silent:
         assert caller.open
         caller.drop()
-    await until(lambda: len(sandbox.guard.public._site.channels) <= 2)
+    await until(lambda: len(sandbox.guard.public.site.channels) <= 2)
 
 
 def entries(metrics: str) -> dict[str, tuple[float, float]]:
-    """By cache, how many entries it has and may have."""
+    """The number of entries and the limit of each cache."""
     values: dict[tuple[str, str], float] = {
         (kind, cache): float(value)
         for kind, cache, value in re.findall(r'^lotusguard_cache_(\w+)\{cache="(\w+)"\} (\S+)$', metrics, re.MULTILINE)
@@ -179,7 +250,7 @@ def entries(metrics: str) -> dict[str, tuple[float, float]]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_flood_of_rooms_fills_no_cache_past_its_limit_and_others_keep_their_seats(
+async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in (
@@ -213,10 +284,10 @@ async def test_a_flood_of_rooms_fills_no_cache_past_its_limit_and_others_keep_th
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_flood_of_slots_of_one_room_is_no_way_around_its_cap_nor_without_bound(
+async def test_flood_of_slots_neither_lifts_a_rooms_limit_nor_grows_without_bound(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slot is the client's choice, and each one another SFU room."""
+    """The client chooses the slot, and each slot is an SFU room of its own."""
     monkeypatch.setattr(registry, "ALIASES_KEPT", 30)
     monkeypatch.setattr(registry, "IDENTITIES_KEPT", 30)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)

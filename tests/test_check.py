@@ -402,7 +402,7 @@ async def test_webhooks_that_do_not_arrive(sandbox: Sandbox) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_webhooks_that_another_secret_signed(sandbox: Sandbox) -> None:
-    sandbox.livekit.webhooks._secret = OTHER_SECRET
+    sandbox.livekit.webhooks.secret = OTHER_SECRET
     assert found(await checked(sandbox), "webhooks", "arrive").state == "warning"
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connecting to a dependency that is down costs a join next to nothing, to one that is swamped its deadline."""
+"""`FixedAgent` over real sockets: targets are sent as they are, refused connections are noticed at once, and a
+dependency that accepts no connections is late, not down."""
 
 from __future__ import annotations
 
@@ -10,18 +11,22 @@ from contextlib import ExitStack
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
+from twisted.internet.defer import CancelledError
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import ConnectError
+from twisted.web import server
 from twisted.web.client import HTTPConnectionPool
 from twisted.web.http_headers import Headers
+from twisted.web.resource import Resource
 
 from lotusguard.clients.dependency import Dependency, DependencyFailed
-from lotusguard.clients.http import FixedAgent, collected, connection_pool
+from lotusguard.clients.http import FixedAgent, connection_pool, fetch
 from lotusguard.clients.lk_jwt_service import Forwarded, LkJwtService, UpstreamFailed
 from lotusguard.metrics import Metrics
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
 
 NOTICEABLE = 0.25
-"""Seconds. Twisted's ``HostnameEndpoint`` as it comes takes 0.3."""
+"""Seconds. Twisted's ``HostnameEndpoint`` takes 0.3 by default."""
 
 
 @pytest_twisted.async_yield_fixture
@@ -42,7 +47,7 @@ def free_port() -> int:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 async def test_a_refused_connection_is_noticed_at_once(pool: HTTPConnectionPool, host: str) -> None:
     agent = FixedAgent(reactor, f"http://{host}:{free_port()}", pool, 5)
-    await _refused(agent)  # the resolver's threads are up now
+    await _refused(agent)  # starts the resolver's threads
     began = reactor.seconds()
     await _refused(agent)
     assert reactor.seconds() - began < NOTICEABLE
@@ -50,7 +55,7 @@ async def test_a_refused_connection_is_noticed_at_once(pool: HTTPConnectionPool,
 
 @pytest.fixture
 def overwhelmed() -> Iterator[int]:
-    """A port whose queue of connections is full: nobody is refused and nobody gets in."""
+    """A port whose queue of connections is full: connections are neither refused nor accepted."""
     with ExitStack() as sockets:
         listening = sockets.enter_context(socket.socket())
         listening.bind(("127.0.0.1", 0))
@@ -64,7 +69,7 @@ def overwhelmed() -> Iterator[int]:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_a_neighbour_that_lets_nobody_in_is_late_and_not_away(
+async def test_a_dependency_that_accepts_no_connections_is_late_and_not_down(
     pool: HTTPConnectionPool, overwhelmed: int, host: str
 ) -> None:
     agent = FixedAgent(reactor, f"http://{host}:{overwhelmed}", pool)
@@ -84,12 +89,52 @@ async def _refused(agent: FixedAgent) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_name_with_an_address_that_refuses_is_reached_by_the_other(pool: HTTPConnectionPool) -> None:
+async def test_a_host_name_is_reached_by_its_second_address_if_the_first_refuses(pool: HTTPConnectionPool) -> None:
     homeserver = FakeSynapse(reactor)
     await homeserver.start()  # on 127.0.0.1 only; localhost may be ::1 as well
     try:
         agent = FixedAgent(reactor, f"http://localhost:{homeserver.port}", pool, 5)
-        response = await agent.request(b"GET", b"/_matrix/client/versions")
-        assert b"versions" in await collected(response, 10_000)
+        answer = await fetch(agent, b"GET", b"/_matrix/client/versions", Headers(), limit=10_000)
+        assert b"versions" in answer.body
     finally:
         await homeserver.stop()
+
+
+class Recorder(Resource):
+    """Answers with the target and the Host header of each request; ``/silent`` is never answered."""
+
+    isLeaf = True
+
+    def render(self, request: server.Request) -> bytes | int:
+        if request.uri == b"/silent":
+            return server.NOT_DONE_YET
+        assert request.content is not None
+        hosts = request.requestHeaders.getRawHeaders(b"host") or []
+        return b" ".join([request.method, request.uri, *hosts, request.content.read()])
+
+
+@pytest_twisted.async_yield_fixture
+async def recorder() -> AsyncIterator[int]:
+    """The port of a server that echoes requests."""
+    port = await serverFromString(reactor, "tcp:0:interface=127.0.0.1").listen(server.Site(Recorder()))
+    yield port.getHost().port
+    await port.stopListening()
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("target", [b"/a?", b"/a%2Fb//c/../d?x=%20;y", b"/?#", b"/_synapse/!room:server"])
+async def test_the_installed_twisted_sends_targets_byte_for_byte(
+    pool: HTTPConnectionPool, recorder: int, target: bytes
+) -> None:
+    """`FixedAgent` uses a private method of Twisted's: this fails if a new Twisted has changed it."""
+    agent = FixedAgent(reactor, f"http://127.0.0.1:{recorder}/prefix", pool)
+    answer = await fetch(agent, b"PUT", target, Headers({b"X": [b"y"]}), b"body", limit=1000)
+    assert answer.body == b"PUT /prefix%b 127.0.0.1:%d body" % (target, recorder)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_cancelled_request_fails_as_cancelled(pool: HTTPConnectionPool, recorder: int) -> None:
+    asked = FixedAgent(reactor, f"http://127.0.0.1:{recorder}", pool).request(b"GET", b"/silent")
+    reactor.callLater(0.1, asked.cancel)
+    with pytest.raises(CancelledError):
+        await asked

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SFU rooms that we issued no token for: found among the homeserver's rooms, and not looked for over and over."""
+"""SFU rooms that we issued no token for: found among the homeserver's rooms, in searches that are few and bounded."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
-import pytest
 import pytest_twisted
 from livekit.protocol.models import TrackSource
 from twisted.internet.defer import Deferred
@@ -14,29 +13,45 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.synapse import ROOMS_A_PAGE, SynapseClient
-from lotusguard.guard.calls.discovery import NOT_AGAIN, Discovery
+from lotusguard.guard.calls.discovery import (
+    ALIASES_KEPT,
+    FIRST_BACKOFF,
+    LONGEST_ALIAS,
+    LONGEST_BACKOFF,
+    NOT_AGAIN,
+    REST,
+    Discovery,
+)
 from lotusguard.guard.seats.registry import MemoryTokenRegistry, Slot
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
+from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.livekit.participant import Participant
 from lotusguard.sandbox.livekit.tokens import mint
-from tests.calls import ALICE, logged, named, old_token, room_of
+from tests.calls import ALICE, counted, logged, named, old_token, room_of
 from tests.conftest import StartSandbox, until
 
 
 class Rooms:
-    """A homeserver that knows some rooms and tells them when it is told to."""
+    """A homeserver that lists its rooms, at once or when the test says so.
+
+    :ivar seconds: how long one list takes.
+    """
 
     def __init__(self, *room_ids: str) -> None:
         self.room_ids_known = room_ids
         self.searches = 0
-        self.well = True
+        self.available = True
+        self.seconds = 0.0
+        self.clock: Clock | None = None
         self.fails = False
         self.waiting: Deferred[None] | None = None
 
     async def room_ids(self, most: int) -> AsyncIterator[str]:
         self.searches += 1
+        if self.clock is not None:
+            self.clock.advance(self.seconds)
         if self.fails:
             raise DependencyFailed("synapse", "timeout")
         for room_id in self.room_ids_known[:most]:
@@ -46,14 +61,15 @@ class Rooms:
 
 
 class Searching:
-    """A discovery with what it needs, and what it found."""
+    """A `Discovery`, its surroundings, and what it found."""
 
     def __init__(self, *room_ids: str) -> None:
         self.clock = Clock()
         self.homeserver = Rooms(*room_ids)
         self.registry = MemoryTokenRegistry(None, self.clock, Metrics())
         self.found: list[str] = []
-        self.discovery = Discovery(cast(SynapseClient, self.homeserver), self.registry, self.clock, Metrics())
+        self.metrics = Metrics()
+        self.discovery = Discovery(cast(SynapseClient, self.homeserver), self.registry, self.clock, self.metrics)
 
     def want(self, *aliases: str) -> None:
         for alias in aliases:
@@ -74,13 +90,13 @@ async def test_a_room_is_found_by_the_hash_of_its_id_and_remembered() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_old_releases_named_the_sfu_room_as_the_matrix_room() -> None:
+async def test_an_sfu_room_of_an_old_release_is_found_by_the_room_id() -> None:
     searching = Searching(ROOM)
     searching.want(ROOM)
     assert await searching.registry.slot_of(ROOM) == Slot(ROOM, ROOM_SLOT)
 
 
-def test_what_was_not_found_is_not_looked_for_again_within_an_hour() -> None:
+def test_an_alias_that_was_not_found_is_not_searched_for_again_within_an_hour() -> None:
     searching = Searching("!a:x")
     for _ in range(100):
         searching.want("nobody's")
@@ -92,14 +108,14 @@ def test_what_was_not_found_is_not_looked_for_again_within_an_hour() -> None:
     assert searching.found == []
 
 
-def test_other_aliases_are_looked_for_meanwhile() -> None:
+def test_another_alias_is_searched_for_in_that_hour() -> None:
     searching = Searching(ROOM)
     searching.want("nobody's")
     searching.want(ALIAS)
     assert searching.found == [ALIAS]
 
 
-def test_one_search_serves_all_and_is_not_repeated_for_what_it_looks_for() -> None:
+def test_aliases_wanted_during_a_search_wait_for_the_next_one() -> None:
     searching = Searching("!a:x", ROOM)
     waiting = searching.homeserver.waiting = Deferred()
     searching.want("nobody's")
@@ -113,37 +129,63 @@ def test_one_search_serves_all_and_is_not_repeated_for_what_it_looks_for() -> No
     assert searching.found == [ALIAS]
 
 
-def test_what_one_round_asks_for_is_looked_for_in_one_search() -> None:
+def test_aliases_of_one_round_share_one_search() -> None:
     searching = Searching("!a:x", ROOM)
     searching.want("nobody's", ALIAS, "no other's", room_alias("!a:x"))
     assert searching.homeserver.searches == 1
     assert searching.found == [room_alias("!a:x"), ALIAS]
 
 
-def test_a_homeserver_that_fails_has_not_said_that_there_is_no_such_room() -> None:
+def test_a_failed_search_is_repeated_after_a_pause_that_grows() -> None:
     searching = Searching(ROOM)
     searching.homeserver.fails = True
     with logged() as events:
         searching.want(ALIAS)
-    assert len(named(events, "discovery_failed")) == 1
+        for pause in (FIRST_BACKOFF, 2 * FIRST_BACKOFF, 4 * FIRST_BACKOFF):
+            searches = searching.homeserver.searches
+            searching.clock.advance(pause - 0.1)
+            searching.want(ALIAS)
+            assert searching.homeserver.searches == searches
+            searching.clock.advance(0.1)
+            searching.want(ALIAS)
+            assert searching.homeserver.searches == searches + 1
+    assert len(named(events, "discovery_failed")) == 4
     searching.homeserver.fails = False
+    searching.clock.advance(LONGEST_BACKOFF)
     searching.want(ALIAS)
     assert searching.found == [ALIAS]
 
 
-def test_a_homeserver_that_is_ill_is_not_asked() -> None:
+def test_a_slow_search_is_followed_by_a_rest() -> None:
     searching = Searching(ROOM)
-    searching.homeserver.well = False
+    searching.homeserver.clock, searching.homeserver.seconds = searching.clock, 3.0
+    searching.want("nobody's")
+    searching.want(ALIAS)
+    searching.clock.advance(3 * REST - 0.1)
+    assert searching.homeserver.searches == 1
+    searching.clock.advance(0.2)
+    assert searching.found == [ALIAS]
+
+
+def test_an_alias_longer_than_any_of_ours_is_not_searched_for() -> None:
+    searching = Searching(ROOM)
+    searching.want("a" * (LONGEST_ALIAS + 1))
+    assert searching.homeserver.searches == 0
+
+
+def test_nothing_is_searched_while_the_circuit_is_open() -> None:
+    searching = Searching(ROOM)
+    searching.homeserver.available = False
     searching.want(ALIAS)
     assert searching.homeserver.searches == 0
 
 
-def test_what_is_remembered_as_not_found_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lotusguard.guard.calls.discovery.WANTED_KEPT", 10)
+def test_the_memory_of_aliases_that_were_not_found_is_bounded() -> None:
     searching = Searching("!a:x")
-    for number in range(50):
-        searching.want(f"alias{number}")
-    assert len(searching.discovery._not_found) == 10
+    for batch in range(3):
+        searching.want(*(f"alias{batch}-{number}" for number in range(ALIASES_KEPT // 2)))
+    entries = searching.metrics.registry.get_sample_value("lotusguard_cache_entries", {"cache": "unknown_aliases"})
+    assert entries == ALIASES_KEPT
 
 
 def test_a_search_ends_with_the_guard() -> None:
@@ -157,22 +199,22 @@ def test_a_search_ends_with_the_guard() -> None:
     assert [event for event in events if "log_failure" in event] == []
 
 
-# -- over the wire -------------------------------------------------------------------------------------------
+# -- over the wire --
 
 
-def is_narrowed(who: Participant) -> bool:
+def is_restricted(who: Participant) -> bool:
     return not who.grant.may_publish(TrackSource.SCREEN_SHARE)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_webhook_from_an_unknown_room_leads_to_its_being_enforced(sandbox: Sandbox) -> None:
+async def test_an_unknown_room_is_enforced_after_its_first_webhook(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, allow_screenshare=False)
     alice = sandbox.livekit.connect(old_token(ALICE, room_id))
-    await until(lambda: is_narrowed(alice))
+    await until(lambda: is_restricted(alice))
 
 
 @pytest_twisted.ensureDeferred
-async def test_reconciling_finds_unknown_rooms_on_the_last_page_too(start_sandbox: StartSandbox) -> None:
+async def test_reconciling_finds_a_room_on_the_last_page_of_the_list(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.2)
     sandbox.livekit.webhooks.urls[:] = []
     for number in range(2 * ROOMS_A_PAGE):
@@ -183,11 +225,11 @@ async def test_reconciling_finds_unknown_rooms_on_the_last_page_too(start_sandbo
     nobodys = sandbox.livekit.connect(_token_for("alias-of-nobody"))
     for who in (alice, nobodys):
         who.room._count()
-    await until(lambda: is_narrowed(alice))
+    await until(lambda: is_restricted(alice))
     lists = sandbox.livekit.asked["ListRooms"]
     await until(lambda: sandbox.livekit.asked["ListRooms"] >= lists + 3)  # further rounds
     assert sandbox.homeserver.asked["rooms"] == 3
-    assert not is_narrowed(nobodys)
+    assert not is_restricted(nobodys)
 
 
 def _token_for(alias: str) -> str:
@@ -196,14 +238,26 @@ def _token_for(alias: str) -> str:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_found_once_is_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
+async def test_a_room_that_was_found_is_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
     room_id = room_of(sandbox, allow_screenshare=False)
     alice = sandbox.livekit.connect(old_token(ALICE, room_id))
-    await until(lambda: is_narrowed(alice))
+    await until(lambda: is_restricted(alice))
     await sandbox.guard.stopService()
     await sandbox.start_guard()
     searches = sandbox.homeserver.asked["rooms"]
     again = sandbox.livekit.connect(old_token(ALICE, room_id))
-    await until(lambda: is_narrowed(again))
+    await until(lambda: is_restricted(again))
     assert sandbox.homeserver.asked["rooms"] == searches
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_homeserver_that_cannot_list_its_rooms_delays_no_join(sandbox: Sandbox) -> None:
+    sandbox.homeserver.faults["rooms"] = Fault.status(500)
+    unknown = room_of(sandbox, allow_screenshare=False)
+    sandbox.livekit.connect(old_token(ALICE, unknown))
+    failed = {"dependency": "synapse_discovery", "outcome": "failed"}
+    await until(lambda: counted(sandbox, "dependency_calls_total", **failed) == 1)
+    assert counted(sandbox, "dependency_calls_total", dependency="synapse", outcome="failed") == 0
+    assert (await sandbox.ask_token(ALICE, room_of(sandbox, 1))).code == 200
+    assert counted(sandbox, "fail_open_total", check="policy", reason="circuit_open") == 0

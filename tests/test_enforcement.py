@@ -128,7 +128,7 @@ async def join_then_nothing(sandbox: Sandbox, room_id: str, policy: dict[str, bo
     who: Participant = joins(sandbox, room_id)
     for source in EVERYTHING:
         who.publish(source)
-    who.room._count()  # as the SFU counts every five seconds
+    who.room.refresh_listed()  # as the SFU counts every five seconds
     put_policy(sandbox, room_id, **policy)
     sandbox.guard._enforcement._policies.drop(room_id)
     await sandbox.guard._enforcement.reconcile()
@@ -255,7 +255,7 @@ async def test_an_sfu_that_says_yes_and_does_nothing_is_found_out_and_asked_agai
     sandbox = await start_sandbox(guard_reconcile_interval=0.1)
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
-    alice.room._count()
+    alice.room.refresh_listed()
     sandbox.livekit.deaf = True
     with logged() as events:
         await change_policy(sandbox, room_id, **NO_SCREEN)
@@ -272,7 +272,7 @@ async def test_a_failed_update_is_counted_and_tried_again(start_sandbox: StartSa
     sandbox = await start_sandbox(guard_reconcile_interval=0.1)
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
-    alice.room._count()
+    alice.room.refresh_listed()
     sandbox.livekit.faults["UpdateParticipant"] = Fault.status(500, times=2)
     await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: "SCREEN_SHARE" not in may_publish(alice))

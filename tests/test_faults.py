@@ -167,27 +167,27 @@ async def test_a_join_is_held_while_upstream_restarts(sandbox: Sandbox, new: boo
 
 
 @pytest_twisted.ensureDeferred
-async def test_502_with_cors_when_upstream_stays_away(start_sandbox: StartSandbox) -> None:
+async def test_502_without_cors_while_upstream_refuses_connections(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_upstream_grace=0.2)
     room_id = room_of(sandbox, 1)
     await sandbox.upstream.stop_listening()
     answer = await sandbox.ask_token(ALICE, room_id)
     assert answer.code == 502
     assert json.loads(answer.body)["errcode"] == "M_UNKNOWN"
-    assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
+    assert answer.headers.getRawHeaders("access-control-allow-origin") is None
     await sandbox.upstream.listen()
     assert (await sandbox.ask_token(BOB, room_id)).code == 200  # alice's seat was given back
 
 
 @pytest_twisted.ensureDeferred
-async def test_504_with_cors_when_upstream_does_not_answer_in_time(start_sandbox: StartSandbox) -> None:
+async def test_504_without_cors_when_upstream_does_not_answer_in_time(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_upstream_timeout=1)
     room_id = room_of(sandbox, 1)
     sandbox.upstream.fault = Fault.hang()
     answer = await sandbox.ask_token(ALICE, room_id)
     assert answer.code == 504
     assert json.loads(answer.body)["errcode"] == "M_UNKNOWN"
-    assert answer.headers.getRawHeaders("access-control-allow-origin") == ["*"]
+    assert answer.headers.getRawHeaders("access-control-allow-origin") is None
     sandbox.upstream.fault = None
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
 

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies that ask one reader for an open room and another for a full one, each shown to a parser as lax as upstream's.
+"""Bodies that name an open room to one parser and a full one to another; the other is as lax as upstream's.
 
-Who gets a body past us that we read as ``!open``, which has no policy, and upstream as ``!full`` has outrun the cap.
+A body that we read as ``!open``, which has no policy, and upstream as ``!full`` would bypass the limit.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import pytest_twisted
 from attrs import frozen
 
-from lotusguard.rules.requests import TOKEN_ROUTES, Unreadable, read_request
+from lotusguard.rules.requests import TOKEN_ROUTES, TokenRoute, Unreadable, proxied_route, read_request
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.go.lax_json import NotDecodable, decode
 from lotusguard.sandbox.lk_jwt_service.requests import BODY, CLIENT_BODY, FEDERATION_BODY, LEGACY_BODY
@@ -33,13 +34,30 @@ class Route:
     schema: dict[str, Any]
     rest: str
     headers: dict[str, str]
-    cors: bool = True
+
+    @property
+    def read_as(self) -> TokenRoute:
+        """The guard's route for the path."""
+        found = TOKEN_ROUTES.get(self.path) or proxied_route(self.path)
+        assert found is not None
+        return found
+
+    @property
+    def cors(self) -> bool:
+        """Whether its answers carry CORS headers: those to homeservers do not."""
+        return self.path in TOKEN_ROUTES
+
+    def url(self, sandbox: Sandbox) -> str:
+        """Where the route is served."""
+        return (sandbox.url if self.cors else sandbox.appservice_url) + self.path
 
 
 OPENID = '"openid_token":{"access_token":"t","token_type":"Bearer","matrix_server_name":"sandbox.local","expires_in":9}'
 MEMBER = '"member":{"id":"m","claimed_user_id":"@a:sandbox.local","claimed_device_id":"D"}'
 APP_SERVICE = {"Authorization": "Bearer hs", "X-Matrix-User-Identifier": "@a:sandbox.local"}
-CLIENT, FEDERATION = (path for path in TOKEN_ROUTES if path.startswith("/_matrix/"))
+CLIENT, FEDERATION = (
+    f"/_matrix/{api}/unstable/io.element.msc4195/rtc/livekit/get_token" for api in ("client", "federation")
+)
 ROUTES = {
     "legacy": Route("/sfu/get", "room", LEGACY_BODY, f'"device_id":"D",{OPENID}', {}),
     "new": Route("/get_token", "room_id", BODY, f'"slot_id":"m.call#ROOM",{MEMBER},{OPENID}', {}),
@@ -51,9 +69,17 @@ ROUTES = {
     ),
     "app service, federation": Route(
         FEDERATION, "room_id", FEDERATION_BODY, '"slot_id":"m.call#ROOM","member_id":"m","user_id":"@a:b","url":"x"',
-        APP_SERVICE | {"X-Matrix-Origin": "b"}, cors=False,
+        APP_SERVICE | {"X-Matrix-Origin": "b"},
     ),
 }  # fmt: skip
+
+
+@pytest_twisted.async_yield_fixture
+async def sandbox(start_sandbox: StartSandbox) -> AsyncIterator[Sandbox]:
+    """A sandbox with an app-service listener."""
+    yield await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0)
+
+
 PATTERNS: dict[str, tuple[str, str]] = {
     # name: the text where KEY is the room's key and REST all the other keys, and the room that a lax reader sees
     "a duplicate": (f'{{"KEY":"{OPEN}","KEY":"{FULL}",REST}}', FULL),
@@ -103,7 +129,7 @@ REFUSED_BY_ALL: dict[str, str] = {
 
 
 def written(pattern: str, route: Route) -> bytes:
-    """The bytes of a pattern for a route; what stands as a lone ``\\udcXX`` is the raw byte XX."""
+    """The bytes of a pattern for a route; a lone ``\\udcXX`` is the raw byte XX."""
     key = route.room_key
     for name, text in (
         ("KEY1", key[1:]),
@@ -132,7 +158,7 @@ OTHER_KEYS = (
 
 
 def hidden_elsewhere(route: Route) -> dict[str, tuple[bytes, list[str], str]]:
-    """Bodies that are hostile in another key than the room's, as far as the route has it."""
+    """Bodies that are ambiguous in another key than the room's, if the route has that key."""
     proper = f'{{"{route.room_key}":"{OPEN}",{route.rest},'
     return {
         name: ((proper + added + "}").encode(), path.split("."), found)
@@ -142,7 +168,7 @@ def hidden_elsewhere(route: Route) -> dict[str, tuple[bytes, list[str], str]]:
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-def test_each_body_is_another_room_to_a_lax_reader_and_none_to_us(route: Route) -> None:
+def test_ambiguous_bodies_are_unreadable(route: Route) -> None:
     for name, (pattern, room) in PATTERNS.items():
         body = written(pattern, route)
         assert (name, decode(body, route.schema)[route.room_key]) == (name, room)
@@ -156,7 +182,7 @@ def test_each_body_is_another_room_to_a_lax_reader_and_none_to_us(route: Route) 
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-def test_what_is_no_request_is_none_to_anybody(route: Route) -> None:
+def test_bodies_that_are_not_requests_are_unreadable_to_both(route: Route) -> None:
     for name, pattern in REFUSED_BY_ALL.items():
         body = written(pattern, route)
         with pytest.raises(NotDecodable):
@@ -166,18 +192,18 @@ def test_what_is_no_request_is_none_to_anybody(route: Route) -> None:
 
 def unreadable(name: str, route: Route, body: bytes) -> None:
     with pytest.raises(Unreadable) as refusal:
-        read_request(TOKEN_ROUTES[route.path], body)
+        read_request(route.read_as, body)
     assert not any(room in str(refusal.value) for room in (OPEN, FULL)), f"{name} is quoted"
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
-async def test_a_hostile_body_gets_upstreams_own_400_and_nothing_is_forwarded(sandbox: Sandbox, route: Route) -> None:
+async def test_unreadable_body_gets_upstreams_own_400_and_nothing_is_forwarded(sandbox: Sandbox, route: Route) -> None:
     bodies = {name: written(pattern, route) for name, (pattern, _) in PATTERNS.items()}
     bodies |= {name: written(pattern, route) for name, pattern in REFUSED_BY_ALL.items()}
     bodies |= {name: body for name, (body, _, _) in hidden_elsewhere(route).items()}
     for name, body in bodies.items():
-        answer = await sandbox.request("POST", sandbox.url + route.path, body, route.headers)
+        answer = await sandbox.request("POST", route.url(sandbox), body, route.headers)
         content = {"errcode": "M_NOT_JSON", "error": "Error reading request"}
         assert (name, answer.code, json.loads(answer.body)) == (name, 400, content)
         allowed = answer.headers.getRawHeaders("access-control-allow-origin")
@@ -188,8 +214,8 @@ async def test_a_hostile_body_gets_upstreams_own_400_and_nothing_is_forwarded(sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_two_shapes_in_one_body_are_refused(sandbox: Sandbox) -> None:
-    """``/sfu/get`` takes either body; which of the two rooms counts is up to upstream's release."""
+async def test_body_of_two_shapes_is_refused(sandbox: Sandbox) -> None:
+    """``/sfu/get`` takes either body; upstream's release decides which of the two rooms counts."""
     body = f'{{"room":"{OPEN}","device_id":"D","room_id":"{FULL}","slot_id":"s",{MEMBER},{OPENID}}}'.encode()
     answer = await sandbox.request("POST", sandbox.url + "/sfu/get", body)
     assert (answer.code, json.loads(answer.body)["errcode"]) == (400, "M_NOT_JSON")
@@ -197,31 +223,33 @@ async def test_two_shapes_in_one_body_are_refused(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_users_header_that_stands_there_twice_is_refused(sandbox: Sandbox) -> None:
+async def test_duplicate_user_header_is_refused(sandbox: Sandbox) -> None:
     from tests.raw_http import exchange
 
     body = b'{"room_id":"!r:x","slot_id":"s","member_id":"m"}'
     head = f"POST {CLIENT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     twice = "X-Matrix-User-Identifier: @a:x\r\nX-Matrix-User-Identifier: @b:x\r\n\r\n"
-    (answer,) = await exchange(sandbox.url, (head + twice).encode() + body)
+    (answer,) = await exchange(sandbox.appservice_url, (head + twice).encode() + body)
     assert (answer.code, answer.json()["errcode"]) == (400, "M_NOT_JSON")
     assert list(sandbox.upstream.seen) == []
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
-async def test_what_goes_on_is_our_own_writing_and_reads_the_same_to_a_lax_reader(
+async def test_forwarded_body_is_our_own_serialisation_and_means_the_same_to_a_lax_parser(
     start_sandbox: StartSandbox, route: Route
 ) -> None:
-    """Odd but unambiguous bodies: whatever they held, upstream reads of ours what we read."""
-    rooms = ("!a:b", "!\U0001f600:b", "!\u2028<>&:b", '!"\\/:b', "!\x7f\u0000:b", "!ſK:b", "!" + "x" * 3000)
+    """Odd but unambiguous bodies: upstream reads from our serialisation what we read."""
+    rooms = ("!a:b", "!\U0001f600:b", "!\u2028<>&:b", '!"\\/:b', "!\x7f\u0000:b", "!ſK:b", "!" + "x" * 254)
     async with recorder() as upstream:
-        sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
+        sandbox = await start_sandbox(
+            guard_upstream=upstream.url, guard_reconcile_interval=3600, guard_appservice_port=0
+        )
         for room in rooms:
             for ascii_only in (True, False):
                 value = json.dumps(room, ensure_ascii=ascii_only)
                 text = f' \r\n\t{{ "{route.room_key}" :{value} , {route.rest}}} \n'
-                await sandbox.request("POST", sandbox.url + route.path, text.encode(), route.headers)
+                await sandbox.request("POST", route.url(sandbox), text.encode(), route.headers)
                 forwarded = upstream.requests[-1].partition(b"\r\n\r\n")[2]
                 assert forwarded != text.encode()
                 assert decode(forwarded, route.schema) == decode(text.encode(), route.schema)
@@ -230,7 +258,7 @@ async def test_what_goes_on_is_our_own_writing_and_reads_the_same_to_a_lax_reade
 
 
 @pytest_twisted.ensureDeferred
-async def test_unknown_keys_are_upstreams_to_judge(sandbox: Sandbox) -> None:
+async def test_unknown_keys_are_forwarded(sandbox: Sandbox) -> None:
     body = f'{{"room":"{OPEN}","device_id":"D",{OPENID},"what":{{"nested":[1.5,null,true]}}}}'.encode()
     answer = await sandbox.request("POST", sandbox.url + "/sfu/get", body)
     assert answer.code == 400

@@ -6,8 +6,6 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from twisted.internet.task import Clock
-
 from lotusguard.guard.seats.lease import StateLease
 from tests.calls import logged
 
@@ -15,38 +13,24 @@ from tests.calls import logged
 def test_one_of_two_guards_holds_the_lease(tmp_path: Path) -> None:
     first, second = StateLease(tmp_path), StateLease(tmp_path)
     assert not first.held
-    assert first.acquire()
-    assert not second.acquire()
+    assert first.renew()
+    assert not second.renew()
     first.release()
     assert not first.held
-    assert second.acquire()
-    assert not first.acquire()
-    second.release()
-
-
-def test_a_guard_that_waits_gets_the_lease_when_the_other_ends(tmp_path: Path) -> None:
-    clock, first, second = Clock(), StateLease(tmp_path), StateLease(tmp_path)
-    first.acquire()
-    waiting = second.service(clock)
-    waiting.startService()
-    clock.pump([0.5] * 10)
-    assert not second.held
-    first.release()
-    clock.pump([0.5] * 10)
-    assert second.held
-    waiting.stopService()
+    assert second.renew()
+    assert not first.renew()
     second.release()
 
 
 def test_changes_are_logged_once(tmp_path: Path) -> None:
     first, second = StateLease(tmp_path), StateLease(tmp_path)
     with logged() as events:
-        first.acquire()
+        first.renew()
         for _ in range(3):
-            second.acquire()
+            second.renew()
         first.release()
         for _ in range(3):
-            second.acquire()
+            second.renew()
     names = [event.get("event_name") for event in events]
     assert names == ["lease_acquired", "lease_missing", "lease_acquired"]
     second.release()
@@ -54,8 +38,8 @@ def test_changes_are_logged_once(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_used_gives_no_lease(tmp_path: Path) -> None:
     lease = StateLease(tmp_path / "missing")
-    assert not lease.acquire()
+    assert not lease.renew()
     (tmp_path / "missing").mkdir()
-    assert lease.acquire()
+    assert lease.renew()
     assert stat.S_IMODE((tmp_path / "missing" / "lock").stat().st_mode) == 0o600
     lease.release()

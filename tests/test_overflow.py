@@ -112,7 +112,7 @@ async def test_reconciling_finds_whom_no_webhook_told_of(start_sandbox: StartSan
     alice = await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)
     sandbox.livekit.webhooks.urls[:] = []
-    alice.room._count()
+    alice.room.refresh_listed()
     bob = sandbox.livekit.connect(old_token(BOB, room_id))
     await until(lambda: not bob.connected)
     assert alice.connected

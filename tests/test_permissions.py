@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a participant's publish permission: taken from, given back, never more than their token granted."""
+"""A participant's publish permission: revoked, restored, and never wider than their token granted."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from livekit.protocol.models import (
 from lotusguard.rules.sources import (
     ALL_SOURCES,
     CAMERA,
+    EVERY_SOURCE,
     MICROPHONE,
     SCREEN_SHARE,
     SCREEN_SHARE_AUDIO,
     Source,
+    adjusted,
     disguised,
     permitted_sources,
     restored,
@@ -48,29 +50,29 @@ def listed(of: ParticipantPermission | None) -> list[int]:
     return list(of.can_publish_sources)
 
 
-# -- taking ------------------------------------------------------------------------------------------
+# -- revoking ------------------------------------------------------------------------------------------
 
 
-def test_an_empty_list_is_all_sources_and_becomes_those_that_are_left() -> None:
+def test_empty_list_means_all_sources_and_becomes_the_ones_that_are_left() -> None:
     after = revoked(permission(), SCREEN)
     assert listed(after) == [MICROPHONE, CAMERA]
     assert after is not None
     assert after.can_publish
 
 
-def test_the_order_of_what_is_left_stays() -> None:
+def test_order_of_what_is_left_is_kept() -> None:
     assert listed(revoked(permission(CAMERA, SCREEN_SHARE, MICROPHONE), SCREEN)) == [CAMERA, MICROPHONE]
 
 
-def test_unknown_and_what_this_release_does_not_know_is_left_to_nobody() -> None:
+def test_unknown_sources_are_dropped_when_something_is_revoked() -> None:
     assert listed(revoked(permission(UNKNOWN, CAMERA, 99, MICROPHONE), frozenset({CAMERA}))) == [MICROPHONE]
 
 
-def test_a_listed_unknown_alone_is_nothing_to_take() -> None:
+def test_unknown_source_alone_causes_no_update() -> None:
     assert revoked(permission(UNKNOWN, MICROPHONE), SCREEN) is None
 
 
-def test_nothing_left_means_that_nothing_may_be_published() -> None:
+def test_can_publish_becomes_false_when_no_source_is_left() -> None:
     after = revoked(permission(CAMERA, UNKNOWN), frozenset({CAMERA}))
     assert after is not None
     assert not after.can_publish
@@ -78,11 +80,11 @@ def test_nothing_left_means_that_nothing_may_be_published() -> None:
 
 
 @pytest.mark.parametrize("before", [permission(MICROPHONE), permission(can_publish=False), permission(MICROPHONE, 99)])
-def test_who_has_nothing_forbidden_is_left_alone(before: ParticipantPermission) -> None:
+def test_permission_without_forbidden_sources_needs_no_update(before: ParticipantPermission) -> None:
     assert revoked(before, SCREEN | {CAMERA}) is None
 
 
-def test_nobody_is_touched_when_nothing_is_forbidden() -> None:
+def test_nothing_forbidden_needs_no_update() -> None:
     assert revoked(permission(), frozenset()) is None
 
 
@@ -93,13 +95,13 @@ FLAGS = (
 
 
 @given(st.fixed_dictionaries({flag: st.booleans() for flag in FLAGS}), st.sets(st.sampled_from(Source)))
-def test_every_other_flag_stays_as_it_was(flags: dict[str, bool], forbidden: set[Source]) -> None:
+def test_every_other_flag_stays(flags: dict[str, bool], forbidden: set[Source]) -> None:
     before = permission(**flags)
     after = revoked(before, frozenset(forbidden)) or before
     assert {flag: getattr(after, flag) for flag in FLAGS} == flags
 
 
-def test_no_flag_of_the_protocol_is_missing_in_these_tests() -> None:
+def test_these_tests_know_every_flag_of_the_protocol() -> None:
     known = {field.name for field in ParticipantPermission.DESCRIPTOR.fields}
     assert known == {*FLAGS, "can_publish", "can_publish_sources"}
 
@@ -115,7 +117,7 @@ def test_fields_of_a_later_release_survive() -> None:
     assert later in back.SerializeToString()
 
 
-def test_the_message_that_was_looked_at_is_not_changed() -> None:
+def test_the_given_message_is_not_modified() -> None:
     before = permission(CAMERA, SCREEN_SHARE)
     revoked(before, SCREEN)
     restored(before, frozenset({MICROPHONE}))
@@ -125,7 +127,7 @@ def test_the_message_that_was_looked_at_is_not_changed() -> None:
 # -- checking ----------------------------------------------------------------------------------------
 
 
-def test_an_answer_that_still_permits_what_was_taken_is_seen_through() -> None:
+def test_answer_that_still_permits_a_revoked_source_is_detected() -> None:
     wanted = revoked(permission(), SCREEN)
     assert wanted is not None
     assert within(wanted, wanted)
@@ -134,33 +136,76 @@ def test_an_answer_that_still_permits_what_was_taken_is_seen_through() -> None:
     assert within(permission(can_publish=False), wanted)
 
 
-def test_an_emptied_list_is_not_mistaken_for_nothing() -> None:
+def test_emptied_list_is_not_mistaken_for_no_source() -> None:
     wanted = revoked(permission(CAMERA), frozenset({CAMERA}))
     assert wanted is not None
     assert not within(permission(), wanted)
 
 
-# -- giving back -------------------------------------------------------------------------------------
+# -- restoring -------------------------------------------------------------------------------------
 
 
-def test_exactly_what_is_owed_comes_back() -> None:
+def test_exactly_what_is_owed_is_restored() -> None:
     assert listed(restored(permission(MICROPHONE), frozenset({CAMERA}))) == [MICROPHONE, CAMERA]
 
 
-def test_who_may_publish_nothing_gets_back_only_what_was_theirs() -> None:
+def test_restoring_from_can_publish_false_adds_only_what_is_owed() -> None:
     back = restored(permission(can_publish=False), frozenset({CAMERA}))
     assert back is not None
     assert back.can_publish
     assert listed(back) == [CAMERA]
 
 
-def test_there_is_nothing_to_give_to_who_has_it() -> None:
+def test_nothing_to_restore_needs_no_update() -> None:
     assert restored(permission(), SCREEN) is None
     assert restored(permission(MICROPHONE, CAMERA), frozenset({CAMERA})) is None
     assert restored(permission(MICROPHONE), frozenset()) is None
 
 
-# -- the SFU's own view of it, over any history --------------------------------------------------------
+# -- both at once ------------------------------------------------------------------------------------
+
+
+def test_one_update_revokes_and_restores() -> None:
+    after = adjusted(permission(CAMERA, MICROPHONE), frozenset({MICROPHONE, SCREEN_SHARE}), SCREEN)
+    assert listed(after) == [MICROPHONE, SCREEN_SHARE]
+
+
+def test_owed_source_that_is_not_allowed_is_not_restored() -> None:
+    assert adjusted(permission(MICROPHONE), frozenset({MICROPHONE}), frozenset({CAMERA})) is None
+    assert adjusted(permission(can_publish=False), frozenset(), EVERY_SOURCE) is None
+
+
+SOURCES = st.frozensets(st.sampled_from(Source))
+PERMISSIONS = st.builds(
+    lambda sources, can_publish: permission(*sources, can_publish=can_publish),
+    st.lists(st.sampled_from([*Source, UNKNOWN, 99])),
+    st.booleans(),
+)
+
+
+@given(PERMISSIONS, SOURCES, SOURCES)
+def test_adjusted_permission_is_exactly_what_is_allowed_of_what_was_or_is_owed(
+    before: ParticipantPermission, allowed: frozenset[Source], owed: frozenset[Source]
+) -> None:
+    wanted = adjusted(before, allowed, owed)
+    had = frozenset(permitted_sources(before))
+    assert frozenset(permitted_sources(wanted or before)) == (had | owed) & allowed
+    assert (wanted is None) == (had == (had | owed) & allowed)
+    if wanted is not None:
+        assert adjusted(wanted, allowed, owed) is None
+        assert wanted.can_publish == bool(wanted.can_publish_sources)
+
+
+@given(PERMISSIONS, SOURCES, SOURCES)
+def test_adjusting_keeps_the_order_of_what_stays(
+    before: ParticipantPermission, allowed: frozenset[Source], owed: frozenset[Source]
+) -> None:
+    wanted = adjusted(before, allowed, owed)
+    kept = [source for source in permitted_sources(before) if source in allowed]
+    assert wanted is None or list(permitted_sources(wanted))[: len(kept)] == kept
+
+
+# -- LiveKit's own reading of it, over any history --------------------------------------------------------
 
 CLAIMS = st.lists(st.sampled_from(["unknown", *(source.claim for source in Source)]), max_size=5)
 POLICIES = st.lists(
@@ -169,12 +214,12 @@ POLICIES = st.lists(
 
 
 def may(grant: VideoGrant) -> set[int]:
-    """What the SFU lets a participant publish, by its own reading of the grant."""
+    """What LiveKit lets a participant publish, by its own reading of the grant."""
     return {number for number in range(5) if grant.may_publish(number)}
 
 
 @given(CLAIMS, st.sampled_from([None, True, False]), POLICIES, st.data())
-def test_no_history_of_policies_leaves_anybody_with_more_than_their_token_granted(
+def test_no_history_of_policies_gives_more_than_the_token_granted(
     claims: list[str], can_publish: bool | None, policies: list[frozenset[Source]], data: st.DataObject
 ) -> None:
     token = VideoGrant(can_publish=can_publish, can_publish_sources=claims)
@@ -196,7 +241,7 @@ def test_no_history_of_policies_leaves_anybody_with_more_than_their_token_grante
 
 
 @given(CLAIMS, POLICIES)
-def test_when_all_is_allowed_again_everybody_has_what_their_token_granted(
+def test_everything_granted_is_restored_once_all_is_allowed_again(
     claims: list[str], policies: list[frozenset[Source]]
 ) -> None:
     token = VideoGrant(can_publish_sources=claims)
@@ -232,9 +277,9 @@ DISGUISES: Iterable[TrackInfo] = (
 
 @pytest.mark.parametrize("disguise", DISGUISES)
 @pytest.mark.parametrize("forbidden", [frozenset({CAMERA}), SCREEN])
-def test_video_that_calls_itself_sound_is_seen_through(disguise: TrackInfo, forbidden: frozenset[Source]) -> None:
-    assert disguised(participant(track(MICROPHONE), disguise), forbidden) == [disguise]
-    assert disguised(participant(disguise), frozenset()) == []
+def test_video_track_labelled_as_sound_is_found(disguise: TrackInfo, forbidden: frozenset[Source]) -> None:
+    assert disguised(participant(track(MICROPHONE), disguise), EVERY_SOURCE - forbidden) == [disguise]
+    assert disguised(participant(disguise), EVERY_SOURCE) == []
 
 
 @pytest.mark.parametrize(
@@ -246,11 +291,11 @@ def test_video_that_calls_itself_sound_is_seen_through(disguise: TrackInfo, forb
         track(MICROPHONE, TrackType.VIDEO, muted=True),
     ],
 )
-def test_what_says_what_it_is_or_is_muted_is_no_disguise(honest: TrackInfo) -> None:
-    assert disguised(participant(honest), SCREEN | {CAMERA}) == []
+def test_honest_or_muted_track_is_not_reported(honest: TrackInfo) -> None:
+    assert disguised(participant(honest), frozenset({MICROPHONE})) == []
 
 
-def test_the_sources_are_the_sfu_s() -> None:
+def test_sources_are_livekits() -> None:
     assert {source.name: source.value for source in ALL_SOURCES} == {
         name: number for name, number in TrackSource.items() if number
     }

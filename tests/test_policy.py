@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What admins write into room state, read as it is meant and no further."""
+"""The policy that a room's moderators write into room state: limit and forbidden sources."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from lotusguard.rules.policy import NO_POLICY, Policy, forbidden_sources, max_users
+from lotusguard.rules.permissions import Action, CallPermissions, Lobby
+from lotusguard.rules.policy import (
+    NO_POLICY,
+    Policy,
+    forbidden_sources,
+    max_users,
+    read_policy,
+    with_default_limit,
+)
 from lotusguard.rules.sources import CAMERA, SCREEN_SHARE, SCREEN_SHARE_AUDIO
+from lotusguard.rules.state import ROOM_QUALITY, VOICE_LIMIT, StateEvent
 
 
 @pytest.mark.parametrize(
@@ -53,7 +62,37 @@ def test_only_json_false_forbids(content: Any, forbidden: set[Any], malformed: b
     assert forbidden_sources(content) == (frozenset(forbidden), malformed)
 
 
-def test_a_policy_that_limits_nothing_is_none() -> None:
+def test_policy_is_true_if_it_enforces_something() -> None:
     assert not NO_POLICY
     assert Policy(1)
     assert Policy(forbidden=frozenset({CAMERA}))
+    assert Policy(lobby=Lobby())
+    assert Policy(permissions=CallPermissions(users={"@a:b": {Action.JOIN: False}}))
+    assert not Policy(permissions=CallPermissions())
+
+
+def test_limit_and_forbidden_sources_are_read_from_their_events() -> None:
+    contents = {VOICE_LIMIT: {"max_users": 3}, ROOM_QUALITY: {"allow_camera": False}}
+    policy, malformed = read_policy({kind: StateEvent(kind, content) for kind, content in contents.items()})
+    assert (policy.max_users, policy.forbidden) == (3, frozenset({CAMERA}))
+    assert not malformed
+    assert read_policy({}) == (NO_POLICY, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"),
+    [
+        (None, 10), ({}, 10), ({"max_users": None}, 10), ({"max_users": "5"}, 10), ({"max_users": True}, 10), ([], 10),
+        ({"max_users": 5}, 5), ({"max_users": 50}, 50), ({"max_users": 0}, None), ({"max_users": -1}, None),
+    ],
+)  # fmt: skip
+def test_default_limit_applies_where_the_room_sets_none(content: Any, limit: int | None) -> None:
+    events = {} if content is None else {VOICE_LIMIT: StateEvent(VOICE_LIMIT, content)}
+    policy, _ = read_policy(events)
+    assert with_default_limit(policy, 10).max_users == limit
+    assert with_default_limit(policy, None) == policy
+
+
+def test_default_limit_leaves_the_rest_of_the_policy() -> None:
+    policy = with_default_limit(Policy(forbidden=frozenset({CAMERA})), 10)
+    assert (policy.max_users, policy.forbidden) == (10, frozenset({CAMERA}))

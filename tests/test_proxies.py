@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reverse proxies' snippets in ``deploy/proxy``, in real proxies where there are any, the guard behind them."""
+"""The snippets in ``deploy/proxy``, run in real reverse proxies where they are installed, in front of the guard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def nginx(name: str, folder: Path, port: int, guard: str) -> list[str]:
-    """An nginx with the snippet, its addresses replaced by ours. :return: its arguments."""
+    """An nginx with the snippet, with its addresses replaced. :return: its arguments."""
     snippet = (SNIPPETS / name).read_text(encoding="utf-8")
     snippet, replaced = re.subn(r"(127\.0\.0\.1|192\.0\.2\.10):8070", guard, snippet)
     assert replaced == 1
@@ -51,7 +51,7 @@ def nginx(name: str, folder: Path, port: int, guard: str) -> list[str]:
 
 
 def caddy(name: str, folder: Path, port: int, guard: str) -> list[str]:
-    """A Caddy with the snippet, its addresses replaced by ours. :return: its arguments."""
+    """A Caddy with the snippet, with its addresses replaced. :return: its arguments."""
     snippet = (SNIPPETS / name).read_text(encoding="utf-8")
     snippet = snippet.replace("127.0.0.1:8070", guard)
     snippet = re.sub(r"^matrix-rtc\.example\.org", f"http://127.0.0.1:{port}", snippet, flags=re.M)
@@ -61,7 +61,7 @@ def caddy(name: str, folder: Path, port: int, guard: str) -> list[str]:
 
 
 def begun(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    """The proxy's process; what it says is in ``output``."""
+    """The proxy's process; its output is in ``output``."""
     with (folder / "output").open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env={"HOME": str(folder)})
 
@@ -97,7 +97,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.mark.parametrize("snippet", PROXIES)
 @pytest_twisted.ensureDeferred
-async def test_joins_are_decided_behind_the_proxy(sandbox: Sandbox, start: Start, snippet: str) -> None:
+async def test_joins_are_decided_behind_a_proxy(sandbox: Sandbox, start: Start, snippet: str) -> None:
     address = await start(snippet, sandbox)
     room_id = room_of(sandbox, 1)
 
@@ -119,7 +119,7 @@ async def test_joins_are_decided_behind_the_proxy(sandbox: Sandbox, start: Start
 
 @pytest.mark.parametrize("snippet", PROXIES)
 @pytest_twisted.ensureDeferred
-async def test_webhooks_do_not_come_in_from_outside(sandbox: Sandbox, start: Start, snippet: str) -> None:
+async def test_webhooks_are_not_reachable_through_a_proxy(sandbox: Sandbox, start: Start, snippet: str) -> None:
     address = await start(snippet, sandbox)
     spellings = (
         "sfu_webhook",

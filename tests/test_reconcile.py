@@ -57,7 +57,7 @@ async def sharing(sandbox: Sandbox, room_id: str) -> Participant:
     """Alice in a room, sharing her screen; the SFU has counted her."""
     alice = await sandbox.enter(ALICE, room_id)
     assert alice.publish("SCREEN_SHARE")
-    alice.room._count()
+    alice.room.refresh_listed()
     return alice
 
 
@@ -352,7 +352,7 @@ async def test_after_a_restart_the_guard_knows_its_rooms_and_who_is_in_them(
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id, **UNUSUAL)
     assert alice.publish("SCREEN_SHARE")
-    alice.room._count()
+    alice.room.refresh_listed()
     await sandbox.guard.stopService()
     put_policy(sandbox, room_id, 1, **NO_SCREEN)
     await sandbox.start_guard(guard_reconcile_interval=0.1)
@@ -444,7 +444,7 @@ async def test_a_guard_killed_between_a_policy_s_change_and_its_next_round_enfor
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id, **UNUSUAL)
     assert alice.publish("SCREEN_SHARE")
-    alice.room._count()
+    alice.room.refresh_listed()
     with sqlite3.connect(sandbox.state_dir / "lotusguard.sqlite3") as registry:
         await until(lambda: registry.execute("SELECT 1 FROM identities").fetchone(), seconds=1)
     registry.close()

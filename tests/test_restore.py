@@ -143,7 +143,7 @@ async def test_it_is_given_back_only_once(giving: Sandbox) -> None:
 async def test_a_new_run_of_the_guard_gives_back_what_an_earlier_one_took(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
-    alice.room._count()
+    alice.room.refresh_listed()
     await set_policy(giving, room_id, **NO_VIDEO)
     await giving.guard.stopService()
     put_policy(giving, room_id, **NO_CAMERA)
@@ -158,7 +158,7 @@ async def test_a_new_run_of_the_guard_gives_back_what_an_earlier_one_took(giving
 async def test_nothing_is_given_back_while_the_policy_is_unknown(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
-    alice.room._count()
+    alice.room.refresh_listed()
     await set_policy(giving, room_id, **NO_SCREEN)
     await giving.guard.stopService()
     await giving.homeserver.stop_listening()
@@ -204,7 +204,7 @@ async def test_what_was_taken_is_forgotten_with_the_session(giving: Sandbox) -> 
 async def test_rooms_without_a_policy_that_are_owed_nothing_are_left_in_peace(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
-    alice.room._count()
+    alice.room.refresh_listed()
     await giving.guard._enforcement.reconcile()
     await at_rest(giving)
     assert not giving.livekit.asked["ListParticipants"]

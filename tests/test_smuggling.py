@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Request smuggling over raw sockets: what upstream got to see of each attack is one well-formed request, or nothing.
+"""Request smuggling over raw sockets: upstream sees one well-formed request of each attack, or nothing.
 
-After each attack a second request comes on the same connection. Whoever takes the attack's length for another one than
-we do would see that second request in another shape, so it must arrive as it is or not at all.
+A second request follows each attack on the same connection. A parser that computes another length for the attack
+would see that request differently, so it must arrive unchanged or not at all.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def chunks(size: bytes = b"%x" % len(BODY), end: bytes = b"0\r\n\r\n") -> bytes:
 
 @frozen
 class Attack:
-    """``code`` is what its sender is told. ``seen`` is the target that upstream saw, if it saw any; ``goes_on`` is
-    whether the connection is still good for the request after it."""
+    """``code`` is the status of the answer. ``seen`` is the target that upstream saw, if any; ``goes_on`` is
+    whether the connection stays open for the next request."""
 
     payload: bytes
     code: int
@@ -55,12 +55,12 @@ class Attack:
 
 
 def refused(payload: bytes) -> Attack:
-    """400, hung up, nothing seen."""
+    """Answered 400, connection closed, nothing forwarded."""
     return Attack(payload, 400)
 
 
 def read(payload: bytes, target: bytes = b"/sfu/get", code: int = 401) -> Attack:
-    """Understood in the one way there is; 401 is upstream's word on the OpenID token."""
+    """Understood in the only possible way; 401 is upstream's answer to the OpenID token."""
     return Attack(payload, code, target, True)
 
 
@@ -228,8 +228,8 @@ async def test_upstream_sees_one_well_formed_request_or_none(sandbox: Sandbox, t
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest_twisted.ensureDeferred
-async def test_the_bytes_that_reach_upstream_are_ours(start_sandbox: StartSandbox, table: dict[str, Attack]) -> None:
-    """The same on the wire, for an upstream that understands bytes in another way than the stand-in does."""
+async def test_bytes_that_reach_upstream_are_our_own(start_sandbox: StartSandbox, table: dict[str, Attack]) -> None:
+    """The same on the wire, for an upstream that parses differently from the stand-in."""
     async with recorder() as upstream:
         sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
         for name, attack in table.items():
@@ -257,8 +257,8 @@ def well_formed(name: str, request: bytes, target: bytes) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_cannot_be_parsed_leaves_nothing_in_the_log_but_our_own_lines(sandbox: Sandbox) -> None:
-    """A flood of bad requests must not be a flood of tracebacks; each is a connection that was closed."""
+async def test_malformed_requests_log_no_tracebacks(sandbox: Sandbox) -> None:
+    """A flood of bad requests must not flood the log."""
     from twisted.logger import globalLogPublisher
 
     failures: list[Any] = []

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting gather and only so long; policies believed and remembered; breakers. All on a clock that is turned."""
+"""Deadlines, several calls at once, the circuit breaker, and how long a policy is used. All on a `Clock`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.defer import Deferred, TimeoutError, succeed
 from twisted.internet.task import Clock
 
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN, CircuitBreaker
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import Budget, SharedLookups, gather
+from lotusguard.clients.waiting import Budget, Deadline, gather
 from lotusguard.guard.rooms.policies import Freshness, Known, Policies
 from lotusguard.metrics import Metrics
 from lotusguard.rules.policy import NO_POLICY, Policy
 
 
 def outcome(waiting: Deferred[Any]) -> Any:
-    """What a Deferred has come to: its result, its exception, or nothing yet."""
+    """The result or the exception of a Deferred; None while there is neither."""
     waiting.addErrback(lambda failure: failure.value)
     return waiting.result if waiting.called else None
 
@@ -35,74 +35,56 @@ class Source:
         return await waiting
 
 
-def test_one_call_serves_all_who_wait() -> None:
-    source = Source()
-    shared = SharedLookups(source.call)
-    first, second = shared.get("a"), shared.get("a")
-    shared.get("b")
-    assert len(source.calls) == 2
-    source.calls[0].callback(5)
-    assert (outcome(first), outcome(second)) == (5, 5)
-    shared.get("a")
-    assert len(source.calls) == 3
-
-
-def test_a_failure_is_everybodys() -> None:
-    source = Source()
-    shared = SharedLookups(source.call)
-    waiters = [shared.get("a") for _ in range(2)]
-    source.calls[0].errback(ValueError("x"))
-    assert [type(outcome(waiter)) for waiter in waiters] == [ValueError, ValueError]
-
-
-def test_who_gives_up_leaves_the_call_to_the_others() -> None:
-    source = Source()
-    shared = SharedLookups(source.call)
-    first, second = shared.get("a"), shared.get("a")
-    first.cancel()
-    assert isinstance(outcome(first), CancelledError)
-    source.calls[0].callback(5)
-    assert outcome(second) == 5
-
-
-def test_what_is_forgotten_is_asked_for_anew_while_the_old_call_still_runs() -> None:
-    source = Source()
-    shared = SharedLookups(source.call)
-    old = shared.get("a")
-    shared.forget("a")
-    new = shared.get("a")
-    source.calls[1].callback("new")
-    source.calls[0].callback("old")
-    assert (outcome(old), outcome(new)) == ("old", "new")
-
-
-def test_a_budget_is_for_all_waits_together_and_only_for_waiting() -> None:
+def test_a_deadline_bounds_every_wait_and_work_in_between_counts_too() -> None:
     clock = Clock()
-    budget = Budget(clock, 1.5)
+    deadline = Deadline.after(clock, 1.5)
     first: Deferred[int] = Deferred()
-    waited = budget.wait(first)
+    waited = deadline.wait(first)
     clock.advance(1.0)
     first.callback(1)
     assert outcome(waited) == 1
-    clock.advance(60)  # what is done meanwhile does not count
-    second: Deferred[int] = budget.wait(Deferred())
+    assert deadline.left() == 0.5
+    second: Deferred[int] = deadline.wait(Deferred())
     clock.advance(0.4)
     assert outcome(second) is None
     clock.advance(0.2)
     assert isinstance(outcome(second), TimeoutError)
-    done: Deferred[int] = Deferred()
-    done.callback(7)
-    assert outcome(budget.wait(done)) == 7
-    third: Deferred[int] = budget.wait(Deferred())
+    assert deadline.passed
+    assert deadline.left() == 0
+    third: Deferred[int] = deadline.wait(Deferred())
     clock.advance(0)
     assert isinstance(outcome(third), TimeoutError)
 
 
-def test_of_several_questions_the_first_that_fails_makes_all_fail() -> None:
+def test_a_result_that_is_there_already_is_returned_even_after_the_deadline() -> None:
+    clock = Clock()
+    deadline = Deadline.after(clock, 1)
+    clock.advance(2)
+    assert outcome(deadline.wait(succeed(7))) == 7
+
+
+def test_a_sooner_deadline_is_never_later_than_the_whole_one() -> None:
+    clock = Clock()
+    deadline = Deadline.after(clock, 1.5)
+    assert deadline.sooner(0.5).at == 0.5
+    assert deadline.sooner(5).at == 1.5
+
+
+def test_a_wait_is_cancelled_at_the_deadline() -> None:
+    clock = Clock()
+    cancelled: list[Any] = []
+    waited: Deferred[int] = Deadline.after(clock, 1).wait(Deferred(cancelled.append))
+    clock.advance(1)
+    assert isinstance(outcome(waited), TimeoutError)
+    assert len(cancelled) == 1
+
+
+def test_the_first_failure_of_several_calls_is_raised_and_cancels_the_others() -> None:
     source = Source()
-    asked = Deferred.fromCoroutine(gather([source.call("a"), source.call("b")]))
+    waiting = Deferred.fromCoroutine(gather([source.call("a"), source.call("b")]))
     source.calls[1].errback(ValueError("x"))
-    assert isinstance(outcome(asked), ValueError)
+    assert isinstance(outcome(waiting), ValueError)
+    assert source.calls[0].called
 
 
 def test_a_breaker_opens_after_five_failures_in_a_row_and_closes_on_one_success() -> None:
@@ -121,7 +103,7 @@ def test_a_breaker_opens_after_five_failures_in_a_row_and_closes_on_one_success(
 
 
 class Rooms:
-    """A homeserver whose answers the test gives."""
+    """A homeserver that answers when the test says so."""
 
     def __init__(self) -> None:
         self.asked: list[Deferred[dict[str, Any]]] = []
@@ -158,7 +140,7 @@ def get(policies: Policies, clock: Clock) -> Deferred[Known]:
     return Deferred.fromCoroutine(policies.get("!r", Budget(clock, 1.5)))
 
 
-def test_a_policy_is_believed_for_its_ttl(policies: Policies, rooms: Rooms, clock: Clock) -> None:
+def test_a_policy_is_fresh_for_its_ttl(policies: Policies, rooms: Rooms, clock: Clock) -> None:
     first = get(policies, clock)
     rooms.answer(5)
     assert outcome(first) == Known(Policy(5), Freshness.FRESH)
@@ -170,9 +152,7 @@ def test_a_policy_is_believed_for_its_ttl(policies: Policies, rooms: Rooms, cloc
     assert len(rooms.asked) == 2
 
 
-def test_a_policy_is_as_old_as_the_question_and_not_as_the_answer(
-    policies: Policies, rooms: Rooms, clock: Clock
-) -> None:
+def test_the_age_of_a_policy_counts_from_the_request(policies: Policies, rooms: Rooms, clock: Clock) -> None:
     get(policies, clock)
     clock.advance(1.4)
     rooms.answer(5)
@@ -180,7 +160,7 @@ def test_a_policy_is_as_old_as_the_question_and_not_as_the_answer(
     assert policies.believed("!r") is None
 
 
-def test_the_last_known_policy_serves_for_a_while(policies: Policies, rooms: Rooms, clock: Clock) -> None:
+def test_the_last_known_policy_is_used_for_a_limited_time(policies: Policies, rooms: Rooms, clock: Clock) -> None:
     get(policies, clock)
     rooms.answer(5)
     clock.advance(11)
@@ -203,17 +183,18 @@ def test_a_failure_is_remembered_briefly(policies: Policies, rooms: Rooms, clock
     assert len(rooms.asked) == 2
 
 
-def test_nobody_waits_longer_than_their_budget_and_the_answer_still_helps_the_next(
-    policies: Policies, rooms: Rooms, clock: Clock
-) -> None:
+def test_a_lookup_that_nobody_awaits_any_more_is_cancelled(policies: Policies, rooms: Rooms, clock: Clock) -> None:
     waiting = get(policies, clock)
     clock.advance(1.6)
     assert outcome(waiting) == Known(NO_POLICY, Freshness.UNKNOWN, "timeout")
+    assert rooms.asked[0].called
+    clock.advance(1.1)
+    again = get(policies, clock)
     rooms.answer(5)
-    assert outcome(get(policies, clock)) == Known(Policy(5), Freshness.FRESH)
+    assert outcome(again) == Known(Policy(5), Freshness.FRESH)
 
 
-def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_believed(
+def test_an_answer_to_a_request_from_before_the_change_is_not_used(
     policies: Policies, rooms: Rooms, clock: Clock
 ) -> None:
     get(policies, clock)
@@ -226,7 +207,7 @@ def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_believed(
     assert outcome(get(policies, clock)) == Known(Policy(2), Freshness.FRESH)
 
 
-def test_a_changed_policy_still_serves_as_long_as_any_when_the_homeserver_is_away(rooms: Rooms, clock: Clock) -> None:
+def test_a_dropped_policy_is_still_the_last_known_one_while_the_homeserver_is_down(rooms: Rooms, clock: Clock) -> None:
     homeserver: Any = rooms
     policies = Policies(homeserver, clock, Metrics(), ttl=3600, stale=3600)
     get(policies, clock)
@@ -239,7 +220,7 @@ def test_a_changed_policy_still_serves_as_long_as_any_when_the_homeserver_is_awa
 
 
 @pytest.mark.parametrize("room_id", ["!" + "a" * 300, "!room\x00:x", "!room\n:x"])
-def test_what_no_room_can_be_called_is_not_asked_for(
+def test_a_name_that_no_room_can_have_is_not_looked_up(
     policies: Policies, rooms: Rooms, clock: Clock, room_id: str
 ) -> None:
     asked = Deferred.fromCoroutine(policies.get(room_id, Budget(clock, 1.5)))

@@ -62,6 +62,8 @@ class User:
         self.world = world
         self.user_id = f"@{name}:{world.homeserver.server_name}"
         world.homeserver.add_user(name)
+        for room_id in world.rooms:
+            world.homeserver.join(room_id, name)
 
     async def live(self) -> None:
         """Come and go until the soak ends."""

@@ -1,96 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A service we ask things of: when it is not waited for, and what its failures are called. Floor: clients."""
+"""Calls to one dependency: deadline, fair turns, circuit breaker, and names for what fails."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Container
-from contextlib import suppress
-from random import random
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, TimeoutError
+from attrs import define, field
+from prometheus_client import Counter, Histogram
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.client import ResponseFailed
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent
 
-from lotusguard.clients.circuit_breaker import PROBE_INTERVAL, CircuitBreaker
-from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, collected
+from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
+from lotusguard.clients.clock_skew import clock_skew
+from lotusguard.clients.credentials import FORBIDDEN, UNAUTHORIZED, Credentials
+from lotusguard.clients.failures import CircuitOpen, DependencyFailed, DependencyRefused, TooManyCalls
+from lotusguard.clients.http import Answer, BodyTooLarge, fetch
+from lotusguard.clients.turns import FairSemaphore, QueueFull
 from lotusguard.metrics import Metrics
+
+__all__ = ["CircuitOpen", "Dependency", "DependencyFailed", "DependencyRefused", "TooManyCalls"]
 
 log = Logger()
 T = TypeVar("T")
 
 CALLS_AT_ONCE = 32
-"""Calls to one dependency that are under way at once; the others queue. More new connections than a listener's backlog
-(50 in Synapse) would be answered by the kernel a second later."""
-
-
-_SHORT_OF_BREATH = (408, 429)
+"""Calls to one dependency that are in flight at once. More new connections than a listener's backlog (50 in Synapse)
+would be accepted by the kernel only a second later."""
+CALLS_QUEUED = 2048
+"""Calls that may wait for a turn."""
+QUEUE_TIMEOUT = 10.0
+"""Seconds a call may wait for a turn. A join has its own, shorter deadline."""
+LARGEST_ANSWER = 16 * 1024 * 1024
+SLOW = 0.5
+"""Part of the timeout after which a call that its caller gives up counts as failed. Otherwise a dependency that is
+always later than its callers' deadlines would never open its circuit."""
+_OVERLOADED = (408, 429)
 """Statuses of a dependency that cannot keep up."""
 
 
-class DependencyFailed(Exception):
-    """A dependency gave no usable answer. ``reason`` is one of a few words, fit for a metric's label."""
-
-    def __init__(self, dependency: str, reason: str) -> None:
-        super().__init__(f"{dependency}: {reason}")
-        self.dependency = dependency
-        self.reason = reason
-
-
-class CircuitOpen(DependencyFailed):
-    """The dependency failed so often that it is not asked until it is well again."""
-
-    def __init__(self, dependency: str) -> None:
-        super().__init__(dependency, "circuit_open")
-
-
-class DependencyRefused(DependencyFailed):
-    """The dependency is well and said no: to our credentials, or to what was asked."""
-
-
+@define(eq=False)
 class Dependency:
-    """A service we ask things of, with its deadline and its circuit breaker.
+    """A service we call, with its deadline and its circuit breaker.
 
-    While the breaker is open calls fail at once with `CircuitOpen`, and a ``probe`` is sent every two seconds (a
-    little more, by chance, so that several guards do not knock gather) until it succeeds: nobody's join waits for it.
+    While the circuit is open, calls fail at once with `CircuitOpen`, and ``probe`` is called every two seconds until it
+    succeeds.
 
     :param name: for logs and metrics.
-    :param agent: takes request targets, and calls the configured address only (`FixedAgent`).
-    :param timeout: seconds for one whole call, the body included.
+    :param agent: takes request targets and calls the configured address only (`FixedAgent`).
+    :param timeout: seconds for one call, its body included, from the beginning of its turn.
     :param limit: bytes an answer may have.
+    :param wall_clock: our time in seconds since the epoch, compared with the ``Date`` of answers.
+    :ivar skew: seconds by which the dependency's clock is ahead of ours; None while unknown.
     """
 
-    def __init__(
-        self,
-        name: str,
-        agent: IAgent,
-        clock: IReactorTime,
-        metrics: Metrics,
-        *,
-        timeout: float,
-        limit: int = 16 * 1024 * 1024,
-    ) -> None:
-        self.name = name
-        self.breaker = CircuitBreaker()
-        self.probe: Callable[[], Awaitable[object]] | None = None
-        self._agent = agent
-        self._clock = clock
-        self._metrics = metrics
-        self._timeout = timeout
-        self._limit = limit
-        self._turns = DeferredSemaphore(CALLS_AT_ONCE)
-        self._probing: Any = None
-        self._seconds = metrics.dependency_seconds.labels(name)
-        self._outcomes = {
-            outcome: metrics.dependency_calls.labels(name, outcome)
-            for outcome in ("ok", "refused", "failed", "circuit_open")
-        }
-        metrics.circuit_open.labels(name).set(0)
+    name: str
+    _agent: IAgent
+    _clock: IReactorTime
+    _metrics: Metrics
+    timeout: float = field(kw_only=True)
+    _limit: int = field(default=LARGEST_ANSWER, kw_only=True)
+    _wall_clock: Callable[[], float] = field(default=time.time, kw_only=True)
+    breaker: CircuitBreaker = field(init=False, factory=CircuitBreaker)
+    skew: float | None = field(init=False, default=None)
+    _turns: FairSemaphore = field(init=False, factory=lambda: FairSemaphore(CALLS_AT_ONCE, CALLS_QUEUED))
+    _credentials: Credentials = field(init=False)
+    _prober: Prober = field(init=False)
+    _seconds: Histogram = field(init=False)
+    _outcomes: dict[str, Counter] = field(init=False)
+    _last_date: bytes = field(init=False, default=b"")
+
+    def __attrs_post_init__(self) -> None:
+        self._credentials = Credentials(self.name)
+        self._prober = Prober(self.breaker, self._clock)
+        self._seconds = self._metrics.dependency_seconds.labels(self.name)
+        outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")
+        self._outcomes = {outcome: self._metrics.dependency_calls.labels(self.name, outcome) for outcome in outcomes}
+        self._metrics.circuit_open.labels(self.name).set(0)
+
+    @property
+    def probe(self) -> Callable[[], Awaitable[object]] | None:
+        """One call (with ``is_probe=True``) that shows whether the dependency works and accepts our credentials."""
+        return self._prober.probe
+
+    @probe.setter
+    def probe(self, probe: Callable[[], Awaitable[object]]) -> None:
+        self._prober.probe = probe
+
+    def now(self) -> float:
+        """Seconds on the clock of its deadlines."""
+        return self._clock.seconds()
+
+    @property
+    def refused(self) -> str | None:
+        """``status_401`` or ``status_403`` if our credentials were refused and not accepted since."""
+        return self._credentials.refused
 
     async def call(
         self,
@@ -100,123 +110,123 @@ class Dependency:
         body: bytes | None = None,
         *,
         read: Callable[[Answer], T],
-        answers: Container[int] = (),
-        wait: bool = True,
+        expected: Container[int] = (),
+        turn: str = "",
+        is_probe: bool = False,
     ) -> T:
         """Make one call and read its answer.
 
-        :param read: turns the answer into what was asked for; whatever it raises means that the answer was invalid.
-        :param answers: statuses that are for ``read`` although they look like a refusal or a failure.
-        :param wait: ``False`` for a probe: made even while nobody waits for this dependency.
-        :raises CircuitOpen: the breaker is open.
-        :raises DependencyRefused: 401 or 403, or another 4xx that ``read`` can make nothing of.
+        :param read: turns the answer into the result; any exception from it means that the answer is invalid.
+        :param expected: statuses that ``read`` handles although they look like a refusal or a failure.
+        :param turn: the room or user for whom we call; waiting calls take turns between these.
+        :param is_probe: the call is made even while the circuit is open.
+        :raises CircuitOpen: the circuit is open.
+        :raises TooManyCalls: too many calls wait for a turn.
+        :raises DependencyRefused: 401 or 403, or another 4xx that ``read`` does not understand.
         :raises DependencyFailed: no usable answer in time.
         """
-        if wait and self.breaker.open:
-            raise self._not_waited_for()
+        self._check_circuit(is_probe)
         began = self._clock.seconds()
         try:
-            answer = await self._answer(method, path, headers, body, wait)
-            if answer.code not in answers:
-                if answer.code in (401, 403):
-                    self._well("refused")
+            answer = await self._in_turn(method, path, headers, body, turn, is_probe)
+            if answer.code not in expected:
+                if answer.code in (UNAUTHORIZED, FORBIDDEN):
+                    self._credentials.refuse(answer.code, path)
+                    self._succeeded("refused")
                     raise DependencyRefused(self.name, f"status_{answer.code}")
                 if answer.code >= 500 or 300 <= answer.code < 400:
                     raise DependencyFailed(self.name, f"status_{answer.code}")
-            try:
-                result = read(answer)
-            except Exception:
-                if 400 <= answer.code < 500 and answer.code not in _SHORT_OF_BREATH:
-                    # It is well and does not like the question, which a caller may have had a hand in: no reason to
-                    # stop asking it other questions.
-                    self._well("refused")
-                    raise DependencyRefused(self.name, f"status_{answer.code}") from None
-                reason = "invalid_response" if answer.code < 400 else f"status_{answer.code}"
-                raise DependencyFailed(self.name, reason) from None
-        except (DependencyRefused, CircuitOpen):
+            result = self._read(answer, read)
+        except (DependencyRefused, CircuitOpen, TooManyCalls):
             raise
         except DependencyFailed as failed:
-            self._ill(failed.reason)
+            self._failed(failed.reason)
             raise
         finally:
             self._seconds.observe(self._clock.seconds() - began)
-        self._well("ok")
+        if answer.code >= 500:  # it was expected, and tells neither that the dependency works nor that it does not
+            self._outcomes["ok"].inc()
+            return result
+        self._succeeded("ok")
+        self._credentials.accept(path, headers)
         return result
 
-    async def _answer(self, method: bytes, path: bytes, headers: Headers, body: bytes | None, wait: bool) -> Answer:
-        await self._turns.acquire()
+    def _read(self, answer: Answer, read: Callable[[Answer], T]) -> T:
         try:
-            if wait and self.breaker.open:  # it fell ill while we queued
-                raise self._not_waited_for()
-            exchange = Deferred.fromCoroutine(self._exchange(method, path, headers, body))
-            return await exchange.addTimeout(self._timeout, self._clock)
-        except (CancelledError, CircuitOpen):
+            return read(answer)
+        except Exception:
+            if 400 <= answer.code < 500 and answer.code not in _OVERLOADED:
+                # The dependency works and rejects this one request, which a client may have influenced. Other requests
+                # must not suffer.
+                self._succeeded("refused")
+                raise DependencyRefused(self.name, f"status_{answer.code}") from None
+            reason = "invalid_response" if answer.code < 400 else f"status_{answer.code}"
+            raise DependencyFailed(self.name, reason) from None
+
+    async def _in_turn(
+        self, method: bytes, path: bytes, headers: Headers, body: bytes | None, turn: str, is_probe: bool
+    ) -> Answer:
+        try:
+            await self._turns.acquire(turn).addTimeout(QUEUE_TIMEOUT, self._clock)
+        except (QueueFull, TimeoutError):
+            self._outcomes["queue_full"].inc()
+            raise TooManyCalls(self.name) from None
+        began = self._clock.seconds()
+        try:
+            self._check_circuit(is_probe)  # it may have opened while this call waited for its turn
+            asked_at = self._wall_clock()
+            exchange = Deferred.fromCoroutine(fetch(self._agent, method, path, headers, body, limit=self._limit))
+            answer = await exchange.addTimeout(self.timeout, self._clock)
+            self._compare_clocks(answer, asked_at)
+            return answer
+        except CircuitOpen:
+            raise
+        except CancelledError:
+            if self._clock.seconds() - began >= SLOW * self.timeout:
+                self._failed("timeout")
             raise
         except Exception as error:
             raise DependencyFailed(self.name, _reason(error)) from None
         finally:
             self._turns.release()
 
-    async def _exchange(self, method: bytes, path: bytes, headers: Headers, body: bytes | None) -> Answer:
-        producer = None if body is None else BytesBody(body)
-        response = await self._agent.request(method, path, headers, producer)
-        return Answer(response.code, response.headers, await collected(response, self._limit))
+    def _compare_clocks(self, answer: Answer, asked_at: float) -> None:
+        """Read the ``Date`` header, if it is not the last one again: it changes once a second."""
+        date = (answer.headers.getRawHeaders(b"date") or [b""])[0]
+        if date == self._last_date:
+            return
+        self._last_date = date
+        skew = clock_skew(date, asked_at, self._wall_clock())
+        if skew is not None:
+            self.skew = skew
+            self._metrics.clock_skew.labels(self.name).set(skew)
 
-    def _not_waited_for(self) -> CircuitOpen:
-        self._outcomes["circuit_open"].inc()
-        return CircuitOpen(self.name)
+    def _check_circuit(self, is_probe: bool) -> None:
+        if self.breaker.open and not is_probe:
+            self._outcomes["circuit_open"].inc()
+            raise CircuitOpen(self.name)
 
-    def _well(self, outcome: str) -> None:
+    def _succeeded(self, outcome: str) -> None:
         self._outcomes[outcome].inc()
         if self.breaker.succeeded():
             self._metrics.circuit_open.labels(self.name).set(0)
             log.info("{dependency} answers again", dependency=self.name, event_name="dependency_up")
 
-    def _ill(self, reason: str) -> None:
+    def _failed(self, reason: str) -> None:
         self._outcomes["failed"].inc()
         if self.breaker.failed():
             self._metrics.circuit_open.labels(self.name).set(1)
             log.error(
-                "{dependency} is not waited for until it answers again: {reason}",
+                "{dependency} failed five times in a row ({reason}); it is not called until a probe succeeds",
                 dependency=self.name,
                 reason=reason,
                 event_name="dependency_down",
             )
-            self._probe_later()
-
-    def _probe_later(self) -> None:
-        if self.probe is not None and self._probing is None:
-            self._probing = self._clock.callLater(PROBE_INTERVAL * (1 + random() / 4), self._probe_now)
-
-    def _probe_now(self) -> None:
-        self._probing = None
-        if self.probe is None or not self.breaker.open:  # it was a call that found it well again
-            return
-        probing = self._probing = Deferred.fromCoroutine(_tried(self.probe))
-        probing.addErrback(_unexpected)
-        probing.addBoth(lambda _: self._probed())  # may be at once, so after it was noted
-
-    def _probed(self) -> None:
-        self._probing = None
-        if self.breaker.open:
-            self._probe_later()
+            self._prober.start()
 
     def stop(self) -> None:
-        """No more probes."""
-        self.probe = None
-        if self._probing is not None:
-            self._probing.cancel()
-            self._probing = None
-
-
-async def _tried(probe: Callable[[], Awaitable[object]]) -> None:
-    with suppress(DependencyFailed):
-        await probe()
-
-
-def _unexpected(failure: Failure) -> None:
-    if not failure.check(CancelledError):
-        log.failure("a probe failed in an unexpected way", failure)
+        """Stop probing."""
+        self._prober.stop()
 
 
 def _reason(error: Exception) -> str:

@@ -6,11 +6,13 @@ Protobuf on the wire: a JSON request with a name the SFU does not know is read a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TypeVar
 
+from attrs import define
 from google.protobuf.message import Message
 from livekit.protocol.models import ParticipantInfo, ParticipantPermission, Room
 from livekit.protocol.room import (
@@ -24,7 +26,6 @@ from livekit.protocol.room import (
     RoomParticipantIdentity,
     UpdateParticipantRequest,
 )
-from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.dependency import Dependency
@@ -50,21 +51,28 @@ _NO_SUCH_ROOM = {"not_found": NoSuchParticipant}
 """LiveKit answers an empty list; whoever answers not_found means the same."""
 
 
+@define(eq=False)
 class LiveKitClient:
-    """What the guard asks of LiveKit. PeriodicService method raises `DependencyFailed` when there is no usable answer.
+    """What the guard asks of LiveKit. Every method raises `DependencyFailed` when there is no usable answer.
 
     :param key: signs the tokens that RoomService wants.
     """
 
-    def __init__(self, dependency: Dependency, key: SfuKey, clock: IReactorTime) -> None:
-        self._dependency = dependency
-        self._key = key
-        self._clock = clock
-        dependency.probe = self.probe
+    _dependency: Dependency
+    _key: SfuKey
+    _wall: Callable[[], float] = time.time
+
+    def __attrs_post_init__(self) -> None:
+        self._dependency.probe = self.probe
 
     @property
-    def well(self) -> bool:
-        """Whether it is waited for."""
+    def clock_skew(self) -> float | None:
+        """Seconds by which LiveKit's clock is ahead of ours; ``None`` while unknown."""
+        return self._dependency.skew
+
+    @property
+    def available(self) -> bool:
+        """Whether its circuit is closed."""
         return not self._dependency.breaker.open
 
     async def list_rooms(self, names: Iterable[str] = ()) -> Sequence[Room]:
@@ -72,11 +80,14 @@ class LiveKitClient:
         request = ListRoomsRequest(names=names)
         return (await self._ask("ListRooms", request, ListRoomsResponse)).rooms
 
-    async def list_participants(self, alias: str) -> Sequence[ParticipantInfo]:
-        """Who is in a room; nobody when there is no such room."""
+    async def list_participants(self, alias: str, turn: str = "") -> Sequence[ParticipantInfo]:
+        """The participants of an SFU room; none if there is no such room.
+
+        :param turn: for whom we ask; see `Dependency.call`.
+        """
         request = ListParticipantsRequest(room=alias)
         try:
-            found = await self._ask_of("ListParticipants", request, ListParticipantsResponse, alias, _NO_SUCH_ROOM)
+            found = await self._ask_of("ListParticipants", request, ListParticipantsResponse, alias, _NO_SUCH_ROOM, turn)
         except NoSuchParticipant:
             return ()
         return found.participants
@@ -100,7 +111,7 @@ class LiveKitClient:
         await self._ask_of("MutePublishedTrack", request, MuteRoomTrackResponse, alias)
 
     async def remove_participant(self, alias: str, identity: str) -> None:
-        """Put a participant out. Their token goes on working. :raises NoSuchParticipant:"""
+        """Disconnect a participant. Their token stays valid. :raises NoSuchParticipant:"""
         request = RoomParticipantIdentity(room=alias, identity=identity)
         await self._ask_of("RemoveParticipant", request, RemoveParticipantResponse, alias)
 
@@ -109,11 +120,11 @@ class LiveKitClient:
         path, headers = self._request("ListRooms", None)
         body = ListRoomsRequest(names=["-"]).SerializeToString()
         await self._dependency.call(
-            b"POST", path, headers, body, read=partial(_message, kind=ListRoomsResponse), wait=False
+            b"POST", path, headers, body, read=partial(_message, kind=ListRoomsResponse), is_probe=True
         )
 
     def _request(self, method: str, alias: str | None) -> tuple[bytes, Headers]:
-        token = self._key.room_service_token(self._clock.seconds(), room=alias)
+        token = self._key.room_service_token(self._wall(), room=alias)
         headers = Headers(
             {b"Content-Type": [b"application/protobuf"], b"Authorization": [b"Bearer " + token.encode("ascii")]}
         )
@@ -132,6 +143,7 @@ class LiveKitClient:
         response: type[M],
         alias: str,
         gone: Mapping[str, type[NoSuchParticipant]] = MappingProxyType(_PARTICIPANT_GONE),
+        turn: str = "",
     ) -> M:
         """Ask something of one participant, whose node may be gone: that is no illness of the SFU."""
         path, headers = self._request(method, alias)
@@ -142,7 +154,7 @@ class LiveKitClient:
             return _message(answer, response)
 
         body = request.SerializeToString()
-        found = await self._dependency.call(b"POST", path, headers, body, read=read, answers=_GONE_STATUSES)
+        found = await self._dependency.call(b"POST", path, headers, body, read=read, expected=_GONE_STATUSES, turn=turn or alias)
         if isinstance(found, type):
             raise found
         return found

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lk-jwt-service, our upstream: what comes in is handed to it as it came. Floor: clients."""
+"""lk-jwt-service, our upstream: requests are forwarded to it, and it is probed by what only it answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from attrs import frozen
+from attrs import define, field, frozen
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost, DNSLookupError
 from twisted.internet.interfaces import IReactorTime
@@ -24,14 +24,27 @@ T = TypeVar("T")
 TOKEN_ANSWER_LIMIT = 1024 * 1024
 """Bytes that an answer with a token may have."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.5
-"""Seconds between two tries while connections are refused."""
+"""Seconds between two attempts while connections are refused."""
 PROBE_TIMEOUT = 2.0
-STALE_TRIES = 3
-"""Kept-alive connections that may turn out to be dead before it is upstream who hangs up."""
+STALE_ATTEMPTS = 3
+"""Attempts on kept-alive connections that may end without an answer before upstream counts as hanging up."""
+VIA = b"1.1 lotusguard"
+"""What every forwarded request carries in ``Via`` (RFC 9110 §7.6.3); a guard that receives it is part of a loop."""
+
+
+def came_through_a_guard(headers: Headers) -> bool:
+    """Whether a guard is among the hops that ``Via`` names."""
+    hops = (hop.split() for value in headers.getRawHeaders(b"via") or () for hop in value.split(b","))
+    return any(len(hop) > 1 and hop[1].lower() == b"lotusguard" for hop in hops)
+
+
+def mark(headers: Headers) -> None:
+    """Name the guard in ``Via``."""
+    headers.setRawHeaders(b"Via", [b", ".join([*(headers.getRawHeaders(b"via") or ()), VIA])])
 
 
 class UpstreamFailed(Exception):
-    """No answer. ``code`` is what the caller is to be told: 502 not reachable, 504 not in time."""
+    """There is no answer. ``code`` is the status for the caller: 502 for not reachable, 504 for not in time."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -41,9 +54,9 @@ class UpstreamFailed(Exception):
 
 @frozen
 class Forwarded:
-    """A request as it goes on.
+    """A request as it is forwarded.
 
-    :ivar target: the raw request target, undecoded, query and all.
+    :ivar target: the raw request target, undecoded, with its query.
     """
 
     method: bytes
@@ -52,58 +65,75 @@ class Forwarded:
     body: bytes | None
 
 
+@define
 class LkJwtService:
     """Upstream.
 
     :param agent: takes request targets (`FixedAgent`).
-    :param timeout: seconds for an answer: a whole one for `ask`, its head for `open`.
+    :param timeout: seconds for an answer: for a whole one in `ask`, for its head in `open`.
     :param grace: seconds for which a request is held while connections are refused.
     """
 
-    def __init__(self, agent: IAgent, clock: IReactorTime, metrics: Metrics, *, timeout: float, grace: float) -> None:
-        self._agent = agent
-        self._clock = clock
-        self._timeout = timeout
-        self._grace = grace
-        self._seconds = metrics.dependency_seconds.labels("upstream")
-        self._answered = metrics.dependency_calls.labels("upstream", "ok")
-        self._unanswered = metrics.dependency_calls.labels("upstream", "failed")
+    _agent: IAgent
+    _clock: IReactorTime
+    _metrics: Metrics
+    _timeout: float = field(kw_only=True)
+    _grace: float = field(kw_only=True)
+    _seconds: Any = field(init=False)
+    _answered: Any = field(init=False)
+    _unanswered: Any = field(init=False)
 
-    async def ask(self, request: Forwarded) -> Answer:
-        """Forward a request and wait for the whole answer. :raises UpstreamFailed:"""
-        return await self._asked(request, self._whole)
+    def __attrs_post_init__(self) -> None:
+        self._seconds = self._metrics.dependency_seconds.labels("upstream")
+        self._answered = self._metrics.dependency_calls.labels("upstream", "ok")
+        self._unanswered = self._metrics.dependency_calls.labels("upstream", "failed")
+
+    async def ask(self, request: Forwarded, deadline: float | None = None) -> Answer:
+        """Forward a request and wait for the whole answer.
+
+        :param deadline: the time on the clock at which all attempts end. Without one, each attempt may take
+            ``timeout``, and the grace comes before that.
+        :raises UpstreamFailed:
+        """
+        return await self._attempted(request, self._whole, deadline)
 
     async def open(self, request: Forwarded) -> IResponse:
-        """Forward a request and wait for the head of the answer; its body is the caller's to read.
+        """Forward a request and wait for the head of the answer; the caller reads its body.
 
         :raises UpstreamFailed:
         """
-        return await self._asked(request, self._send)
+        return await self._attempted(request, self._send, None)
 
-    async def _asked(self, request: Forwarded, attempt: Callable[[Forwarded], Coroutine[Any, Any, T]]) -> T:
-        """Make an attempt, and others where that harms nobody.
+    async def _attempted(
+        self,
+        request: Forwarded,
+        attempt: Callable[[Forwarded], Coroutine[Any, Any, T]],
+        deadline: float | None,
+    ) -> T:
+        """Make an attempt, and further ones if upstream has not seen the request.
 
-        While connections are refused (it is restarting) the request is held. A kept-alive connection that upstream
-        had closed meanwhile is not the caller's affair: the request goes out again on another.
+        While connections are refused (upstream is restarting) the request is held. If upstream closes a kept-alive
+        connection before it answers, the request is sent again on another one.
         """
         began = self._clock.seconds()
+        held_until = began + self._grace if deadline is None else min(began + self._grace, deadline)
         pause, stale = FIRST_PAUSE, 0
         while True:
             try:
-                outcome = await Deferred.fromCoroutine(attempt(request)).addTimeout(self._timeout, self._clock)
+                outcome = await self._within(attempt(request), deadline)
             except (CancelledError, UpstreamFailed):
                 raise
             except TimeoutError:
                 raise self._failed(504, "timeout") from None
             except (ConnectError, DNSLookupError, OSError):
-                if self._clock.seconds() + pause > began + self._grace:
+                if self._clock.seconds() + pause > held_until:
                     raise self._failed(502, "unreachable") from None
                 await deferLater(self._clock, pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
             except ResponseNeverReceived as never:
                 hung_up = all(reason.check(ConnectionDone, ConnectionLost) for reason in never.reasons)
                 stale += 1
-                if not hung_up or stale >= STALE_TRIES:
+                if not hung_up or stale >= STALE_ATTEMPTS:
                     raise self._failed(502, "hung_up") from None
             except Exception:
                 raise self._failed(502, "invalid_response") from None
@@ -111,6 +141,16 @@ class LkJwtService:
                 self._seconds.observe(self._clock.seconds() - began)
                 self._answered.inc()
                 return outcome
+
+    async def _within(self, attempt: Coroutine[Any, Any, T], deadline: float | None) -> T:
+        """One attempt. :raises TimeoutError: it took ``timeout``, or until the deadline."""
+        seconds = self._timeout
+        if deadline is not None:
+            seconds = min(seconds, deadline - self._clock.seconds())
+        if seconds <= 0:
+            attempt.close()
+            raise TimeoutError
+        return await Deferred.fromCoroutine(attempt).addTimeout(seconds, self._clock)
 
     async def _send(self, request: Forwarded) -> IResponse:
         producer = None if request.body is None else BytesBody(request.body)
@@ -128,16 +168,27 @@ class LkJwtService:
             raise self._failed(502, "truncated") from None
 
     async def probe(self) -> None:
-        """See whether it answers at all. :raises DependencyFailed: it does not, with the reason."""
-        asked = Deferred.fromCoroutine(self._whole(Forwarded(b"GET", b"/healthz", Headers(), None)))
+        """Check that lk-jwt-service answers, by the preflight headers of its token route.
+
+        :raises DependencyFailed: with ``timeout``, ``unreachable``, ``loop`` (another guard answers) or
+            ``not_lk_jwt_service``.
+        """
+        headers = Headers()
+        mark(headers)
+        asked = Deferred.fromCoroutine(self._whole(Forwarded(b"OPTIONS", b"/sfu/get", headers, None)))
         try:
-            await asked.addTimeout(PROBE_TIMEOUT, self._clock)
+            answer = await asked.addTimeout(PROBE_TIMEOUT, self._clock)
         except CancelledError:
             raise
         except TimeoutError:
             raise DependencyFailed("upstream", "timeout") from None
         except Exception:
             raise DependencyFailed("upstream", "unreachable") from None
+        if came_through_a_guard(answer.headers):
+            raise DependencyFailed("upstream", "loop")
+        allowed = answer.headers.getRawHeaders(b"access-control-allow-methods") or ()
+        if answer.code != 200 or list(allowed) != [b"POST"]:
+            raise DependencyFailed("upstream", "not_lk_jwt_service")
 
     def _failed(self, code: int, reason: str) -> UpstreamFailed:
         self._unanswered.inc()

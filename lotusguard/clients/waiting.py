@@ -1,83 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting gather, and waiting only so long. Floor: clients."""
+"""Small asynchronous tools: deadlines, several calls at once, work in the background."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Hashable, Iterable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
+from attrs import frozen
 from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
-K = TypeVar("K", bound=Hashable)
+from lotusguard.clients.lookups import Fetched, FreshLookups, SharedLookups, fire_all
+from lotusguard.clients.turns import FairSemaphore, QueueFull
+
+__all__ = [
+    "Budget",
+    "Deadline",
+    "FairSemaphore",
+    "Fetched",
+    "FreshLookups",
+    "QueueFull",
+    "SharedLookups",
+    "fire_all",
+    "gather",
+    "run_in_background",
+    "tell",
+]
+
 T = TypeVar("T")
 
-
-def tell(waiters: Iterable[Deferred[T]], outcome: Any) -> None:
-    """Tell all who have not given up. A Failure makes what they wait for fail."""
-    for waiter in waiters:
-        if not waiter.called:
-            waiter.callback(outcome)
+tell = fire_all  # the former name
 
 
-class SharedLookups(Generic[K, T]):
-    """One call for all who wait for the same thing::
+@frozen
+class Deadline:
+    """A point in time by which something must be done::
 
-        looks = SharedLookups(look_at_room)
-        await looks.get(room_id)        # two of these at once: one look_at_room(room_id)
+        deadline = Deadline.after(clock, 1.5)
+        policy = await deadline.wait(policies.get(room_id))                  # TimeoutError at the deadline
+        roster = await deadline.sooner(0.5).wait(roster.refresh(room_id))    # half a second at most
 
-    A waiter that gives up leaves the call to the others. `forget` lets the next one start a new call, although the
-    old one still runs: what it brings may be older than what made us forget.
+    :ivar at: seconds on ``clock``.
     """
 
-    def __init__(self, call: Callable[[K], Coroutine[Any, Any, T]]) -> None:
-        self._call = call
-        self._waiting: dict[K, list[Deferred[T]]] = {}
+    clock: IReactorTime
+    at: float
 
-    def get(self, key: K) -> Deferred[T]:
-        """The outcome of the call for this key, the running one or a new one."""
-        waiters = self._waiting.get(key)
-        mine: Deferred[T] = Deferred()
-        if waiters is not None:
-            waiters.append(mine)
-            return mine
-        waiters = self._waiting[key] = [mine]
-        call = Deferred.fromCoroutine(self._call(key))
+    @classmethod
+    def after(cls, clock: IReactorTime, seconds: float) -> Deadline:
+        """A deadline so many seconds from now."""
+        return cls(clock, clock.seconds() + seconds)
 
-        def finished(outcome: Any) -> None:
-            if self._waiting.get(key) is waiters:
-                del self._waiting[key]
-            tell(waiters, outcome)
+    def left(self) -> float:
+        """Seconds until the deadline; 0 once it has passed."""
+        return max(0.0, self.at - self.clock.seconds())
 
-        call.addBoth(finished)
-        return mine
+    @property
+    def passed(self) -> bool:
+        return self.clock.seconds() >= self.at
 
-    def forget(self, key: K) -> None:
-        """Whoever asks from now on gets a new call."""
-        self._waiting.pop(key, None)
+    def sooner(self, seconds: float) -> Deadline:
+        """A deadline for a part of the work: so many seconds from now, and never later than this one."""
+        return Deadline(self.clock, min(self.at, self.clock.seconds() + seconds))
 
-    def __contains__(self, key: K) -> bool:
-        return key in self._waiting
+    def wait(self, outcome: Deferred[T]) -> Deferred[T]:
+        """The same outcome, or `TimeoutError` at the deadline.
+
+        Takes the Deferred over and cancels it at the deadline, so pass one that nobody else waits for (`SharedLookups`
+        returns a separate one to each caller).
+        """
+        if outcome.called and not outcome.paused:
+            return outcome
+        return outcome.addTimeout(self.left(), self.clock)
 
 
 class Budget:
-    """How long one join waits for dependencies, all in all::
-
-    budget = Budget(clock, 1.5)
-    policy = await budget.wait(policies.get(room_id))     # TimeoutError when there is nothing left
-    present = await budget.wait(roster.refresh(room_id))  # only what the first left over
-    """
+    """Seconds that may be spent waiting, all waits together; other work in between is free. `Deadline` replaces it."""
 
     def __init__(self, clock: IReactorTime, seconds: float) -> None:
         self._clock = clock
         self._left = seconds
 
     def wait(self, outcome: Deferred[T]) -> Deferred[T]:
-        """The same outcome, or `TimeoutError` when the budget is used up before. Only time spent in here counts.
-
-        Takes the Deferred over: it is cancelled then, so hand in one of your own (`SharedLookups` gives one each).
-        """
+        """The same outcome, or `TimeoutError` once the budget is used up. Cancels the Deferred then."""
         if outcome.called and not outcome.paused:
             return outcome
         began = self._clock.seconds()
@@ -89,24 +95,24 @@ class Budget:
         return outcome.addTimeout(max(0.0, self._left), self._clock).addBoth(spent)
 
 
-async def gather(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Ask several things at once. The first that fails makes all fail, with its own exception."""
-    calls = [Deferred.fromCoroutine(call) for call in asked]
+async def gather(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run several coroutines at once. The first failure cancels the others and is raised as it is."""
+    running = [Deferred.fromCoroutine(call) for call in calls]
     try:
-        return list(await gatherResults(calls, consumeErrors=True))
+        return list(await gatherResults(running, consumeErrors=True))
     except FirstError as first:
-        for call in calls:
+        for call in running:
             call.cancel()
         first.subFailure.raiseException()
         raise
 
 
 def run_in_background(work: Coroutine[Any, Any, object], failed: Callable[[Failure], None]) -> Deferred[Any]:
-    """Start something nobody waits for. :param failed: takes the Failure, if it was not just cancelled."""
-    begun: Deferred[Any] = Deferred.fromCoroutine(work)
+    """Start work that nobody awaits. :param failed: called with the Failure, unless the work was cancelled."""
+    running: Deferred[Any] = Deferred.fromCoroutine(work)
 
     def ended(failure: Failure) -> None:
         if not failure.check(CancelledError):
             failed(failure)
 
-    return begun.addErrback(ended)
+    return running.addErrback(ended)

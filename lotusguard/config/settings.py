@@ -18,7 +18,7 @@ from pydantic_settings import (
 from lotusguard.config import kinds
 from lotusguard.config.errors import WrongSettingError
 from lotusguard.config.kinds import Seconds
-from lotusguard.rules.tokens import SfuKey
+from lotusguard.rules.jwt import SfuKey
 
 NO_SECRET = SecretStr("")
 FROM_FILE = (

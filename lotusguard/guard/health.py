@@ -1,129 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is and is not being enforced right now, and why. Floor: guard."""
+"""What is and is not enforced right now, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from attrs import asdict, define
+from attrs import define, field
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
 from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
-from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
-from lotusguard.guard.seats.store import Store
+from lotusguard.guard.seats.lease import StateLease
+from lotusguard.guard.seats.store import StateStore
+from lotusguard.metrics import Metrics
 
-MISMATCH_REMEMBERED = 600.0
-"""Seconds for which a token that our secret did not sign keeps us from saying that sources are enforced."""
+log = Logger()
+
+REMEMBERED = 600.0
+"""Seconds for which a wrong secret or an internal error keeps the guard from calling itself ready."""
+CLOCK_TOLERANCE = 30.0
+"""Seconds by which our clock may differ from another service's."""
+RULES = ("limit", "sources", "membership", "in_call")
+MISSING = {
+    "no_livekit_key": "LIVEKIT_KEY and LIVEKIT_SECRET are not set",
+    "no_matrix_token": "MATRIX_TOKEN is not set",
+}
 
 
-@define
-class DependencyHealth:
-    """:ivar error: why it gave no usable answer just now, or ``None``."""
-
-    error: str | None
-    waited_for: bool
-
-
+@define(eq=False)
 class Health:
-    """Asks all dependencies and looks at what happened lately.
+    """Asks all dependencies, and looks at what happened lately.
 
-    :param store: the state directory; ``None`` when there is none or it could not be used, as ``store_error`` says.
+    :param store: the state directory; ``None`` if there is none or it cannot be used, as ``store_error`` says.
     """
 
-    def __init__(
-        self,
-        *,
-        sfu: LiveKitClient | None,
-        homeserver: SynapseClient | None,
-        authorizer: LkJwtService,
-        decision_log: DecisionLog,
-        enforcement: Enforcement,
-        store: Store | None,
-        store_error: str | None,
-        clock: IReactorTime,
-        dry_run: bool,
-        reconcile_interval: float,
-    ) -> None:
-        self._sfu = sfu
-        self._homeserver = homeserver
-        self._authorizer = authorizer
-        self._decision_log = decision_log
-        self._enforcement = enforcement
-        self._store = store
-        self._store_error = store_error
-        self._clock = clock
-        self._dry_run = dry_run
-        self._round_age = 3 * reconcile_interval + 2
-        self._reports: SharedLookups[str, dict[str, Any]] = SharedLookups(self._asked)
-        self._began = clock.seconds()
+    _livekit: LiveKitClient
+    _homeserver: SynapseClient
+    _upstream: LkJwtService
+    _decision_log: DecisionLog
+    _changes: CallChanges
+    _store: StateStore | None
+    _lease: StateLease | None
+    _store_error: str | None
+    _clock: IReactorTime
+    _metrics: Metrics
+    _dry_run: bool
+    _enforces_membership: bool
+    _reconcile_interval: float
+    _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
+    _began: float = field(init=False)
+    _enforced: dict[str, bool] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._reports = SharedLookups(self._report)
+        self._began = self._clock.seconds()
+        self._metrics.dry_run.set(1 if self._dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
         """The report, as JSON. However many ask at once, the dependencies are asked once."""
         return self._reports.get("")
 
-    async def _asked(self, _: str) -> dict[str, Any]:
+    async def watch(self) -> None:
+        """Keep the metrics and the log up to date with what is enforced."""
+        await self.report()
+
+    async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
-        sfu, homeserver = self._sfu, self._homeserver
         livekit, synapse, upstream = await gather(
-            (
-                _tried(sfu.probe if sfu else None, "LIVEKIT_KEY and LIVEKIT_SECRET are not set"),
-                _tried(homeserver.probe if homeserver else None, "MATRIX_TOKEN is not set"),
-                _tried(self._authorizer.probe, ""),
-            )
+            (_fault(self._livekit.probe), _fault(self._homeserver.probe), _fault(self._upstream.probe))
         )
-        webhook_at, round_at = self._enforcement.webhook_at, self._enforcement.round_at
-        mismatch_at = self._decision_log.secret_mismatch_at
-        mismatch = mismatch_at is not None and now - mismatch_at < MISMATCH_REMEMBERED
-        reasons = []
-        if livekit:
-            reasons.append(f"livekit: {livekit}")
-        if synapse:
-            reasons.append(f"synapse: {synapse}")
-        if upstream:
-            reasons.append(f"upstream: {upstream}")
-        if mismatch:
-            reasons.append("upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign")
-        late = now - (round_at if round_at is not None else self._began) > self._round_age
-        if late and sfu is not None:
-            reasons.append("reconciling does not get through")
-        if self._dry_run:
-            reasons.append("GUARD_DRY_RUN is on: nothing is changed")
-        told = not livekit and not synapse and not self._dry_run
-        enforcing = {"cap": told, "sources": told and not mismatch, "in_call": told and not late}
+        mismatch = self._lately(self._decision_log.secret_mismatch_at)
+        errors = self._lately(self._decision_log.error_at)
+        round_at = self._changes.round_at
+        late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
+        leased = self._lease is None or self._lease.held
+        known = not livekit and not synapse and not self._dry_run
+        enforcing = {
+            "limit": known,
+            "sources": known and not mismatch,
+            "membership": not synapse and not self._dry_run and self._enforces_membership,
+            "in_call": known and not late and leased,
+        }
+        faults = {"livekit": livekit, "synapse": synapse, "upstream": upstream}
+        reasons = [f"{name}: {MISSING.get(fault, fault)}" for name, fault in faults.items() if fault]
+        reasons += self._reasons(mismatch=mismatch, errors=errors, late=late and not livekit, leased=leased)
+        self._tell(enforcing, reasons)
+        wanted = {rule: on for rule, on in enforcing.items() if rule != "membership" or self._enforces_membership}
         return {
-            "ready": all(enforcing.values()) and not upstream,
+            "ready": all(wanted.values()) and not upstream and not errors,
             "enforcing": enforcing,
             "reasons": reasons,
-            "dependencies": {
-                "livekit": asdict(DependencyHealth(livekit, sfu is not None and sfu.well)),
-                "synapse": asdict(DependencyHealth(synapse, homeserver is not None and homeserver.well)),
-                "upstream": asdict(DependencyHealth(upstream, True)),
+            "dependencies": self._dependencies(faults),
+            "credentials": {
+                "livekit": livekit != "no_livekit_key",
+                "matrix": synapse != "no_matrix_token" and not self._homeserver.refused,
             },
-            "credentials": {"livekit": sfu is not None, "matrix": homeserver is not None},
             "secret_mismatch_seen": mismatch,
-            "webhooks": {"last_seen_seconds_ago": None if webhook_at is None else round(now - webhook_at, 1)},
+            "internal_errors_seen": errors,
+            "webhooks": {"last_seen_seconds_ago": self._ago(self._changes.webhook_at)},
             "state": {
                 "kept": self._store is not None,
                 "writable": self._store is not None and self._store.writable,
+                "waiting_writes": self._store.pending if self._store is not None else 0,
                 "error": self._store_error,
             },
             "dry_run": self._dry_run,
         }
 
+    def _dependencies(self, faults: dict[str, str | None]) -> dict[str, Any]:
+        available = {
+            "livekit": self._livekit.available, "synapse": self._homeserver.available, "upstream": True,
+        }  # fmt: skip
+        skew = {"livekit": self._livekit.clock_skew, "synapse": self._homeserver.clock_skew}
+        return {
+            name: {
+                "error": fault,
+                "circuit_open": not available[name],
+                "clock_skew_seconds": round(known, 1) if (known := skew.get(name)) is not None else None,
+            }
+            for name, fault in faults.items()
+        }
 
-async def _tried(ask: Callable[[], Awaitable[object]] | None, missing: str) -> str | None:
+    def _reasons(self, *, mismatch: bool, errors: bool, late: bool, leased: bool) -> list[str]:
+        reasons = []
+        if self._homeserver.refused:
+            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._homeserver.refused})")
+        if mismatch:
+            reasons.append("upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign")
+        if errors:
+            reasons.append("joins failed inside the guard in the last ten minutes; see the log")
+        if late:
+            reasons.append("reconciling does not finish")
+        if not leased:
+            reasons.append("another guard uses the same state directory: this one removes nobody")
+        if self._store is not None and not self._store.writable:
+            reasons.append(f"the state directory cannot be written; {self._store.pending} writes wait")
+        if self._store_error:
+            reasons.append(f"state directory: {self._store_error}")
+        for name, skew in (("LiveKit", self._livekit.clock_skew), ("the homeserver", self._homeserver.clock_skew)):
+            if skew is not None and abs(skew) > CLOCK_TOLERANCE:
+                reasons.append(f"our clock and the clock of {name} differ by {abs(skew):.0f} s")
+        if self._dry_run:
+            reasons.append("GUARD_DRY_RUN is on: nothing is changed")
+        return reasons
+
+    def _tell(self, enforcing: dict[str, bool], reasons: list[str]) -> None:
+        """One gauge for each rule, and one log line at each change."""
+        for rule, on in enforcing.items():
+            self._metrics.enforcing.labels(rule).set(1 if on else 0)
+        if enforcing == self._enforced:
+            return
+        self._enforced = enforcing
+        off = [rule for rule, on in enforcing.items() if not on]
+        if off:
+            log.warn(
+                "not enforced: {rules} ({reasons})", rules=", ".join(off), reasons="; ".join(reasons),
+                enforcing=enforcing, event_name="enforcing",
+            )  # fmt: skip
+        else:
+            log.info("everything is enforced", enforcing=enforcing, event_name="enforcing")
+
+    def _lately(self, at: float | None) -> bool:
+        return at is not None and self._clock.seconds() - at < REMEMBERED
+
+    def _ago(self, at: float | None) -> float | None:
+        return None if at is None else round(self._clock.seconds() - at, 1)
+
+
+async def _fault(probe: Callable[[], Awaitable[object]]) -> str | None:
     """Why a dependency gives no usable answer, or ``None``."""
-    if ask is None:
-        return missing
     try:
-        await ask()
+        await probe()
     except DependencyFailed as failed:
         return failed.reason
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The services that do something every few seconds. Floor: guard."""
+"""A service that does something every few seconds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from lotusguard.clients.dependency import DependencyFailed
 log = Logger()
 
 JITTER = 0.1
-"""Part of the interval by which a round may begin later, so that several guards do not move in step."""
+"""Part of the interval by which a round may start later, so that several guards do not run in step."""
 
 
 class PeriodicService(Service):
-    """Does something every ``interval`` seconds, never twice at once; a failure is said and the next round tried.
+    """Does its work every ``interval`` seconds, one round at a time. A failed round is logged; the next one follows.
 
-    :param name: the service's name, also what a failure is called.
+    :param name: the service's name, used in logs.
+    :param now: whether the first round starts at once, and not after an interval.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class PeriodicService(Service):
         self._clock = clock
         self._now = now
         self._round: Deferred[None] | None = None
-        self._loop = LoopingCall(self._begin)
+        self._loop = LoopingCall(self._start_round)
         self._loop.clock = clock
 
     def startService(self) -> None:
@@ -51,18 +52,19 @@ class PeriodicService(Service):
         )
 
     def stopService(self) -> None:
+        """Start no more rounds, and cancel the running one."""
         super().stopService()
         if self._loop.running:
             self._loop.stop()
         if self._round is not None:
             self._round.cancel()
 
-    def _begin(self) -> Deferred[None]:
-        begun = Deferred.fromCoroutine(self._tried())
-        self._round = begun
-        return begun
+    def _start_round(self) -> Deferred[None]:
+        started = Deferred.fromCoroutine(self._run_round())
+        self._round = started
+        return started
 
-    async def _tried(self) -> None:
+    async def _run_round(self) -> None:
         try:
             await deferLater(self._clock, random() * JITTER * self._interval)
             await self._work()

@@ -1,34 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token requests: which routes there are, and a strict reading of their bodies. Floor: rules.
+"""Token requests: which routes there are, and a strict reading of their bodies.
 
-Upstream's parser is lax: keys match without case, the last duplicate wins, what trails is ignored. So a body that
-two readers could understand in two ways is refused, and only our own serialisation of what we read travels on.
+Upstream's parser is lax: it matches keys without case, takes the last duplicate and ignores trailing data. A body that
+two readers could understand in two ways is therefore refused, and only our own serialisation of it is forwarded.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from enum import Enum
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from lotusguard.rules.identity import ROOM_SLOT
+from lotusguard.rules.identity import ROOM_SLOT, server_of
+from lotusguard.rules.strict_json import KnownKeys, Unreadable, folded, serialised, strict_object
+
+NAME_LIMIT = 255
+"""Bytes that a room, slot, user, device, member ID or server name may have: Matrix's own limit."""
+TOKEN_LIMIT = 4096
+"""Bytes that an OpenID access token or an SFU's URL may have; homeservers' tokens are far shorter."""
 
 
-class Unreadable(Exception):
-    """A body that cannot be read in exactly one way. The text says why, without quoting the body."""
-
-
-def folded(key: str) -> str:
-    """A key as Go's ``encoding/json`` compares it: without case, with ``ſ`` as s and the Kelvin sign as k."""
-    return key.replace("\u017f", "s").replace("\u212a", "k").lower()
+class WrongOrigin(Exception):
+    """A homeserver asks for a user of another homeserver."""
 
 
 @frozen
 class OpenID:
-    """The caller's proof of who they are, to be asked of ``server_name``."""
+    """The caller's proof of identity, to be verified by ``server_name``."""
 
     access_token: str = field(repr=False)
     server_name: str
@@ -36,11 +38,17 @@ class OpenID:
 
 @frozen
 class TokenRequest:
-    """A token request as we read it, and as it will be forwarded.
+    """A token request as we read it, and as it is forwarded.
 
-    :ivar room_id: the Matrix room; ``None`` where the body names none, which upstream then refuses.
-    :ivar user: who the caller claims to be, where the route says so. Upstream proves or refuses it.
-    :ivar body: our own serialisation, the only one that goes on.
+    :ivar room_id: the Matrix room; ``None`` if the body names none, which upstream then refuses.
+    :ivar user: the user that the caller *claims* to be, on routes that name one. It is not proven: upstream, or the
+        homeserver, proves or refutes it. Equal to ``proven_user`` where that is set.
+    :ivar openid: what proves the user on the public routes.
+    :ivar member_id: the membership's ID, ``""`` if there is none.
+    :ivar server_name: with ``url``, chooses among several SFUs in newer bodies.
+    :ivar has_delay: whether upstream is asked to send the user's delayed leave event.
+    :ivar proven_user: the user that a homeserver vouches for, on the app-service listener; else ``None``.
+    :ivar body: our own serialisation, the only one that is forwarded.
     """
 
     route: TokenRoute
@@ -50,29 +58,54 @@ class TokenRequest:
     device_id: str | None
     openid: OpenID | None
     body: bytes = field(repr=False)
+    member_id: str = ""
+    server_name: str | None = None
+    url: str | None = None
+    has_delay: bool = False
+    proven_user: str | None = None
+    _content: Mapping[str, Any] = field(factory=dict, repr=False, eq=False)
+
+    def without_delay(self) -> bytes:
+        """The body without its delay fields: upstream then issues a token and schedules nothing."""
+        if not any(key in self._content for key in _DELAY_KEYS):
+            return self.body
+        return serialised({key: value for key, value in self._content.items() if key not in _DELAY_KEYS})
+
+
+class Proof(Enum):
+    """What proves who the caller is."""
+
+    OPENID = "openid"
+    """The OpenID token in the body; upstream verifies it."""
+    USER_HEADER = "user_header"
+    """A homeserver names its own user in ``X-Matrix-User-Identifier``."""
+    ORIGIN = "origin"
+    """A homeserver relays another one's request, which ``X-Matrix-Origin`` names; the user is in the body."""
 
 
 @frozen
 class Shape:
-    """Where a body says which room, slot, user and device it is about: dotted key paths; ``""`` is nowhere."""
+    """Where a body names the room, slot, user, device and member: dotted key paths; ``""`` is nowhere."""
 
     room: str
     slot: str = ""
     user: str = ""
     device: str = ""
+    members: tuple[str, ...] = ()
     openid: str = ""
-    user_header: bytes = b""
 
 
 @frozen
 class TokenRoute:
-    """A route that issues tokens; the shapes are told apart by their room key.
+    """A route that issues tokens; its shapes are told apart by their room key.
 
-    :ivar cors: whether its answers carry CORS headers (a federation route's do not).
+    :ivar path: what logs call the route.
+    :ivar cors: whether its answers carry CORS headers.
     """
 
     path: str
     shapes: tuple[Shape, ...]
+    proof: Proof = Proof.OPENID
     cors: bool = True
 
 
@@ -82,42 +115,60 @@ MSC4195 = Shape(
     slot="slot_id",
     user="member.claimed_user_id",
     device="member.claimed_device_id",
+    members=("member.id", "member_id"),  # newer bodies have a flat member_id
     openid="openid_token",
 )
-_RTC = "io.element.msc4195/rtc/livekit/get_token"
 TOKEN_ROUTES = {
     route.path: route
     for route in (
         TokenRoute("/sfu/get", (LEGACY, MSC4195)),  # some releases take the new body here too
         TokenRoute("/get_token", (MSC4195,)),
-        TokenRoute(
-            f"/_matrix/client/unstable/{_RTC}",
-            (Shape(room="room_id", slot="slot_id", user_header=b"X-Matrix-User-Identifier"),),
-        ),
-        TokenRoute(
-            f"/_matrix/federation/unstable/{_RTC}",
-            (Shape(room="room_id", slot="slot_id", user="user_id"),),
-            cors=False,
-        ),
     )
 }
+"""The token routes of the public listener."""
+CLIENT_ROUTE = TokenRoute(
+    "/_matrix/client/rtc/livekit/get_token",
+    (Shape(room="room_id", slot="slot_id", members=("member_id",)),),
+    Proof.USER_HEADER,
+    cors=False,
+)
+FEDERATION_ROUTE = TokenRoute(
+    "/_matrix/federation/rtc/livekit/get_token",
+    (Shape(room="room_id", slot="slot_id", user="user_id", members=("member_id",)),),
+    Proof.ORIGIN,
+    cors=False,
+)
+__all__ = [
+    "CLIENT_ROUTE", "FEDERATION_ROUTE", "TOKEN_ROUTES", "OpenID", "Proof", "TokenRequest", "TokenRoute", "Unreadable",
+    "WrongOrigin", "canonical_path", "folded", "proxied_route", "read_request",
+]  # fmt: skip
+_PROXIED = re.compile(r"/_matrix/(client|federation)/(?:unstable/[^/]+|[^/]+)/rtc/livekit/get_token")
 
 _KEYS = {
-    "": (
+    "": KnownKeys.of((
         "room", "room_id", "slot_id", "openid_token", "member", "device_id", "member_id", "user_id", "server_name",
         "url", "delay_id", "delay_timeout", "delay_cs_api_url",
-    ),
-    "openid_token": ("access_token", "token_type", "matrix_server_name", "expires_in"),
-    "member": ("id", "claimed_user_id", "claimed_device_id"),
+    )),
+    "openid_token": KnownKeys.of(("access_token", "token_type", "matrix_server_name", "expires_in")),
+    "member": KnownKeys.of(("id", "claimed_user_id", "claimed_device_id")),
 }  # fmt: skip
-_KNOWN = {place: (frozenset(keys), frozenset(map(folded, keys))) for place, keys in _KEYS.items()}
+_DELAY_KEYS = ("delay_id", "delay_timeout", "delay_cs_api_url")
+
+
+def proxied_route(path: str) -> TokenRoute | None:
+    """The token route that a homeserver proxies to this path, stable or unstable.
+
+    :param path: as `canonical_path` gives it.
+    """
+    found = _PROXIED.fullmatch(path)
+    return None if found is None else CLIENT_ROUTE if found[1] == "client" else FEDERATION_ROUTE
 
 
 def canonical_path(path: bytes) -> str:
-    """What a request path comes to, however it is written.
+    """The one spelling of a request path.
 
-    Upstream's router decodes the path, and proxies between merge slashes and resolve dots, so all of that is
-    undone before routes are recognised.
+    Upstream's router decodes the path, and proxies between us merge slashes and resolve dots, so all of that is undone
+    before a route is looked up.
 
     :param path: the target without its query.
     """
@@ -135,87 +186,84 @@ def read_request(
 ) -> TokenRequest:
     """Read a token request strictly.
 
-    :param header: gives the values of a request header, for routes whose user stands in one.
-    :raises Unreadable: the body is no JSON object, or could be read in two ways.
+    :param header: gives the values of a request header, for routes on which a homeserver names the user or itself.
+    :raises Unreadable: the body is not a JSON object, could be read in two ways, or holds a name that is too long.
+    :raises WrongOrigin: the homeserver that asks is not the user's.
     """
-    content = _strict_object(body)
+    content = strict_object(body, _KEYS)
     shapes = [shape for shape in route.shapes if content.get(shape.room) is not None]
     if len(shapes) > 1:
         raise Unreadable("it names its room twice")
     shape = shapes[0] if shapes else route.shapes[0]
-    user = _text(content, shape.user)
-    if shape.user_header:
-        values = header(shape.user_header)
-        if len(values) > 1:
-            raise Unreadable("the user's header stands there twice")
-        user = values[0].decode("utf-8", "replace") if values else None
-    access_token, server_name = (
-        _text(content, shape.openid and f"{shape.openid}.{key}") for key in ("access_token", "matrix_server_name")
-    )
-    return TokenRequest(
+    members = [member for path in shape.members if (member := _name(content, path))]
+    if len(members) > 1:
+        raise Unreadable("it names its member twice")
+    request = TokenRequest(
         route=route,
-        room_id=_text(content, shape.room) or None,
-        slot_id=_text(content, shape.slot) or ROOM_SLOT,
-        user=user or None,
-        device_id=_text(content, shape.device),
-        openid=OpenID(access_token, server_name) if access_token and server_name else None,
-        body=_serialised(content),
+        room_id=_name(content, shape.room) or None,
+        slot_id=_name(content, shape.slot) or ROOM_SLOT,
+        user=_name(content, shape.user) or None,
+        device_id=_name(content, shape.device),
+        openid=_openid(content, shape.openid),
+        body=serialised(content),
+        member_id=members[0] if members else "",
+        server_name=_name(content, "server_name") or None,
+        url=_text(content, "url", TOKEN_LIMIT) or None,
+        has_delay=any(content.get(key) for key in _DELAY_KEYS),
+        content=content,
     )
+    proven = _proven_user(route.proof, request.user, header)
+    return request if proven is None else evolve(request, user=proven, proven_user=proven)
 
 
-def _strict_object(body: bytes) -> dict[str, Any]:
+def _openid(content: Mapping[str, Any], place: str) -> OpenID | None:
+    if not place:
+        return None
+    access_token = _text(content, f"{place}.access_token", TOKEN_LIMIT)
+    server_name = _name(content, f"{place}.matrix_server_name")
+    return OpenID(access_token, server_name) if access_token and server_name else None
+
+
+def _proven_user(proof: Proof, user: str | None, header: Callable[[bytes], list[bytes]]) -> str | None:
+    """The user that the homeserver in front of the app-service listener vouches for."""
+    if proof is Proof.USER_HEADER:
+        return _header(header(b"X-Matrix-User-Identifier"))
+    if proof is Proof.ORIGIN and user is not None:
+        origin = _header(header(b"X-Matrix-Origin"))
+        if not origin or server_of(user) != origin:
+            raise WrongOrigin
+        return user
+    return None
+
+
+def _header(values: list[bytes]) -> str | None:
+    """The name in a header; ``None`` if there is none."""
+    if len(values) > 1:
+        raise Unreadable("a header that names the caller is there twice")
+    if not values or not values[0]:
+        return None
+    if len(values[0]) > NAME_LIMIT:
+        raise Unreadable("a name is too long")
     try:
-        content = _decoder.decode(body.decode("utf-8"))
+        return values[0].decode("utf-8")
     except UnicodeDecodeError:
-        raise Unreadable("it is not UTF-8") from None
-    except RecursionError:
-        raise Unreadable("it is nested too deeply") from None
-    except ValueError:
-        raise Unreadable("it is not one JSON value") from None
-    if not isinstance(content, dict):
-        raise Unreadable("it is no JSON object")
-    for place, (names, folds) in _KNOWN.items():
-        part = content.get(place) if place else content
-        if isinstance(part, dict):
-            for key in part:
-                if key not in names and folded(key) in folds:
-                    raise Unreadable("a key differs from a known one by its case alone")
-        elif part is not None:
-            raise Unreadable("an object is expected where something else stands")
-    return content
+        raise Unreadable("a header is not UTF-8") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise Unreadable("a key stands there twice")
-    return content
+def _name(content: Mapping[str, Any], path: str) -> str | None:
+    """The name at a dotted path, such as a room's or a user's."""
+    return _text(content, path, NAME_LIMIT)
 
 
-def _constant(name: str) -> NoReturn:
-    raise Unreadable("NaN and Infinity are no JSON")
-
-
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-def _serialised(content: dict[str, Any]) -> bytes:
-    try:
-        return _encoder.encode(content).encode()
-    except UnicodeEncodeError:
-        raise Unreadable("a lone surrogate stands in it") from None
-    except (ValueError, RecursionError):
-        raise Unreadable("it holds what JSON cannot say") from None
-
-
-def _text(content: Mapping[str, Any], path: str) -> str | None:
-    """The string at a dotted path; ``None`` where nothing or ``null`` stands, as upstream takes it."""
+def _text(content: Mapping[str, Any], path: str, limit: int) -> str | None:
+    """The string at a dotted path; ``None`` for nothing and for ``null``, as upstream takes it."""
     value: Any = content
     for key in path.split(".") if path else ():
         value = value.get(key) if isinstance(value, dict) else None
     if not path or value is None:
         return None
     if not isinstance(value, str):
-        raise Unreadable("a string is expected where something else stands")
+        raise Unreadable("something else is where a string is expected")
+    if len(value) > limit or len(value.encode("utf-8", "surrogatepass")) > limit:
+        raise Unreadable("a name or a token is too long")
     return value

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SFU's track sources, and what becomes of publish permissions when a policy forbids some. Floor: rules.
+"""The SFU's track sources, and how a participant's publish permission follows what they are allowed.
 
-Names and numbers are LiveKit's (``livekit_models.proto``, ``TrackSource``); its server treats an empty list
+Names and numbers are LiveKit's (``livekit_models.proto``, ``TrackSource``). Its server treats an empty list
 of sources as *all of them*, both in a token's grant and in a participant's permission.
 """
 
@@ -29,18 +29,22 @@ class Source(IntEnum):
 
 CAMERA, MICROPHONE, SCREEN_SHARE, SCREEN_SHARE_AUDIO = Source
 ALL_SOURCES = (MICROPHONE, CAMERA, SCREEN_SHARE, SCREEN_SHARE_AUDIO)
+EVERY_SOURCE = frozenset(ALL_SOURCES)
+NO_SOURCE: frozenset[Source] = frozenset()
 _NUMBERS = frozenset(map(int, Source))
 _BY_CLAIM = {source.claim: source for source in Source}
 
 
 def source_of_claim(name: object) -> Source | None:
-    """The source that a token's ``canPublishSources`` names, or ``None`` for what the SFU does not know."""
+    """The source that an entry of ``canPublishSources`` names; ``None`` if LiveKit does not know the name."""
     return _BY_CLAIM.get(name) if isinstance(name, str) else None
 
 
 def permitted_sources(permission: ParticipantPermission) -> tuple[Source, ...]:
-    """What a participant may publish now, in the order it stands there. UNKNOWN and numbers that
-    this release does not know are no sources we could leave to anybody, so they are dropped."""
+    """What a participant may publish now, in the order of their permission.
+
+    UNKNOWN and numbers of later releases are dropped: no policy says anything about them.
+    """
     if not permission.can_publish:
         return ()
     if not permission.can_publish_sources:
@@ -48,45 +52,40 @@ def permitted_sources(permission: ParticipantPermission) -> tuple[Source, ...]:
     return tuple(Source(number) for number in permission.can_publish_sources if number in _NUMBERS)
 
 
-def revoked(permission: ParticipantPermission, forbidden: frozenset[Source]) -> ParticipantPermission | None:
-    """The permission without the forbidden sources, every other flag (also those we do not know) as it was.
+def adjusted(
+    permission: ParticipantPermission, allowed: frozenset[Source], owed: frozenset[Source] = NO_SOURCE
+) -> ParticipantPermission | None:
+    """The permission that a participant should have: without what is not allowed, with what is owed and allowed.
 
-    UpdateParticipant replaces the whole message, so it is a copy of the participant's own. When nothing is
-    left to publish, ``can_publish`` goes down, because an empty list would mean all sources.
+    UpdateParticipant replaces the whole message. So this is a copy of the participant's own permission, and every
+    other flag, also one of a later release, stays as it was. When nothing is left, ``can_publish`` becomes false,
+    because an empty list would mean all sources. The order of what stays is kept.
 
-    :return: ``None`` when nothing forbidden is permitted, so that there is nothing to do.
+    :param allowed: what the room's policy lets this user publish.
+    :param owed: what the guard withheld from this participant, or revoked; nothing else is given back.
+    :return: ``None`` if there is nothing to change.
     """
     before = permitted_sources(permission)
-    if not forbidden.intersection(before):
+    kept = [source for source in before if source in allowed]
+    added = [source for source in ALL_SOURCES if source in owed and source in allowed and source not in before]
+    if len(kept) == len(before) and not added:
         return None
-    left = [source for source in before if source not in forbidden]
     after = ParticipantPermission()
     after.CopyFrom(permission)
     del after.can_publish_sources[:]
-    if left:
-        after.can_publish_sources.extend(_number(source) for source in left)
-    else:
-        after.can_publish = False
+    after.can_publish_sources.extend(_number(source) for source in (*kept, *added))
+    after.can_publish = bool(kept or added)
     return after
+
+
+def revoked(permission: ParticipantPermission, forbidden: frozenset[Source]) -> ParticipantPermission | None:
+    """The permission without the forbidden sources; ``None`` if it holds none of them."""
+    return adjusted(permission, EVERY_SOURCE - forbidden)
 
 
 def restored(permission: ParticipantPermission, owed: frozenset[Source]) -> ParticipantPermission | None:
-    """The permission with sources back.
-
-    :param owed: what the guard itself took from this participant and may give back; never more comes back.
-    :return: ``None`` when they have it all.
-    """
-    before = permitted_sources(permission)
-    back = owed.difference(before)
-    if not back:
-        return None
-    after = ParticipantPermission()
-    after.CopyFrom(permission)
-    del after.can_publish_sources[:]
-    after.can_publish = True
-    keep = [*before, *(source for source in ALL_SOURCES if source in back)]
-    after.can_publish_sources.extend(_number(source) for source in keep)
-    return after
+    """The permission with the sources that are owed; ``None`` if it holds all of them."""
+    return adjusted(permission, EVERY_SOURCE, owed)
 
 
 def _number(source: Source) -> Any:
@@ -98,13 +97,13 @@ def within(permission: ParticipantPermission, allowed: ParticipantPermission) ->
     return set(permitted_sources(permission)) <= set(permitted_sources(allowed))
 
 
-def disguised(participant: ParticipantInfo, forbidden: frozenset[Source]) -> list[TrackInfo]:
-    """Unmuted tracks whose label hides what a policy forbids: video that calls itself a microphone (or
-    screen-share audio) while camera or screen share, whichever it really is, may not be published.
+def disguised(participant: ParticipantInfo, allowed: frozenset[Source]) -> list[TrackInfo]:
+    """Unmuted video tracks that are labelled as sound, if the participant may not publish all kinds of video.
 
-    A label is the client's word; ``type`` and ``mime_type`` come from what is really negotiated.
+    A label is the client's word; ``type`` and ``mime_type`` come from what is really negotiated. They do not tell
+    a camera from a screen, so such a track is suspect as soon as one of the two is not allowed.
     """
-    if not forbidden.intersection((CAMERA, SCREEN_SHARE)):
+    if allowed.issuperset((CAMERA, SCREEN_SHARE)):
         return []
     audible = (int(MICROPHONE), int(SCREEN_SHARE_AUDIO))
     return [track for track in participant.tracks if track.source in audible and not track.muted and _is_video(track)]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doors: Klein routes that read and answer HTTP; nothing is decided here."""
+"""Listeners and routes: reading and answering HTTP; no decisions."""

@@ -1,24 +1,146 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard's own answers: always JSON, and on token routes with the headers that upstream gives. Floor: web."""
+"""The guard's own answers: always JSON. What each error is answered with is decided here, for every listener."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
-from twisted.web.http import Request
+from attrs import evolve, frozen
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from lotusguard.clients.lk_jwt_service import VIA, UpstreamFailed
+from lotusguard.rules.refusals import JoinRefused, Refusal
+from lotusguard.rules.requests import Unreadable, WrongOrigin
+
+if TYPE_CHECKING:
+    from lotusguard.web.site import GuardRequest
+
+log = Logger()
 
 CORS = {
     b"Access-Control-Allow-Origin": b"*",
     b"Access-Control-Allow-Methods": b"POST",
     b"Access-Control-Allow-Headers": b"Accept, Content-Type, Content-Length, Accept-Encoding, X-CSRF-Token",
 }
-"""What lk-jwt-service puts on every answer of its JSON routes. Without them a browser shows its user a network
-error, and Element Call tries again for half a minute."""
+"""What lk-jwt-service puts on every answer of its JSON routes."""
+RETRIED = frozenset((502, 503, 504))
+"""Statuses without CORS headers: the browser then hides the answer from Element Call, which asks again for half a
+minute. With the headers any error is final."""
+DEFAULT_RETRY_AFTER = 5.0
+"""Seconds, for a 429 whose reason names no time."""
 
 
-def answer_json(request: Request, code: int, content: Any, *, cors: bool = False) -> None:
-    """Answer with JSON and be done."""
+@frozen
+class Reply:
+    """A Matrix error.
+
+    :ivar retry_after_ms: for 429, when asking again may help.
+    """
+
+    code: int
+    errcode: str
+    error: str
+    retry_after_ms: int | None = None
+
+
+class Rejected(Exception):
+    """A request is answered with an error before it reaches its route's work."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.error)
+        self.reply = reply
+
+
+class LoopFound(Exception):
+    """A request has been through a guard already: ``GUARD_UPSTREAM`` leads back to one."""
+
+
+UNREADABLE = Reply(400, "M_NOT_JSON", "Error reading request")
+NOT_A_PATH = Reply(400, "M_UNRECOGNIZED", "The request target is not a path.")
+MANY_HOSTS = Reply(400, "M_UNRECOGNIZED", "There is more than one Host.")
+BAD_ROOM = Reply(400, "M_BAD_JSON", 'A JSON object {"room_id": "!…"} is expected.')
+NO_BEARER = Reply(401, "M_UNAUTHORIZED", "The bearer token is missing or wrong.")
+OPERATORS_ONLY = Reply(403, "M_FORBIDDEN", "The operators' token is needed here.")
+WRONG_ORIGIN = Reply(403, "M_FORBIDDEN", "The user does not belong to the homeserver that asks.")
+NO_ROUTE = Reply(404, "M_UNRECOGNIZED", "There is nothing here.")
+TOO_LARGE = Reply(413, "M_TOO_LARGE", "The request is too large.")
+UNREACHABLE = Reply(502, "M_UNKNOWN", "The call service cannot be reached.")
+NOT_ANSWERED = Reply(502, "M_UNKNOWN", "The request could not be answered.")
+LOOP = Reply(502, "M_UNKNOWN", "The call service's address leads back to its guard.")
+NO_ROOM_FOR_BODY = Reply(503, "M_LIMIT_EXCEEDED", "Too many large requests at once.")
+NOT_IN_TIME = Reply(504, "M_UNKNOWN", "The call service did not answer in time.")
+REFUSALS = {
+    Refusal.FULL: Reply(403, "M_FORBIDDEN", "This voice channel is full."),
+    Refusal.NOT_A_MEMBER: Reply(403, "M_FORBIDDEN", "You are not a member of this room."),
+    Refusal.HOMESERVER_NOT_ALLOWED: Reply(403, "M_FORBIDDEN", "Calls here are not open to users of your homeserver."),
+    Refusal.JOIN_LEVEL: Reply(403, "M_FORBIDDEN", "You may not join calls in this room."),
+    Refusal.NOT_STARTED: Reply(403, "M_FORBIDDEN", "This call has not been started yet."),
+    Refusal.REMOVED: Reply(403, "M_FORBIDDEN", "You were removed from this call."),
+    Refusal.NOT_ADMITTED: Reply(403, "M_FORBIDDEN", "You were not admitted to this call."),
+    Refusal.NOBODY_ADMITTED: Reply(403, "M_FORBIDDEN", "Nobody admitted you in time."),
+    Refusal.TOO_MANY_SLOTS: Reply(429, "M_LIMIT_EXCEEDED", "This room has too many calls."),
+    Refusal.LOBBY_FULL: Reply(429, "M_LIMIT_EXCEEDED", "Too many people are waiting to join this call."),
+    Refusal.SEAT_PENDING: Reply(503, "M_UNKNOWN", "Other requests for this call are still being decided."),
+}
+
+
+def reply_to(error: BaseException) -> Reply | None:
+    """The reply to an error; ``None`` for one that nobody expected."""
+    match error:
+        case Rejected():
+            return error.reply
+        case JoinRefused():
+            return _refused(error)
+        case Unreadable():
+            return UNREADABLE
+        case WrongOrigin():
+            return WRONG_ORIGIN
+        case UpstreamFailed():
+            return NOT_IN_TIME if error.code == 504 else UNREACHABLE
+        case LoopFound():
+            return LOOP
+    return None
+
+
+def _refused(error: JoinRefused) -> Reply:
+    reply = REFUSALS[error.refusal]
+    if reply.code != 429:
+        return reply
+    seconds = DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after
+    return evolve(reply, retry_after_ms=ceil(seconds * 1000))
+
+
+def answer_failure(request: GuardRequest, failure: Failure) -> None:
+    """Answer a request whose handler failed. Every listener's Klein has this as its error handler."""
+    if request.channel is None:
+        return  # the caller has disconnected
+    reply = None if failure.value is None else reply_to(failure.value)
+    if reply is None:
+        log.failure("a request could not be answered", failure)
+        reply = NOT_ANSWERED
+    if request.startedWriting:
+        request.channel.forceAbortClient()
+        return
+    if reply is LOOP:
+        request.setHeader(b"Via", VIA)  # tells the guard before us what it reached
+    refuse(request, reply)
+
+
+def refuse(request: GuardRequest, reply: Reply) -> None:
+    """Answer with a Matrix error."""
+    content: dict[str, Any] = {"errcode": reply.errcode, "error": reply.error}
+    if reply.retry_after_ms is not None:
+        content["retry_after_ms"] = reply.retry_after_ms
+    route = request.token_route
+    cors = route is not None and route.cors and reply.code not in RETRIED
+    answer_json(request, reply.code, content, cors=cors)
+
+
+def answer_json(request: GuardRequest, code: int, content: Any, *, cors: bool = False) -> None:
+    """Answer with JSON and finish."""
     body = json.dumps(content).encode() + b"\n"
     request.setResponseCode(code)
     request.setHeader(b"Content-Type", b"application/json")
@@ -27,8 +149,3 @@ def answer_json(request: Request, code: int, content: Any, *, cors: bool = False
         request.setHeader(name, value)
     request.write(body)
     request.finish()
-
-
-def refuse(request: Request, code: int, errcode: str, error: str, *, cors: bool) -> None:
-    """Answer with a Matrix error."""
-    answer_json(request, code, {"errcode": errcode, "error": error}, cors=cors)

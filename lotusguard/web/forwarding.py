@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handing requests on as they came and answers back as they come. Floor: web."""
+"""Forwarding requests to upstream, and relaying its answers as they arrive."""
 
 from __future__ import annotations
 
+from attrs import define, field
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import Protocol, connectionDone
@@ -14,50 +15,64 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
 from lotusguard.clients.http import Answer
-from lotusguard.clients.lk_jwt_service import Forwarded
-from lotusguard.web.site import PublicRequest, connection_options
+from lotusguard.clients.lk_jwt_service import Forwarded, mark
+from lotusguard.web.site import GuardRequest, connection_options
 
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
      b"trailer", b"transfer-encoding", b"upgrade", b"content-length", b"expect")
 )  # fmt: skip
 """RFC 9110 §7.6.1, and what each hop frames anew: length and ``100-continue``."""
-_NOT_ON_TOKEN_ROUTES = frozenset((b"accept-encoding", b"range", b"if-range"))
+_NOT_ON_TOKEN_ROUTES = frozenset((b"range", b"if-range"))
 """What could get a token answered in a form that we cannot read."""
 _NOT_IN_A_HEAD = b"\0\r\n"
-"""What Twisted's client lets stand in an answer's head although it could end a line of it for somebody else."""
+"""What Twisted's client leaves in an answer's head although another reader could take it for the end of a line."""
+_IDENTITY_PREFIX = b"x-matrix-"
+"""Headers by which a homeserver names a user or itself; from anybody else they prove nothing."""
 
 
 def keep_end_to_end(headers: Headers, without: frozenset[bytes] = frozenset()) -> None:
-    """Take out all headers that are not meant for who is at the other end."""
-    gone = _HOP_BY_HOP | without | connection_options(headers)
-    for name in [name for name, _ in headers.getAllRawHeaders() if name.lower() in gone]:
+    """Remove all headers that are meant for the next hop only."""
+    removed = _HOP_BY_HOP | without | connection_options(headers)
+    for name in [name for name, _ in headers.getAllRawHeaders() if name.lower() in removed]:
         headers.removeHeader(name)
 
 
-def forwarded(request: PublicRequest, body: bytes | None, request_id: str) -> Forwarded:
-    """The request as it goes on. Its headers are the caller's own from then on without what stays on this hop.
+def _drop_identity(headers: Headers) -> None:
+    for name in [name for name, _ in headers.getAllRawHeaders()]:
+        if name.lower().replace(b"_", b"-").startswith(_IDENTITY_PREFIX):
+            headers.removeHeader(name)
 
-    :param body: what goes on as its body; ``None`` for none.
-    :param request_id: goes along as ``X-Request-ID``.
+
+def forwarded(request: GuardRequest, body: bytes | None, request_id: str, *, keep_identity: bool = False) -> Forwarded:
+    """The request as it is forwarded. Changes the request's own headers.
+
+    :param body: the body to send; ``None`` for none.
+    :param request_id: sent as ``X-Request-ID``.
+    :param keep_identity: whether ``X-Matrix-*`` headers are forwarded; they are a homeserver's word.
     """
     headers = request.requestHeaders
-    keep_end_to_end(headers, _NOT_ON_TOKEN_ROUTES if request.token_route else frozenset())
+    keep_end_to_end(headers, _NOT_ON_TOKEN_ROUTES if request.asks_for_token else frozenset())
+    if not keep_identity:
+        _drop_identity(headers)
+    if request.asks_for_token:
+        headers.setRawHeaders(b"Accept-Encoding", [b"identity"])
     peer = request.getClientIP()
     if peer:
         before = headers.getRawHeaders(b"x-forwarded-for") or []
         headers.setRawHeaders(b"X-Forwarded-For", [b", ".join([*before, peer.encode("ascii")])])
     headers.setRawHeaders(b"X-Request-ID", [request_id.encode("ascii")])
+    mark(headers)
     return Forwarded(request.method, request.uri, headers, body)
 
 
-def has_body(request: PublicRequest) -> bool:
-    """Whether the request came with a body, be it an empty one."""
+def has_body(request: GuardRequest) -> bool:
+    """Whether the request came with a body, even an empty one."""
     framed = (b"content-length", b"transfer-encoding")
     return any(request.requestHeaders.hasHeader(name) for name in framed)
 
 
-def _head(request: PublicRequest, code: int, phrase: bytes | None, headers: Headers) -> None:
+def _head(request: GuardRequest, code: int, phrase: bytes | None, headers: Headers) -> None:
     request.defaultContentType = None
     request.setResponseCode(code, phrase and phrase.translate(None, _NOT_IN_A_HEAD))
     keep_end_to_end(headers)
@@ -65,8 +80,8 @@ def _head(request: PublicRequest, code: int, phrase: bytes | None, headers: Head
         request.responseHeaders.setRawHeaders(name, [value.translate(None, _NOT_IN_A_HEAD) for value in values])
 
 
-def give(request: PublicRequest, answer: Answer) -> None:
-    """Answer with a whole answer of upstream."""
+def give(request: GuardRequest, answer: Answer) -> None:
+    """Answer with a complete answer of upstream's."""
     _head(request, answer.code, None, answer.headers)
     if request.method != b"HEAD" and answer.code not in (204, 304):
         request.setHeader(b"Content-Length", str(len(answer.body)).encode())
@@ -74,11 +89,11 @@ def give(request: PublicRequest, answer: Answer) -> None:
     request.finish()
 
 
-async def relay(request: PublicRequest, response: IResponse, clock: IReactorTime, idle: float) -> None:
-    """Answer with upstream's answer as it comes, as fast as the caller takes it.
+async def relay(request: GuardRequest, response: IResponse, clock: IReactorTime, idle: float) -> None:
+    """Relay upstream's answer as it arrives, as fast as the caller reads it.
 
-    :param idle: seconds for which upstream may send nothing. The caller's connection is dropped then, as it is when
-        the answer ends too early: that is what a broken answer looks like.
+    :param idle: seconds for which upstream may send nothing. Then the caller's connection is dropped, as it is when the
+        answer ends too early, so that the caller can tell that it is incomplete.
     """
     _head(request, response.code, response.phrase, response.headers)
     if response.length is not UNKNOWN_LENGTH and request.method != b"HEAD" and response.code not in (204, 304):
@@ -88,16 +103,23 @@ async def relay(request: PublicRequest, response: IResponse, clock: IReactorTime
     await relaying.done
 
 
+@define(slots=False, eq=False)
 class _Relaying(Protocol, TimeoutMixin):
-    """Hands an answer's body to the caller, with back pressure."""
+    """Passes an answer's body to the caller, with back pressure.
 
-    def __init__(self, request: PublicRequest, clock: IReactorTime, idle: float) -> None:
-        self._request = request
-        self._idle = idle
-        self._producing = False
-        self._ended = False
-        self.callLater = clock.callLater  # type: ignore[method-assign,assignment]
-        self.done: Deferred[None] = Deferred(lambda _: self._caller_gone())
+    :ivar done: fires when the body is relayed or cannot be; cancelled when the caller disconnects.
+    """
+
+    _request: GuardRequest
+    _clock: IReactorTime
+    _idle: float
+    _producing: bool = False
+    _ended: bool = False
+    done: Deferred[None] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.callLater = self._clock.callLater  # type: ignore[method-assign,assignment]
+        self.done = Deferred(lambda _: self._caller_disconnected())
 
     def connectionMade(self) -> None:
         self.setTimeout(self._idle)
@@ -111,7 +133,7 @@ class _Relaying(Protocol, TimeoutMixin):
             self._request.write(data)
 
     def timeoutConnection(self) -> None:
-        self._leave()
+        self._close()
         self._drop()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -131,12 +153,12 @@ class _Relaying(Protocol, TimeoutMixin):
             self._request.channel.forceAbortClient()
             self.done.callback(None)
 
-    def _caller_gone(self) -> None:
-        self._ended = True  # there is nobody left to tell how it goes on
-        self._leave()
+    def _caller_disconnected(self) -> None:
+        self._ended = True
+        self._close()
 
-    def _leave(self) -> None:
-        """Hang up on upstream."""
+    def _close(self) -> None:
+        """Close the connection to upstream."""
         self.setTimeout(None)
         if self.transport is not None:
             self.transport.loseConnection()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A door's life: it opens with the service, and closes without dropping what is being answered. Floor: web."""
+"""Listening: starts with the service, and stops without dropping requests that are being answered."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from attrs import define, field
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.endpoints import serverFromString
@@ -18,42 +19,44 @@ from lotusguard.web.site import GuardSite
 log = Logger()
 
 FLUSHING = 1.0
-"""Seconds for which callers may take in the last bytes before we hang up for good."""
+"""Seconds for which callers may read the last bytes before their connections are aborted."""
 
 
 class CannotListen(SystemExit):
-    """The door cannot be opened; ends the process with one line."""
+    """A listener cannot listen; ends the process with one line."""
 
 
+@define(slots=False, eq=False)
 class Listener(Service):
     """A site on an endpoint.
 
-    :param endpoint: as ``twisted.internet.endpoints.serverFromString`` takes it, so ``systemd:`` and ``unix:`` too.
+    :param name: for logs.
+    :param endpoint: as ``twisted.internet.endpoints.serverFromString`` takes it, so also ``systemd:`` and ``unix:``.
     :param setting: the setting to name when the endpoint cannot be listened on.
     """
 
-    port: IListeningPort | None = None
-
-    def __init__(self, name: str, endpoint: str, setting: str, site: GuardSite, reactor: Any) -> None:
-        self.name = name
-        self._description = endpoint
-        self._setting = setting
-        self._site = site
-        self._reactor = reactor
-        self._opening: Deferred[IListeningPort] | None = None
+    name: str
+    _endpoint: str
+    _setting: str
+    site: GuardSite
+    _reactor: Any
+    port: IListeningPort | None = field(init=False, default=None)
+    _opening: Deferred[IListeningPort] | None = field(init=False, default=None)
 
     def privilegedStartService(self) -> None:
-        """Listen, while we may still have the privilege to."""
+        """Listen while the process may still have the privilege to."""
         try:
-            endpoint = serverFromString(self._reactor, self._description)
+            endpoint = serverFromString(self._reactor, self._endpoint)
         except (ValueError, LookupError) as error:
-            raise CannotListen(f"lotusguard: {self._setting}: {self._description!r} is no endpoint ({error})") from None
+            raise CannotListen(
+                f"lotusguard: {self._setting}: {self._endpoint!r} is not an endpoint ({error})"
+            ) from None
         failed: list[BaseException] = []
-        self._opening = endpoint.listen(self._site)
+        self._opening = endpoint.listen(self.site)
         self._opening.addCallbacks(self._opened, lambda failure: failed.append(failure.value))
         if failed:
             reason = failed[0].socketError if isinstance(failed[0], CannotListenError) else failed[0]
-            raise CannotListen(f"lotusguard: {self._setting}: cannot listen on {self._description}: {reason}")
+            raise CannotListen(f"lotusguard: {self._setting}: cannot listen on {self._endpoint}: {reason}")
 
     def startService(self) -> None:
         super().startService()
@@ -68,26 +71,30 @@ class Listener(Service):
         return port
 
     async def close(self, patience: float) -> None:
-        """Accept nobody any more, let what is being answered be answered, then hang up.
+        """Stop accepting, let requests in flight be answered, then close all connections.
 
-        :param patience: seconds after which we hang up on whoever still waits.
+        :param patience: seconds after which connections are closed even if a request is not answered.
         """
         super().stopService()
         if self.port is not None:
             await stopped(self.port)
             self.port = None
-        self._site.closing = True
-        empty = Deferred.fromCoroutine(self._site.emptied())
+        self.site.closing = True
+        empty = Deferred.fromCoroutine(self.site.emptied())
         try:
             await empty.addTimeout(patience, self._reactor)
         except (TimeoutError, CancelledError):
-            log.warn("hanging up on {n} callers who still wait", n=len(self._site.channels), event_name="drained_out")
-        for channel in list(self._site.channels):
+            log.warn(
+                "closing {n} connections with requests that are not answered",
+                n=len(self.site.channels),
+                event_name="drained_out",
+            )
+        for channel in list(self.site.channels):
             channel.loseConnection()
         end = self._reactor.seconds() + FLUSHING
-        while self._site.channels and self._reactor.seconds() < end:
+        while self.site.channels and self._reactor.seconds() < end:
             await deferLater(self._reactor, 0.01)
-        for channel in list(self._site.channels):
+        for channel in list(self.site.channels):
             channel.forceAbortClient()
 
 

@@ -1,156 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators' door: health, metrics, rooms, and the homeserver's word that a policy changed. Floor: web."""
+"""The operators' listener: health, metrics, rooms, and the homeserver's notice that a policy changed."""
 
 from __future__ import annotations
 
-import hmac
 import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from attrs import asdict
+from attrs import asdict, define, field
 from klein import Klein
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
 from twisted.python.failure import Failure
-from werkzeug.exceptions import HTTPException
 
 from lotusguard import __version__
+from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.health import Health
-from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.rooms.policies import Policies
-from lotusguard.guard.seats.book import MemorySeatBook
+from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
-from lotusguard.web.answers import answer_json, refuse
-from lotusguard.web.site import GuardRequest
+from lotusguard.rules.seats import HoldState
+from lotusguard.web.answers import BAD_ROOM, NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure, answer_json
+from lotusguard.web.bearer import has_bearer
+from lotusguard.web.site import GuardRequest, GuardSite
 
-log = Logger()
+MAX_BODY = 4096
+"""Bytes that the body of an operator's request may have, times `RELAYED_FACTOR`."""
 
-
-class NotAllowed(Exception):
-    """Without the operators' token."""
-
-
-Handler = Callable[["OperatorRoutes", GuardRequest], Any]
+Handler = Callable[["OperatorApi", GuardRequest], Any]
 
 
 def for_operators(handler: Handler) -> Handler:
-    """Answers only to who has the operators' token. Without one configured, to nobody."""
+    """Wants the operators' token. Without one configured, nobody is answered."""
 
     @wraps(handler)
-    def checked(door: OperatorRoutes, request: GuardRequest) -> Any:
-        given = request.requestHeaders.getRawHeaders(b"authorization") or [b""]
-        wanted = b"Bearer " + door.token.encode("utf-8")
-        if not door.token or not hmac.compare_digest(given[0], wanted):
-            raise NotAllowed
-        return handler(door, request)
+    def checked(api: OperatorApi, request: GuardRequest) -> Any:
+        if not has_bearer(request, api.token):
+            raise Rejected(OPERATORS_ONLY)
+        return handler(api, request)
 
     return checked
 
 
-class OperatorRoutes:
-    """Routes for operators and their tools; loopback by default.
+@define(slots=False, eq=False)
+class OperatorApi:
+    """The routes of the operators' listener; loopback by default.
 
-    :param token: what private routes want as Bearer; ``""`` lets nobody in.
+    :param token: what private routes want as bearer token; ``""`` admits nobody.
     """
 
     app = Klein()
 
-    def __init__(
-        self,
-        *,
-        health: Health,
-        decision_log: DecisionLog,
-        enforcement: Enforcement,
-        policies: Policies,
-        seats: MemorySeatBook,
-        registry: TokenRegistry,
-        metrics: Metrics,
-        clock: IReactorTime,
-        token: str,
-    ) -> None:
-        self._health = health
-        self._decision_log = decision_log
-        self._enforcement = enforcement
-        self._policies = policies
-        self._seats = seats
-        self._registry = registry
-        self._metrics = metrics
-        self._clock = clock
-        self.token = token
+    _health: Health
+    _decision_log: DecisionLog
+    _enforcement: Enforcement
+    _changes: CallChanges
+    _policies: Policies
+    _seats: SeatBook
+    _registry: TokenRegistry
+    _metrics: Metrics
+    token: str = field(repr=False)
+
+    def site(self, reactor: Any) -> GuardSite:
+        """The listener's site."""
+        return GuardSite(self.app, reactor, max_body=MAX_BODY)
 
     @app.route("/healthz")
     def healthz(self, request: GuardRequest) -> None:
-        """Alive."""
+        """The process is alive."""
         answer_json(request, 200, {"status": "ok", "version": __version__})
 
     @app.route("/readyz")
     async def readyz(self, request: GuardRequest) -> None:
-        """What is and is not being enforced: 200 when all is, else 503."""
+        """What is and is not enforced: 200 if everything is, else 503."""
         report = await self._health.report()
         answer_json(request, 200 if report["ready"] else 503, report)
 
     @app.route("/metrics")
     def metrics(self, request: GuardRequest) -> bytes:
+        """For Prometheus."""
         request.setHeader(b"Content-Type", CONTENT_TYPE_LATEST.encode("ascii"))
         return generate_latest(self._metrics.registry)
 
     @app.route("/rooms")
     @for_operators
     async def rooms(self, request: GuardRequest) -> None:
-        """Live rooms: policy, who sits where, seats, last decisions."""
-        now = self._clock.seconds()
-        listed = []
-        for room_id, room in sorted(self._seats.rooms.items()):
-            if room.idle(now):
-                continue
-            policy = self._policies.last_known(room_id)
-            listed.append(
-                {
-                    "room_id": room_id,
-                    "policy": {
-                        "max_users": policy.max_users,
-                        "forbidden": sorted(source.claim for source in policy.forbidden),
-                    },
-                    "seats_held": room.held(now),
-                    "awaited": sorted(room.awaited(now)),
-                    "present": [
-                        {"user": seat.user, "identity": seat.identity, "alias": at.alias, "seated": seat.seated}
-                        for at, seat in room.sessions.items()
-                    ],
-                }
-            )
+        """Live rooms: policy, participants, seats, the latest decisions."""
+        listed = [self._room(snapshot) for snapshot in await self._seats.snapshots()]
         watched = {}
         for alias, participants in self._enforcement.watched.items():
             slot = await self._registry.slot_of(alias)
             watched[alias] = {"participants": participants, "room_id": slot.room_id if slot else None}
-        decisions = [asdict(decision) for decision in list(self._decision_log.decisions)[-100:]]
+        decisions = [_as_json(decision) for decision in list(self._decision_log.decisions)[-100:]]
         answer_json(request, 200, {"rooms": listed, "sfu_rooms": watched, "decisions": decisions})
+
+    def _room(self, snapshot: RoomSnapshot) -> dict[str, Any]:
+        policy = self._policies.last_known(snapshot.room_id)
+        present = [
+            {
+                "user": one.user,
+                "identity": one.identity,
+                "alias": one.alias,
+                "seated": one.state == HoldState.PRESENT.value,
+                "allowed": sorted(source.claim for source in policy.allowed_sources(one.user)),
+            }
+            for one in snapshot.present
+        ]
+        return {
+            "room_id": snapshot.room_id,
+            "policy": {
+                "max_users": policy.max_users,
+                "forbidden": sorted(source.claim for source in policy.forbidden),
+                "permissions": {action.value: level for action, level in policy.permissions.needed.items()}
+                if policy.permissions
+                else {},
+            },
+            "seats_held": snapshot.seats_taken,
+            "awaited": list(snapshot.awaited),
+            "present": present,
+        }
 
     @app.route("/policy-changed", methods=["POST"])
     @for_operators
     async def policy_changed(self, request: GuardRequest) -> None:
-        """The homeserver's module tells that a room's policy changed: 202, and it is enforced at once."""
+        """A room's state or memberships changed, says the homeserver's module: 202, and it is enforced at once."""
         try:
             content = json.loads(request.body())
-            room_id = content["room_id"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            room_id = None
-        if not isinstance(room_id, str) or not room_id.startswith("!"):
-            refuse(request, 400, "M_BAD_JSON", 'A JSON object {"room_id": "!…"} is expected.', cors=False)
-            return
-        await self._enforcement.policy_changed(room_id)
+            room_id, user = content["room_id"], content.get("user", "")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            room_id = user = None
+        if not isinstance(room_id, str) or not room_id.startswith("!") or not isinstance(user, str):
+            raise Rejected(BAD_ROOM)
+        await self._changes.room_changed(room_id, user)
         answer_json(request, 202, {})
 
-    @app.handle_errors(HTTPException)  # type: ignore[arg-type]
-    def no_route(self, request: GuardRequest, failure: Failure) -> None:
-        code = getattr(failure.value, "code", None) or 404
-        refuse(request, code if code >= 400 else 404, "M_UNRECOGNIZED", "There is nothing here.", cors=False)
+    @app.route("/", branch=True)
+    def nothing(self, request: GuardRequest) -> None:
+        """No such route, or not with this method."""
+        raise Rejected(NO_ROUTE)
 
-    @app.handle_errors(NotAllowed)  # type: ignore[arg-type]
-    def not_allowed(self, request: GuardRequest, failure: Failure) -> None:
-        refuse(request, 403, "M_FORBIDDEN", "The operators' token is needed here.", cors=False)
+    @app.handle_errors(Exception)  # type: ignore[arg-type]
+    def failed(self, request: GuardRequest, failure: Failure) -> None:
+        """See ``web/answers.py``."""
+        answer_failure(request, failure)
+
+
+def _as_json(decision: Decision) -> dict[str, Any]:
+    return {**asdict(decision), "verdict": decision.verdict.value}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How requests are received: bounded in size and time, routed on the decoded path, kept as they came. Floor: web."""
+"""How requests are received: bounded in size and time, routed on the one spelling of their path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote
 
 from klein import Klein
 from twisted.internet.defer import Deferred
@@ -16,23 +16,19 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.http_headers import Headers
-from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
 
-from lotusguard.rules.requests import TOKEN_ROUTES, TokenRoute, canonical_path
-from lotusguard.web.answers import refuse
+from lotusguard.rules.requests import TokenRoute, canonical_path
+from lotusguard.web.answers import MANY_HOSTS, NO_ROOM_FOR_BODY, NOT_A_PATH, TOO_LARGE, Reply, refuse
+from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
 
 RECEIVE_TIMEOUT = 60
-"""Seconds from a connection's last answer (or its beginning) until the next request is there, whole."""
+"""Seconds from a connection's last answer (or its beginning) until the next request is complete."""
 DISCARDED = 64 * 1024 * 1024
-"""Bytes of a body that are read and thrown away for the sake of a proper 413, before we just hang up."""
-HELD = 256
-"""How many bodies of the greatest length are held at once, all in all, be they whole or on their way."""
+"""Bytes of a refused body that are read and thrown away, so that its sender gets a proper answer, before the
+connection is closed."""
 _TARGET = re.compile(rb"/[!-\"$-~]*")
 """What a request target looks like: a path, perhaps a query, no fragment."""
-WEBHOOK_PATH = "/sfu_webhook"
-RELAY_PATH = "/relay"
-"""Where Klein sends everything that is nobody's route in particular."""
 
 
 def connection_options(headers: Headers) -> set[bytes]:
@@ -42,7 +38,7 @@ def connection_options(headers: Headers) -> set[bytes]:
 
 
 class Channel(HTTPChannel):
-    """Twisted's channel, for which the arrival of a byte is no reason to wait for the next one any longer."""
+    """An HTTPChannel whose timeout covers the whole request; receiving data does not reset it."""
 
     site: GuardSite
     _host: IAddress
@@ -57,13 +53,13 @@ class Channel(HTTPChannel):
         super().connectionLost(reason)
 
     def getHost(self) -> IAddress:
-        """Our end's address, which stays what it is: Twisted would ask the kernel at each request."""
+        """Our end's address, asked of the kernel once; Twisted would ask at each request."""
         return self._host
 
     def checkPersistence(self, request: Request, version: bytes) -> bool:
-        """Whether the connection stays open after this request: not when we are about to leave.
+        """Whether the connection stays open after this request: not while the listener closes.
 
-        Twisted overlooks a ``close`` that is not the only thing in the header.
+        Twisted overlooks a ``close`` that is not the only option in the header.
         """
         if b"close" in connection_options(request.requestHeaders):
             request.responseHeaders.setRawHeaders(b"Connection", [b"close"])
@@ -78,25 +74,29 @@ class Channel(HTTPChannel):
             return False
 
     def lineLengthExceeded(self, line: bytes) -> None:
-        """A request line or a header that is too long."""
+        """A request line or a header is too long."""
         self._respondToBadRequestAndDisconnect()
 
     def resetTimeout(self) -> None:
-        """Not reset: the time until a request is there is bounded as a whole, however slowly it trickles in."""
+        """Not reset: the time until a request is complete is bounded, however slowly it arrives."""
 
 
 class GuardRequest(Request):
-    """A request that keeps its body in memory, up to the site's limit."""
+    """A request whose body is kept in memory, within the site's pool.
+
+    :ivar token_route: the token route that its path is, on a listener that serves one there.
+    :ivar answering: what answers it, to be cancelled if its caller disconnects.
+    """
 
     site: GuardSite
     channel: Any
     content: Any
-    cors = False
-    """Whether its answers carry CORS headers."""
+    token_route: TokenRoute | None = None
     answering: Deferred[None] | None = None
-    """What answers it, and need not go on when its caller has gone."""
+    _refused: Reply | None = None
     _size = 0
-    _held = 0
+    _taken = 0
+    _caller: str | None = None
 
     def gotLength(self, length: int | None) -> None:
         self.site = self.channel.site
@@ -104,7 +104,7 @@ class GuardRequest(Request):
         self.notifyFinish().addCallbacks(self._over, self._abandoned)
 
     def _over(self, _: object = None) -> None:
-        self.site.held -= self._held
+        self._drop_body()
         self.site.over(self)
 
     def _abandoned(self, _: Failure) -> None:
@@ -112,19 +112,40 @@ class GuardRequest(Request):
             self.answering.cancel()
         self._over()
 
+    def _drop_body(self) -> None:
+        if self._taken:
+            self.site.pool.give_back(self._caller or "", self._taken)
+            self._taken = 0
+        self.content = BytesIO()
+
     def handleContentChunk(self, data: bytes) -> None:
         self._size += len(data)
-        site = self.site
-        if self._size <= site.max_body and site.held + len(data) <= site.max_body * HELD:
-            self.content.write(data)
-            self._held += len(data)
-            site.held += len(data)
-        elif self._size <= site.max_body or self._size > site.max_body + DISCARDED:
+        if self._refused is None:
+            self._refused = self._keep(data)
+            if self._refused is not None:
+                self._drop_body()
+        if self._refused is not None and self._size > self.site.pool.largest + DISCARDED:
             self.channel.loseConnection()
 
+    def _keep(self, data: bytes) -> Reply | None:
+        """Keep a part of the body. :return: why the body cannot be kept, if so."""
+        pool = self.site.pool
+        if self._size > pool.largest:
+            return TOO_LARGE
+        counted = min(len(data), self._size - SMALL)
+        if counted > 0:
+            if self._caller is None:
+                forwarded_for = self.requestHeaders.getRawHeaders(b"x-forwarded-for") or [b""]
+                self._caller = caller_of(self.getClientIP(), forwarded_for[-1])
+            if not pool.take(self._caller, counted):
+                return NO_ROOM_FOR_BODY
+            self._taken += counted
+        self.content.write(data)
+        return None
+
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
-        """It is whole. Unlike Twisted's own, this reads no forms: nobody here wants them, taking a long one apart
-        holds everybody up, and a broken one would not be handed on."""
+        """The request is complete. Unlike Twisted's own method, this parses no forms: no handler wants them, and a
+        long one would block the reactor."""
         self.content.seek(0)
         self.args: dict[bytes, list[bytes]] = {}
         self.method, self.uri, self.clientproto = command, path, version
@@ -137,91 +158,96 @@ class GuardRequest(Request):
         return bytes(self.content.getvalue())
 
     def process(self) -> None:
-        """Route it. What cannot be routed is refused here, because Klein would do worse with it."""
+        """Refuse it, or hand it to the site. Klein routes on ``postpath``: the one spelling of the path, quoted, so
+        that every path is printable ASCII."""
+        path = canonical_path(self.path)
+        self.token_route = self.site.token_route(path)
         self.prepath: list[bytes] = []
-        self.postpath = self.segments()
-        if not _TARGET.fullmatch(self.uri):
-            refuse(self, 400, "M_UNRECOGNIZED", "The request target is no path.", cors=self.cors)
-        elif len(self.requestHeaders.getRawHeaders(b"host") or ()) > 1:
-            refuse(self, 400, "M_UNRECOGNIZED", "There is more than one Host.", cors=self.cors)
-        elif self._size > self.site.max_body:
-            refuse(self, 413, "M_TOO_LARGE", "The request is too large.", cors=self.cors)
+        self.postpath = quote(path).encode("ascii").split(b"/")[1:]
+        reply = self._malformed()
+        if reply is None:
+            self.site.dispatch(self)
         else:
-            self.routed()
+            self._drop_body()
+            refuse(self, reply)
 
-    def routed(self) -> None:
-        """Answer it."""
-        self.render(self.site.resource)
+    def _malformed(self) -> Reply | None:
+        if not _TARGET.fullmatch(self.uri):
+            return NOT_A_PATH
+        if len(self.requestHeaders.getRawHeaders(b"host") or ()) > 1:
+            return MANY_HOSTS
+        if self._refused is None and self.asks_for_token and self._size > self.site.max_body:
+            return TOO_LARGE
+        return self._refused
 
-    def segments(self) -> list[bytes]:
-        """The path that Klein finds the route by, in its decoded segments."""
-        return [unquote_to_bytes(segment) for segment in self.path.split(b"/")[1:]]
+    @property
+    def asks_for_token(self) -> bool:
+        """Whether it is a POST to a token route; other methods there are relayed."""
+        return self.token_route is not None and self.method == b"POST"
 
     def getRequestHostname(self) -> bytes:
-        """For Klein's map of routes, which has no use for what a caller writes there and trips over some of it."""
+        """For Klein's map of routes, which does not need the caller's ``Host`` and rejects some."""
         return b"lotusguard"
 
     def getClientIP(self) -> str | None:
         return getattr(self.getClientAddress(), "host", None)
 
 
-class PublicRequest(GuardRequest):
-    """A request at the public door: routed on what its path comes to, however it is written, and handed on as it came.
-
-    :ivar token_route: the token route it goes to, if it does.
-    """
-
-    site: PublicSite
-    token_route: TokenRoute | None = None
-
-    def routed(self) -> None:
-        """Token requests, whose route is known by now, do not go through Klein: that would be a sixth of their cost."""
-        if self.token_route is not None:
-            self.site.answer_token(self)
-        else:
-            super().routed()
-
-    def segments(self) -> list[bytes]:
-        path = canonical_path(self.path)
-        self.token_route = TOKEN_ROUTES.get(path)
-        self.cors = self.token_route is not None and self.token_route.cors
-        known = self.token_route is not None or path == WEBHOOK_PATH
-        return (path if known else RELAY_PATH).encode("ascii").split(b"/")[1:]
+def _no_token_route(path: str) -> TokenRoute | None:
+    return None
 
 
 class GuardSite(Site):
     """A site for Klein routes.
 
-    :param max_body: bytes a request's body may have.
+    :param max_body: bytes that the body of a token request may have; any other may have `RELAYED_FACTOR` times that.
+    :param token_route: finds the token route of a path in its one spelling.
+    :param answer_token: answers token requests without Klein, whose routing costs 17 % of a join. It must call the
+        handler that Klein has for the same route.
     """
 
     protocol = Channel  # type: ignore[assignment]
     displayTracebacks = False
 
-    def __init__(self, app: Klein, reactor: Any, *, max_body: int, request: type[GuardRequest] = GuardRequest) -> None:
-        resource: IResource = app.resource()
-        super().__init__(resource, requestFactory=request, timeout=RECEIVE_TIMEOUT, reactor=reactor)
+    def __init__(
+        self,
+        app: Klein,
+        reactor: Any,
+        *,
+        max_body: int,
+        token_route: Callable[[str], TokenRoute | None] = _no_token_route,
+        answer_token: Callable[[GuardRequest], None] | None = None,
+    ) -> None:
+        super().__init__(app.resource(), requestFactory=GuardRequest, timeout=RECEIVE_TIMEOUT, reactor=reactor)
         self.max_body = max_body
-        self.held = 0
-        """Bytes of all bodies that are in memory."""
+        self.token_route = token_route
+        self.pool = BodyPool(max_body * RELAYED_FACTOR)
         self.channels: set[Channel] = set()
         self.in_flight: set[GuardRequest] = set()
-        """Requests that are whole and not answered."""
-        self._emptied: list[Deferred[None]] = []
+        """Complete requests that are not answered yet."""
         self.closing = False
+        self._answer_token = answer_token
+        self._waiting_until_empty: list[Deferred[None]] = []
+
+    def dispatch(self, request: GuardRequest) -> None:
+        """Answer a well-formed request."""
+        if self._answer_token is not None and request.asks_for_token:
+            self._answer_token(request)
+        else:
+            request.render(self.resource)
 
     async def emptied(self) -> None:
         """Wait until no request is being answered."""
         if self.in_flight:
             waiter: Deferred[None] = Deferred()
-            self._emptied.append(waiter)
+            self._waiting_until_empty.append(waiter)
             await waiter
 
     def over(self, request: GuardRequest) -> None:
-        """A request has been answered, or its caller has gone."""
+        """A request has been answered, or its caller has disconnected."""
         self.in_flight.discard(request)
-        if not self.in_flight and self._emptied:
-            waiters, self._emptied = self._emptied, []
+        if not self.in_flight and self._waiting_until_empty:
+            waiters, self._waiting_until_empty = self._waiting_until_empty, []
             for waiter in waiters:
                 waiter.callback(None)
 
@@ -232,17 +258,4 @@ class GuardSite(Site):
         return channel
 
     def log(self, request: Any) -> None:
-        """No access log: targets can carry what no log should hold, and decisions have lines of their own."""
-
-
-class PublicSite(GuardSite):
-    """The public door's site.
-
-    :param answer_token: answers what came for a token route.
-    """
-
-    def __init__(
-        self, app: Klein, answer_token: Callable[[PublicRequest], None], reactor: Any, *, max_body: int
-    ) -> None:
-        super().__init__(app, reactor, max_body=max_body, request=PublicRequest)
-        self.answer_token = answer_token
+        """No access log: targets can hold secrets, and decisions have log lines of their own."""

@@ -1,47 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/sfu_webhook``: what the SFU tells upstream, and us beside it. Floor: web."""
+"""``/sfu_webhook``: what LiveKit tells upstream, and the guard beside it."""
 
 from __future__ import annotations
 
-from twisted.internet.interfaces import IReactorTime
+from collections.abc import Callable
+
+from attrs import define
 from twisted.logger import Logger
 
 from lotusguard.clients.waiting import run_in_background
-from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.metrics import Metrics
-from lotusguard.rules.tokens import NotOurs, SfuKey, verified_webhook
+from lotusguard.rules.jwt import NotOurs, SfuKey
+from lotusguard.rules.webhooks import read_webhook
 from lotusguard.web.site import GuardRequest
 
 log = Logger()
 
 
+@define
 class Webhooks:
-    """Reads webhooks that are handed to upstream anyhow, whatever we think of them."""
+    """Acts on webhooks. They are relayed to upstream in any case.
 
-    def __init__(self, enforcement: Enforcement, key: SfuKey | None, clock: IReactorTime, metrics: Metrics) -> None:
-        self._enforcement = enforcement
-        self._key = key
-        self._clock = clock
-        self._outcomes = metrics.webhooks
+    :param wall: seconds since the epoch.
+    :param key: what LiveKit signs them with; without it none can be verified.
+    """
 
-    def notice(self, request: GuardRequest, body: bytes) -> None:
-        """Begin to act on a webhook if the SFU truly sent it; the answer to it does not wait for that.
+    _changes: CallChanges
+    _key: SfuKey | None
+    _wall: Callable[[], float]
+    _metrics: Metrics
 
-        :param body: the raw bytes; the signature is over them.
+    def handle(self, request: GuardRequest, body: bytes) -> None:
+        """Begin to act on a webhook if LiveKit signed it; the answer to it does not wait for that.
+
+        :param body: the raw bytes, which the signature covers.
         """
         if self._key is None:
-            self._outcomes.labels("unverifiable").inc()
+            self._metrics.webhooks.labels("unverifiable").inc()
             return
         given = request.requestHeaders.getRawHeaders(b"authorization") or [b""]
         try:
-            event = verified_webhook(given[0].decode("latin-1"), body, self._key, self._clock.seconds())
+            event = read_webhook(given[0].decode("latin-1"), body, self._key, self._wall())
         except NotOurs as forged:
-            self._outcomes.labels("forged").inc()
+            self._metrics.webhooks.labels("forged").inc()
             log.warn(
-                "a webhook from {peer} is not acted on: {reason}",
+                "ignored a webhook from {peer}: {reason}",
                 peer=request.getClientIP(), reason=str(forged), event_name="webhook_forged",
             )  # fmt: skip
             return
         run_in_background(
-            self._enforcement.noticed(event), lambda failure: log.failure("a webhook could not be worked on", failure)
+            self._changes.handle_webhook(event), lambda failure: log.failure("could not act on a webhook", failure)
         )

@@ -20,7 +20,8 @@ from twisted.internet.task import Clock
 
 from lotusguard.sandbox.livekit.participant import JoinRefused
 from lotusguard.sandbox.livekit.server import FakeLiveKit
-from lotusguard.sandbox.livekit.tokens import sign
+from lotusguard.sandbox.livekit.tokens import BadToken, sign, verify
+from lotusguard.sandbox.livekit.webhooks import body_of
 
 KEY, SECRET = "sandbox", "a secret of some thirty-two bytes"
 CAMERA, MICROPHONE, SCREEN = TrackSource.CAMERA, TrackSource.MICROPHONE, TrackSource.SCREEN_SHARE
@@ -71,6 +72,11 @@ async def call_raw(
 
 def names(standin: FakeLiveKit) -> list[str]:
     return [event.event for event in standin.events]
+
+
+def json_of(event: Any) -> Any:
+    """A webhook event as it is sent."""
+    return json.loads(body_of(event))
 
 
 # Who may call what.
@@ -434,3 +440,80 @@ async def test_a_human_can_curl_a_participant_in_and_out() -> None:
         assert (await control("leave", room="room", identity="alice"))[0] == 200
         response = await treq.get(f"{standin.url}/sandbox/rooms")
         assert await treq.json_content(response) == {"room": []}
+
+
+# Sessions that end, and tokens that are refreshed.
+
+
+@pytest_twisted.ensureDeferred
+async def test_crash_ends_every_session_without_a_webhook() -> None:
+    async with sfu() as standin:
+        alice = standin.connect(token())
+        before = names(standin)
+        standin.restart()
+        assert not alice.connected
+        assert (dict(standin.rooms), names(standin)) == ({}, before)
+        listed = await call(standin, "ListRooms", pb.ListRoomsRequest(), pb.ListRoomsResponse)
+        assert not listed.rooms
+        assert standin.connect(token()).connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_graceful_restart_tells_that_the_server_shut_down() -> None:
+    async with sfu() as standin:
+        standin.connect(token())
+        standin.restart(graceful=True)
+        left, finished = list(standin.events)[-2:]
+        assert (left.event, left.participant.disconnect_reason) == (
+            "participant_left",
+            DisconnectReason.SERVER_SHUTDOWN,
+        )
+        assert finished.event == "room_finished"
+        assert standin.rooms == {}
+
+
+@pytest.mark.parametrize("reason", [name for name in DisconnectReason.keys() if name != "UNKNOWN_REASON"])  # noqa: SIM118
+@pytest_twisted.ensureDeferred
+async def test_a_session_may_end_for_any_reason(reason: str) -> None:
+    async with sfu() as standin:
+        standin.connect(token())
+        standin.disconnect("room", "alice", reason)
+        assert json_of(standin.events[-1])["participant"]["disconnectReason"] == reason
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_lost_session_is_missing_from_the_next_listing_and_no_webhook_says_so() -> None:
+    async with sfu() as standin:
+        standin.connect(token())
+        standin.connect(token("bob"))
+        before = names(standin)
+        standin.lose("room", "alice")
+        request = pb.ListParticipantsRequest(room="room")
+        listed = await call(standin, "ListParticipants", request, pb.ListParticipantsResponse)
+        assert [participant.identity for participant in listed.participants] == ["bob"]
+        assert names(standin) == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_webhooks_and_listings_say_when_a_participant_joined() -> None:
+    async with sfu(now=lambda: 1_800_000_000.5) as standin:
+        now = 1_800_000_000
+        standin.connect(token(claims={"nbf": now, "exp": now + 600}))
+        joined = json_of(standin.events[-1])["participant"]
+        assert (joined["joinedAt"], joined["joinedAtMs"]) == (str(now), str(now * 1000 + 500))
+        assert standin.participant("room", "alice").info().joined_at == now  # type: ignore[union-attr]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_refreshed_token_carries_the_current_grants_for_ten_minutes() -> None:
+    async with sfu() as standin:
+        alice = standin.connect(token(claims={"name": "Alice", "attributes": {"a": "b"}}))
+        permission = ParticipantPermission(can_publish=True, can_publish_sources=[MICROPHONE], can_subscribe=True)
+        alice.set_permission(permission)
+        claims = verify(alice.refreshed_token(), SECRET, now=time.time() + 599 + 60)
+        assert (claims.identity, claims.name, claims.attributes) == ("alice", "Alice", {"a": "b"})
+        assert claims.video is not None
+        assert claims.video.can_publish_sources == ["microphone"]
+        with pytest.raises(BadToken, match="expired"):
+            verify(alice.refreshed_token(), SECRET, now=time.time() + 601 + 60)
+        assert standin.connect(alice.refreshed_token()).publish("CAMERA") is None

@@ -20,6 +20,7 @@ from twisted.web.client import Agent
 
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.livekit.server import FakeLiveKit
+from lotusguard.sandbox.lk_jwt_service.records import OtherSfu
 from lotusguard.sandbox.lk_jwt_service.requests import hashed_identity, room_alias
 from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
@@ -264,27 +265,28 @@ async def test_every_method_has_the_four_headers_on_json_routes_and_no_other() -
 
 
 CLIENT = "/_matrix/client/unstable/io.element.msc4195/rtc/livekit/get_token"
-FEDERATION = "/_matrix/federation/unstable/io.element.msc4195/rtc/livekit/get_token"
 
 
+@pytest.mark.parametrize("version", ["unstable/io.element.msc4195", "v1"])
 @pytest_twisted.ensureDeferred
-async def test_the_app_service_routes_answer_a_token_alone() -> None:
+async def test_app_service_routes_answer_with_a_token_alone(version: str) -> None:
+    client, federation = (f"/_matrix/{api}/{version}/rtc/livekit/get_token" for api in ("client", "federation"))
     async with world(hs_token="hs") as here:
         body = {"url": "wss://sfu", "room_id": ROOM, "slot_id": "m.call#ROOM", "member_id": "xyz"}
         asking = {"Authorization": "Bearer hs", "X-Matrix-User-Identifier": ALICE}
-        code, answer = await post(here.authorizer.url + CLIENT, body, asking)
+        code, answer = await post(here.authorizer.url + client, body, asking)
         assert (code, list(answer)) == (200, ["jwt"])
         assert here.authorizer.issued[-1].identity == hashed_identity([ALICE, "xyz"])
         asking = {"Authorization": "Bearer hs", "X-Matrix-Origin": "sandbox.local"}
-        code, answer = await post(here.authorizer.url + FEDERATION, body | {"user_id": ALICE}, asking)
+        code, answer = await post(here.authorizer.url + federation, body | {"user_id": ALICE}, asking)
         assert (code, list(answer)) == (200, ["jwt"])
         asking = {"Authorization": "Bearer hs", "X-Matrix-Origin": "evil.example"}
-        assert (await post(here.authorizer.url + FEDERATION, body | {"user_id": ALICE}, asking))[0] == 401
-        assert (await post(here.authorizer.url + CLIENT, body))[0] == 401
+        assert (await post(here.authorizer.url + federation, body | {"user_id": ALICE}, asking))[0] == 401
+        assert (await post(here.authorizer.url + client, body))[0] == 401
         assert (await post(here.authorizer.url + "/sfu/get", new_body(here)))[0] == 200
         here.authorizer.is_member = lambda room, user: False
         asking = {"Authorization": "Bearer hs", "X-Matrix-User-Identifier": ALICE}
-        assert (await post(here.authorizer.url + CLIENT, body, asking))[0] == 403
+        assert (await post(here.authorizer.url + client, body, asking))[0] == 403
 
 
 @pytest_twisted.ensureDeferred
@@ -323,3 +325,49 @@ async def test_extra_claims_are_put_over_the_usual_ones() -> None:
         assert (claims["name"], claims["iat"]) == ("Alice", 4102444800)
         assert claims["video"]["canPublishSources"] == ["camera"]
         assert claims["video"]["room"] == ALIAS
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_caller_may_choose_another_sfu_by_url_or_server_name() -> None:
+    other = OtherSfu("wss://sfu.other.example", "otherkey", "another-secret-of-thirty-two-bytes", "other.example")
+    async with world(other_sfus=[other]) as here:
+        for choice in ({"url": other.url}, {"server_name": other.server_name}):
+            code, answer = await post(here.authorizer.url + "/get_token", new_body(here, **choice))
+            assert (code, answer["url"]) == (200, other.url)
+            claims = jwt.decode(answer["jwt"], other.secret, ["HS256"])
+            assert (claims["iss"], claims["video"]["room"]) == (other.key, ALIAS)
+            assert here.authorizer.issued[-1].sfu_url == other.url
+        assert not here.sfu.rooms
+        code, answer = await post(here.authorizer.url + "/get_token", new_body(here, url=here.authorizer.livekit_url))
+        assert (code, answer["url"]) == (200, here.authorizer.livekit_url)
+        assert list(here.sfu.rooms) == [ALIAS]
+
+
+@pytest_twisted.ensureDeferred
+async def test_app_service_callers_may_choose_another_sfu_too() -> None:
+    other = OtherSfu("wss://sfu.other.example", "otherkey", "another-secret-of-thirty-two-bytes")
+    async with world(hs_token="hs", other_sfus=[other]) as here:
+        body = {"url": other.url, "room_id": ROOM, "slot_id": "m.call#ROOM", "member_id": "xyz"}
+        asking = {"Authorization": "Bearer hs", "X-Matrix-User-Identifier": ALICE}
+        code, answer = await post(here.authorizer.url + CLIENT, body, asking)
+        assert (code, list(answer)) == (200, ["jwt"])
+        assert jwt.decode(answer["jwt"], other.secret, ["HS256"])["sub"] == hashed_identity([ALICE, "xyz"])
+
+
+@pytest_twisted.ensureDeferred
+async def test_newer_releases_take_a_flat_member_id() -> None:
+    other = OtherSfu("wss://sfu.other.example", "otherkey", "another-secret-of-thirty-two-bytes")
+    async with world(other_sfus=[other]) as here:
+        body = new_body(here, member_id="xyz")
+        del body["member"]
+        assert (await post(here.authorizer.url + "/get_token", body))[0] == 200
+        assert here.authorizer.issued[-1].identity == hashed_identity([ALICE, "xyz"])
+    async with world() as here:
+        assert (await post(here.authorizer.url + "/get_token", new_body(here, member_id="xyz")))[0] == 400
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_app_service_mode_can_be_switched_on_later() -> None:
+    async with world() as here:
+        here.authorizer.hs_token = "hs"
+        assert (await post(here.authorizer.url + CLIENT, {}))[0] == 401

@@ -100,9 +100,10 @@ async def test_who_am_i_users_and_versions() -> None:
     async with homeserver(server_name="example.org:8448") as synapse:
         token = synapse.add_user("admin", admin=True)
         assert (await ask(synapse, f"{CLIENT}/account/whoami", token))[1]["user_id"] == "@admin:example.org:8448"
-        user = "/_synapse/admin/v2/users/@admin:example.org:8448"
-        assert (await ask(synapse, user, token))[1]["admin"] is True
-        assert (await ask(synapse, user + "x", token))[0] == 404
+        user = "/_synapse/admin/v2/users/@{}:example.org:8448"
+        assert (await ask(synapse, user.format("admin"), token))[1]["admin"] is True
+        assert (await ask(synapse, user.format("nobody"), token))[0] == 404
+        assert (await ask(synapse, "/_synapse/admin/v2/users/@admin:elsewhere.org", token))[0] == 400
         assert (await ask(synapse, f"{ADMIN}/server_version", None))[1] == {"server_version": "1.163.2"}
         assert "v1.11" in (await ask(synapse, "/_matrix/client/versions", None))[1]["versions"]
 
@@ -129,7 +130,7 @@ async def test_only_the_room_s_admin_changes_its_state_and_whoever_listens_is_to
     async with homeserver() as synapse:
         alice, bob = synapse.add_user("alice"), synapse.add_user("bob")
         room_id = synapse.create_room("alice")
-        synapse.rooms[room_id].members.append("@bob:sandbox.local")
+        synapse.join(room_id, "bob")
         told: list[tuple[str, str]] = []
         synapse.on_state_change.append(lambda room, type: told.append((room, type)))
         path = f"{CLIENT}/rooms/{quote(room_id)}/state/io.lotus.voice_limit"

@@ -1,261 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to participants: sources taken and given back, tracks muted, people put out. Floor: guard.
+"""What is done to participants: sources revoked and restored, tracks muted, people removed.
 
-It only takes away, but for what it took itself, and every other flag stays as it was.
+Rights are only ever narrowed, but for what the guard itself withheld or revoked; every other flag stays as it was.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
+from attrs import define, field, frozen
+from cachetools import LRUCache
 from livekit.protocol.models import ParticipantInfo
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, TimeoutError
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient, NodeGone, NoSuchParticipant
-from lotusguard.clients.waiting import Budget, gather
-from lotusguard.guard.seats.book import SeatBook
-from lotusguard.guard.seats.registry import Slot, TokenRegistry
-from lotusguard.guard.seats.roster import Roster
+from lotusguard.clients.waiting import gather
+from lotusguard.guard.calls.entitlement import is_matrix_user
+from lotusguard.guard.rooms.policies import KnownPolicy
+from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
-from lotusguard.rules.sources import Source, disguised, permitted_sources, restored, revoked, within
+from lotusguard.rules.policy import Policy
+from lotusguard.rules.sources import (
+    EVERY_SOURCE,
+    NO_SOURCE,
+    Source,
+    adjusted,
+    disguised,
+    permitted_sources,
+    within,
+)
 
 log = Logger()
 
 PARTICIPANTS_AT_ONCE = 3
-"""Participants of one SFU room that are worked on at the same time, so that one whose node hangs holds up few."""
-SAID_KEPT = 10_000
-NOTHING: frozenset[Source] = frozenset()
+"""Participants of one SFU room that are changed at the same time, so that one whose node hangs delays few."""
+LOGGED_KEPT = 10_000
 
 
+@frozen
+class _Adjustment:
+    """What one participant may publish, and what the guard owes them."""
+
+    participant: ParticipantInfo
+    allowed: frozenset[Source]
+    owed: frozenset[Source]
+
+
+@define(eq=False)
 class ParticipantEnforcer:
-    """Changes participants, checks that it came about, and says so.
+    """Changes participants, checks that LiveKit did it, and says so.
 
-    :param eject: put out who joins past the cap without a seat; else only say so.
-    :param restore: give back what the guard itself took in the call, when it is allowed again.
+    :param restore: give back what the guard withheld or revoked, once it is allowed again.
     :param dry_run: decide, log and count, change nothing.
+    :param may_act: whether this guard may change participants; not while another one runs on its state directory.
     """
 
-    def __init__(
-        self,
-        *,
-        roster: Roster,
-        seats: SeatBook,
-        registry: TokenRegistry,
-        clock: IReactorTime,
-        metrics: Metrics,
-        lookup_timeout: float,
-        eject: bool,
-        restore: bool,
-        dry_run: bool,
-    ) -> None:
-        self._roster = roster
-        self._seats = seats
-        self._registry = registry
-        self._clock = clock
-        self._metrics = metrics
-        self._lookup_timeout = lookup_timeout
-        self._eject = eject
-        self._restore = restore
-        self._dry_run = dry_run
-        self._said: OrderedDict[tuple[str, ...], None] = OrderedDict()
+    _livekit: LiveKitClient
+    _registry: TokenRegistry
+    _metrics: Metrics
+    _restore: bool
+    _dry_run: bool
+    _may_act: Callable[[], bool]
+    _logged: LRUCache[tuple[str, ...], None] = field(factory=lambda: LRUCache(LOGGED_KEPT), init=False)
 
-    async def owes(self, alias: str) -> bool:
-        """Whether somebody in this SFU room may have to be given something back."""
-        return self._restore and bool(await self._registry.taken_in(alias))
+    @property
+    def acts(self) -> bool:
+        """Whether participants are changed at all."""
+        return not self._dry_run and self._may_act()
 
-    async def put_out(self, sfu: LiveKitClient, slot: Slot, cap: int, since: float) -> None:
-        """Put out who came in past the cap without a seat, wherever in the Matrix room.
-
-        :param since: when the look began that brought us here. In the room's other slots somebody may have left
-            before: while that cannot be found out, nobody is put out.
-        """
-        room_id = slot.room_id
-        if not await self._seats.overflow(room_id, cap):
-            return
-        try:
-            await self._roster.fresh(room_id, slot.slot_id, Budget(self._clock, self._lookup_timeout), since)
-        except (DependencyFailed, TimeoutError) as trouble:
-            self.failed("eject", room_id, trouble.reason if isinstance(trouble, DependencyFailed) else "timeout")
-            return
-        for at, identity in await self._seats.overflow(room_id, cap):
-            if self._dry_run or not self._eject:
-                self._withheld("eject", room_id, at.alias, identity, at.sid)
-                continue
-            if (at, identity) not in await self._seats.overflow(room_id, cap):
-                continue  # while others were put out somebody left
+    async def remove(self, room_id: str, alias: str, identity: str, user: str, reason: str) -> bool:
+        """Disconnect a participant. Their token stays valid. :return: whether they are gone."""
+        if not self.acts:
+            self.skipped("remove", room_id, alias, identity, reason)
+            return False
+        with self._failures("remove", alias, identity):
             try:
-                await sfu.remove_participant(at.alias, identity)
-            except DependencyFailed as failed:
-                self.failed("eject", at.alias, failed.reason)
-                continue
+                await self._livekit.remove_participant(alias, identity)
             except NodeGone:
-                self._failed_once("eject", at.alias, identity)
-                continue
+                raise
             except NoSuchParticipant:
-                await self._seats.leave(room_id, at.alias, at.sid)
-                continue
-            await self._seats.leave(room_id, at.alias, at.sid)
-            self._metrics.ejections.inc()
-            log.warn(
-                "put {identity} out of {room_id}: all {cap} seats are taken and they had none",
-                identity=identity, room_id=room_id, alias=at.alias, cap=cap, event_name="ejected",
+                return True
+            self._metrics.removals.labels(reason).inc()
+            log.info(
+                "removed {user} from the call of {room_id}: {reason}",
+                user=user, identity=identity, room_id=room_id, alias=alias, reason=reason, event_name="removed",
             )  # fmt: skip
-        if self._dry_run or not self._eject:
-            await self._seats.seat_all(room_id)
+            return True
+        return False
 
-    async def narrow(
-        self,
-        sfu: LiveKitClient,
-        room_id: str,
-        alias: str,
-        participants: Collection[ParticipantInfo],
-        forbidden: frozenset[Source],
-        *,
-        certain: bool,
+    async def adjust(
+        self, room_id: str, alias: str, participants: Collection[ParticipantInfo], known: KnownPolicy
     ) -> None:
-        """Take from everybody in an SFU room what is forbidden; give back what may come back.
+        """Bring everybody's rights in line with the policy.
 
-        :param participants: everybody who is there.
-        :param certain: whether nothing but ``forbidden`` is forbidden. What is not known gives nothing back.
+        Rights are given back only while the policy is certain.
         """
-        taken = await self._registry.taken_in(alias) if self._restore else {}
-        for sid in taken.keys() - {seen.sid for seen in participants}:
-            await self._registry.remember_taken(alias, sid, NOTHING)
         turns = DeferredSemaphore(PARTICIPANTS_AT_ONCE)
+        due = [a for p in participants if (a := await self._due(alias, p, known)) is not None]
 
-        async def in_turn(seen: ParticipantInfo, owed: frozenset[Source]) -> None:
-            await turns.run(lambda: Deferred.fromCoroutine(self._narrow(sfu, room_id, alias, seen, forbidden, owed)))
+        async def in_turn(adjustment: _Adjustment) -> None:
+            await turns.run(lambda: Deferred.fromCoroutine(self._adjust(room_id, alias, adjustment)))
 
-        works = []
-        for seen in participants:
-            owed = taken.get(seen.sid, NOTHING) - forbidden if certain else NOTHING
-            if owed or revoked(seen.permission, forbidden) is not None or disguised(seen, forbidden):
-                works.append(in_turn(seen, owed))
-        await gather(works)
+        await gather(in_turn(adjustment) for adjustment in due)
 
-    async def _narrow(
-        self,
-        sfu: LiveKitClient,
-        room_id: str,
-        alias: str,
-        seen: ParticipantInfo,
-        forbidden: frozenset[Source],
-        owed: frozenset[Source],
-    ) -> None:
-        try:
-            if revoked(seen.permission, forbidden) is not None:
-                await self._revoke(sfu, room_id, alias, seen, forbidden)
-            elif owed:
-                await self._give_back(sfu, room_id, alias, seen, owed)
-            for track in disguised(seen, forbidden):
-                if self._dry_run:
-                    self._withheld("mute", room_id, alias, seen.identity, track.sid)
-                    continue
-                await sfu.mute_track(alias, seen.identity, track.sid)
-                self._metrics.mutes.inc()
-                log.warn(
-                    "muted a video track of {identity} in {room_id} that calls itself a {label}",
-                    identity=seen.identity, room_id=room_id, alias=alias, label=Source(track.source).claim,
-                    event_name="muted",
-                )  # fmt: skip
-        except DependencyFailed as failed:
-            self.failed("revoke", alias, failed.reason)
-        except NodeGone:
-            self._failed_once("revoke", alias, seen.identity)
-        except NoSuchParticipant:
-            return  # left meanwhile, or stale
-        except CancelledError:
-            raise
-        except Exception:
-            self._metrics.enforcement_failures.labels("revoke", "internal_error").inc()
-            log.failure("enforcing for {identity} in {alias} failed", identity=seen.identity, alias=alias)
+    async def _due(self, alias: str, participant: ParticipantInfo, known: KnownPolicy) -> _Adjustment | None:
+        """What has to change for a participant, as the listing shows them; ``None`` if nothing has to."""
+        policy = known.policy
+        owed = await self._owed(alias, participant.identity) if self._restore and known.is_certain else NO_SOURCE
+        if not owed and not policy:
+            return None
+        user = await self._registry.user_behind(alias, participant.identity)
+        allowed = _allowed(policy, user)
+        if adjusted(participant.permission, allowed, owed) is None and not disguised(participant, allowed):
+            return None
+        return _Adjustment(participant, allowed, owed)
 
-    async def _revoke(
-        self, sfu: LiveKitClient, room_id: str, alias: str, seen: ParticipantInfo, forbidden: frozenset[Source]
-    ) -> None:
-        if self._dry_run:
-            self._withheld("revoke", room_id, alias, seen.identity, seen.sid, *map(str, sorted(forbidden)))
+    async def _owed(self, alias: str, identity: str) -> frozenset[Source]:
+        """What the guard withheld from this identity or revoked, within what upstream granted."""
+        entry = await self._registry.entry(alias, identity)
+        return entry.withheld & entry.ceiling if entry is not None and entry.ceiling is not None else NO_SOURCE
+
+    async def _adjust(self, room_id: str, alias: str, adjustment: _Adjustment) -> None:
+        participant = adjustment.participant
+        with self._failures("adjust", alias, participant.identity):
+            if adjusted(participant.permission, adjustment.allowed, adjustment.owed) is not None:
+                await self._set_rights(room_id, alias, adjustment)
+            for track in disguised(participant, adjustment.allowed):
+                await self._mute(room_id, alias, participant.identity, track.sid, Source(track.source))
+
+    async def _set_rights(self, room_id: str, alias: str, adjustment: _Adjustment) -> None:
+        identity = adjustment.participant.identity
+        fresh = await self._get(alias, identity)
+        if fresh is None or fresh.sid != adjustment.participant.sid:
             return
-        fresh = await sfu.get_participant(alias, seen.identity)
-        wanted = revoked(fresh.permission, forbidden)
+        wanted = adjusted(fresh.permission, adjustment.allowed, adjustment.owed)
         if wanted is None:
             return
-        taken = forbidden.intersection(permitted_sources(fresh.permission))
-        # Put down before it happens: an early note takes nothing, a late one would lose what a kill interrupts.
-        if self._restore:
-            before = (await self._registry.taken_in(alias)).get(fresh.sid, NOTHING)
-            await self._registry.remember_taken(alias, fresh.sid, before | taken)
-        after = await sfu.update_permission(alias, fresh.identity, wanted)
-        if after.sid != fresh.sid or not within(after.permission, wanted):
-            self.failed("revoke", alias, "not_applied")
+        before, after = set(permitted_sources(fresh.permission)), set(permitted_sources(wanted))
+        revoked, restored = frozenset(before - after), frozenset(after - before)
+        if not self.acts:
+            action = "revoke" if revoked else "restore"
+            self.skipped(action, room_id, alias, identity, *(source.claim for source in sorted(revoked | restored)))
             return
-        for source in taken:
-            self._metrics.revocations.labels(source.claim).inc()
-        log.info(
-            "took {sources} from {identity} in {room_id}",
-            sources=sorted(source.claim for source in taken), identity=fresh.identity, room_id=room_id, alias=alias,
-            event_name="revoked",
+        entry = await self._registry.entry(alias, identity)
+        withheld = entry.withheld if entry is not None else NO_SOURCE
+        # Recorded before it happens: a record of something that did not happen restores nothing, a missing one would
+        # lose what was revoked if we are killed in between.
+        await self._registry.set_withheld(alias, identity, withheld | revoked)
+        updated = await self._livekit.update_permission(alias, identity, wanted)
+        if updated.sid != fresh.sid or not (within(updated.permission, wanted) and within(wanted, updated.permission)):
+            self.failed("adjust", alias, "not_applied")
+            return
+        await self._registry.set_withheld(alias, identity, (withheld | revoked) - restored)
+        self._tell(room_id, alias, identity, revoked, restored)
+
+    async def _get(self, alias: str, identity: str) -> ParticipantInfo | None:
+        return await self._livekit.get_participant(alias, identity)
+
+    async def _mute(self, room_id: str, alias: str, identity: str, track_sid: str, label: Source) -> None:
+        if not self.acts:
+            self.skipped("mute", room_id, alias, identity, track_sid)
+            return
+        await self._livekit.mute_track(alias, identity, track_sid)
+        self._metrics.mutes.inc()
+        log.warn(
+            "muted a video track of {identity} in {room_id} that is labelled {label}",
+            identity=identity, room_id=room_id, alias=alias, label=label.claim, event_name="muted",
         )  # fmt: skip
 
-    async def _give_back(
-        self, sfu: LiveKitClient, room_id: str, alias: str, seen: ParticipantInfo, owed: frozenset[Source]
-    ) -> None:
-        if self._dry_run:
-            self._withheld("restore", room_id, alias, seen.identity, seen.sid, *map(str, sorted(owed)))
-            return
-        fresh = await sfu.get_participant(alias, seen.identity)
-        if fresh.sid != seen.sid:
-            return
-        wanted = restored(fresh.permission, owed)
-        if wanted is not None:
-            after = await sfu.update_permission(alias, fresh.identity, wanted)
-            if not within(wanted, after.permission):
-                self.failed("restore", alias, "not_applied")
-                return
-            for source in owed:
-                self._metrics.restorations.labels(source.claim).inc()
-            log.info(
-                "gave {sources} back to {identity} in {room_id}",
-                sources=sorted(source.claim for source in owed), identity=fresh.identity, room_id=room_id, alias=alias,
-                event_name="restored",
-            )  # fmt: skip
-        taken = (await self._registry.taken_in(alias)).get(fresh.sid, NOTHING)
-        await self._registry.remember_taken(alias, fresh.sid, taken - owed)
+    # -- logging -----------------------------------------------------------------------------------------
 
-    # -- saying so ---------------------------------------------------------------------------------------
+    @contextmanager
+    def _failures(self, action: str, alias: str, identity: str) -> Iterator[None]:
+        """Logs and counts what goes wrong inside; the next round tries again."""
+        try:
+            yield
+        except CancelledError:
+            raise
+        except DependencyFailed as failed:
+            self.failed(action, alias, failed.reason)
+        except NodeGone:  # such an entry is listed for long after its node crashed: logged once, counted each time
+            if self._first_time("failed", action, alias, identity):
+                self.failed(action, alias, "node_gone")
+            else:
+                self._metrics.enforcement_failures.labels(action, "node_gone").inc()
+        except NoSuchParticipant:
+            pass
+        except Exception:
+            self._metrics.enforcement_failures.labels(action, "internal_error").inc()
+            log.failure("could not {action} {identity} in {alias}", action=action, identity=identity, alias=alias)
 
-    def failed(self, action: str, where: str, reason: str) -> None:
-        """Something did not come about; the next round tries again."""
+    def failed(self, action: str, alias: str, reason: str) -> None:
+        """Something could not be done."""
         self._metrics.enforcement_failures.labels(action, reason).inc()
         log.warn(
             "could not {action} in {alias}, will try again: {reason}",
-            action=action, alias=where, reason=reason, event_name="enforcement_failed",
+            action=action, alias=alias, reason=reason, event_name="enforcement_failed",
         )  # fmt: skip
 
-    def _failed_once(self, action: str, alias: str, identity: str) -> None:
-        """Counted each time, said once: what a crashed node left behind is listed for long."""
-        if self._first_time("failed", action, alias, identity):
-            self.failed(action, alias, "node_gone")
-        else:
-            self._metrics.enforcement_failures.labels(action, "node_gone").inc()
-
-    def _withheld(self, action: str, room_id: str, alias: str, identity: str, *what: str) -> None:
-        """Something was decided and not done. Said and counted once, not at every round."""
+    def skipped(self, action: str, room_id: str, alias: str, identity: str, *what: str) -> None:
+        """Something was decided and not done. Logged and counted once, not in every round."""
         if self._first_time(action, alias, identity, *what):
             self._metrics.dry_run_skipped.labels(action).inc()
             log.info(
-                "would {action} {identity} in {room_id}",
-                action=action, identity=identity, room_id=room_id, alias=alias, event_name="dry_run_skipped",
+                "would {action} {identity} in {room_id}: {what}",
+                action=action, identity=identity, room_id=room_id, alias=alias, what=", ".join(what),
+                event_name="skipped",
             )  # fmt: skip
 
     def _first_time(self, *what: str) -> bool:
-        if what in self._said:
-            return False
-        self._said[what] = None
-        if len(self._said) > SAID_KEPT:
-            self._said.popitem(last=False)
-        return True
+        first = what not in self._logged
+        self._logged[what] = None
+        return first
+
+    def _tell(
+        self, room_id: str, alias: str, identity: str, revoked: frozenset[Source], restored: frozenset[Source]
+    ) -> None:
+        for sources, counter, verb, preposition, event in (
+            (revoked, self._metrics.revocations, "revoked", "from", "revoked"),
+            (restored, self._metrics.restorations, "restored", "to", "restored"),
+        ):
+            if not sources:
+                continue
+            for source in sources:
+                counter.labels(source.claim).inc()
+            log.info(
+                "{verb} {sources} {preposition} {identity} in {room_id}",
+                verb=verb, sources=sorted(source.claim for source in sources), preposition=preposition,
+                identity=identity, room_id=room_id, alias=alias, event_name=event,
+            )  # fmt: skip
+
+
+def _allowed(policy: Policy, user: str) -> frozenset[Source]:
+    """What a participant may publish. Power levels decide nothing about an identity without a known user."""
+    return policy.allowed_sources(user) if is_matrix_user(user) else EVERY_SOURCE - policy.forbidden

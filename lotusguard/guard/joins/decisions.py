@@ -1,32 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each join: one line in the log, one count, and the last few at hand for operators. Floor: guard."""
+"""What was decided about each join: one line in the log, one count, and the latest few for operators."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 
-from attrs import Factory, define
+from attrs import Factory, define, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.metrics import Metrics
 
 log = Logger()
-T = TypeVar("T")
 
 DECISIONS_KEPT = 500
-STAGES = ("policy", "roster", "verify", "seat", "upstream", "total")
+LONGEST_NAME = 255
+"""Bytes of a room's or user's name that are kept; longer ones are refused before they get here."""
+SAID_AGAIN_AFTER = 60.0
+"""Seconds for which the same failure of our own is not logged with its traceback again."""
+
+
+class Stage(Enum):
+    """Where a join's time goes."""
+
+    LOOKUP = "lookup"
+    """Policy, caller and membership, concurrently."""
+    CHECK = "check"
+    """Reading again what a refusal would rest on."""
+    ROSTER = "roster"
+    SEAT = "seat"
+    """Waiting behind requests in flight."""
+    LOBBY = "lobby"
+    UPSTREAM = "upstream"
+    RECORD = "record"
+    TOTAL = "total"
+
+
+class Verdict(Enum):
+    ALLOWED = "allowed"
+    REFUSED = "refused"
+    WOULD_REFUSE = "would_refuse"
+    """Dry run: it would have been refused."""
+    FAILED = "failed"
+    """Upstream gave no token, or the caller went away."""
+    ERROR = "error"
+    """A failure of our own; the join went on without what failed."""
 
 
 @define
 class Decision:
     """One join: what is known of it, and in the end what became of it.
 
-    :ivar began: seconds on the decision_log's clock.
+    :ivar began: seconds on the guard's clock.
+    :ivar reason: why, in one word: a refusal, an upstream status, or what the policy rests on.
     :ivar unenforced: what passed without being enforced, as ``check:reason``.
-    :ivar stages: seconds by sandbox.
+    :ivar stages: seconds by stage.
     """
 
     request_id: str
@@ -34,67 +65,86 @@ class Decision:
     room_id: str | None
     user: str | None
     began: float
-    verdict: str = "allowed"
+    verdict: Verdict = Verdict.ALLOWED
     reason: str = "no_policy"
     unenforced: list[str] = Factory(list)
     stages: dict[str, float] = Factory(dict)
+    seats: str = ""
+    """how many seats were taken of how many, when there was none"""
 
 
+@define(eq=False)
 class DecisionLog:
-    """Where decisions are written down."""
+    """Records decisions. :ivar secret_mismatch_at: when upstream last issued a token that our secret did not sign."""
 
-    def __init__(self, clock: IReactorTime, metrics: Metrics) -> None:
-        self._clock = clock
-        self._metrics = metrics
-        self._stage_seconds = {sandbox: metrics.join_seconds.labels(sandbox) for sandbox in STAGES}
-        self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
-        self.secret_mismatch_at: float | None = None
-        """When a token was last issued that our secret did not sign."""
+    _clock: IReactorTime
+    _metrics: Metrics
+    decisions: deque[Decision] = field(factory=lambda: deque(maxlen=DECISIONS_KEPT), init=False)
+    secret_mismatch_at: float | None = field(default=None, init=False)
+    error_at: float | None = field(default=None, init=False)
+    _stage_seconds: dict[str, object] = field(factory=dict, init=False)
 
     def begin(self, request_id: str, route: str, room_id: str | None, user: str | None) -> Decision:
-        """A join has come in."""
         return Decision(request_id, route, room_id, user, self._clock.seconds())
 
-    async def timed(self, decision: Decision, sandbox: str, work: Awaitable[T]) -> T:
-        """Do one sandbox of a join, and add its time."""
+    @contextmanager
+    def stage(self, decision: Decision, stage: Stage) -> Iterator[None]:
+        """Adds the time spent inside to a stage of the join."""
         began = self._clock.seconds()
         try:
-            return await work
+            yield
         finally:
-            decision.stages[sandbox] = decision.stages.get(sandbox, 0.0) + self._clock.seconds() - began
+            name = stage.value
+            decision.stages[name] = decision.stages.get(name, 0.0) + self._clock.seconds() - began
 
     def unenforced(self, decision: Decision, check: str, reason: str) -> None:
-        """Something passes without being enforced: one event, one count."""
+        """A check is passed without being enforced: one event, one count."""
         decision.unenforced.append(f"{check}:{reason}")
         self._metrics.fail_open.labels(check, reason).inc()
         log.warn(
             "{check} not enforced for {user} in {room_id}: {reason}",
-            check=check, reason=reason, user=decision.user, room_id=decision.room_id,
+            check=check, reason=reason, user=decision.user or "an unnamed user", room_id=decision.room_id,
             request_id=decision.request_id, event_name="fail_open",
         )  # fmt: skip
 
+    def failure(self, decision: Decision, check: str) -> None:
+        """Our own code failed in a check (call this in an ``except`` clause). The join goes on without it."""
+        decision.verdict = Verdict.ERROR
+        decision.reason = "internal_error"
+        decision.unenforced.append(f"{check}:internal_error")
+        self._metrics.fail_open.labels(check, "internal_error").inc()
+        self.error_at = self._clock.seconds()
+        log.failure(
+            "{check} failed for a join to {room_id} [{request_id}]; the join goes on without it",
+            check=check, room_id=decision.room_id, request_id=decision.request_id, event_name="internal_error",
+        )  # fmt: skip
+
     def secret_mismatch(self, decision: Decision, why: str) -> None:
-        """Upstream issued a token that our secret did not sign, so that nothing can be taken from it."""
+        """Upstream issued a token that our secret did not sign, so nothing can be withheld from it."""
         self.secret_mismatch_at = self._clock.seconds()
         self._metrics.secret_mismatches.inc()
         log.critical(
-            "upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign ({why}): they are not narrowed",
+            "upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign ({why}): nothing is withheld from them",
             why=why, event_name="secret_mismatch",
         )  # fmt: skip
-        self.unenforced(decision, "sources", "secret_mismatch")
+        self.unenforced(decision, "token", "secret_mismatch")
 
     def end(self, decision: Decision) -> None:
-        """A join is over: say what became of it."""
-        total = decision.stages["total"] = self._clock.seconds() - decision.began
+        """A join is over."""
+        total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
         self.decisions.append(decision)
-        self._metrics.joins.labels(decision.verdict, decision.reason).inc()
-        for sandbox, seconds in decision.stages.items():
-            self._stage_seconds[sandbox].observe(seconds)
+        self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
+        for name, seconds in decision.stages.items():
+            self._metrics.observe_stage(name, seconds)
         line = "{verdict} {user} in {room_id}: {reason}, {total:.0f} ms [{request_id}]"
+        if decision.seats:
+            line += " {seats}"
+        if decision.unenforced:
+            line += " unenforced: {unenforced}"
         log.info(
-            line + " unenforced: {unenforced}" if decision.unenforced else line,
-            verdict=decision.verdict, user=decision.user or "somebody", room_id=decision.room_id,
+            line,
+            verdict=decision.verdict.value, user=decision.user or "an unnamed user", room_id=decision.room_id,
             reason=decision.reason, total=total * 1000, request_id=decision.request_id, route=decision.route,
-            unenforced=decision.unenforced,
-            stages={sandbox: round(seconds, 6) for sandbox, seconds in decision.stages.items()}, event_name="join",
+            unenforced=decision.unenforced, seats=decision.seats,
+            stages={name: round(seconds, 6) for name, seconds in decision.stages.items()}, event_name="join",
         )  # fmt: skip

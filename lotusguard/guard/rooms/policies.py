@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rooms' policies: asked of the homeserver, believed for a while, remembered for when it is away. Floor: guard."""
+"""Rooms' policies: asked of the homeserver, cached for a while, remembered for when it does not answer."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Mapping
 from enum import Enum
 
-from attrs import evolve, frozen
+from attrs import define, field, frozen
+from cachetools import LRUCache
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.synapse import SynapseClient
-from lotusguard.clients.waiting import Budget, SharedLookups
+from lotusguard.clients.waiting import Deadline, FreshLookups
+from lotusguard.guard.rooms.source import RoomStateSource
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import is_room_id
-from lotusguard.rules.policy import NO_POLICY, ROOM_QUALITY, VOICE_LIMIT, Policy, forbidden_sources, max_users
+from lotusguard.rules.policy import NO_POLICY, Malformed, Policy, needs_levels, read_policy, with_default_limit
+from lotusguard.rules.state import CREATE, POLICY_TYPES, POWER_LEVELS, StateEvent
 
 log = Logger()
 
-ROOMS_REMEMBERED = 20_000
+POLICIES_KEPT = 64 * 1024 * 1024
+"""Bytes of rooms with a policy."""
+ROOMS_WITHOUT_POLICY_KEPT = 8 * 1024 * 1024
+"""Bytes of rooms without one. They are kept apart, so that a flood of made-up rooms forgets no policy."""
 FAILURE_REMEMBERED = 1.0
-"""Seconds for which a failed look-up is not tried again for the same room."""
+"""Seconds for which a failed lookup is not tried again for the same room."""
+ENTRY_SIZE = 1024
+"""Bytes that an entry costs beside its event contents."""
 
 
 class Freshness(Enum):
@@ -30,135 +37,182 @@ class Freshness(Enum):
 
     FRESH = "fresh"
     STALE = "stale"
+    """The last known one, while the homeserver does not answer."""
     UNKNOWN = "unknown"
 
 
 @frozen
-class Known:
-    """A room's policy as far as it is known. ``reason`` says why it is not fresh."""
+class KnownPolicy:
+    """A room's policy as far as it is known.
+
+    :ivar room_exists: whether the homeserver knows the room; ``None`` if it does not say.
+    :ivar reason: why the policy is not fresh.
+    """
 
     policy: Policy
     freshness: Freshness
+    room_exists: bool | None
     reason: str = ""
+
+    @property
+    def is_certain(self) -> bool:
+        return self.freshness is Freshness.FRESH
 
 
 @frozen
-class _Remembered:
+class _Entry:
+    """:ivar began: when the lookup began that returned it."""
+
     policy: Policy
-    malformed: frozenset[str]
-    at: float
-    dropped: bool = False
-    """it has changed since: it only serves while the homeserver does not answer"""
+    room_exists: bool
+    malformed: frozenset[Malformed]
+    began: float
+    size: int
 
 
+@define(eq=False)
 class Policies:
     """What rooms' policies are.
 
     :param ttl: seconds for which a policy is believed.
-    :param stale: seconds for which a last-known one serves while the homeserver does not answer.
+    :param stale: seconds for which the last known one serves while the homeserver does not answer.
+    :param default_limit: ``max_users`` of rooms that do not set it.
     """
 
-    def __init__(
-        self, homeserver: SynapseClient | None, clock: IReactorTime, metrics: Metrics, *, ttl: float, stale: float
-    ) -> None:
-        self._homeserver = homeserver
-        self._clock = clock
-        self._ttl = ttl
-        self._stale = stale
-        self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
-        self._failed: OrderedDict[str, tuple[float, str]] = OrderedDict()
-        self._lookups = SharedLookups(self._look_up)
-        self._metrics = metrics
-        self._results = {r: metrics.cache_lookups.labels("policies", r) for r in ("hit", "stale", "miss")}
-        metrics.cache_limit.labels("policies").set(ROOMS_REMEMBERED)
-        metrics.cache_entries.labels("policies").set_function(lambda: len(self._remembered))
+    _source: RoomStateSource
+    _clock: IReactorTime
+    _metrics: Metrics
+    _ttl: float
+    _stale: float
+    _default_limit: int | None = None
+    _with_policy: LRUCache[str, _Entry] = field(init=False)
+    _without_policy: LRUCache[str, _Entry] = field(init=False)
+    _changed: LRUCache[str, float] = field(factory=lambda: LRUCache(20_000), init=False)
+    _failed: LRUCache[str, tuple[float, str]] = field(factory=lambda: LRUCache(20_000), init=False)
+    _lookups: FreshLookups[str, _Entry] = field(init=False)
 
-    async def get(self, room_id: str, budget: Budget) -> Known:
-        """The room's policy: the believed one, else what one look-up for all who wait brings, else the
-        last known, else none. Never fails, and never waits longer than the budget."""
+    def __attrs_post_init__(self) -> None:
+        self._with_policy = LRUCache(POLICIES_KEPT, getsizeof=_size)
+        self._without_policy = LRUCache(ROOMS_WITHOUT_POLICY_KEPT, getsizeof=_size)
+        self._lookups = FreshLookups(self._look_up, self._clock)
+        for name, cache in (("policies", self._with_policy), ("rooms_without_policy", self._without_policy)):
+            self._metrics.cache_limit.labels(name).set(cache.maxsize // ENTRY_SIZE)
+            self._metrics.cache_entries.labels(name).set_function(cache.__len__)
+
+    async def get(self, room_id: str, deadline: Deadline, since: float | None = None) -> KnownPolicy:
+        """The room's policy. Never fails, and never waits beyond the deadline.
+
+        :param since: the lookup must have begun at this time or later, for decisions that an older one cannot carry.
+        """
         if not is_room_id(room_id):
-            return Known(NO_POLICY, Freshness.FRESH)
-        known = self.believed(room_id)
-        if known is not None:
-            self._results["hit"].inc()
-            return Known(known, Freshness.FRESH)
-        if self._homeserver is None:
-            return self._last_known(room_id, "no_matrix_token")
-        failed_at, reason = self._failed.get(room_id, (float("-inf"), ""))
-        if self._clock.seconds() - failed_at < FAILURE_REMEMBERED:
+            return KnownPolicy(NO_POLICY, Freshness.FRESH, room_exists=False)
+        needed = max(self._clock.seconds() - self._ttl, self._changed.get(room_id, 0.0), since or 0.0)
+        entry = self._entry(room_id)
+        if entry is not None and entry.began >= needed:
+            self._metrics.cache_lookups.labels("policies", "hit").inc()
+            return KnownPolicy(entry.policy, Freshness.FRESH, entry.room_exists)
+        failed_at, reason = self._failed.get(room_id, (None, ""))
+        if failed_at is not None and self._clock.seconds() - failed_at < FAILURE_REMEMBERED:
             return self._last_known(room_id, reason)
         try:
-            policy = await budget.wait(self._lookups.get(room_id))
+            fetched = await deadline.wait(self._lookups.get(room_id, needed))
         except TimeoutError:
             return self._last_known(room_id, "timeout")
         except DependencyFailed as failed:
             return self._last_known(room_id, failed.reason)
-        self._results["miss"].inc()
-        return Known(policy, Freshness.FRESH)
-
-    def believed(self, room_id: str) -> Policy | None:
-        """The policy that was looked up within the TTL, if one was."""
-        known = self._remembered.get(room_id)
-        fresh = known is not None and not known.dropped and self._clock.seconds() - known.at < self._ttl
-        return known.policy if known is not None and fresh else None
+        self._metrics.cache_lookups.labels("policies", "miss").inc()
+        return KnownPolicy(fetched.value.policy, Freshness.FRESH, fetched.value.room_exists)
 
     def last_known(self, room_id: str) -> Policy:
-        """The policy as it was last heard, however long ago; none when it never was."""
-        known = self._remembered.get(room_id)
-        return known.policy if known is not None else NO_POLICY
+        """The policy as it was last heard, however long ago; none if it never was."""
+        entry = self._entry(room_id)
+        return entry.policy if entry is not None else NO_POLICY
 
-    def drop(self, room_id: str) -> None:
-        """The policy has changed: ask again, and do not believe an answer that is still under way.
+    def is_remembered(self, room_id: str) -> bool:
+        """Whether anything is known about the room."""
+        return room_id in self._with_policy or room_id in self._without_policy
 
-        What was known stays at hand for the case that the homeserver does not answer now.
+    def forget_freshness(self, room_id: str) -> None:
+        """The policy has changed: an answer to an earlier lookup is not believed.
+
+        The last known policy still serves while nothing newer can be had.
         """
-        known = self._remembered.get(room_id)
-        if known is not None:
-            self._remembered[room_id] = evolve(known, dropped=True)
-        elif room_id in self._lookups:  # its first one: what it brings must find that somebody was here
-            self._remembered[room_id] = _Remembered(NO_POLICY, frozenset(), float("-inf"))
+        self._changed[room_id] = self._clock.seconds()
         self._failed.pop(room_id, None)
-        self._lookups.forget(room_id)
 
-    def _last_known(self, room_id: str, reason: str) -> Known:
-        known = self._remembered.get(room_id)
-        if known is not None and self._clock.seconds() - known.at < self._stale:
-            self._results["stale"].inc()
-            return Known(known.policy, Freshness.STALE, reason)
-        return Known(NO_POLICY, Freshness.UNKNOWN, reason)
+    def _entry(self, room_id: str) -> _Entry | None:
+        return self._with_policy.get(room_id) or self._without_policy.get(room_id)
 
-    async def _look_up(self, room_id: str) -> Policy:
-        assert self._homeserver is not None
+    def _last_known(self, room_id: str, reason: str) -> KnownPolicy:
+        entry = self._entry(room_id)
+        if entry is not None and self._clock.seconds() - entry.began < self._stale:
+            self._metrics.cache_lookups.labels("policies", "stale").inc()
+            return KnownPolicy(entry.policy, Freshness.STALE, None, reason)
+        return KnownPolicy(NO_POLICY, Freshness.UNKNOWN, None, reason)
+
+    async def _look_up(self, room_id: str) -> _Entry:
         began = self._clock.seconds()
-        before = self._remembered.get(room_id)
+        before = self._entry(room_id)
         try:
-            events = await self._homeserver.policy_events(room_id)
+            events = await self._fetch(room_id, before)
         except DependencyFailed as failed:
             self._failed[room_id] = (self._clock.seconds(), failed.reason)
-            if len(self._failed) > ROOMS_REMEMBERED:
-                self._failed.popitem(last=False)
             raise
-        limit, bad_limit = max_users(events[VOICE_LIMIT]) if VOICE_LIMIT in events else (None, False)
-        forbidden, bad_quality = (
-            forbidden_sources(events[ROOM_QUALITY]) if ROOM_QUALITY in events else (frozenset(), False)
-        )
-        policy = Policy(limit, forbidden)
-        malformed = frozenset(kind for kind, bad in ((VOICE_LIMIT, bad_limit), (ROOM_QUALITY, bad_quality)) if bad)
-        for kind in malformed - (before.malformed if before else frozenset()):
-            self._metrics.malformed_policies.labels(kind).inc()
+        policy, malformed = read_policy(events or {})
+        policy = with_default_limit(policy, self._default_limit)
+        size = ENTRY_SIZE + sum(len(str(event.content)) for event in (events or {}).values())
+        entry = _Entry(policy, events is not None, malformed, began, size)
+        self._tell(room_id, entry, before, events or {})
+        current = self._entry(room_id)
+        if current is None or current.began <= began:
+            self._remember(room_id, entry)
+        return entry
+
+    async def _fetch(self, room_id: str, before: _Entry | None) -> Mapping[str, StateEvent] | None:
+        """:return: the policy's events; ``None`` if the homeserver does not know the room.
+
+        :raises DependencyFailed: it does not answer, or has forgotten the room's state (its last user has left).
+        """
+        types = (*POLICY_TYPES, CREATE)
+        expects_levels = before is not None and before.policy.levels is not None
+        events = await self._source.room_state(room_id, (*types, POWER_LEVELS) if expects_levels else types)
+        if events is None:
+            return None
+        if not events:
+            raise DependencyFailed("synapse", "no_state")
+        if needs_levels(events) and not expects_levels:
+            levels = await self._source.room_state(room_id, (POWER_LEVELS,))
+            events = {**events, **(levels or {})}
+        return events
+
+    def _remember(self, room_id: str, entry: _Entry) -> None:
+        keep, other = self._with_policy, self._without_policy
+        if not entry.policy:
+            keep, other = other, keep
+        other.pop(room_id, None)
+        if entry.size <= keep.maxsize:
+            keep[room_id] = entry
+
+    def _tell(self, room_id: str, entry: _Entry, before: _Entry | None, events: Mapping[str, StateEvent]) -> None:
+        """Log what changed."""
+        known = before.malformed if before is not None else frozenset()
+        for wrong in sorted(entry.malformed - known):
+            self._metrics.malformed_policies.labels(wrong.event_type).inc()
             log.warn(
-                "{room_id}: {event_type} holds what cannot be used; it limits nothing: {content}",
-                room_id=room_id, event_type=kind, content=str(events[kind])[:200], event_name="malformed_policy",
+                "{room_id}: {event_type}: {key} cannot be used and is ignored",
+                room_id=room_id, event_type=wrong.event_type, key=wrong.key or "its content",
+                event_name="malformed_policy",
             )  # fmt: skip
-        if self._remembered.get(room_id) is before:  # else somebody knows better by now
-            self._remembered[room_id] = _Remembered(policy, malformed, began)
-            self._remembered.move_to_end(room_id)
-            if len(self._remembered) > ROOMS_REMEMBERED:
-                self._remembered.popitem(last=False)
-        if policy != (before.policy if before else NO_POLICY):
+        policy = entry.policy
+        if policy != (before.policy if before is not None else NO_POLICY):
             log.info(
-                "{room_id}: at most {max_users} users, forbidden: {forbidden}",
+                "{room_id}: at most {max_users} users, forbidden: {forbidden}, permissions: {permissions}",
                 room_id=room_id, max_users=policy.max_users,
-                forbidden=sorted(source.claim for source in policy.forbidden), event_name="policy",
+                forbidden=sorted(source.claim for source in policy.forbidden),
+                permissions=sorted(action.value for action in policy.permissions.needed) if policy.permissions else [],
+                event_name="policy",
             )  # fmt: skip
-        return policy
+
+
+def _size(entry: _Entry) -> int:
+    return entry.size

@@ -11,16 +11,9 @@ import os
 from pathlib import Path
 
 from attrs import define, field
-from twisted.application.service import Service
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from lotusguard.guard.periodic import PeriodicService
-
 log = Logger()
-
-RETRY = 1.0
-"""Seconds between two attempts to get the lease."""
 
 
 @define(eq=False)
@@ -35,8 +28,11 @@ class StateLease:
     _file: int | None = field(init=False, repr=False, default=None)
     _reported: str = field(init=False, repr=False, default="")
 
-    def acquire(self) -> bool:
-        """Try to get the lease. :return: whether it is held now. The log says so at each change."""
+    def renew(self) -> bool:
+        """Try to get the lease, unless it is held. It is called every second. The log says so at each change.
+
+        :return: whether it is held now.
+        """
         if not self.held:
             self.held = self._lock()
         return self.held
@@ -47,14 +43,6 @@ class StateLease:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-    def service(self, clock: IReactorTime) -> Service:
-        """A service that tries to get the lease every `RETRY` seconds."""
-
-        async def acquire() -> None:
-            self.acquire()
-
-        return PeriodicService("lease of the state directory", RETRY, acquire, clock)
 
     def _lock(self) -> bool:
         path = self.directory / "lock"

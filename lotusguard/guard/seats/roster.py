@@ -1,101 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is in the call: one look at the SFU for all who wait for the same room. Floor: guard."""
+"""Who is in which call, as LiveKit says in listings and webhooks. Nothing else writes that into the seat book."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 
+from attrs import define, field
 from livekit.protocol.models import ParticipantInfo
+from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.interfaces import IReactorTime
 
-from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient
-from lotusguard.clients.waiting import Budget, SharedLookups, gather
+from lotusguard.clients.waiting import Deadline, Fetched, FreshLookups, gather
 from lotusguard.guard.rooms.policies import Policies
-from lotusguard.guard.seats.book import Present, SeatBook
+from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.metrics import Metrics
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.identity import ROOM_SLOT, alias_cache_info, room_alias
+from lotusguard.rules.participants import ended_by_choice, joined_at, takes_seat
+from lotusguard.rules.seats import Arrival
 
-FEW_SLOTS = 3
-"""SFU rooms of one Matrix room that are looked into without asking first which of them exist."""
-
-
-def counts(participant: ParticipantInfo) -> bool:
-    """Whether a participant takes a seat: all but recorders and agents, from the first sign of life on."""
-    return participant.kind not in _NO_SEAT and participant.state != ParticipantInfo.State.DISCONNECTED
-
-
-_NO_SEAT = (ParticipantInfo.Kind.EGRESS, ParticipantInfo.Kind.AGENT)
+Listing = Fetched[Sequence[ParticipantInfo]]
+"""Everybody in one SFU room, and when that was asked."""
+SLOTS_LISTED = 16
+"""SFU rooms of one Matrix room that are listed while LiveKit has not told which of them exist."""
 
 
+@define(eq=False)
 class Roster:
-    """Keeps the seat book in step with the SFU. The seats are what is exact; a look may be a little old."""
+    """Keeps the seat book in step with LiveKit.
 
-    def __init__(
-        self,
-        sfu: LiveKitClient | None,
-        seats: SeatBook,
-        registry: TokenRegistry,
-        policies: Policies,
-        clock: IReactorTime,
-        metrics: Metrics,
-    ) -> None:
-        self._sfu = sfu
-        self._seats = seats
-        self._registry = registry
-        self._policies = policies
-        self._clock = clock
-        self._looks: SharedLookups[tuple[str, str], float] = SharedLookups(self._look)
-        metrics.cache_limit.labels("hashes").set(room_alias.cache_info().maxsize or 0)
-        metrics.cache_entries.labels("hashes").set_function(lambda: room_alias.cache_info().currsize)
+    :param wall: seconds since the epoch. :param lookup_timeout: seconds to wait for a policy.
+    :ivar sfu_rooms: the SFU rooms that LiveKit named lately; ``None`` while it has named none.
+    """
 
-    async def fresh(self, room_id: str, slot_id: str, budget: Budget, since: float) -> None:
-        """See to it that the last look at all SFU rooms of a Matrix room began at ``since`` or later.
+    _livekit: LiveKitClient
+    _seats: SeatBook
+    _registry: TokenRegistry
+    _policies: Policies
+    _clock: IReactorTime
+    _wall: Callable[[], float]
+    _metrics: Metrics
+    _lookup_timeout: float
+    sfu_rooms: set[str] | None = field(default=None, init=False)
+    _listings: FreshLookups[str, Sequence[ParticipantInfo]] = field(init=False)
 
-        :param slot_id: the slot somebody is about to enter, which may not be known yet.
-        :raises DependencyFailed: the SFU does not tell. :raises TimeoutError: not in time.
+    def __attrs_post_init__(self) -> None:
+        self._listings = FreshLookups(self._list, self._clock)
+        self._metrics.cache_limit.labels("hashes").set(alias_cache_info().maxsize or 0)
+        self._metrics.cache_entries.labels("hashes").set_function(lambda: alias_cache_info().currsize)
+
+    # -- listings ----------------------------------------------------------------------------------------
+
+    async def refresh(self, room_id: str, since: float, deadline: Deadline, requested: str = ROOM_SLOT) -> None:
+        """See to it that every SFU room of a Matrix room was listed at ``since`` or later.
+
+        :param requested: the slot that somebody is about to enter. It is listed only if LiveKit or a token named it:
+            an invented slot costs nothing.
+        :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError: not in time.
         """
-        if self._sfu is None:
-            raise DependencyFailed("livekit", "no_livekit_key")
-        alias = room_alias(room_id, slot_id)
-        known = {*await self._registry.aliases_of(room_id), room_alias(room_id, ROOM_SLOT), alias}
-        for _ in range(2):  # a look that others wait for already may have begun too early
-            if await self._seats.observed_since(room_id, known) >= since:
-                return
-            if await budget.wait(self._looks.get((room_id, slot_id))) >= since:
-                return
+        aliases = await self._aliases_to_list(room_id, requested)
+        listed = await self._seats.listed_since(room_id, aliases)
+        if listed is None or listed < since:
+            await gather(self._refresh_one(room_id, alias, since, deadline) for alias in aliases)
 
-    async def observed(
-        self, room_id: str, alias: str, participants: Iterable[ParticipantInfo], since: float
-    ) -> Collection[Present]:
-        """A complete list of who is in one SFU room, asked for at ``since``."""
-        present = [
-            Present(p.sid or p.identity, p.identity, await self._registry.user_behind(alias, p.identity))
-            for p in sorted(participants, key=lambda p: p.joined_at)  # the SFU lists them in no order
-            if counts(p)
-        ]
-        cap = self._policies.last_known(room_id).max_users
-        await self._seats.observe(room_id, alias, present, cap, since)
-        return present
+    async def _refresh_one(self, room_id: str, alias: str, since: float, deadline: Deadline) -> None:
+        listed = await self._seats.listed_since(room_id, [alias])
+        if listed is None or listed < since:
+            await self.list(alias, since, deadline)
 
-    async def _look(self, key: tuple[str, str]) -> float:
-        """Look into all SFU rooms of a Matrix room. :return: when it began."""
-        assert self._sfu is not None
-        room_id, slot_id = key
-        asked = room_alias(room_id, slot_id)
+    async def list(self, alias: str, since: float, deadline: Deadline) -> Listing:
+        """A listing of one SFU room that began at ``since`` or later. At most one is in flight for each room.
+
+        :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError: not in time.
+        """
+        return await deadline.wait(self._listings.get(alias, since))
+
+    async def _list(self, alias: str) -> Sequence[ParticipantInfo]:
         since = self._clock.seconds()
-        lasting = {*await self._registry.aliases_of(room_id), room_alias(room_id, ROOM_SLOT)}
-        aliases = lasting | {asked}
-        existing: Collection[str] = aliases
-        if len(aliases) > FEW_SLOTS:
-            existing = aliases.intersection(room.name for room in await self._sfu.list_rooms(aliases))
-        lists = await gather(self._sfu.list_participants(alias) for alias in existing)
-        found = dict(zip(existing, lists, strict=True))
-        for alias in aliases:
-            participants = found.get(alias, ())
-            if participants and alias not in lasting:  # a call that is older than the guard; the hash proves whose
-                await self._registry.learn_alias(alias, Slot(room_id, slot_id))
-            if participants or alias in lasting:  # a slot that is only asked for leaves no trace
-                await self.observed(room_id, alias, participants, since)
-        return since
+        slot = await self._registry.slot_of(alias)
+        participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
+        if slot is not None:
+            present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
+            await self._seats.apply_listing(slot.room_id, alias, present, await self._limit(slot.room_id), since)
+        return participants
+
+    async def _aliases_to_list(self, room_id: str, requested: str) -> Collection[str]:
+        main = room_alias(room_id, ROOM_SLOT)
+        await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
+        if requested != ROOM_SLOT:
+            alias = room_alias(room_id, requested)
+            if self.sfu_rooms is not None and alias in self.sfu_rooms:  # a call that is older than this guard
+                await self._registry.learn_alias(alias, Slot(room_id, requested))
+        known = await self._registry.aliases_of(room_id)
+        existing = self.sfu_rooms
+        alive = [*known][-SLOTS_LISTED:] if existing is None else [alias for alias in known if alias in existing]
+        return {main, *alive, *await self._seats.aliases(room_id)}
+
+    # -- webhooks ----------------------------------------------------------------------------------------
+
+    async def handle(self, slot: Slot, event: WebhookEvent) -> None:
+        """A participant of one SFU room joined or left. Idempotent."""
+        participant, alias = event.participant, event.room.name
+        if self.sfu_rooms is not None:
+            self.sfu_rooms.add(alias)
+        if event.event in DEPARTURES:
+            left_by = min(self._clock.seconds(), self._on_our_clock(event.created_at + 1.0) or self._clock.seconds())
+            await self._seats.leave(
+                slot.room_id, alias, participant.sid, participant.identity, left_by,
+                by_choice=ended_by_choice(participant.disconnect_reason),
+            )  # fmt: skip
+        elif event.event == "participant_joined" and participant.sid and takes_seat(participant):
+            limit = await self._limit(slot.room_id)
+            await self._seats.arrive(slot.room_id, alias, await self._arrival(alias, participant), limit)
+
+    async def removed(self, slot: Slot, alias: str, sid: str, identity: str) -> None:
+        """We removed a participant, or LiveKit said that there is none of that name."""
+        now = self._clock.seconds()
+        await self._seats.leave(slot.room_id, alias, sid, identity, now, by_choice=True)
+
+    def may_exist(self, alias: str) -> bool:
+        """Whether LiveKit may have this SFU room, as far as it told."""
+        return self.sfu_rooms is None or alias in self.sfu_rooms
+
+    def livekit_now(self) -> float:
+        """Seconds since the epoch, by LiveKit's clock."""
+        return self._wall() + (self._livekit.clock_skew or 0.0)
+
+    # -- how it is done ----------------------------------------------------------------------------------
+
+    async def _limit(self, room_id: str) -> int | None:
+        known = await self._policies.get(room_id, Deadline.after(self._clock, self._lookup_timeout))
+        return known.policy.max_users
+
+    async def _arrival(self, alias: str, participant: ParticipantInfo) -> Arrival:
+        user = await self._registry.user_behind(alias, participant.identity)
+        return Arrival(
+            participant.sid or participant.identity, participant.identity, user,
+            self._on_our_clock(joined_at(participant)),
+        )  # fmt: skip
+
+    def _on_our_clock(self, at: float | None) -> float | None:
+        """A time that LiveKit gave, on the guard's clock."""
+        if at is None or at <= 1.0:
+            return None
+        ago = self.livekit_now() - at
+        return self._clock.seconds() - ago
+
+
+DEPARTURES = ("participant_left", "participant_connection_aborted")

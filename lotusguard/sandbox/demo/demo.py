@@ -46,7 +46,7 @@ class Demo:
         self._stage = sandbox
         self._account = account
         self._logins = {name: sandbox.homeserver.add_user(name) for name in ("alice", "bob", "carol", "dave", "erin")}
-        self._room = sandbox.homeserver.create_room("alice")
+        self._room = sandbox.homeserver.create_room("alice", joined=self._logins)
         self._sessions: dict[str, Participant] = {}
         # Who callers are is asked of a worker, as larger Synapses have it: it lives on while the main process,
         # with the admin API, is away. Without one, lk-jwt-service itself would let none of its users in then.

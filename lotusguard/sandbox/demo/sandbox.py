@@ -25,14 +25,26 @@ SERVER_NAME = "sandbox.local"
 class Sandbox:
     """The dependencies and the guard, each on a free port of loopback.
 
-    :param settings: settings of the guard by lower-case name, over those that make the sandbox work.
+    :param homeserver_options: dict of keyword arguments for `FakeSynapse`.
+    :param livekit_options: the same for `FakeLiveKit`.
+    :param upstream_options: the same for `FakeLkJwtService`.
+    :param settings: settings of the guard by lower-case name; they override those that make the sandbox work.
     """
 
-    def __init__(self, reactor: Any, **settings: object) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        homeserver_options: Any = None,
+        livekit_options: Any = None,
+        upstream_options: Any = None,
+        **settings: object,
+    ) -> None:
         self.reactor = reactor
         self._given = settings
-        self.homeserver = FakeSynapse(reactor, server_name=SERVER_NAME)
-        self.livekit = FakeLiveKit(reactor, key=KEY, secret=SECRET)
+        self._upstream_options = dict(upstream_options or {})
+        self.homeserver = FakeSynapse(reactor, server_name=SERVER_NAME, **(homeserver_options or {}))
+        self.livekit = FakeLiveKit(reactor, key=KEY, secret=SECRET, **(livekit_options or {}))
         self.upstream: FakeLkJwtService
         self.guard: Guard
         self.settings: Settings
@@ -43,13 +55,14 @@ class Sandbox:
         """Start everything, the guard last."""
         await self.homeserver.start()
         await self.livekit.start()
-        self.upstream = FakeLkJwtService(
-            self.reactor,
-            key=KEY,
-            secret=SECRET,
-            sfu_url=self.livekit.url,
-            homeservers={SERVER_NAME: self.homeserver.url},
-        )
+        options = {
+            "key": KEY,
+            "secret": SECRET,
+            "sfu_url": self.livekit.url,
+            "homeservers": {SERVER_NAME: self.homeserver.url},
+            **self._upstream_options,
+        }
+        self.upstream = FakeLkJwtService(self.reactor, **options)
         await self.upstream.start()
         self.admin_token = self.homeserver.add_user("admin", admin=True)
         await self.start_guard()
@@ -79,6 +92,8 @@ class Sandbox:
         assert self.guard.public.port is not None
         self.url = _url(self.guard.public.port)
         self.admin_url = _url(self.guard.admin.port) if self.guard.admin and self.guard.admin.port else ""
+        proxied = self.guard.appservice
+        self.appservice_url = _url(proxied.port) if proxied and proxied.port else ""
         self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
 
     async def stop(self) -> None:

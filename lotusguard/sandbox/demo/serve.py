@@ -61,7 +61,7 @@ def script(sandbox: Sandbox) -> str:
     """A shell script that goes through a call with ``curl``; says on the way what everything is."""
     tokens = {name: sandbox.homeserver.add_user(name) for name in USERS}
     if ROOM not in sandbox.homeserver.rooms:
-        sandbox.homeserver.create_room("alice", ROOM)
+        sandbox.homeserver.create_room("alice", ROOM, joined=USERS)
     return _SCRIPT.format(
         guard=sandbox.url,
         authorizer=sandbox.upstream.url,

@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control of the stand-in SFU's clients over HTTP, so that a human can curl participants in and out. Sandbox."""
+"""Routes that move the stand-in SFU's clients, for use with curl. Sandbox."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from google.protobuf import json_format
 
 from lotusguard.sandbox.livekit.participant import JoinRefused
+from lotusguard.sandbox.livekit.sfu import Sfu
 from lotusguard.sandbox.wire import Asked, Reply
-
-if TYPE_CHECKING:
-    from lotusguard.sandbox.livekit.server import FakeLiveKit
 
 
 class SfuControl:
     """``POST /sandbox/join {"token", "publish"?}``, ``/sandbox/leave {"room", "identity"}``,
     ``/sandbox/publish {"room", "identity", "source", "type"?}``, ``/sandbox/unpublish {…, "track_sid"}`` and
-    ``GET /sandbox/rooms``. LiveKit has none of it.
+    ``GET /sandbox/rooms``. LiveKit has no such routes.
     """
 
-    def __init__(self, sfu: FakeLiveKit) -> None:
+    def __init__(self, sfu: Sfu) -> None:
         self._sfu = sfu
 
     def answer(self, asked: Asked) -> Reply:
-        """Do what is asked; what is missing or refused is told in one line of JSON."""
+        """Carry out the request; errors are one line of JSON."""
         verb = asked.path.rpartition("/")[2]
         try:
             if asked.method == "GET" and verb == "rooms":
@@ -40,23 +38,23 @@ class SfuControl:
         except KeyError as error:
             return _json(400, {"error": f"{error} is missing"})
 
-    def _join(self, wish: dict[str, Any]) -> Reply:
-        participant = self._sfu.connect(wish["token"], wish.get("publish"))
+    def _join(self, body: dict[str, Any]) -> Reply:
+        participant = self._sfu.connect(body["token"], body.get("publish"))
         joined = json_format.MessageToDict(participant.info())
         return _json(200, {"room": participant.room.name, "participant": joined})
 
-    def _leave(self, wish: dict[str, Any]) -> Reply:
-        self._sfu.disconnect(wish["room"], wish["identity"])
+    def _leave(self, body: dict[str, Any]) -> Reply:
+        self._sfu.disconnect(body["room"], body["identity"])
         return _json(200, {})
 
-    def _publish(self, wish: dict[str, Any]) -> Reply:
-        track = self._sfu.publish_track(wish["room"], wish["identity"], wish["source"], wish.get("type"))
+    def _publish(self, body: dict[str, Any]) -> Reply:
+        track = self._sfu.publish_track(body["room"], body["identity"], body["source"], body.get("type"))
         if track is None:
             return _json(403, {"error": "NOT_ALLOWED"})
         return _json(200, json_format.MessageToDict(track))
 
-    def _unpublish(self, wish: dict[str, Any]) -> Reply:
-        self._sfu.unpublish(wish["room"], wish["identity"], wish["track_sid"])
+    def _unpublish(self, body: dict[str, Any]) -> Reply:
+        self._sfu.unpublish(body["room"], body["identity"], body["track_sid"])
         return _json(200, {})
 
     def _rooms(self) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A participant of a LiveKit room: what it may publish, what it does publish. Sandbox.
+"""A participant of an SFU room: its permission and its tracks. Sandbox.
 
 Read from LiveKit 1.13's ``pkg/rtc/participant.go``.
 """
 
 from __future__ import annotations
 
+import copy
 import secrets
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from livekit.protocol.models import (
     DisconnectReason,
@@ -21,15 +23,16 @@ from livekit.protocol.models import (
 from lotusguard.sandbox.livekit.grants import VideoGrant, source_number
 from lotusguard.sandbox.livekit.tokens import Claims
 
-if TYPE_CHECKING:
-    from lotusguard.sandbox.livekit.room import SfuRoom
-
 _DEPENDENT = (ParticipantInfo.Kind.EGRESS, ParticipantInfo.Kind.AGENT)
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
+REFRESHED_TOKEN_LIFETIME = 600
+"""Seconds (``tokenDefaultTTL``)."""
+
+
 class JoinRefused(Exception):
-    """The SFU does not let a client in; with the status and text that it would see."""
+    """The SFU refuses a client, with this status and text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"{status} {text}")
@@ -37,21 +40,42 @@ class JoinRefused(Exception):
 
 
 def guid(prefix: str) -> str:
-    """An id as LiveKit makes them."""
+    """An ID in LiveKit's format."""
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(12))
+
+
+class Room(Protocol):
+    """What a participant needs of its room."""
+
+    name: str
+
+    def tell(self, event: str, participant: Participant | None = None, track: TrackInfo | None = None) -> None:
+        """Emit a webhook event."""
+
+    def remove(self, participant: Participant, reason: int) -> None:
+        """End a session."""
+
+    def close(self) -> None:
+        """Remove everybody and close the room."""
+
+    def refresh_listed(self) -> None:
+        """Update the counts that ListRooms shows."""
+
+    def sign(self, claims: Mapping[str, Any], valid_for: float) -> str:
+        """A token of the SFU."""
 
 
 class Participant:
     """One session in a room.
 
-    :ivar grant: what it may do now.
-    :ivar granted: what the token it came with granted.
+    :ivar grant: the grant now.
+    :ivar granted: the grant of the token that the session began with.
     :ivar state: JOINING, JOINED, ACTIVE or DISCONNECTED.
-    :ivar tracks: what it publishes, by track sid.
-    :ivar disconnect_reason: why it is not there any more.
+    :ivar tracks: the published tracks, by track sid.
+    :ivar disconnect_reason: why the session ended.
     """
 
-    def __init__(self, room: SfuRoom, identity: str, claims: Claims, grant: VideoGrant, now: float) -> None:
+    def __init__(self, room: Room, identity: str, claims: Claims, grant: VideoGrant, now: float) -> None:
         self.room = room
         self.identity = identity
         self.sid = guid("PA_")
@@ -75,7 +99,7 @@ class Participant:
 
     @property
     def dependent(self) -> bool:
-        """Whether it neither counts nor keeps the room open: recorders and agents."""
+        """Whether it is a recorder or agent: these are not counted and do not keep the room open."""
         return self.kind in _DEPENDENT or self.grant.recorder or self.grant.agent
 
     @property
@@ -101,7 +125,7 @@ class Participant:
         )
 
     def activate(self) -> None:
-        """The media connection stands: what the world calls joined."""
+        """The media connection is established; ``participant_joined`` is sent."""
         if self.connected and not self._was_active:
             self.state = ParticipantInfo.State.ACTIVE
             self._was_active = True
@@ -110,9 +134,9 @@ class Participant:
     def publish(self, source: int | str, type: int | str | None = None, *, mime_type: str = "") -> TrackInfo | None:
         """Ask to publish a track.
 
-        :param source: the label that the client gives it: nothing checks that it is true.
-        :param type: AUDIO or VIDEO; by default what the source suggests.
-        :return: the track, or ``None`` where the SFU refuses.
+        :param source: the label that the client chooses. Nothing checks it against the media.
+        :param type: AUDIO or VIDEO; by default the usual one for the source.
+        :return: the track, or ``None`` if the SFU refuses it.
         """
         number = source_number(source)
         if not self.connected or not self.grant.may_publish(number):
@@ -133,20 +157,20 @@ class Participant:
         return track
 
     def unpublish(self, track_sid: str) -> None:
-        """Take a track away; no error when it is gone already."""
+        """Remove a track, if it exists."""
         track = self.tracks.pop(track_sid, None)
         if track is not None:
             self.room.tell("track_unpublished", self, track)
 
     def set_muted(self, track_sid: str, muted: bool) -> TrackInfo | None:
-        """Mute or unmute a track, as the client or an admin asks; ``None`` when there is no such track."""
+        """Mute or unmute a track; ``None`` if there is no such track."""
         track = self.tracks.get(track_sid)
         if track is not None:
             track.muted = muted
         return track
 
     def set_permission(self, permission: ParticipantPermission) -> None:
-        """Replace the whole permission and unpublish what it no longer covers (``SetPermission``)."""
+        """Replace the whole permission and unpublish the tracks it no longer covers (``SetPermission``)."""
         if self.grant.to_permission() == permission:
             return
         self.grant = self.grant.replaced_by(permission)
@@ -154,3 +178,13 @@ class Participant:
             if not self.grant.may_publish(track.source):
                 self.unpublish(track.sid)
         self.is_publisher = self.is_publisher and self.grant.can_publish is not False
+
+    def refreshed_token(self) -> str:
+        """The token that LiveKit sends to a connected client after connecting and every few minutes.
+
+        It carries the current grant and is valid for ten minutes (``RoomManager.refreshToken``).
+        """
+        claims: dict[str, Any] = {"sub": self.identity, "identity": self.identity, "video": self.grant.to_claim()}
+        optional = {"name": self.name, "metadata": self.metadata, "attributes": copy.copy(self.attributes)}
+        claims |= {name: value for name, value in optional.items() if value}
+        return self.room.sign(claims, REFRESHED_TOKEN_LIFETIME)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A room of the stand-in SFU: who is in it, its timers, and what it tells webhooks. Sandbox.
+"""A room of the stand-in SFU: its participants, its timers and its webhook events. Sandbox.
 
 Read from LiveKit 1.13's ``pkg/rtc/room.go`` and ``pkg/telemetry/events.go``.
 """
@@ -7,7 +7,7 @@ Read from LiveKit 1.13's ``pkg/rtc/room.go`` and ``pkg/telemetry/events.go``.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from livekit.protocol.models import DisconnectReason, ParticipantInfo, Room, TrackInfo
@@ -19,22 +19,25 @@ COUNT_LAG = 5
 """Seconds by which ``Room.num_participants`` lags (``roomUpdateInterval``)."""
 
 Emit = Callable[[WebhookEvent], None]
+Sign = Callable[[Mapping[str, Any], float], str]
 
 
 class SfuRoom:
     """A room that is open on the SFU.
 
     :param emit: takes each webhook event.
-    :param clock: for the room's own timers.
+    :param clock: for the room's timers.
+    :param sign: makes a token of the SFU from claims and a lifetime in seconds.
     :ivar listed: the room as ListRooms shows it, which is a few seconds old.
     """
 
-    def __init__(self, name: str, *, emit: Emit, clock: Any, now: Callable[[], float]) -> None:
+    def __init__(self, name: str, *, emit: Emit, clock: Any, now: Callable[[], float], sign: Sign) -> None:
         self.name = name
         self.participants: dict[str, Participant] = {}
         self.closed = False
         self.now = now
         self._emit = emit
+        self._sign = sign
         self._clock = clock
         self._ever_left = False
         self._timers: dict[str, Any] = {}
@@ -54,7 +57,7 @@ class SfuRoom:
         self._close_when_empty()
 
     def tell(self, event: str, participant: Participant | None = None, track: TrackInfo | None = None) -> None:
-        """Emit a webhook event. Those about tracks carry no more than who and where."""
+        """Emit a webhook event. Track events carry only the sid and identity of the participant."""
         told = WebhookEvent(event=event, id=guid("EV_"), created_at=int(self.now()), track=track)
         if track is None:
             told.room.CopyFrom(self.listed)
@@ -66,18 +69,21 @@ class SfuRoom:
         self._emit(told)
 
     def has_place(self) -> bool:
-        """Whether ``max_participants`` lets one more connection in."""
+        """Whether ``max_participants`` allows one more connection."""
         most = self.settings.max_participants
         return not most or sum(not p.dependent for p in self.participants.values()) < most
 
     def add(self, participant: Participant) -> None:
-        """Let a session in, in the state JOINING."""
+        """Add a session, in the state JOINING."""
         self.participants[participant.identity] = participant
         self._stop("close")
         self._count_later()
 
     def remove(self, participant: Participant, reason: int) -> None:
-        """End a session: its tracks go first, then it leaves, or aborts if it never was active."""
+        """End a session: unpublish its tracks and emit participant_left.
+
+        Sessions that never were active emit participant_connection_aborted instead.
+        """
         if self.participants.get(participant.identity) is not participant:
             return
         del self.participants[participant.identity]
@@ -92,7 +98,7 @@ class SfuRoom:
         self._close_when_empty()
 
     def close(self, reason: int = DisconnectReason.ROOM_CLOSED) -> None:
-        """Put everybody out and finish."""
+        """Remove everybody and emit room_finished."""
         if self.closed:
             return
         self.closed = True
@@ -101,8 +107,29 @@ class SfuRoom:
         self.forget_timers()
         self.tell("room_finished")
 
+    def forget(self, participant: Participant) -> None:
+        """End a session without any event."""
+        if self.participants.get(participant.identity) is participant:
+            del self.participants[participant.identity]
+            participant.state = ParticipantInfo.State.DISCONNECTED
+            participant.tracks.clear()
+            self._ever_left = True
+            self._count_later()
+            self._close_when_empty()
+
+    def abandon(self) -> None:
+        """End all sessions and the room without any event."""
+        self.closed = True
+        for participant in list(self.participants.values()):
+            self.forget(participant)
+        self.forget_timers()
+
+    def sign(self, claims: Mapping[str, Any], valid_for: float) -> str:
+        """A token of the SFU. :param valid_for: seconds."""
+        return self._sign(claims, valid_for)
+
     def forget_timers(self) -> None:
-        """Leave nothing in the reactor."""
+        """Cancel all timers."""
         for name in list(self._timers):
             self._stop(name)
 
@@ -112,6 +139,10 @@ class SfuRoom:
 
     def _count(self) -> None:
         self._timers.pop("count", None)
+        self.refresh_listed()
+
+    def refresh_listed(self) -> None:
+        """Update ``listed``, as LiveKit does every five seconds."""
         self.listed.CopyFrom(self.settings)
         everybody = self.participants.values()
         self.listed.num_participants = sum(not p.dependent for p in everybody)

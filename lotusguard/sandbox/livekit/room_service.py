@@ -1,55 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiveKit's RoomService: what each method checks, does and answers. Sandbox.
+"""LiveKit's RoomService: the checks, the effect and the answer of each method. Sandbox.
 
 Read from LiveKit 1.13's ``pkg/service/roomservice.go`` and ``roommanager.go``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from google.protobuf.message import Message
 from livekit.protocol import room as pb
-from livekit.protocol.models import DisconnectReason, ParticipantInfo, ParticipantPermission, Room
+from livekit.protocol.models import DisconnectReason, ParticipantInfo, Room
 
 from lotusguard.sandbox.livekit import twirp
+from lotusguard.sandbox.livekit.changes import Change
 from lotusguard.sandbox.livekit.grants import VideoGrant
 from lotusguard.sandbox.livekit.participant import Participant
-
-if TYPE_CHECKING:
-    from lotusguard.sandbox.livekit.server import FakeLiveKit
+from lotusguard.sandbox.livekit.sfu import Sfu
 
 _NO_PARTICIPANT = ("not_found", "twirp error unknown: participant does not exist")
 _NO_ROOM = ("not_found", "requested room does not exist")
 _NO_NODE = ("unavailable", "no response from servers")
 
 
-@dataclass(frozen=True)
-class Change:
-    """Something that RoomService was told to do and did.
-
-    :ivar before: the participant's permission before an update, ``after`` the one after it.
-    """
-
-    method: str
-    alias: str
-    identity: str
-    request: Message
-    before: ParticipantPermission | None = None
-    after: ParticipantPermission | None = None
-
-
 class RoomService:
     """The methods of ``twirp.REQUESTS`` over the rooms of ``sfu``."""
 
-    def __init__(self, sfu: FakeLiveKit) -> None:
+    def __init__(self, sfu: Sfu) -> None:
         self._sfu = sfu
 
     def call(self, method: str, request: Any, grant: VideoGrant | None) -> Message:
-        """Do it.
+        """Carry out a method.
 
-        :param grant: the caller's, ``None`` without a token.
+        :param grant: the caller's grant; ``None`` if the request carries no token.
         :raises Refusal: with a Twirp error.
         """
         if not self._may(method, request, grant or VideoGrant()):
@@ -67,7 +50,7 @@ class RoomService:
     def _CreateRoom(self, request: pb.CreateRoomRequest) -> Room:
         room = self._sfu.open_room(request.name)
         for setting in ("empty_timeout", "departure_timeout", "max_participants", "metadata"):
-            # A zero neither lowers nor clears what a live room has.
+            # A zero does not change the setting of an open room.
             if getattr(request, setting):
                 setattr(room.settings, setting, getattr(request, setting))
                 setattr(room.listed, setting, getattr(request, setting))
@@ -88,7 +71,7 @@ class RoomService:
 
     def _ListParticipants(self, request: pb.ListParticipantsRequest) -> pb.ListParticipantsResponse:
         room = self._sfu.rooms.get(request.room)
-        # The real one comes from a map, in no order; nobody is to rely on that of joining.
+        # LiveKit iterates over a map. Reversing makes sure that nobody relies on the order of joining.
         present = [] if room is None else [who.info() for who in reversed(room.participants.values())]
         stale = [info for (alias, _), (info, _status) in self._sfu.stale.items() if alias == request.room]
         return pb.ListParticipantsResponse(participants=present + stale)
@@ -111,7 +94,7 @@ class RoomService:
     def _MutePublishedTrack(self, request: pb.MuteRoomTrackRequest) -> pb.MuteRoomTrackResponse:
         participant = self._sfu.participant(request.room, request.identity)
         if participant is None:
-            # Unlike the others, this method does not look whether there is anybody to ask.
+            # Unlike the others, this method does not check first whether a node serves the participant.
             raise twirp.error(*_NO_NODE)
         if not request.muted and not self._sfu.remote_unmute:
             raise twirp.error("failed_precondition", "remote unmute not enabled")
@@ -136,7 +119,7 @@ class RoomService:
         return participant.info()
 
     def _served(self, request: Any) -> Participant:
-        """The participant that a node serves; stale entries pass the first look and fail the second."""
+        """The participant, if a node serves it. :raises Refusal: for stale entries and unknown participants."""
         stale = self._sfu.stale.get((request.room, request.identity))
         if stale is not None:
             raise twirp.error(*(_NO_NODE if stale[1] == 503 else _NO_PARTICIPANT))

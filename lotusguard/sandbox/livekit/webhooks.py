@@ -30,15 +30,15 @@ log = Logger()
 
 RETRY_AFTER = (1, 2, 4, 8)
 MAX_AGE = 30
-"""Seconds in the queue after which an event is not sent at all; looked at once, before the first attempt."""
+"""Seconds in the queue after which an event is dropped; checked once, before the first attempt."""
 MAX_DEPTH = 200
-"""Events waiting in one queue; more are dropped."""
+"""Events that wait in one queue; further ones are dropped."""
 TOKEN_VALID_FOR = 300
 
 
 @dataclass(frozen=True)
 class Sent:
-    """One attempt's outcome: ``status`` is 0 when there was no answer."""
+    """One attempt. ``status`` is 0 if there was no answer."""
 
     url: str
     event: WebhookEvent
@@ -55,9 +55,10 @@ class WebhookSender:
     """Sends events to every address.
 
     :param now: seconds since the epoch, for tokens.
-    :ivar urls: where to send to; may be changed at any time.
+    :ivar urls: the addresses to send to; may be changed at any time.
     :ivar attempts: every attempt, in order.
-    :ivar dropped: events that were given up, or never sent.
+    :ivar dropped: events that were not delivered.
+    :ivar secret: signs the webhooks; may be changed at any time.
     """
 
     def __init__(
@@ -75,14 +76,15 @@ class WebhookSender:
         self.attempts: deque[Sent] = deque(maxlen=10_000)
         self.dropped: deque[WebhookEvent] = deque(maxlen=10_000)
         self._clock = clock
-        self._key, self._secret, self._now = key, secret, now
+        self.secret = secret
+        self._key, self._now = key, now
         self._agent = Agent(reactor, connectTimeout=10, pool=pool)
         self._queues: dict[tuple[str, str], deque[_Waiting]] = {}
         self._workers: dict[tuple[str, str], Deferred[None]] = {}
         self._draining: list[Deferred[None]] = []
 
     def send(self, event: WebhookEvent) -> None:
-        """Put an event into its room's queue, for every address."""
+        """Append an event to its room's queue, for every address."""
         for url in self.urls:
             key = (url, event.room.name)
             queue = self._queues.setdefault(key, deque())
@@ -97,25 +99,25 @@ class WebhookSender:
                 worker.addErrback(self._failed).addBoth(self._done, key)
 
     def drained(self) -> Deferred[None]:
-        """Fires when nothing is waiting or under way."""
+        """Fires when every queue is empty and nothing is being sent."""
         done: Deferred[None] = Deferred()
         self._draining.append(done)
         self._tell_drained()
         return done
 
     def stop(self) -> None:
-        """Give up everything that is waiting or under way."""
+        """Drop everything that is queued or being sent."""
         self._queues.clear()
         for worker in list(self._workers.values()):
             worker.cancel()
 
     def authorization(self, body: bytes) -> str:
-        """The ``Authorization`` header for a body: a token over its hash, without ``Bearer``."""
+        """The ``Authorization`` header for a body: a token with its hash, without ``Bearer``."""
         digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
-        return mint(self._key, self._secret, {"sha256": digest}, now=self._now(), valid_for=TOKEN_VALID_FOR)
+        return mint(self._key, self.secret, {"sha256": digest}, now=self._now(), valid_for=TOKEN_VALID_FOR)
 
     async def _work(self, key: tuple[str, str]) -> None:
-        # Also lets the sender of an event finish what it is doing before anybody hears of it.
+        # Whoever emits an event finishes their work before the event is sent.
         await deferLater(self._clock, 0)
         queue = self._queues[key]
         while queue:
@@ -170,5 +172,5 @@ class WebhookSender:
 
 
 def body_of(event: WebhookEvent) -> bytes:
-    """The body that is sent and signed: camelCase, zero values left out, int64 as strings."""
+    """The body that is sent and signed: camelCase, without zero values, int64 as strings."""
     return json_format.MessageToJson(event, indent=None).encode()

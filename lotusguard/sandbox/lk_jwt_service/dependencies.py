@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whom the stand-in authorizer calls: the callers' homeservers and the SFU. Sandbox.
+"""The HTTP requests that lk-jwt-service makes: to the callers' homeservers and to the SFU. Sandbox.
 
 Read from lk-jwt-service's ``helper.go`` and gomatrixserverlib's ``LookupUserInfo``.
 """
@@ -8,38 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from livekit.protocol.room import CreateRoomRequest
-from twisted.web.client import Agent, FileBodyProducer
+from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool
 from twisted.web.http_headers import Headers
 
 from lotusguard.sandbox.go.lax_json import decode
-from lotusguard.sandbox.livekit.tokens import mint
 from lotusguard.sandbox.lk_jwt_service import requests
-
-if TYPE_CHECKING:
-    from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 from lotusguard.sandbox.wire import answer_of
 
 CREATE_ROOM = "/twirp/livekit.RoomService/CreateRoom"
 
 
 class Dependencies:
-    """Real HTTP calls on behalf of ``authorizer``."""
+    """The homeservers and the SFU.
 
-    def __init__(self, authorizer: FakeLkJwtService) -> None:
-        self._authorizer = authorizer
-        self._agent = Agent(authorizer.reactor, connectTimeout=10, pool=authorizer.pool)
+    :param homeservers: base address by server name; may be changed at any time.
+    """
+
+    def __init__(self, reactor: Any, pool: HTTPConnectionPool, homeservers: Mapping[str, str]) -> None:
+        self._homeservers = homeservers
+        self._agent = Agent(reactor, connectTimeout=10, pool=pool)
 
     async def user_of(self, token: Mapping[str, Any]) -> str:
-        """Look the OpenID token up at the homeserver that it names.
+        """Verify an OpenID token at the homeserver that it names. :return: the user ID.
 
-        :raises Refusal: 401, whatever went wrong.
+        :raises Refusal: 401 on any failure.
         """
         name = token["matrix_server_name"]
-        base = self._authorizer.homeservers.get(name)
+        base = self._homeservers.get(name)
         if base is None:
             raise requests.unauthorised()
         query = f"access_token={quote(token['access_token'], safe='')}"
@@ -53,24 +52,17 @@ class Dependencies:
             raise requests.unauthorised()
         return str(user)
 
-    async def create_room(self, alias: str) -> None:
-        """Open the room; it stays open for five minutes without anybody in it.
+    async def create_room(self, sfu_url: str, alias: str, token: str) -> None:
+        """Create the SFU room; it stays open for five minutes without participants.
 
-        :raises Refusal: 500.
+        :param token: has the ``roomCreate`` grant.
+        :raises Refusal: 500 if that fails.
         """
         wanted = CreateRoomRequest(name=alias, empty_timeout=300, departure_timeout=20)
-        token = mint(
-            self._authorizer.key,
-            self._authorizer.secret,
-            {"video": {"roomCreate": True}},
-            now=self._authorizer.now(),
-            valid_for=21600,
-        )
         headers = Headers({"Authorization": [f"Bearer {token}"], "Content-Type": ["application/protobuf"]})
-        url = f"{self._authorizer.sfu_url}{CREATE_ROOM}".encode()
         try:
             body = FileBodyProducer(BytesIO(wanted.SerializeToString()))
-            response = await self._agent.request(b"POST", url, headers, body)
+            response = await self._agent.request(b"POST", f"{sfu_url}{CREATE_ROOM}".encode(), headers, body)
             await answer_of(response)
             created = response.code == 200
         except Exception:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The authorizer's request bodies, how they are checked, and the names that are derived from them. Sandbox.
+"""The request bodies of lk-jwt-service, how they are validated, and the names derived from them. Sandbox.
 
-Read from lk-jwt-service's ``requests.go`` and ``helper.go`` (0.5.0) and from its tags before 0.4.3; the two
-app-service routes follow MSC4195.
+Read from lk-jwt-service's ``requests.go`` and ``helper.go`` (0.5.0) and from its tags before 0.4.3. The app-service
+routes follow MSC4195.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ _MEMBER = {"id": str, "claimed_user_id": str, "claimed_device_id": str}
 _DELAY = {"delay_id": str, "delay_timeout": int, "delay_cs_api_url": str}
 LEGACY_BODY = {"room": str, "openid_token": _OPENID_TOKEN, "device_id": str} | _DELAY
 BODY = {"room_id": str, "slot_id": str, "openid_token": _OPENID_TOKEN, "member": _MEMBER} | _DELAY
+MULTI_SFU_BODY = BODY | {"member_id": str, "server_name": str, "url": str}
+"""The body of newer releases: ``member_id`` may replace ``member``, and another SFU may be chosen."""
 CLIENT_BODY = {"server_name": str, "url": str, "room_id": str, "slot_id": str, "member_id": str}
 FEDERATION_BODY = {"url": str, "room_id": str, "slot_id": str, "member_id": str, "user_id": str}
 
 Naming = Literal["0.3.0", "0.4.2", "0.4.3"]
-"""The release whose derivation of aliases and identities is used; 0.4.3's is today's."""
+"""The release whose aliases and identities are used. Releases after 0.4.3 derive them as 0.4.3 does."""
 
 
 def refusal(status: int, errcode: str, error: str, headers: tuple[tuple[str, str], ...] = CORS_JSON) -> Refusal:
-    """A Matrix error as the authorizer writes it."""
+    """A Matrix error as lk-jwt-service writes it."""
     return Refusal(Reply(status, encode({"errcode": errcode, "error": error}), headers))
 
 
@@ -50,7 +52,7 @@ def bad_json(error: str) -> Refusal:
 
 
 def read(body: bytes, schema: dict[str, Any]) -> dict[str, Any]:
-    """The body, read as Go does; anything undecodable is 400 M_NOT_JSON."""
+    """The body, decoded as Go does. :raises Refusal: 400 M_NOT_JSON if that fails."""
     try:
         return decode(body, schema)
     except NotDecodable:
@@ -68,12 +70,12 @@ def check_legacy(request: dict[str, Any]) -> None:
 
 
 def check(request: dict[str, Any], *, delegation: bool = False) -> None:
-    """``SFURequest.Validate``; with ``delegation``, that of a delegation request, worded a little differently."""
+    """``SFURequest.Validate``. A delegation request is validated alike, with slightly different texts."""
     token, member = request["openid_token"], request["member"]
     a = "" if delegation else "a "
     if not request["room_id"] or not request["slot_id"]:
         raise bad_json("The request body is missing `room_id` or `slot_id`")
-    if not all(member.values()):
+    if not all(member.values()) and not request.get("member_id"):
         raise bad_json(f"The request body `member` is missing {a}`id`, `claimed_user_id` or `claimed_device_id`")
     if not token["access_token"] or not token["matrix_server_name"]:
         raise bad_json(f"The request body `openid_token` is missing {a}`access_token` or `matrix_server_name`")
@@ -93,7 +95,7 @@ def room_alias(room_id: str, slot_id: str, naming: Naming = "0.4.3") -> str:
 
 
 def hashed_identity(parts: list[str], naming: Naming = "0.4.3") -> str:
-    """A pseudonymous identity: of user, device and member id, or of user and member id alone."""
+    """A pseudonymous identity, from user, device and member ID or from user and member ID."""
     return _hashed(parts, naming)
 
 

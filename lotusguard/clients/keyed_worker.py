@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Background work by key: never twice at once for the same key, and again if asked for while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from attrs import define, field
+from twisted.internet.defer import Deferred
+
+from lotusguard.clients.lookups import fire_all
+from lotusguard.clients.waiting import run_in_background
+
+
+@define(eq=False)
+class KeyedWorker:
+    """Runs work for keys in the background::
+
+        worker = KeyedWorker(enforce, limit=8, failed=log_failure)
+        worker.run(alias)                    # at once
+        worker.run(alias, urgent=False)      # when fewer than 8 keys are being worked on
+
+    A key that is asked for while its work runs is worked on once more afterwards.
+
+    :param work: what is done for a key. :param limit: how many keys are worked on before those that are not urgent wait.
+    :param failed: called with the key and the Failure of its work.
+    """
+
+    _work: Callable[[str], Coroutine[Any, Any, object]]
+    _limit: int
+    _failed: Callable[[str, Any], None]
+    _running: dict[str, Deferred[Any] | None] = field(factory=dict, init=False)
+    _again: set[str] = field(factory=set, init=False)
+    _queued: dict[str, None] = field(factory=dict, init=False)
+    _waiters: list[Deferred[None]] = field(factory=list, init=False)
+
+    def run(self, key: str, *, urgent: bool = True) -> None:
+        """Ask for the key's work. Returns at once."""
+        if key in self._running:
+            if urgent:
+                self._again.add(key)
+        elif urgent or len(self._running) < self._limit:
+            self._start(key)
+        else:
+            self._queued[key] = None
+
+    def is_busy(self, key: str) -> bool:
+        """Whether the key is being worked on, or waits for its turn."""
+        return key in self._running or key in self._queued
+
+    def idle(self) -> Deferred[None]:
+        """Fires when nothing runs and nothing waits."""
+        waiter: Deferred[None] = Deferred()
+        self._waiters.append(waiter)
+        self._tell_if_idle()
+        return waiter
+
+    def stop(self) -> None:
+        """Cancel everything."""
+        self._queued.clear()
+        self._again.clear()
+        for work in list(self._running.values()):
+            if work is not None:
+                work.cancel()
+
+    def _start(self, key: str) -> None:
+        self._queued.pop(key, None)
+        self._again.discard(key)
+        self._running[key] = None  # the work may end before run_in_background returns
+        running = run_in_background(self._work(key), lambda failure: self._failed(key, failure))
+        if not running.called:
+            self._running[key] = running
+        running.addBoth(lambda _: self._ended(key))
+
+    def _ended(self, key: str) -> None:
+        del self._running[key]
+        if key in self._again:
+            self._start(key)
+        elif self._queued and len(self._running) < self._limit:
+            self._start(next(iter(self._queued)))
+        self._tell_if_idle()
+
+    def _tell_if_idle(self) -> None:
+        if not self._running and not self._queued:
+            waiters, self._waiters = self._waiters, []
+            fire_all(waiters, None)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synapse's admin API, and the few calls of the client and federation APIs that the guard needs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from attrs import define, field, frozen
+from twisted.web.http_headers import Headers
+
+from lotusguard.clients.dependency import Dependency, DependencyFailed
+from lotusguard.clients.http import Answer
+from lotusguard.clients.synapse.answers import (
+    joined_rooms,
+    memberships,
+    ok,
+    read_user_id,
+    says,
+    state_event,
+    strings,
+)
+from lotusguard.clients.waiting import SharedLookups, gather
+from lotusguard.rules.identity import server_of
+from lotusguard.rules.membership import Membership
+from lotusguard.rules.requests import OpenID
+from lotusguard.rules.state import ROOM_QUALITY, VOICE_LIMIT, StateEvent
+
+T = TypeVar("T")
+
+ROOMS_A_PAGE = 500
+LONGEST_TOKEN = 2048
+"""Characters of an OpenID token; Synapse's have a tenth of that. It is sent in a request target."""
+MISSING_FOR = 600.0
+"""Seconds for which an endpoint that the homeserver does not have is not tried again."""
+NO_ROOM = "!lotusguard:probe"
+_ADMIN = "/_synapse/admin/v1"
+_WHOAMI = b"/_matrix/client/v3/account/whoami"
+
+
+@frozen
+class _StateAnswer:
+    """:ivar events: by type; None if the homeserver does not know the room. :ivar broken: it answered 500."""
+
+    events: Mapping[str, StateEvent] | None
+    broken: bool = False
+
+
+class _Missing(Exception):
+    """The homeserver does not have this endpoint."""
+
+
+def _headers(token: str) -> Headers:
+    return Headers({b"Authorization": [b"Bearer " + token.encode("utf-8")]})
+
+
+@define(eq=False)
+class SynapseClient:
+    """What the guard asks Synapse. Every method raises `DependencyFailed` if there is no usable answer.
+
+    :param token: an admin's access token.
+    :ivar server_name: the homeserver's name; ``""`` until `whoami` has told it, if it was not given.
+    """
+
+    _dependency: Dependency
+    _headers: Headers = field(alias="token", converter=_headers)
+    server_name: str = ""
+    _ignores_type: bool = field(init=False, default=False)
+    _missing: dict[str, float] = field(init=False, factory=dict)
+    _naming: SharedLookups[str, str] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._naming = SharedLookups(lambda _: self.whoami())
+        self._dependency.probe = self.probe
+
+    @property
+    def available(self) -> bool:
+        """Whether its circuit is closed."""
+        return not self._dependency.breaker.open
+
+    well = available  # the former name
+
+    @property
+    def refused(self) -> str | None:
+        """``status_401`` or ``status_403`` if it refused our access token and has not accepted it since."""
+        return self._dependency.refused
+
+    @property
+    def clock_skew(self) -> float | None:
+        """Seconds by which its clock is ahead of ours; None while unknown."""
+        return self._dependency.skew
+
+    # -- rooms ---------------------------------------------------------------------------------------------
+
+    async def room_state(self, room_id: str, types: Collection[str]) -> Mapping[str, StateEvent] | None:
+        """The room's state events of these types with an empty state key, by type; None if it does not know the room.
+
+        A room that the last local user has left has no events at all, not even ``m.room.create``: then its state is
+        unknown. Types are asked for concurrently. Older releases ignore the type and return the whole state: answers
+        are filtered again, and such a server is asked only once.
+        """
+        wanted = list(types)
+        first = wanted[:1] if self._ignores_type else wanted
+        answers = await gather(self._state(room_id, kind, wanted) for kind in first)
+        if not self._ignores_type and len(first) < len(wanted):  # the server has been upgraded meanwhile
+            answers += await gather(self._state(room_id, kind, wanted) for kind in wanted[1:])
+        if any(answer.broken for answer in answers):
+            if await self.members(room_id) is None:  # Tuwunel answers 500 for the state of a room it does not know
+                return None
+            raise DependencyFailed(self._dependency.name, "status_500")
+        events: dict[str, StateEvent] = {}
+        for answer in answers:
+            if answer.events is None:
+                return None
+            events.update(answer.events)
+        return events
+
+    async def policy_events(self, room_id: str) -> dict[str, Any]:
+        """The contents of the room's policy events, by type; none if it does not know the room."""
+        events = await self.room_state(room_id, (VOICE_LIMIT, ROOM_QUALITY))
+        return {kind: event.content for kind, event in (events or {}).items()}
+
+    async def _state(self, room_id: str, kind: str, wanted: Collection[str]) -> _StateAnswer:
+        def read(answer: Answer) -> _StateAnswer:
+            if answer.code == 500:
+                return _StateAnswer({}, broken=True)
+            if says(answer, "M_NOT_FOUND"):
+                return _StateAnswer(None)
+            events = ok(answer)["state"]
+            if not isinstance(events, list):
+                raise TypeError("state is not a list")
+            self._ignores_type = any(event["type"] != kind for event in events)
+            found = [event for event in events if event["type"] in wanted and event.get("state_key") == ""]
+            return _StateAnswer({event["type"]: state_event(event) for event in found})
+
+        return await self._get(_state_path(room_id, kind), read, room_id, expected=(500,))
+
+    async def members(self, room_id: str) -> frozenset[str] | None:
+        """The IDs of the users joined to a room; None if it does not know the room. Large for large rooms."""
+
+        def read(answer: Answer) -> frozenset[str] | None:
+            if says(answer, "M_NOT_FOUND"):
+                return None
+            return frozenset(strings(ok(answer)["members"]))
+
+        return await self._get(_members_path(room_id), read, room_id)
+
+    async def room_ids(self, most: int) -> AsyncIterator[str]:
+        """The IDs of the rooms it knows, page by page, at most ``most``."""
+        start: int | None = 0
+        while start is not None and start < most:
+            page = await self._get(f"{_ADMIN}/rooms?from={start}&limit={ROOMS_A_PAGE}", ok, "rooms")
+            for room in page.get("rooms", []):
+                yield room["room_id"]
+            following = page.get("next_batch")
+            start = following if isinstance(following, int) and following > start else None
+
+    # -- users ---------------------------------------------------------------------------------------------
+
+    async def membership(self, user_id: str, room_id: str) -> Membership:
+        """A user's membership of a room, by the cheapest endpoint that the homeserver has.
+
+        ``joined_rooms`` is cached inside Synapse and answers for members. Only for others ``memberships`` is asked,
+        which tells "left" and "banned" from "never heard of"; without it (older releases) they are ABSENT. Where not
+        even ``joined_rooms`` exists (Tuwunel), the room's member list tells JOIN from ABSENT.
+
+        Measured on Synapse 1.163 (SQLite; a user in 500 rooms, a room of 10,000 members), median time and Synapse's
+        CPU time per request: joined_rooms 1.1 and 0.7 ms (16 kB), memberships 2.0 and 1.5 ms (20 kB), members 3.4 and
+        3.0 ms (239 kB), the last 17 ms when it is not cached.
+        """
+        try:
+            if room_id in await self._of_user(user_id, "joined_rooms", joined_rooms):
+                return Membership.JOIN
+        except _Missing:
+            joined = await self.members(room_id)
+            return Membership.JOIN if joined is not None and user_id in joined else Membership.ABSENT
+        try:
+            found = await self._of_user(user_id, "memberships", memberships)
+        except _Missing:
+            return Membership.ABSENT
+        return Membership(found.get(room_id, Membership.ABSENT.value))
+
+    async def _of_user(self, user_id: str, endpoint: str, read: Callable[[Answer], T]) -> T:
+        """:raises _Missing: the homeserver does not have the endpoint."""
+        if self._dependency.now() < self._missing.get(endpoint, float("-inf")):
+            raise _Missing
+
+        def read_or_none(answer: Answer) -> T | None:
+            return None if says(answer, "M_UNRECOGNIZED") else read(answer)
+
+        path = f"{_ADMIN}/users/{quote(user_id, safe='')}/{endpoint}"
+        result = await self._get(path, read_or_none, user_id)
+        if result is None:
+            self._missing[endpoint] = self._dependency.now() + MISSING_FOR
+            raise _Missing
+        return result
+
+    def is_local(self, openid: OpenID) -> bool:
+        """Whether an OpenID token claims to be of this homeserver. Needs its name: see `know_server_name`."""
+        return bool(self.server_name) and openid.server_name == self.server_name
+
+    async def know_server_name(self) -> str:
+        """The homeserver's name, asked for if need be."""
+        if not self.server_name:
+            await self._naming.get("")
+        return self.server_name
+
+    async def local_user(self, openid: OpenID) -> str | None:
+        """The user whose OpenID token this is; None if the homeserver says that it is no valid token.
+
+        Only for tokens that `is_local`: the configured address alone is asked, whatever server the token names, and
+        for other servers the answer is None. The token is sent in the target, as the federation API wants it.
+        """
+        await self.know_server_name()
+        token = openid.access_token
+        if not self.is_local(openid) or not token.isascii() or not token.isprintable() or len(token) > LONGEST_TOKEN:
+            return None
+
+        def read(answer: Answer) -> str | None:
+            if answer.code in (401, 403):
+                return None
+            user = read_user_id(ok(answer)["sub"])
+            return user if server_of(user) == openid.server_name else None
+
+        path = f"/_matrix/federation/v1/openid/userinfo?access_token={quote(token, safe='')}"
+        return await self._dependency.call(b"GET", path.encode("ascii"), Headers(), read=read, expected=(401, 403))
+
+    # -- ourselves -----------------------------------------------------------------------------------------
+
+    async def whoami(self) -> str:
+        """The user whose access token we have; its server part is the server's name."""
+        user = await self._dependency.call(
+            b"GET", _WHOAMI, self._headers, read=lambda answer: read_user_id(ok(answer)["user_id"])
+        )
+        self.server_name = self.server_name or server_of(user)
+        return user
+
+    async def probe(self) -> None:
+        """Ask for the state of a room that does not exist: shows that it answers, and accepts our token.
+
+        :raises DependencyRefused: our token is not an admin's.
+        """
+
+        def read(answer: Answer) -> bool:
+            return answer.code != 500 and (says(answer, "M_NOT_FOUND") or bool(ok(answer)))
+
+        for path, expected in ((_state_path(NO_ROOM, VOICE_LIMIT), (500,)), (_members_path(NO_ROOM), ())):
+            path_bytes = path.encode("ascii")
+            if await self._dependency.call(
+                b"GET", path_bytes, self._headers, read=read, expected=expected, is_probe=True
+            ):
+                return  # Tuwunel answers 500 for the state of an unknown room, and then 404 for its members
+
+    async def _get(self, path: str, read: Callable[[Answer], T], turn: str, expected: Collection[int] = ()) -> T:
+        return await self._dependency.call(
+            b"GET", path.encode("ascii"), self._headers, read=read, turn=turn, expected=expected
+        )
+
+
+def _state_path(room_id: str, kind: str) -> str:
+    return f"{_ADMIN}/rooms/{quote(room_id, safe='')}/state?type={quote(kind, safe='')}"
+
+
+def _members_path(room_id: str) -> str:
+    return f"{_ADMIN}/rooms/{quote(room_id, safe='')}/members"

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A semaphore that is fair between keys: one room with a thousand waiting calls delays no other room."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from twisted.internet.defer import Deferred
+
+T = TypeVar("T")
+_Queue = OrderedDict[Deferred[None], None]
+
+
+class QueueFull(Exception):
+    """Too many others are waiting for a turn."""
+
+
+class FairSemaphore:
+    """At most ``limit`` turns at once. Free turns go round the keys that wait, in order of arrival within a key::
+
+        async with turns.of(room_id):
+            ...
+
+    When the queue is full, the newest waiter of the longest queue gives way; the newcomer itself does if no other
+    key has more waiting. So one key cannot use the queue up.
+
+    :param limit: turns at once.
+    :param queue_limit: waiters of all keys together.
+    """
+
+    def __init__(self, limit: int, queue_limit: int | None = None) -> None:
+        self._free = limit
+        self._queue_limit = queue_limit
+        self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
+        self._waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a turn."""
+        return self._waiting
+
+    def acquire(self, key: Hashable = "") -> Deferred[None]:
+        """A turn, which `release` must give back. Cancelling the Deferred leaves the queue.
+
+        The Deferred fails with `QueueFull`, at once or when others crowd this waiter out.
+        """
+        turn: Deferred[None] = Deferred(lambda cancelled: self._leave(key, cancelled))
+        if self._free:
+            self._free -= 1
+            turn.callback(None)
+        elif self._make_room(key):
+            self._queues.setdefault(key, OrderedDict())[turn] = None
+            self._waiting += 1
+        else:
+            turn.errback(QueueFull())
+        return turn
+
+    def release(self) -> None:
+        """Give a turn back. The next key's first waiter gets it."""
+        if not self._queues:
+            self._free += 1
+            return
+        key, queue = next(iter(self._queues.items()))
+        turn, _ = queue.popitem(last=False)
+        self._waiting -= 1
+        if queue:
+            self._queues.move_to_end(key)
+        else:
+            del self._queues[key]
+        turn.callback(None)
+
+    @asynccontextmanager
+    async def of(self, key: Hashable = "") -> AsyncIterator[None]:
+        """A turn for the length of an ``async with``. :raises QueueFull:"""
+        await self.acquire(key)
+        try:
+            yield
+        finally:
+            self.release()
+
+    async def run(self, key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
+        """Do some work in a turn of its own. :raises QueueFull:"""
+        async with self.of(key):
+            return await work()
+
+    def _make_room(self, key: Hashable) -> bool:
+        """Whether a newcomer of this key may wait."""
+        if self._queue_limit is None or self._waiting < self._queue_limit:
+            return True
+        if not self._queues:
+            return False
+        longest = max(self._queues, key=lambda other: len(self._queues[other]))
+        if len(self._queues[longest]) <= len(self._queues.get(key, ())) + 1:
+            return False
+        newest = next(reversed(self._queues[longest]))
+        self._leave(longest, newest)
+        newest.errback(QueueFull())
+        return True
+
+    def _leave(self, key: Hashable, turn: Deferred[None]) -> None:
+        queue = self._queues.get(key)
+        if queue is None or turn not in queue:
+            return
+        del queue[turn]
+        self._waiting -= 1
+        if not queue:
+            del self._queues[key]

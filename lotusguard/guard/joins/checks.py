@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may join a call: one rule for each check, one line for each in `EntryChecks.may_join`.
+
+A refusal never rests on a lookup that began before the request arrived, and what is unknown refuses nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from enum import Enum
+
+from attrs import define, field
+from twisted.internet.defer import CancelledError, DeferredLock, TimeoutError
+
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.guard.joins.decisions import Stage
+from lotusguard.guard.joins.join import Join
+from lotusguard.guard.rooms.members import Members
+from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.seats.book import SeatBook
+from lotusguard.guard.seats.roster import Roster
+from lotusguard.rules.homeservers import HomeserverList
+from lotusguard.rules.identity import server_of
+from lotusguard.rules.membership import Membership
+from lotusguard.rules.permissions import Action
+from lotusguard.rules.policy import Policy
+from lotusguard.rules.refusals import JoinRefused, Refusal
+
+
+class MembersOnly(Enum):
+    """``GUARD_MEMBERS_ONLY``."""
+
+    ON = "on"
+    LOG = "log"
+    OFF = "off"
+
+
+@define(eq=False)
+class EntryChecks:
+    """Decides whether a user whose identity is proven may join.
+
+    :param homeservers: whose users may join. :param start_homeservers: whose users may start a call.
+    :param server_name: gives our homeserver's name, "" while unknown.
+    """
+
+    _policies: Policies
+    _members: Members
+    _seats: SeatBook
+    _roster: Roster
+    _homeservers: HomeserverList
+    _start_homeservers: HomeserverList
+    _members_only: MembersOnly
+    _server_name: Callable[[], str]
+    _starting: dict[str, DeferredLock] = field(factory=dict, init=False)
+
+    @property
+    def asks_membership(self) -> bool:
+        return self._members_only is not MembersOnly.OFF
+
+    async def may_join(self, join: Join) -> None:
+        """:raises JoinRefused: the user may not join."""
+        for name, check in (
+            ("homeserver", self._homeserver),
+            ("membership", self._member),
+            ("join_level", self._join_level),
+            ("start", self._start),
+        ):
+            await _failing_open(join, name, check(join))
+
+    def homeserver_may_join(self, join: Join, server_name: str) -> None:
+        """:raises JoinRefused: no user of this homeserver may join calls here."""
+        if not self._homeservers.allows(server_name):
+            join.refuse(Refusal.HOMESERVER_NOT_ALLOWED)
+
+    def may_refuse(self, policy: Policy) -> bool:
+        """Whether anything here, or a full room, could refuse somebody in a room with this policy."""
+        return (
+            self._members_only is MembersOnly.ON
+            or bool(policy)
+            or not self._homeservers.allows_all
+            or not self._start_homeservers.allows_all
+        )
+
+    def may_start(self, policy: Policy, user: str) -> bool:
+        """Whether this user may join while nobody is in the call."""
+        return policy.may_start(user) and self._start_homeservers.allows(server_of(user))
+
+    async def _homeserver(self, join: Join) -> None:
+        self.homeserver_may_join(join, server_of(join.user))
+
+    async def _member(self, join: Join) -> None:
+        if self._members_only is MembersOnly.OFF or join.membership is None:
+            return
+        known = join.membership
+        if known.membership is not None and known.membership is not Membership.JOIN:
+            with join.log.stage(join.decision, Stage.CHECK):
+                local = server_of(join.user) == self._server_name()
+                deadline = join.deadline.sooner(join.lookups.left())
+                known = await self._members.confirm(join.room_id, join.user, deadline, join.arrived, local=local)
+        if known.membership is None:
+            join.unenforced("membership", known.reason)
+        elif known.membership is not Membership.JOIN:
+            if self._members_only is MembersOnly.LOG:
+                join.unenforced("membership", f"{known.membership.value}_logged_only")
+            else:
+                join.refuse(Refusal.NOT_A_MEMBER)
+
+    async def _join_level(self, join: Join) -> None:
+        if not join.policy.may_join(join.user):
+            await self.read_policy_again(join)
+            if not join.policy.may_join(join.user):
+                join.refuse(Refusal.JOIN_LEVEL)
+
+    async def _start(self, join: Join) -> None:
+        if self.may_start(join.policy, join.user) or await self._seats.owns_seat(join.room_id, join.user):
+            return
+        lock = self._starting.setdefault(join.room_id, DeferredLock())
+        await join.deadline.wait(lock.acquire())
+        try:
+            await self.read_policy_again(join)
+            await self._roster.refresh(join.room_id, join.arrived, join.deadline.sooner(join.lookups.left()))
+            if not await self._is_started(join):
+                join.refuse(Refusal.NOT_STARTED)
+        finally:
+            lock.release()
+            if not lock.locked and not lock.waiting:
+                self._starting.pop(join.room_id, None)
+
+    async def _is_started(self, join: Join) -> bool:
+        """Whether somebody who may start the call is in it or has a seat, or did so and it has not ended since."""
+        occupants = await self._seats.occupants(join.room_id)
+        if join.user in occupants or self.may_start(join.policy, join.user):
+            return True
+        if any(self.may_start(join.policy, user) for user in occupants):
+            await self._seats.start(join.room_id)
+            return True
+        return await self._seats.is_started(join.room_id)
+
+    async def read_policy_again(self, join: Join) -> None:
+        """Read the policy as it is now, before a refusal rests on it."""
+        with join.log.stage(join.decision, Stage.CHECK):
+            known = await self._policies.get(join.room_id, join.deadline.sooner(join.lookups.left()), join.arrived)
+        join.known = known
+
+    def restricts_start(self, policy: Policy) -> bool:
+        """Whether not everybody may start a call in a room with this policy."""
+        permissions = policy.permissions
+        by_room = permissions is not None and (
+            Action.START in permissions.needed or any(Action.START in entry for entry in permissions.users.values())
+        )
+        return by_room or not self._start_homeservers.allows_all
+
+
+async def _failing_open(join: Join, name: str, check: Awaitable[None]) -> None:
+    """Run a check. If it cannot be done, the join goes on without it."""
+    try:
+        await check
+    except (JoinRefused, CancelledError):
+        raise
+    except TimeoutError:
+        join.unenforced(name, "timeout")
+    except DependencyFailed as failed:
+        join.unenforced(name, failed.reason)
+    except Exception:
+        join.log.failure(join.decision, name)

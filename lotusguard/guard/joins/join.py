@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the steps of one join pass on to each other."""
+
+from __future__ import annotations
+
+from attrs import define, field
+
+from lotusguard.clients.waiting import Deadline
+from lotusguard.guard.joins.callers import Caller
+from lotusguard.guard.joins.decisions import Decision, DecisionLog, Verdict
+from lotusguard.guard.rooms.members import KnownMembership
+from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
+from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.policy import NO_POLICY, Policy
+from lotusguard.rules.refusals import JoinRefused, Refusal
+from lotusguard.rules.requests import TokenRequest
+
+NOT_LOOKED_UP = KnownPolicy(NO_POLICY, Freshness.UNKNOWN, None, "not_looked_up")
+
+
+@define
+class Join:
+    """One token request on its way.
+
+    :ivar deadline: for everything, upstream's answer included.
+    :ivar lookups: for what is asked of the homeserver and LiveKit.
+    :ivar user: who asks, once that is proven; "" before.
+    """
+
+    request: TokenRequest
+    room_id: str
+    decision: Decision
+    log: DecisionLog
+    deadline: Deadline
+    lookups: Deadline
+    dry_run: bool
+    caller: Caller | None = None
+    known: KnownPolicy = field(default=NOT_LOOKED_UP)
+    membership: KnownMembership | None = None
+    user: str = ""
+
+    @property
+    def policy(self) -> Policy:
+        return self.known.policy
+
+    @property
+    def arrived(self) -> float:
+        """When the request arrived, on the guard's clock."""
+        return self.decision.began
+
+    @property
+    def alias(self) -> str:
+        """The SFU room that current releases of upstream use for the request's slot."""
+        return room_alias(self.room_id, self.request.slot_id)
+
+    @property
+    def is_main_slot(self) -> bool:
+        return self.request.slot_id == ROOM_SLOT
+
+    def refuse(self, refusal: Refusal, retry_after: float | None = None) -> None:
+        """Refuse the join, or only say so in a dry run. :raises JoinRefused:"""
+        self.decision.reason = refusal.value
+        if self.dry_run:
+            self.decision.verdict = Verdict.WOULD_REFUSE
+            return
+        raise JoinRefused(refusal, retry_after)
+
+    def unenforced(self, check: str, reason: str) -> None:
+        self.log.unenforced(self.decision, check, reason)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seat book of a guard that runs alone: in memory, with a copy of the holds in the state directory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from secrets import token_hex
+
+from attrs import define, field
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+
+from lotusguard.clients.waiting import fire_all
+from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
+from lotusguard.guard.seats.store import StateStore, StoredHold
+from lotusguard.metrics import Metrics
+from lotusguard.rules.refusals import Refusal
+from lotusguard.rules.room_seats import RoomSeats
+from lotusguard.rules.seats import Arrival, HoldState, IdentityKey
+
+IDLE_ROOM = 600.0
+"""Seconds after which a room is forgotten in which nobody is and nobody holds a seat."""
+ROOMS_KEPT = 20_000
+SLOTS_PER_ROOM = 16
+"""SFU rooms of one Matrix room in which people may hold seats at the same time."""
+CALL_ENDED_AFTER = 60.0
+"""Seconds without occupants and holds after which a call has ended."""
+
+
+@define(eq=False)
+class _Room:
+    """A room's seats, who waits for one, and whether its call was started.
+
+    :ivar empty_since: since when nobody is in the call and nobody owns a seat; ``None`` while somebody does.
+    """
+
+    seats: RoomSeats
+    waiting: deque[tuple[str, Deferred[None]]] = field(factory=deque)
+    devices: dict[IdentityKey, str] = field(factory=dict)
+    started: bool = False
+    empty_since: float | None = None
+
+
+@define(eq=False)
+class MemorySeatBook:
+    """The seat book of one guard. See `lotusguard.guard.seats.book.SeatBook` for what its methods do.
+
+    :param seat_ttl: seconds for which a seat is kept for somebody who was given a token.
+    :param guarding_since: since when this guard, restarts included, has enforced limits. Participants who joined a room
+        before then are not over its limit.
+    :param wall: seconds since the epoch, for what is kept on disk.
+    """
+
+    _store: StateStore | None
+    _clock: IReactorTime
+    _wall: Callable[[], float]
+    _metrics: Metrics
+    _seat_ttl: float
+    _guarding_since: float
+    _rooms: dict[str, _Room] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._metrics.cache_limit.labels("seats").set(ROOMS_KEPT)
+        self._metrics.cache_entries.labels("seats").set_function(lambda: len(self._rooms))
+        self._metrics.seats_held.set_function(self._seats_taken)
+
+    def _seats_taken(self) -> int:
+        now = self._clock.seconds()
+        return sum(room.seats.seats_taken(now) for room in self._rooms.values())
+
+    def load(self, holds: Iterable[StoredHold]) -> None:
+        """Take over the holds of an earlier run. None lasts longer than one that is issued now."""
+        now = self._clock.seconds()
+        for hold in holds:
+            room = self._room(hold.room_id)
+            left = min(hold.expires - self._wall(), self._seat_ttl)
+            if not hold.present and left <= 0:
+                continue
+            key = IdentityKey(hold.alias, hold.identity)
+            room.seats.restore(token_hex(8), hold.user, key, present=hold.present, now=now, expires=now + left)
+            room.devices[key] = hold.device
+            room.started = room.started or hold.present
+
+    # -- joins -------------------------------------------------------------------------------------------
+
+    async def take(
+        self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False
+    ) -> str | Refusal:
+        hold_id = token_hex(8)
+        seats, now = self._room(room_id).seats, self._clock.seconds()
+        slots = SLOTS_PER_ROOM if new_slot else None
+        refusal = seats.take(hold_id, user, limit, alias, now, exempt=exempt, slots=slots)
+        return hold_id if refusal is None else refusal
+
+    async def wait_for_seat(self, room_id: str, user: str, *, again: bool) -> None:
+        waiting = self._room(room_id).waiting
+        waiter: Deferred[None] = Deferred()
+        (waiting.appendleft if again else waiting.append)((user, waiter))
+        await waiter
+
+    async def wake_all(self, room_id: str) -> None:
+        self._wake_all(room_id)
+
+    async def issue(self, room_id: str, hold_id: str, token: Issued, *, durable: bool) -> None:
+        room, now = self._room(room_id), self._clock.seconds()
+        hold = room.seats.issue(hold_id, token.alias, token.identity, now, self._seat_ttl)
+        if hold is None:
+            return
+        key = IdentityKey(token.alias, token.identity)
+        room.devices[key] = token.device
+        self._wake(room)
+        if durable and self._store is not None and token.identity:
+            room.seats.changed.discard(key)
+            expires = self._wall() + hold.expires - now
+            stored = StoredHold(room_id, hold.user, key.alias, key.identity, token.device, False, expires)
+            await self._store.put_hold(stored)
+        self._changed(room_id, room)
+
+    async def issue_without_seat(self, room_id: str, user: str, token: Issued) -> None:
+        room, now = self._room(room_id), self._clock.seconds()
+        room.seats.issue_without_seat(token_hex(8), user, token.alias, token.identity, now, self._seat_ttl)
+        room.devices[IdentityKey(token.alias, token.identity)] = token.device
+        self._changed(room_id, room)
+
+    async def release(self, room_id: str, hold_id: str) -> None:
+        room = self._rooms.get(room_id)
+        if room is not None:
+            room.seats.release(hold_id)
+            self._wake(room)
+            self._changed(room_id, room)
+
+    async def owns_seat(self, room_id: str, user: str) -> bool:
+        room = self._rooms.get(room_id)
+        return room is not None and room.seats.owns_seat(user)
+
+    async def is_present(self, room_id: str, user: str) -> bool:
+        room = self._rooms.get(room_id)
+        return room is not None and room.seats.is_present(user)
+
+    async def exempt(self, room_id: str, user: str) -> None:
+        self._room(room_id).seats.exempt(user)
+
+    async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
+        room = self._rooms.get(room_id)
+        if room is not None:
+            for identity in identities:
+                room.seats.rename(IdentityKey(alias, identity), user)
+
+    # -- the call ----------------------------------------------------------------------------------------
+
+    async def arrive(self, room_id: str, alias: str, who: Arrival, limit: int | None) -> None:
+        room = self._room(room_id)
+        room.seats.arrive(alias, who, limit, self._clock.seconds())
+        self._changed(room_id, room)
+
+    async def leave(
+        self, room_id: str, alias: str, sid: str, identity: str, left_by: float, *, by_choice: bool
+    ) -> None:
+        room = self._rooms.get(room_id)
+        if room is not None:
+            room.seats.leave(alias, sid, identity, self._clock.seconds(), left_by, by_choice=by_choice)
+            self._changed(room_id, room)
+
+    async def apply_listing(
+        self, room_id: str, alias: str, present: Collection[Arrival], limit: int | None, since: float
+    ) -> None:
+        room = self._room(room_id)
+        first = room.seats.listed_since([alias]) is None
+        room.seats.apply_listing(alias, present, limit, since, self._clock.seconds())
+        if first and present:  # the call is older than our memory of it, and somebody must have started it
+            room.started = True
+        self._changed(room_id, room)
+
+    async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
+        room = self._room(room_id)
+        over = room.seats.overflow(limit, self._clock.seconds())
+        self._changed(room_id, room)
+        return [OverLimit(hold.alias, hold.sid, hold.identity, hold.user) for hold in over]
+
+    async def seat_everybody(self, room_id: str) -> None:
+        room = self._rooms.get(room_id)
+        if room is not None:
+            room.seats.seat_everybody()
+            self._changed(room_id, room)
+
+    # -- questions ---------------------------------------------------------------------------------------
+
+    async def aliases(self, room_id: str) -> Collection[str]:
+        room = self._rooms.get(room_id)
+        return room.seats.aliases() if room is not None else ()
+
+    async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
+        room = self._rooms.get(room_id)
+        return room.seats.listed_since(aliases) if room is not None else None
+
+    async def listing_required_since(self, room_id: str) -> float | None:
+        room = self._rooms.get(room_id)
+        return room.seats.listing_required_since(self._clock.seconds()) if room is not None else None
+
+    async def occupants(self, room_id: str) -> Collection[str]:
+        room = self._rooms.get(room_id)
+        if room is None:
+            return ()
+        return room.seats.users() | room.seats.awaited(self._clock.seconds())
+
+    async def is_started(self, room_id: str) -> bool:
+        room = self._rooms.get(room_id)
+        return room is not None and room.started and not self._has_ended(room)
+
+    async def start(self, room_id: str) -> None:
+        self._room(room_id).started = True
+
+    async def snapshots(self) -> Sequence[RoomSnapshot]:
+        now = self._clock.seconds()
+        rooms = sorted(self._rooms.items())
+        return [_snapshot(room_id, room.seats, now) for room_id, room in rooms if not room.seats.is_idle(now)]
+
+    # -- upkeep ------------------------------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Forget rooms in which nothing happens, and what no delayed event can refer to any more."""
+        now = self._clock.seconds()
+        for room_id, room in list(self._rooms.items()):
+            if now - room.seats.touched > IDLE_ROOM and room.seats.is_idle(now):
+                del self._rooms[room_id]
+                continue
+            room.seats.forget_old(now, self._seat_ttl)
+            room.devices = {key: device for key, device in room.devices.items() if room.seats.knows(key)}
+            self._changed(room_id, room)
+
+    def _room(self, room_id: str) -> _Room:
+        room = self._rooms.get(room_id)
+        if room is None:
+            if len(self._rooms) >= ROOMS_KEPT:
+                self._make_place()
+            now = self._clock.seconds()
+            room = self._rooms[room_id] = _Room(RoomSeats(self._guarding_since, now), empty_since=now)
+        return room
+
+    def _make_place(self) -> None:
+        now = self._clock.seconds()
+        idle = (room_id for room_id, room in self._rooms.items() if room.seats.is_idle(now))
+        dropped = next(idle, next(iter(self._rooms)))
+        self._wake_all(dropped)
+        del self._rooms[dropped]
+
+    def _has_ended(self, room: _Room) -> bool:
+        return room.empty_since is not None and self._clock.seconds() - room.empty_since >= CALL_ENDED_AFTER
+
+    def _wake_all(self, room_id: str) -> None:
+        room = self._rooms.get(room_id)
+        if room is not None:
+            waiting, room.waiting = room.waiting, deque()
+            fire_all([waiter for _, waiter in waiting], None)
+
+    def _wake(self, room: _Room) -> None:
+        """Wake everybody who owns a seat by now, and the first who does not."""
+        if not room.waiting:
+            return
+        woken: list[Deferred[None]] = []
+        left: deque[tuple[str, Deferred[None]]] = deque()
+        stranger_woken = False
+        for user, waiter in room.waiting:
+            if waiter.called:
+                continue
+            owns = room.seats.owns_seat(user)
+            if owns or not stranger_woken:
+                stranger_woken = stranger_woken or not owns
+                woken.append(waiter)
+            else:
+                left.append((user, waiter))
+        room.waiting = left
+        fire_all(woken, None)
+
+    def _changed(self, room_id: str, room: _Room) -> None:
+        """Write what changed behind the call, and note whether the call has become empty."""
+        seats, now = room.seats, self._clock.seconds()
+        if seats.is_occupied():
+            room.empty_since = None
+        elif room.empty_since is None:
+            room.empty_since = now
+        if self._has_ended(room):
+            room.started = False
+        changed, seats.changed = seats.changed, set()
+        if self._store is None:
+            return
+        for key in changed:
+            if not key.identity:
+                continue
+            hold = seats.find(key)
+            if hold is None or hold.state in (HoldState.UNSEATED, HoldState.ISSUED_UNSEATED):
+                self._store.drop_hold(room_id, key.alias, key.identity)
+            else:
+                present = hold.state is not HoldState.ISSUED
+                expires = self._wall() + hold.expires - now
+                device = room.devices.get(key, "")
+                self._store.put_hold_later(
+                    StoredHold(room_id, hold.user, key.alias, key.identity, device, present, expires)
+                )
+
+
+def _snapshot(room_id: str, seats: RoomSeats, now: float) -> RoomSnapshot:
+    present = [
+        Presence(at.alias, at.sid, hold.identity, hold.user, hold.state.value) for at, hold in seats.sessions.items()
+    ]
+    return RoomSnapshot(room_id, seats.seats_taken(now), sorted(seats.awaited(now)), present)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the guard's parts are put together, in the order of the layers. Nothing else constructs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from secrets import token_hex
+from typing import Any
+
+from attrs import frozen
+from twisted.web.client import HTTPConnectionPool
+
+from lotusguard.clients.dependency import Dependency
+from lotusguard.clients.http import FixedAgent, connection_pool
+from lotusguard.clients.livekit import LiveKitClient
+from lotusguard.clients.lk_jwt_service import LkJwtService
+from lotusguard.clients.synapse import SynapseClient
+from lotusguard.clients.unconfigured import UnconfiguredDependency
+from lotusguard.config import Settings
+from lotusguard.guard.calls.changes import CallChanges
+from lotusguard.guard.calls.discovery import Discovery
+from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.guard.health import Health
+from lotusguard.guard.joins.admission import Admission
+from lotusguard.guard.joins.callers import Callers
+from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.joins.issuing import TokenIssuer
+from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.rooms.members import Members
+from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.seats.lease import StateLease
+from lotusguard.guard.seats.memory import MemorySeatBook
+from lotusguard.guard.seats.registry import MemoryTokenRegistry
+from lotusguard.guard.seats.roster import Roster
+from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_store
+from lotusguard.metrics import Metrics
+from lotusguard.rules.homeservers import HomeserverList
+from lotusguard.rules.jwt import SfuKey
+
+DISCOVERY_TIMEOUT = 10.0
+"""Seconds for one page of the homeserver's list of rooms."""
+
+
+@frozen
+class State:
+    """What survives a restart.
+
+    :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
+    """
+
+    store: StateStore | None
+    lease: StateLease | None
+    error: str | None
+    registry: MemoryTokenRegistry
+    seats: MemorySeatBook
+
+
+@frozen
+class Clients:
+    """The services that the guard relies on. ``all`` are to be stopped at the end."""
+
+    pool: HTTPConnectionPool
+    livekit: LiveKitClient
+    homeserver: SynapseClient
+    discovery: SynapseClient
+    upstream: LkJwtService
+    all: tuple[Dependency, ...]
+
+
+@frozen
+class Rooms:
+    """What the rooms ask for, and who is in which call."""
+
+    policies: Policies
+    members: Members
+    roster: Roster
+
+
+@frozen
+class Joins:
+    admission: Admission
+    decision_log: DecisionLog
+
+
+@frozen
+class Calls:
+    entitlement: Entitlement
+    enforcement: Enforcement
+    changes: CallChanges
+
+
+def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> State:
+    """Open the state directory, if there is one, and take over what an earlier run left there."""
+    store, lease, error = None, None, None
+    if settings.state_dir is not None:
+        try:
+            store = open_state_store(settings.state_dir, reactor, metrics, wall)
+            lease = StateLease(settings.state_dir)
+        except StateUnusable as unusable:
+            error = str(unusable)
+    since = wall() - store.guarding_since if store is not None else 0.0
+    registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
+    registry.load()
+    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, reactor.seconds() - since)
+    if store is not None:
+        seats.load(store.holds())
+    return State(store, lease, error, registry, seats)
+
+
+def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
+    """The clients. Nothing is connected to yet."""
+    pool = connection_pool(reactor)
+    token = settings.matrix_token.get_secret_value()
+    key = settings.sfu_key
+
+    def dependency(name: str, base: str, timeout: float, missing: str) -> Dependency:
+        agent = FixedAgent(reactor, base, pool)
+        if missing:
+            return UnconfiguredDependency(
+                name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, missing=missing
+            )
+        return Dependency(name, agent, reactor, metrics, timeout=timeout, wall_clock=wall)
+
+    timeout = settings.guard_lookup_timeout
+    no_token = "" if token else "no_matrix_token"
+    livekit = dependency("livekit", settings.livekit_api, timeout, "" if key else "no_livekit_key")
+    synapse = dependency("synapse", settings.synapse_api, timeout, no_token)
+    listing_rooms = dependency("synapse_discovery", settings.synapse_api, DISCOVERY_TIMEOUT, no_token)
+    upstream = LkJwtService(
+        FixedAgent(reactor, settings.guard_upstream, pool), reactor, metrics,
+        timeout=settings.guard_upstream_timeout, grace=settings.guard_upstream_grace,
+    )  # fmt: skip
+    return Clients(
+        pool,
+        LiveKitClient(livekit, key or SfuKey("unconfigured", token_hex()), wall),
+        SynapseClient(synapse, token, settings.guard_server_name),
+        SynapseClient(listing_rooms, token, settings.guard_server_name),
+        upstream,
+        (livekit, synapse, listing_rooms),
+    )
+
+
+def rooms(
+    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State
+) -> Rooms:
+    policies = Policies(
+        clients.homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
+        default_limit=settings.guard_default_max_users,
+    )  # fmt: skip
+    members = Members(clients.homeserver, reactor, metrics, settings.guard_policy_ttl)
+    roster = Roster(
+        clients.livekit, state.seats, state.registry, policies, reactor, wall, metrics, settings.guard_lookup_timeout
+    )
+    return Rooms(policies, members, roster)
+
+
+def joins(
+    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State,
+    given: Rooms,
+) -> Joins:  # fmt: skip
+    decision_log = DecisionLog(reactor, metrics)
+    checks = EntryChecks(
+        given.policies, given.members, state.seats, given.roster,
+        homeservers=homeserver_list(settings.guard_homeservers),
+        start_homeservers=homeserver_list(settings.guard_start_homeservers),
+        members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
+    )  # fmt: skip
+    seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
+    issuer = TokenIssuer(
+        state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
+        all_tokens=settings.guard_tokens == "all", wall=wall,
+    )  # fmt: skip
+    admission = Admission(
+        Callers(clients.homeserver, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
+        reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
+    )  # fmt: skip
+    return Joins(admission, decision_log)
+
+
+def calls(
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms
+) -> Calls:
+    lease = state.lease
+    entitlement = Entitlement(
+        given.members, state.registry, homeserver_list(settings.guard_homeservers), MembersOnly(settings.guard_members_only),
+        lambda: clients.homeserver.server_name, reactor, metrics, settings.guard_lookup_timeout,
+        interval=settings.guard_membership_interval, arrival_age=settings.guard_policy_ttl,
+    )  # fmt: skip
+    participants = ParticipantEnforcer(
+        clients.livekit, state.registry, metrics, restore=settings.guard_restore, dry_run=settings.guard_dry_run,
+        may_act=lambda: lease is None or lease.held,
+    )  # fmt: skip
+    enforcement = Enforcement(
+        given.policies, given.roster, state.seats, state.registry, entitlement, participants, reactor, metrics,
+        settings.guard_lookup_timeout, eject=settings.guard_overflow == "eject",
+    )  # fmt: skip
+    changes = CallChanges(
+        clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
+        Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
+    )  # fmt: skip
+    return Calls(entitlement, enforcement, changes)
+
+
+def health(
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, decided: Joins, kept: Calls
+) -> Health:
+    return Health(
+        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, state.store,
+        state.lease, state.error, reactor, metrics, settings.guard_dry_run,
+        enforces_membership=kept.entitlement.enforces_membership,
+        reconcile_interval=settings.guard_reconcile_interval,
+    )  # fmt: skip
+
+
+
+
+def homeserver_list(names: tuple[str, ...]) -> HomeserverList:
+    return HomeserverList.parse(",".join(names))
+
+
+WALL_CLOCK = time.time
