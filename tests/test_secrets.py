@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import io
 import json
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,14 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor
 from twisted.logger import ILogObserver, globalLogPublisher
 
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.guard.seats.lease import StateLease
+from lotusguard.guard.seats.store import StoredHold, open_state_store
 from lotusguard.logs import observer_for
+from lotusguard.metrics import Metrics
 from lotusguard.rules.requests import OpenID
 from lotusguard.rules.tokens import SfuKey
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, SERVER_NAME, Sandbox
@@ -214,20 +219,22 @@ def test_a_configuration_with_secrets_that_others_can_read_is_warned_about(
     assert any("GUARD_CONFIG" in text for text in suspicions(read_settings())) is loose
 
 
-def test_what_is_kept_on_disk_is_ours_alone(tmp_path: Path) -> None:
-    from twisted.internet.task import Clock
-
-    from lotusguard.guard.seats.store import open_state_store
-    from lotusguard.metrics import Metrics
-
-    store = open_state_store(tmp_path / "state", Clock(), Metrics())
+@pytest_twisted.ensureDeferred
+async def test_the_state_directory_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    store = open_state_store(directory, reactor, Metrics())
+    lease = StateLease(directory)
     try:
-        for path in (tmp_path / "state", *(tmp_path / "state").iterdir()):
-            assert path.stat().st_mode & 0o077 == 0 or path.is_file()
-        assert (tmp_path / "state").stat().st_mode & 0o077 == 0
+        store.put_alias("alias", "!r:s", "slot", 0.0)
+        assert await store.put_hold(StoredHold("!r:s", "@a:s", "alias", "i", "D", False, 4e9))
+        assert lease.renew()
+        files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+        names = ("lotusguard.sqlite3", "lotusguard.sqlite3-wal", "lotusguard.sqlite3-shm", "lock")
+        assert files == dict.fromkeys(names, 0o600)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     finally:
-        store._pool.stop()
-        store._connection.close()
+        lease.release()
+        await store.close()
 
 
 # -- the operators' door -------------------------------------------------------------------------------------
