@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs: text for people, JSON lines for machines."""
+"""Logs: text for people, JSON lines for machines. Callers cannot make a line long, nor break it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from twisted.logger import (
 )
 from zope.interface import provider
 
+_FIXED = ("time", "level", "event", "logger", "message")
 _INTERNAL = frozenset(
     ("log_namespace", "log_level", "log_source", "log_format", "log_failure", "log_time", "log_logger", "log_system",
      "log_flattened", "format", "message", "time", "isError", "log_legacy", "log_trace")
 )  # fmt: skip
+LINE_LIMIT = 2000
+"""Bytes that a line may have. Only tracebacks may be longer."""
+TRACEBACK_LIMIT = 16_000
+"""Characters that are kept of a traceback, from its end."""
+_CUT = "…"
 _CONNECTIONS = "twisted.web.client._HTTP11ClientFactory"
 
 
@@ -33,22 +39,23 @@ def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILo
     observer = FileLogObserver(stream or sys.stdout, _as_json if format_ == "json" else _as_text)
     least = LogLevel.levelWithName(level)
     wanted = frozenset(known for known in LogLevel.iterconstants() if known >= least)
-    # each connection to a dependency has two lines, which tell nobody anything who does not ask for everything
-    unheard = (_CONNECTIONS, least) if least is LogLevel.info else None
+    # Twisted logs two lines for each connection to a dependency; only `debug` shows them.
+    hidden = (_CONNECTIONS, least) if least is LogLevel.info else None
 
     def filtered(event: LogEvent) -> None:
         level = event.get("log_level")
-        if level in wanted and (event.get("log_namespace"), level) != unheard:
+        if level in wanted and (event.get("log_namespace"), level) != hidden:
             observer(event)
 
-    heard: ILogObserver = provider(ILogObserver)(filtered)
-    return heard
+    filtering: ILogObserver = provider(ILogObserver)(filtered)
+    return filtering
 
 
 def _as_text(event: LogEvent) -> str:
     level = event.get("log_level", LogLevel.info).name
-    text = _said(event)
-    return f"{_time(event)} {level:8} {_one_line(text, event)}\n"
+    line = f"{_time(event)} {level:8} {_one_line(_message(event), event)}"
+    limit = LINE_LIMIT if "log_failure" not in event else LINE_LIMIT + TRACEBACK_LIMIT
+    return _cut(line, limit) + "\n"
 
 
 def _as_json(event: LogEvent) -> str:
@@ -57,30 +64,60 @@ def _as_json(event: LogEvent) -> str:
         "level": event.get("log_level", LogLevel.info).name,
         "event": event.get("event_name", "log"),
         "logger": event.get("log_namespace", ""),
-        "message": formatEvent(event) if "log_failure" in event else _said(event),
+        "message": _cut(formatEvent(event) if "log_failure" in event else _message(event), LINE_LIMIT // 4),
     }
     for name, value in event.items():
         if name not in _INTERNAL and name not in line and name != "event_name":
             line[name] = value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
     if "log_failure" in event:
-        line["traceback"] = event["log_failure"].getTraceback()
-    return json.dumps(line, default=str) + "\n"
+        line["traceback"] = event["log_failure"].getTraceback()[-TRACEBACK_LIMIT:]
+    return _bounded_json(line) + "\n"
 
 
-def _said(event: LogEvent) -> str:
-    """What an event says. Twisted's formatter goes through every field in Python, in case it is to be called; where
-    nothing is, ``str.format`` says the same at a tenth of the cost, and each join has a line."""
+def _bounded_json(line: dict[str, Any]) -> str:
+    """The line as JSON. If it is too long, its longest fields are cut, then left out; the fixed ones stay."""
+    traceback = line.pop("traceback", None)
+    text = json.dumps(line, default=str)
+    for width in (300, 100, 40):
+        if len(text) < LINE_LIMIT:
+            break
+        for name, value in line.items():
+            whole = value if isinstance(value, str) else json.dumps(value, default=str)
+            if len(json.dumps(whole)) > width:
+                line[name] = _cut(whole, width)
+        text = json.dumps(line, default=str)
+    if len(text) >= LINE_LIMIT:
+        line = {name: line[name] for name in _FIXED}
+    if traceback is not None:
+        line["traceback"] = traceback
+    return json.dumps(line, default=str)
+
+
+def _cut(text: str, limit: int) -> str:
+    """At most this many bytes, as JSON writes them, where the text is longer than that."""
+    if len(text) * 12 <= limit or len(json.dumps(text)) <= limit:
+        return text
+    low, high = 0, min(len(text), limit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(json.dumps(text[:middle])) <= limit - 8 else (low, middle - 1)
+    return text[:low] + _CUT
+
+
+def _message(event: LogEvent) -> str:
+    """The text of an event. Twisted's formatter inspects every field in Python because a field may be called; without
+    calls ``str.format`` gives the same text at a tenth of the cost, and each join has a line."""
     format_ = event.get("log_format")
     if isinstance(format_, str) and "()" not in format_ and "log_failure" not in event:
         try:
             return format_.format_map(event)
         except (LookupError, AttributeError, ValueError, TypeError):
-            pass  # Twisted's says what is wrong with it
+            pass  # Twisted's formatter explains what is wrong with it
     return eventAsText(event, includeTimestamp=False, includeSystem=False)
 
 
 def _one_line(text: str, event: LogEvent) -> str:
-    """What callers wrote must not look like a line of ours, nor steer a terminal; tracebacks may have their lines."""
+    """Text from callers must not look like a line of ours, nor control a terminal; tracebacks keep their lines."""
     if text.isprintable():
         return text
     kept = "\n" if "log_failure" in event else ""

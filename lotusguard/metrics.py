@@ -1,98 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be counted: one place for every metric's name, labels and meaning.
-
-Each service makes its own, with its own registry; who counts something is handed it.
-"""
+"""All metrics, with their labels and their meaning. Each guard has a registry of its own."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
 from lotusguard import __version__
+from lotusguard.rules.refusals import Refusal
+from lotusguard.rules.sources import Source
 
-_STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
+_REFUSALS = [refusal.value for refusal in Refusal]
+_SOURCES = [source.claim for source in Source]
 
 
 class Metrics:
-    """The guard's metrics; every name begins with ``lotusguard_``."""
+    """The guard's metrics. Every name begins with ``lotusguard_``.
+
+    A counter with labels begins with zeros for the values that are known beforehand: Prometheus sees the increase
+    from 0 to 1 only if it has seen the 0.
+    """
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
-        ProcessCollector(namespace="lotusguard", registry=registry)
-
-        def counter(name: str, meaning: str, *labels: str) -> Counter:
-            return Counter(f"lotusguard_{name}", meaning, labels, registry=registry)
-
-        def gauge(name: str, meaning: str, *labels: str) -> Gauge:
-            return Gauge(f"lotusguard_{name}", meaning, labels, registry=registry)
-
-        def histogram(name: str, meaning: str, *labels: str) -> Histogram:
-            return Histogram(f"lotusguard_{name}", meaning, labels, buckets=_STAGE_BUCKETS, registry=registry)
-
-        self.joins = counter(
-            "joins",
-            "Token requests by verdict (allowed, refused, would_refuse, failed) and reason",
-            "verdict",
-            "reason",
-        )
-        self.join_seconds = histogram(
-            "join_stage_seconds", "Where a join's time went (policy, roster, verify, seat, upstream, total)", "sandbox"
-        )
-        self.fail_open = counter(
-            "fail_open", "What passed without being enforced, by check and reason", "check", "reason"
-        )
-        self.dependency_calls = counter(
-            "dependency_calls",
-            "Calls to dependencies by outcome (ok, refused, failed, circuit_open, queue_full)",
-            "dependency",
-            "outcome",
-        )
-        self.dependency_seconds = histogram("dependency_call_seconds", "Time of calls to dependencies", "dependency")
-        self.clock_skew = gauge(
-            "clock_skew_seconds", "Seconds by which a dependency's clock is ahead of ours", "dependency"
-        )
-        self.circuit_open = gauge("circuit_open", "1 while a dependency is not waited for", "dependency")
-        self.in_flight = gauge("requests_in_flight", "Requests that are being answered")
-        self.requests = counter("requests", "Requests at the public door by kind (token, relay)", "kind")
-        self.webhooks = counter(
-            "webhooks", "SFU webhooks by outcome (accepted, duplicate, forged, unverifiable)", "outcome"
-        )
-        self.revocations = counter("revocations", "Sources taken from participants", "source")
-        self.restorations = counter("restorations", "Sources given back to participants", "source")
-        self.mutes = counter("mutes", "Video tracks muted that called themselves a microphone")
-        self.ejections = counter("ejections", "Participants put out of full rooms")
-        self.dry_run_skipped = counter(
-            "dry_run_skipped", "What GUARD_DRY_RUN or GUARD_OVERFLOW=allow left undone", "action"
-        )
-        self.enforcement_failures = counter(
-            "enforcement_failures", "Enforcement that did not succeed", "action", "reason"
-        )
-        self.reconcile_seconds = histogram("reconcile_seconds", "Time of one reconciling round")
-        self.rooms = gauge("rooms", "SFU rooms with people in them that have a policy")
-        self.participants = gauge("participants", "Participants seen in rooms with a policy")
-        self.seats_held = gauge("seats_held", "Seats held in rooms with a cap, claims included")
-        self.cache_entries = gauge("cache_entries", "Entries of a cache", "cache")
-        self.cache_limit = gauge("cache_limit", "Most entries that a cache may have", "cache")
-        self.cache_lookups = counter("cache_lookups", "Look-ups in a cache (hit, stale, miss)", "cache", "result")
-        self.state_writes = counter("state_writes", "Batches written to the state directory", "outcome")
-        self.state_writes_pending = gauge("state_writes_pending", "Writes that are not in the state directory yet")
-        self.state_bad_rows = gauge("state_bad_rows", "Rows of the state directory that could not be read")
-        self.secret_mismatches = counter("secret_mismatches", "Issued tokens that our secret did not sign")
-        self.malformed_policies = counter("malformed_policies", "Policy events whose value cannot be used", "event")
-        self.reactor_lag = gauge("reactor_lag_seconds", "How late the reactor was at the last look")
-        self.removals = counter("removals", "Participants removed, by reason", "reason")
-        self.tokens_rebuilt = counter("tokens_rebuilt", "x")
-        self.foreign_tokens = counter("foreign_tokens", "x")
-        self.slots_rejected = counter("slots_rejected", "x")
-        self.memberships_unknown = counter("memberships_unknown", "x")
-        self.unidentified_participants = gauge("unidentified_participants", "x")
-        self.enforcing = gauge("enforcing", "x", "rule")
-        self.dry_run = gauge("dry_run", "x")
-        self.build = gauge("build_info", "Versions", "version", "python")
-        self.build.labels(__version__, platform.python_version()).set(1)
+        self.registry = CollectorRegistry()
+        ProcessCollector(namespace="lotusguard", registry=self.registry)
+        self._count_joins()
+        self._count_dependencies()
+        self._count_calls()
+        self._count_internals()
 
     def observe_stage(self, stage: str, seconds: float) -> None:
+        """A stage of a join took so long."""
         self.join_seconds.labels(stage).observe(seconds)
+
+    def _count_joins(self) -> None:
+        self.joins = self._counter(
+            "joins", "Token requests by verdict (allowed, refused, would_refuse, failed, error) and reason",
+            "verdict", "reason", known=product(("refused", "would_refuse"), _REFUSALS),
+        )  # fmt: skip
+        self.join_seconds = self._histogram("join_stage_seconds", "Time of a join by stage", "stage")
+        self.fail_open = self._counter(
+            "fail_open", "Checks that a join passed without being enforced", "check", "reason"
+        )
+        self.slots_rejected = self._counter("slots_rejected", "Token requests for more slots than a room may have")
+        self.tokens_rebuilt = self._counter("tokens_rebuilt", "Tokens that were signed anew")
+        self.foreign_tokens = self._counter("foreign_tokens", "Tokens of other issuers, passed on unchanged")
+        self.secret_mismatches = self._counter("secret_mismatches", "Issued tokens that our secret did not sign")
+        self.requests = self._counter(
+            "requests", "Requests at the public listener", "kind", known=[("token",), ("relay",)]
+        )
+        self.in_flight = self._gauge("requests_in_flight", "Requests that are being answered")
+        self.bodies_rejected = self._counter(
+            "bodies_rejected", "Requests whose body was too large, or found no room", "reason",
+            known=[("too_large",), ("no_room",)],
+        )  # fmt: skip
+
+    def _count_dependencies(self) -> None:
+        outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")
+        self.dependency_calls = self._counter(
+            "dependency_calls", "Calls to dependencies", "dependency", "outcome",
+            known=product(("livekit", "synapse", "upstream"), outcomes),
+        )  # fmt: skip
+        self.dependency_seconds = self._histogram(
+            "dependency_call_seconds", "Time of calls to dependencies", "dependency"
+        )
+        self.circuit_open = self._gauge("circuit_open", "1 while a dependency is not asked", "dependency")
+        self.clock_skew = self._gauge(
+            "clock_skew_seconds", "Seconds by which a dependency's clock is ahead of ours", "dependency"
+        )
+        self.webhooks = self._counter(
+            "webhooks", "LiveKit's webhooks by outcome", "outcome",
+            known=[("accepted",), ("duplicate",), ("forged",), ("unverifiable",)],
+        )  # fmt: skip
+        self.malformed_policies = self._counter(
+            "malformed_policies", "State events whose value cannot be used", "event"
+        )
+        self.memberships_unknown = self._counter(
+            "memberships_unknown", "Membership checks that no answer of the homeserver decided"
+        )
+
+    def _count_calls(self) -> None:
+        self.enforcing = self._gauge("enforcing", "1 while a rule is enforced", "rule")
+        self.dry_run = self._gauge("dry_run", "1 if GUARD_DRY_RUN is on")
+        self.rooms = self._gauge("rooms", "SFU rooms with participants that have a policy")
+        self.participants = self._gauge("participants", "Participants in those rooms")
+        self.unidentified_participants = self._gauge(
+            "unidentified_participants", "Participants whose Matrix user is not known"
+        )
+        self.seats_held = self._gauge("seats_held", "Seats that are held in rooms with a limit")
+        sources = [(source,) for source in _SOURCES]
+        self.revocations = self._counter("revocations", "Sources revoked in calls", "source", known=sources)
+        self.restorations = self._counter("restorations", "Sources restored in calls", "source", known=sources)
+        self.mutes = self._counter("mutes", "Video tracks muted because they are labelled as audio")
+        self.removals = self._counter(
+            "members_removed", "Participants removed from calls", "reason",
+            known=[(reason,) for reason in ("full", "not_a_member", "homeserver_not_allowed", "join_level", "removed")],
+        )  # fmt: skip
+        self.dry_run_skipped = self._counter(
+            "dry_run_skipped", "Actions that GUARD_DRY_RUN or GUARD_OVERFLOW=allow prevented", "action"
+        )
+        self.enforcement_failures = self._counter(
+            "enforcement_failures", "Enforcement in calls that did not succeed", "action", "reason"
+        )
+        self.reconcile_seconds = self._histogram("reconcile_seconds", "Time of one reconciling round")
+
+    def _count_internals(self) -> None:
+        self.cache_entries = self._gauge("cache_entries", "Entries of a cache", "cache")
+        self.cache_limit = self._gauge("cache_limit", "Most entries that a cache may have", "cache")
+        self.cache_lookups = self._counter(
+            "cache_lookups", "Lookups in a cache", "cache", "result",
+            known=product(("policies",), ("hit", "stale", "miss")),
+        )  # fmt: skip
+        self.state_writes = self._counter(
+            "state_writes",
+            "Batches written to the state directory (ok, failed), and single writes given up (dropped, invalid)",
+            "outcome", known=[("ok",), ("failed",), ("dropped",), ("invalid",)],
+        )  # fmt: skip
+        self.state_writes_pending = self._gauge(
+            "state_writes_pending", "Writes that are not in the state directory yet"
+        )
+        self.state_bad_rows = self._gauge("state_bad_rows", "Rows of the state directory that could not be read")
+        self.reactor_lag = self._gauge("reactor_lag_seconds", "How late the reactor's last measured timer was")
+        self.build = self._gauge("build_info", "Versions", "version", "python")
+        self.build.labels(__version__, platform.python_version()).set(1)
+
+    def _counter(self, name: str, meaning: str, *labels: str, known: Iterable[tuple[str, ...]] = ()) -> Counter:
+        counter = Counter(f"lotusguard_{name}", meaning, labels, registry=self.registry)
+        for values in known:
+            counter.labels(*values)
+        return counter
+
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(f"lotusguard_{name}", meaning, labels, registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, *labels: str) -> Histogram:
+        return Histogram(f"lotusguard_{name}", meaning, labels, buckets=_BUCKETS, registry=self.registry)

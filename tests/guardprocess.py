@@ -79,7 +79,7 @@ class ProcessSandbox(Sandbox):
         arguments = [sys.executable, "-c", TWISTD, *self.twistd, "lotusguard"]
         reactor.spawnProcess(self.process, sys.executable, arguments, environment)
         self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
-        while "public door listens" not in self.process.output and "-n" in self.twistd:
+        while "public listener listens" not in self.process.output and "-n" in self.twistd:
             assert not self.process.ended.called, self.process.output
             await deferLater(reactor, 0.01)
 

@@ -255,7 +255,7 @@ async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept
 ) -> None:
     for module, name in (
         (policies, "ROOMS_REMEMBERED"), (book, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"),
-        (registry, "IDENTITIES_KEPT"), (registry, "TAKEN_KEPT"), (enforcement, "EVENTS_REMEMBERED"),
+        (registry, "IDENTITIES_KEPT"), (enforcement, "EVENTS_REMEMBERED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 40)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)

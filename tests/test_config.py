@@ -31,6 +31,22 @@ WRONG = [
     ("GUARD_RESTORE", "perhaps", "on or off"),
     ("GUARD_DRY_RUN", "2", "on or off"),
     ("GUARD_MAX_BODY", "1k", "bytes"),
+    ("GUARD_MEMBERS_ONLY", "maybe", "on or log or off"),
+    ("GUARD_HOMESERVERS", "example.org,bad name", "names or globs"),
+    ("GUARD_HOMESERVERS", " , ", "names or globs"),
+    ("GUARD_START_HOMESERVERS", "https://example.org", "names or globs"),
+    ("GUARD_DEFAULT_MAX_USERS", "-1", "0 or more"),
+    ("GUARD_DEFAULT_MAX_USERS", "many", "0 or more"),
+    ("GUARD_TOKENS", "none", "all or policy"),
+    ("GUARD_MEMBERSHIP_INTERVAL", "0", "seconds"),
+    ("GUARD_INVITES", "everybody", "local, any or off"),
+    ("GUARD_LOBBY_WAIT", "-3", "seconds"),
+    ("GUARD_REDIS_URL", "http://127.0.0.1", "redis://"),
+    ("GUARD_REDIS_URL", "redis://", "redis://"),
+    ("GUARD_REDIS_URL_FROM_FILE", "/does/not/exist", "a file we may read"),
+    ("GUARD_APPSERVICE_HOST", "", "an address"),
+    ("GUARD_APPSERVICE_PORT", "x", "port number"),
+    ("GUARD_APPSERVICE_TOKEN_FROM_FILE", "/does/not/exist", "a file we may read"),
     ("GUARD_LOG_LEVEL", "loud", "debug or info"),
     ("GUARD_LOG_FORMAT", "xml", "text or json"),
     ("LIVEKIT_KEY_FROM_FILE", "/does/not/exist", "a file we may read"),
@@ -60,6 +76,52 @@ def test_the_defaults_are_the_contracts() -> None:
     assert settings.sfu_key is None
     assert settings.state_dir is None
     assert settings.guard_overflow == "eject"
+
+
+def test_the_defaults_enforce_membership_and_leave_optional_listeners_off() -> None:
+    settings = read_settings()
+    assert (settings.guard_members_only, settings.guard_tokens, settings.guard_restore) == ("on", "all", True)
+    assert settings.guard_homeservers == settings.guard_start_homeservers == ("*",)
+    assert (settings.guard_default_max_users, settings.guard_invites, settings.guard_appservice_port) == (None,) * 3
+    assert settings.guard_redis_url.get_secret_value() == ""
+    assert (settings.guard_membership_interval, settings.guard_lobby_wait, settings.guard_max_body) == (30, 600, 65536)
+
+
+def test_homeservers_are_names_and_globs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUARD_HOMESERVERS", " Example.org, *.example.org:8448,[2001:db8::1]:8448,")
+    assert read_settings().guard_homeservers == ("example.org", "*.example.org:8448", "[2001:db8::1]:8448")
+
+
+@pytest.mark.parametrize("value", ["off", "false"])
+def test_yamls_switches_are_words_where_a_word_is_expected(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str
+) -> None:
+    (tmp_path / "guard.yaml").write_text(
+        f"guard_members_only: {value}\nguard_invites: {value}\nguard_homeservers: [a.org, b.org]\n"
+    )
+    monkeypatch.setenv("GUARD_CONFIG", str(tmp_path / "guard.yaml"))
+    settings = read_settings()
+    assert (settings.guard_members_only, settings.guard_invites) == ("off", "off")
+    assert settings.guard_homeservers == ("a.org", "b.org")
+
+
+@pytest.mark.parametrize(("value", "expected"), [("", None), ("0", 0), ("25", 25)])
+def test_the_default_limit_may_be_empty(monkeypatch: pytest.MonkeyPatch, value: str, expected: int | None) -> None:
+    monkeypatch.setenv("GUARD_DEFAULT_MAX_USERS", value)
+    assert read_settings().guard_default_max_users == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:pw@127.0.0.1:6379/0", "rediss://cache.example.org", "unix:///run/valkey.sock",
+     "redis+sentinel://a:26379,b:26379/name"],
+)  # fmt: skip
+def test_redis_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
+    (tmp_path / "url").write_text(url + "\n")
+    monkeypatch.setenv("GUARD_REDIS_URL_FROM_FILE", str(tmp_path / "url"))
+    settings = read_settings()
+    assert settings.guard_redis_url.get_secret_value() == url
+    assert url not in repr(settings)
 
 
 def test_the_environment_of_voice_limit_guard_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +207,7 @@ def test_the_state_directory_is_systemds_unless_it_is_given(monkeypatch: pytest.
     assert read_settings().state_dir == Path("/srv/guard")
 
 
-def test_secrets_are_in_no_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_error_shows_a_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     secret: Any = ["MATRIX-SECRET"]
     with pytest.raises(ConfigurationError) as error:
         read_settings(matrix_token=secret)
@@ -153,19 +215,22 @@ def test_secrets_are_in_no_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(ConfigurationError) as error:
         read_settings(guard_upstream="http://user:URL-SECRET@127.0.0.1")
     assert "URL-SECRET" not in str(error.value)
+    with pytest.raises(ConfigurationError) as error:
+        read_settings(guard_redis_url="redis//:URL-SECRET@127.0.0.1")
+    assert "SECRET" not in str(error.value)
     settings = read_settings(livekit_key="k", livekit_secret="LK-SECRET", matrix_token="MX-SECRET")
     assert "SECRET" not in repr(settings)
     assert "SECRET" not in repr(settings.sfu_key)
 
 
-def test_what_is_probably_not_meant_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_that_are_probably_not_meant_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("x")
     path.chmod(0o644)
     monkeypatch.setenv("GUARD_SEATS_TTL", "5")
     monkeypatch.setenv("MATRIX_TOKEN_FROM_FILE", str(path))
     said = "\n".join(suspicions(read_settings()))
-    assert "GUARD_SEATS_TTL is no setting; did you mean GUARD_SEAT_TTL?" in said
+    assert "GUARD_SEATS_TTL is not a setting; did you mean GUARD_SEAT_TTL?" in said
     assert "MATRIX_TOKEN_FROM_FILE" in said
     path.chmod(0o600)
     monkeypatch.delenv("GUARD_SEATS_TTL")

@@ -36,6 +36,24 @@ def test_what_a_caller_writes_stays_within_its_line(format_: str) -> None:
     assert r"\n2026-01-01 info allowed" in line
 
 
+@pytest.mark.parametrize("format_", ["text", "json"])
+@pytest.mark.parametrize("character", ["x", "\n", "\u2028", "\U0001f600", "\\"])
+def test_a_line_is_shorter_than_2_kb_whatever_its_fields_hold(format_: str, character: str) -> None:
+    many = {f"field{number}": character * 3000 for number in range(3)}
+    (line,) = lines(format_, room_id=character * 100_000, stages=[character * 10] * 1000, event_name="join", **many)
+    assert len(line.encode()) < 2048
+    if format_ == "json":
+        event = json.loads(line)
+        assert event["event"] == "join"
+        assert event["message"].startswith("refused in ")
+
+
+def test_names_of_255_bytes_are_not_cut() -> None:
+    (line,) = lines("json", room_id="!" + "r" * 254, user="@" + "u" * 254, reason="full", event_name="join")
+    event = json.loads(line)
+    assert (event["room_id"], event["user"]) == ("!" + "r" * 254, "@" + "u" * 254)
+
+
 def test_a_json_line_has_the_events_name_and_its_fields() -> None:
     (line,) = lines("json", room_id="!a:b", event_name="join", stages={"policy": 0.1}, at=LogLevel.warn)
     event = json.loads(line)
@@ -55,12 +73,12 @@ def test_a_failure_in_json_is_still_one_line() -> None:
     assert "RuntimeError" in json.loads(line)["traceback"]
 
 
-def test_below_the_wanted_level_nothing_is_said() -> None:
+def test_events_below_the_level_are_not_logged() -> None:
     assert lines("text", "warn", room_id="!a:b") == []
     assert lines("text", "warn", room_id="!a:b", at=LogLevel.error)
 
 
-def test_connections_to_neighbours_are_no_news_unless_asked_for() -> None:
+def test_connections_to_dependencies_are_logged_at_debug_only() -> None:
     factory = f"{_HTTP11ClientFactory.__module__}.{_HTTP11ClientFactory.__name__}"
     assert lines("text", room_id="!a:b", namespace=factory) == []
     assert lines("text", "debug", room_id="!a:b", namespace=factory)
@@ -82,9 +100,9 @@ async def test_a_join_is_one_line_with_all_that_was_decided(sandbox: Sandbox) ->
     asked = next(asked for asked in sandbox.upstream.seen if asked.header("X-Request-ID") == join["request_id"])
     assert asked.path == join["route"] == "/sfu/get"
     assert (join["user"], join["room_id"], join["verdict"], join["reason"]) == (BOB, room_id, "allowed", "policy")
-    assert join["unenforced"] == ["cap:status_500"]
-    assert {"policy", "roster", "upstream", "total"} <= join["stages"].keys()
-    assert "cap:status_500" in join["message"]
+    assert join["unenforced"] == ["limit:status_500"]
+    assert {"lookup", "roster", "upstream", "total"} <= join["stages"].keys()
+    assert "limit:status_500" in join["message"]
 
 
 @pytest_twisted.ensureDeferred

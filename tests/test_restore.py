@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest_twisted
 from livekit.protocol.models import TrackSource
-from twisted.internet.task import Clock
 
-from lotusguard.guard.seats.registry import MemoryTokenRegistry
-from lotusguard.metrics import Metrics
-from lotusguard.rules.sources import CAMERA, SCREEN_SHARE
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.livekit.participant import Participant
 from tests.calls import ALICE, BOB, change_policy, counted, logged, named, old_token, put_policy, room_of
@@ -208,13 +204,3 @@ async def test_rooms_without_a_policy_that_are_owed_nothing_are_left_in_peace(gi
     await giving.guard.changes.reconcile()
     await at_rest(giving)
     assert not giving.livekit.asked["ListParticipants"]
-
-
-@pytest_twisted.ensureDeferred
-async def test_the_oldest_notes_are_given_up_when_there_are_too_many(monkeypatch: Any) -> None:
-    monkeypatch.setattr("lotusguard.guard.seats.registry.TAKEN_KEPT", 3)
-    registry = MemoryTokenRegistry(None, Clock(), Metrics())
-    for number in range(5):
-        await registry.remember_taken(f"alias{number % 2}", f"PA_{number}", frozenset({CAMERA, SCREEN_SHARE}))
-    assert (await registry.taken_in("alias0")).keys() == {"PA_2", "PA_4"}
-    assert (await registry.taken_in("alias1")).keys() == {"PA_3"}

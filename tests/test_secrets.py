@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import io
 import json
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,14 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor
 from twisted.logger import ILogObserver, globalLogPublisher
 
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.guard.seats.lease import StateLease
+from lotusguard.guard.seats.store import StoredHold, open_state_store
 from lotusguard.logs import observer_for
+from lotusguard.metrics import Metrics
 from lotusguard.rules.requests import OpenID
 from lotusguard.rules.tokens import SfuKey
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, SERVER_NAME, Sandbox
@@ -120,7 +125,7 @@ async def test_no_secret_in_logs_and_answers_of_a_bad_day(start_sandbox: StartSa
         await sandbox.guard.stopService()
         secrets = secrets_of(sandbox)
     text = log.getvalue()
-    for event in ("refused", "ignored a webhook", "not enforced", "unreadable", "did not sign", "is not waited for"):
+    for event in ("refused", "ignored a webhook", "not enforced", "unreadable", "did not sign", "is not called"):
         assert event in text, f"the day was not bad enough: nothing {event}"
     assert len(secrets) > 20
     nothing_of(secrets, text)
@@ -137,17 +142,20 @@ async def test_no_secret_in_the_repr_of_anything(sandbox: Sandbox) -> None:
     secrets = secrets_of(sandbox)
     guard = sandbox.guard
     seen: set[int] = set()
+    leaking: dict[str, str] = {}
 
     def look(thing: object, depth: int) -> None:
         if id(thing) in seen or depth > 6:
             return
         seen.add(id(thing))
         if type(thing).__module__.startswith("lotusguard.") and "sandbox" not in type(thing).__module__:
-            nothing_of(secrets, repr(thing))
+            shown = repr(thing)
+            leaking.update({type(thing).__name__: name for name, secret in secrets.items() if secret in shown})
         for inner in vars(thing).values() if hasattr(thing, "__dict__") else ():
             look(inner, depth + 1)
 
     look(guard, 0)
+    assert leaking == {}
     assert len(seen) > 100
     nothing_of(secrets, repr(sandbox.settings) + str(sandbox.settings))
     assert SECRET not in repr(SfuKey(KEY, SECRET))
@@ -214,20 +222,22 @@ def test_a_configuration_with_secrets_that_others_can_read_is_warned_about(
     assert any("GUARD_CONFIG" in text for text in suspicions(read_settings())) is loose
 
 
-def test_what_is_kept_on_disk_is_ours_alone(tmp_path: Path) -> None:
-    from twisted.internet.task import Clock
-
-    from lotusguard.guard.seats.store import open_state_store
-    from lotusguard.metrics import Metrics
-
-    store = open_state_store(tmp_path / "state", Clock(), Metrics())
+@pytest_twisted.ensureDeferred
+async def test_the_state_directory_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    store = open_state_store(directory, reactor, Metrics())
+    lease = StateLease(directory)
     try:
-        for path in (tmp_path / "state", *(tmp_path / "state").iterdir()):
-            assert path.stat().st_mode & 0o077 == 0 or path.is_file()
-        assert (tmp_path / "state").stat().st_mode & 0o077 == 0
+        store.put_alias("alias", "!r:s", "slot", 0.0)
+        assert await store.put_hold(StoredHold("!r:s", "@a:s", "alias", "i", "D", False, 4e9))
+        assert lease.renew()
+        files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+        names = ("lotusguard.sqlite3", "lotusguard.sqlite3-wal", "lotusguard.sqlite3-shm", "lock")
+        assert files == dict.fromkeys(names, 0o600)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     finally:
-        store._pool.stop()
-        store._connection.close()
+        lease.release()
+        await store.close()
 
 
 # -- the operators' door -------------------------------------------------------------------------------------

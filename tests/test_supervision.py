@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What systemd is told, and how the reactor's lateness is measured. On a clock that is turned."""
+"""Messages to systemd, and the measurement of the reactor's lag, on a clock that the tests advance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 
 
 def told(end: socket.socket) -> list[bytes]:
-    """What has come since the last look."""
+    """The messages that have arrived since the last call."""
     messages = []
     try:
         while True:
@@ -44,7 +44,7 @@ def test_systemd_is_told_when_the_guard_is_ready_and_when_it_stops(systemd: sock
     assert told(systemd) == [b"STOPPING=1"]
 
 
-def test_the_watchdog_is_fed_twice_in_its_time(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_gets_two_messages_in_its_time(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     clock = Clock()
     supervised = SystemdNotifier(clock)
@@ -58,7 +58,7 @@ def test_the_watchdog_is_fed_twice_in_its_time(systemd: socket.socket, monkeypat
     assert told(systemd) == []
 
 
-def test_another_processs_watchdog_is_not_ours(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_of_another_process_is_ignored(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "10000000")
     monkeypatch.setenv("WATCHDOG_PID", "1")
     clock = Clock()
@@ -68,13 +68,13 @@ def test_another_processs_watchdog_is_not_ours(systemd: socket.socket, monkeypat
     assert told(systemd) == [b"READY=1"]
 
 
-def test_without_systemd_nothing_is_told_and_nothing_breaks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_systemd_nothing_is_sent_and_nothing_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     SystemdNotifier(Clock()).ready()
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     SystemdNotifier(Clock()).ready()
 
 
-def test_the_reactors_lateness_is_measured() -> None:
+def test_the_reactors_lag_is_measured() -> None:
     clock, metrics = Clock(), Metrics()
     lag = ReactorLagMonitor(clock, metrics)
     lag.startService()

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from functools import lru_cache
 from typing import Protocol
 
 from attrs import define, evolve, field, frozen
@@ -21,7 +21,8 @@ ALIASES_KEPT, ALIAS_BYTES = 50_000, 64 << 20
 IDENTITIES_KEPT, IDENTITY_BYTES = 200_000, 256 << 20
 """Limits of the caches. Names have at most 255 bytes. With those of the usual length an alias takes 0.8 kB and an
 identity 1 kB, so the number of entries is the limit; only unusually long names reach the limit in bytes first."""
-TAKEN_KEPT = 50_000
+IDENTITIES_LOADED = 50_000
+"""The latest identities that are read at the start, so that it takes less than a second however many there are."""
 REFRESHED = 86400.0
 """Seconds after which a known fact is written again, so that the state store does not delete it as unused."""
 
@@ -49,15 +50,6 @@ class IdentityEntry:
     device: str = ""
     ceiling: frozenset[Source] | None = None
     withheld: frozenset[Source] = NOTHING
-
-
-@frozen
-class Promise:
-    """To be removed with its last caller: a hold as version 1 of the state store knew it."""
-
-    room_id: str
-    user: str
-    expires: float
 
 
 class TokenRegistry(Protocol):
@@ -98,12 +90,6 @@ class TokenRegistry(Protocol):
         """The sources that are withheld from an identity from now on. An unknown identity stays unknown: nothing may
         be given to it anyway."""
 
-    async def taken_in(self, alias: str) -> Mapping[str, frozenset[Source]]:
-        """To be removed with its last caller: the sources revoked in an SFU room, by session. In memory only."""
-
-    async def remember_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
-        """To be removed with its last caller: the sources that are revoked from a session."""
-
 
 @frozen
 class _Alias:
@@ -142,7 +128,6 @@ class MemoryTokenRegistry:
     _aliases: LruCache[str, _Alias] = field(init=False, repr=False)
     _rooms: dict[str, dict[str, None]] = field(init=False, repr=False, factory=dict)
     _identities: LruCache[tuple[str, str], _Identity] = field(init=False, repr=False)
-    _taken: OrderedDict[tuple[str, str], frozenset[Source]] = field(init=False, repr=False, factory=OrderedDict)
 
     def __attrs_post_init__(self) -> None:
         self._aliases = LruCache(ALIASES_KEPT, ALIAS_BYTES, _texts_of_alias, self._alias_evicted)
@@ -150,26 +135,21 @@ class MemoryTokenRegistry:
         for cache, limit, entries in (
             ("aliases", ALIASES_KEPT, self._aliases),
             ("identities", IDENTITIES_KEPT, self._identities),
-            ("taken", TAKEN_KEPT, self._taken),
         ):
             self._metrics.cache_limit.labels(cache).set(limit)
             self._metrics.cache_entries.labels(cache).set_function(entries.__len__)
 
-    def load(self) -> list[Promise]:
-        """Read what an earlier run remembered. It blocks, so it is called before anything is served.
-
-        :return: to be removed with its last caller; use `StateStore.holds`.
-        """
+    def load(self) -> None:
+        """Read what an earlier run remembered. It blocks, so it is called before anything is served."""
         if self._store is None:
-            return []
+            return
         now = self._clock.seconds()
         for alias, room_id, slot_id in self._store.aliases(ALIASES_KEPT):
             self._place(alias, Slot(room_id, slot_id))
-        for row in self._store.identities(IDENTITIES_KEPT):
+        for row in self._store.identities(IDENTITIES_LOADED):
             ceiling = None if row.ceiling is None else sources_of(row.ceiling)
             entry = IdentityEntry(row.user, row.device, ceiling, sources_of(row.withheld))
             self._identities.put((row.alias, row.identity), _Identity(entry, now))
-        return [Promise(*promise) for promise in self._store.promises()]
 
     async def learn(
         self,
@@ -221,16 +201,6 @@ class MemoryTokenRegistry:
         if entry is not None and entry.withheld != sources:
             self._remember(alias, identity, evolve(entry, withheld=sources))
 
-    async def taken_in(self, alias: str) -> Mapping[str, frozenset[Source]]:
-        return {sid: sources for (where, sid), sources in self._taken.items() if where == alias}
-
-    async def remember_taken(self, alias: str, sid: str, sources: frozenset[Source]) -> None:
-        self._taken.pop((alias, sid), None)
-        if sources:
-            self._taken[alias, sid] = sources
-        while len(self._taken) > TAKEN_KEPT:
-            self._taken.popitem(last=False)
-
     def _remember(self, alias: str, identity: str, entry: IdentityEntry) -> None:
         now, key = self._clock.seconds(), (alias, identity)
         known = self._identities.get(key)
@@ -268,6 +238,7 @@ def mask_of(sources: Collection[Source]) -> int:
     return sum(1 << source for source in sources)
 
 
+@lru_cache(maxsize=64)
 def sources_of(mask: int) -> frozenset[Source]:
     """The sources of a bit mask; bits that no source has are ignored."""
     return frozenset(source for source in Source if mask >> source & 1)

@@ -242,23 +242,6 @@ class StateStore:
     def _put_clock(self, name: str, at: float) -> None:
         self._writer.put(("clock", name), _PUT_CLOCK, (name, at))
 
-    # -- to be removed with the last caller: holds as version 1 knew them, with times of the reactor -------------
-
-    def put_promise(self, room_id: str, user: str, expires: float) -> Deferred[bool]:
-        wall = expires - self._reactor.seconds() + self._wall()
-        return self.put_hold(StoredHold(room_id, user, "", user, "", present=False, expires=wall))
-
-    def drop_promise(self, room_id: str, user: str) -> None:
-        self.drop_hold(room_id, "", user)
-
-    def promises(self) -> list[tuple[str, str, float]]:
-        offset = self._reactor.seconds() - self._wall()
-        return [(hold.room_id, hold.user, hold.expires + offset) for hold in self.holds() if not hold.alias]
-
-
-Store = StateStore
-"""To be removed with the last caller."""
-
 
 def _key(hold: StoredHold) -> tuple[str, ...]:
     return ("holds", hold.room_id, hold.alias, hold.identity)

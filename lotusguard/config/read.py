@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the settings and explains what is wrong with them, in one line that shows no secret."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import SecretStr, ValidationError
+
+from lotusguard.config.errors import ConfigurationError, WrongSettingError
+from lotusguard.config.settings import Settings
+
+_NAMES = "comma-separated names or globs of homeservers, such as example.org,*.example.org"
+_EXPECTED = {
+    "guard_admin_port": "a port number from 0 to 65535, or nothing for no listener",
+    "guard_appservice_port": "a port number from 0 to 65535, or nothing for no listener",
+    "guard_max_body": "a number of bytes, at least 1024",
+    "guard_upstream_grace": "a number of seconds, 0 or more",
+    "guard_default_max_users": "a number of users, 0 or more, or nothing for no limit",
+    "guard_invites": "local, any or off",
+    "guard_homeservers": _NAMES,
+    "guard_start_homeservers": _NAMES,
+    "guard_redis_url": "a URL that begins with redis://, rediss://, unix:// or redis+sentinel://",
+}
+_URLS = ("guard_upstream", "livekit_api", "synapse_api")
+
+
+def read_settings(**given: object) -> Settings:
+    """The settings of this process.
+
+    :param given: settings that override environment and file (the sandbox, tests).
+    :raises ConfigurationError: one line about the first wrong setting.
+    """
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigurationError(_explained(error)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigurationError(
+            f"GUARD_CONFIG: {os.environ['GUARD_CONFIG']!r} is not YAML{where}; expected `name: value` lines"
+        ) from None
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, WrongSettingError):
+            raise ConfigurationError(str(error)) from None
+        raise ConfigurationError(
+            f"GUARD_CONFIG: {os.environ.get('GUARD_CONFIG')!r} cannot be read; expected a file of `name: value` lines"
+        ) from None
+
+
+def suspicions(settings: Settings) -> list[str]:
+    """Settings that are allowed but probably not meant: unknown ``GUARD_…`` variables, secrets that others can read."""
+    known = {*Settings.model_fields, "guard_config"}
+    found = []
+    for name in os.environ:
+        if name.startswith("GUARD_") and name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, 1)
+            found.append(f"{name} is not a setting" + (f"; did you mean {near[0].upper()}?" if near else ""))
+    for name, path in _files_with_secrets(settings):
+        if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+            found.append(f"{name}: {str(path)!r} can be read by everybody on this machine (chmod o= it)")
+    return found
+
+
+def _explained(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=True)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, WrongSettingError):
+        return str(cause)
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Settings.model_fields, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name}: no setting has this name{hint} (expected the names of docs/configuration.md, in lower case)"
+    # A URL may hold a password.
+    hidden = _is_secret(name) or "@" in str(first["input"]) or len(str(first["input"])) > 200
+    given = "" if hidden else f"{first['input']!r} "
+    return f"{name.upper()}: {given}{_problem(first, cause)}; expected {_expectation(name)}"
+
+
+def _is_secret(name: str) -> bool:
+    return Settings.model_fields[name].annotation is SecretStr if name in Settings.model_fields else True
+
+
+def _problem(first: Mapping[str, Any], cause: object) -> str:
+    return str(cause) if cause is not None else "is not valid (" + str(first["msg"]).lower() + ")"
+
+
+def _expectation(name: str) -> str:
+    if name in _EXPECTED:
+        return _EXPECTED[name]
+    if name.endswith("_port"):
+        return "a port number from 0 to 65535"
+    if name in _URLS:
+        return "a URL such as http://127.0.0.1:8071"
+    annotation = Settings.model_fields[name].annotation
+    if annotation is float:
+        return "a number of seconds greater than 0"
+    if annotation is bool:
+        return "on or off"
+    choices = getattr(annotation, "__args__", ())
+    return " or ".join(str(choice) for choice in choices) if choices else "a text"
+
+
+def _files_with_secrets(settings: Settings) -> list[tuple[str, Path]]:
+    files = [(name, getattr(settings, name)) for name in Settings.model_fields if name.endswith("_file")]
+    config = os.environ.get("GUARD_CONFIG")
+    content = yaml.safe_load(Path(config).read_bytes()) if config else None
+    if config and isinstance(content, dict) and any(_is_secret(name) for name in content):
+        files.append(("guard_config", Path(config)))
+    return [(name.upper(), path) for name, path in files if path is not None]
