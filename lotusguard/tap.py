@@ -117,9 +117,7 @@ class Guard(MultiService):
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
-            proxied = RequestHandler(
-                joins.admission, clients.upstream, reactor, metrics, idle=idle, keep_identity=True
-            )
+            proxied = RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle, keep_identity=True)
             appservice = AppServiceApi(proxied, settings.guard_appservice_token.get_secret_value())
             endpoint = _endpoint(settings.guard_appservice_host, settings.guard_appservice_port)
             site = appservice.site(reactor, max_body=settings.guard_max_body)

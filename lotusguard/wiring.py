@@ -181,12 +181,11 @@ def joins(
     return Joins(admission, decision_log)
 
 
-def calls(
-    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms
-) -> Calls:
+def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms) -> Calls:
     lease = state.lease
     entitlement = Entitlement(
-        given.members, state.registry, homeserver_list(settings.guard_homeservers), MembersOnly(settings.guard_members_only),
+        given.members, state.registry, homeserver_list(settings.guard_homeservers),
+        MembersOnly(settings.guard_members_only),
         lambda: clients.homeserver.server_name, reactor, metrics, settings.guard_lookup_timeout,
         interval=settings.guard_membership_interval, arrival_age=settings.guard_policy_ttl,
     )  # fmt: skip
@@ -214,8 +213,6 @@ def health(
         enforces_membership=kept.entitlement.enforces_membership,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip
-
-
 
 
 def homeserver_list(names: tuple[str, ...]) -> HomeserverList:

@@ -23,7 +23,8 @@ class KeyedWorker:
 
     A key that is asked for while its work runs is worked on once more afterwards.
 
-    :param work: what is done for a key. :param limit: how many keys are worked on before those that are not urgent wait.
+    :param work: what is done for a key.
+    :param limit: how many keys are worked on before those that are not urgent wait.
     :param failed: called with the key and the Failure of its work.
     """
 

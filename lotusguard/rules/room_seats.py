@@ -83,7 +83,8 @@ class RoomSeats:
         :param alias: the SFU room that the user is about to enter.
         :param exempt: the user enters past the limit and takes no seat from others (``bypass_limit``).
         :param slots: in how many SFU rooms of this room people may hold seats; ``None`` for no limit.
-        :return: `Refusal.TOO_MANY_SLOTS`, `Refusal.FULL`, or `Refusal.SEAT_PENDING` if only requests in flight fill the room.
+        :return: `Refusal.TOO_MANY_SLOTS`, `Refusal.FULL`, or `Refusal.SEAT_PENDING` if only requests in flight fill the
+            room.
         """
         self._advance(now)
         self.touched = now

@@ -64,7 +64,7 @@ class SynapseClient:
     """
 
     _dependency: Dependency
-    _headers: Headers = field(alias="token", converter=_headers)
+    _headers: Headers = field(alias="token", converter=_headers, repr=False)
     server_name: str = ""
     _ignores_type: bool = field(init=False, default=False)
     _missing: dict[str, float] = field(init=False, factory=dict)

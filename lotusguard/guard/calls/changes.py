@@ -30,7 +30,8 @@ COUNT_LAG = 10
 class CallChanges:
     """Passes on what happens to calls.
 
-    :ivar webhook_at: when LiveKit's last genuine webhook came. :ivar round_at: when the last round of reconciling ended.
+    :ivar webhook_at: when LiveKit's last genuine webhook came.
+    :ivar round_at: when the last round of reconciling ended.
     """
 
     _livekit: LiveKitClient

@@ -177,5 +177,3 @@ class Admission:
     async def _forward(self, join: Join, forward: Forward, body: bytes) -> Answer:
         with self._log.stage(join.decision, Stage.UPSTREAM):
             return await forward(body, join.deadline.at)
-
-

@@ -124,7 +124,7 @@ class DecisionLog:
         self.secret_mismatch_at = self._clock.seconds()
         self._metrics.secret_mismatches.inc()
         log.critical(
-            "upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign ({why}): nothing is withheld from them",
+            "upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign ({why}): nothing is withheld",
             why=why, event_name="secret_mismatch",
         )  # fmt: skip
         self.unenforced(decision, "token", "secret_mismatch")

@@ -122,7 +122,12 @@ class TokenIssuer:
         return answer
 
     async def _record(
-        self, join: Join, token: Token, hold_id: str | None, granted: frozenset[Source] | None, withheld: frozenset[Source]
+        self,
+        join: Join,
+        token: Token,
+        hold_id: str | None,
+        granted: frozenset[Source] | None,
+        withheld: frozenset[Source],
     ) -> None:
         """The hold is written before the token is sent."""
         device = join.request.device_id or ""

@@ -104,7 +104,8 @@ class Seating:
                     await self._roster.refresh(join.room_id, since, deadline, join.request.slot_id)
             taken = await self._seats.take(
                 join.room_id, join.user, policy.max_users, join.alias,
-                exempt=policy.max_users is not None and policy.bypasses_limit(join.user), new_slot=not join.is_main_slot,
+                exempt=policy.max_users is not None and policy.bypasses_limit(join.user),
+                new_slot=not join.is_main_slot,
             )  # fmt: skip
             if taken is not Refusal.FULL:
                 return taken

@@ -87,7 +87,9 @@ class Members:
             return KnownMembership(None, reason=failed.reason)
         return KnownMembership(fetched.value, fetched.began)
 
-    async def confirm(self, room_id: str, user: str, deadline: Deadline, since: float, *, local: bool) -> KnownMembership:
+    async def confirm(
+        self, room_id: str, user: str, deadline: Deadline, since: float, *, local: bool
+    ) -> KnownMembership:
         """The membership on which a refusal may rest: "not joined" is read twice, from ``since`` on.
 
         A user of another homeserver without any entry is looked up again until the deadline.
