@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls to Valkey or Redis: every call has a timeout, failures in a row open a circuit, and subscriptions come back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import txredisapi
+from attrs import define, field, frozen
+from prometheus_client import Counter, Histogram
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+
+from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
+from lotusguard.clients.failures import CircuitOpen, DependencyFailed
+from lotusguard.clients.redis.address import RedisAddress
+from lotusguard.clients.redis.link import NAME, CommandProtocol, Link, ServerInfo, SubscriberProtocol, reason_of
+from lotusguard.metrics import Metrics
+
+log = Logger()
+
+CALL_TIMEOUT = 1.0
+"""Seconds for one call. A script takes less than a millisecond; 0.3 s are a slow network."""
+RECONNECT_WAIT = 0.5
+"""Seconds for which a call whose connection was lost waits for a new one."""
+CALLS_AT_ONCE = 4096
+"""Calls that may wait for an answer at the same time."""
+
+Listener = Callable[[str], None]
+
+
+@frozen
+class Script:
+    """A Lua script."""
+
+    text: str
+    sha: str = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "sha", hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest())
+
+
+@define(eq=False)
+class RedisClient:
+    """Talks to one server over two connections: one for commands, one for what is published.
+
+    :param on_server: called with every new connection before anybody uses it.
+    :ivar epoch: names the server's data set; see `ServerInfo`.
+    """
+
+    _address: RedisAddress
+    _reactor: Any = field(repr=False)
+    _metrics: Metrics = field(repr=False)
+    timeout: float = field(default=CALL_TIMEOUT, kw_only=True)
+    epoch: str = field(init=False, default="")
+    on_server: list[Callable[[ServerInfo], None]] = field(init=False, factory=list)
+    breaker: CircuitBreaker = field(init=False, factory=CircuitBreaker)
+    _prober: Prober = field(init=False, repr=False)
+    _commands: Link[CommandProtocol] = field(init=False, repr=False)
+    _messages: Link[SubscriberProtocol] = field(init=False, repr=False)
+    _listeners: dict[str, Listener] = field(init=False, factory=dict)
+    _waiting: int = field(init=False, default=0)
+    _seconds: Histogram = field(init=False, repr=False)
+    _outcomes: dict[str, Counter] = field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._prober = Prober(self.breaker, self._reactor, self.probe)
+        self._commands = Link(self._address, CommandProtocol, self._commands_ready, self._reactor)
+        self._messages = Link(self._address, SubscriberProtocol, self._messages_ready, self._reactor)
+        self._seconds = self._metrics.dependency_seconds.labels(NAME)
+        outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")
+        self._outcomes = {outcome: self._metrics.dependency_calls.labels(NAME, outcome) for outcome in outcomes}
+        self._metrics.circuit_open.labels(NAME).set(0)
+
+    # -- life --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        self._commands.start()
+        self._messages.start()
+
+    def stop(self) -> None:
+        self._prober.stop()
+        self._commands.stop()
+        self._messages.stop()
+
+    @property
+    def available(self) -> bool:
+        """Whether calls are made at all now."""
+        return self._commands.protocol is not None and not self.breaker.open
+
+    @property
+    def fault(self) -> str:
+        """Why calls fail now; "" if nothing is known to be wrong."""
+        if self._commands.protocol is None:
+            return self._commands.fault
+        return "circuit_open" if self.breaker.open else ""
+
+    async def _commands_ready(self, protocol: CommandProtocol, server: ServerInfo) -> None:
+        self.epoch = server.epoch
+        if self.breaker.succeeded():
+            self._metrics.circuit_open.labels(NAME).set(0)
+        for told in self.on_server:
+            told(server)
+
+    async def _messages_ready(self, protocol: SubscriberProtocol, server: ServerInfo) -> None:
+        protocol.on_message = self._message
+        if self._listeners:
+            await protocol.subscribe(list(self._listeners))
+
+    # -- messages ----------------------------------------------------------------------------------------
+
+    def listen(self, channel: str, listener: Listener) -> None:
+        """Call ``listener`` with each message of a channel. It must be called before `start`. Messages may be lost."""
+        self._listeners[channel] = listener
+
+    async def publish(self, channel: str, message: str) -> None:
+        """Send a message to all guards, this one included. :raises DependencyFailed: it was not sent."""
+        await self.call("PUBLISH", channel, message)
+
+    def _message(self, channel: str, message: str) -> None:
+        listener = self._listeners.get(channel)
+        if listener is None:
+            return
+        try:
+            listener(message)
+        except Exception:
+            log.failure("a message in {channel} could not be handled", channel=channel)
+
+    # -- calls -------------------------------------------------------------------------------------------
+
+    async def probe(self) -> None:
+        """Ask for a sign of life. :raises DependencyFailed: none came in time."""
+        await self._call(("PING",), is_probe=True)
+
+    async def run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
+        """Run a script that uses one key. If the connection is lost, it is run once more: a script must give the same
+        answer to the same arguments.
+
+        :raises DependencyFailed: no usable answer in time.
+        """
+        try:
+            return await self._run(script, key, *arguments)
+        except DependencyFailed as failed:
+            if failed.reason != "connection_lost":
+                raise
+        await self._commands.connected(RECONNECT_WAIT)
+        return await self._run(script, key, *arguments)
+
+    async def _run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
+        try:
+            return await self.call("EVALSHA", script.sha, 1, key, *arguments)
+        except DependencyFailed as failed:
+            if failed.reason != "no_script":
+                raise
+        return await self.call("EVAL", script.text, 1, key, *arguments)
+
+    async def call(self, *words: str | bytes | int) -> Any:
+        """Send one command. :raises DependencyFailed: no usable answer in time."""
+        return await self._call(words, is_probe=False)
+
+    async def _call(self, words: tuple[str | bytes | int, ...], *, is_probe: bool) -> Any:
+        protocol = self._commands.protocol
+        if protocol is None:
+            raise DependencyFailed(NAME, self._commands.fault)
+        if self.breaker.open and not is_probe:
+            self._outcomes["circuit_open"].inc()
+            raise CircuitOpen(NAME)
+        if self._waiting >= CALLS_AT_ONCE:
+            self._outcomes["queue_full"].inc()
+            raise DependencyFailed(NAME, "queue_full")
+        began = self._reactor.seconds()
+        self._waiting += 1
+        try:
+            asked: Deferred[Any] = protocol.execute_command(*words)
+            answer = await asked.addTimeout(self.timeout, self._reactor)
+        except CancelledError:
+            raise
+        except Exception as error:
+            reason = self._reason(error)
+            if reason == "no_script":
+                raise DependencyFailed(NAME, reason) from None
+            self._failed(reason)
+            raise DependencyFailed(NAME, reason, error) from None
+        finally:
+            self._waiting -= 1
+            self._seconds.observe(self._reactor.seconds() - began)
+        self._succeeded()
+        return answer
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, txredisapi.ResponseError):
+            if str(error).startswith("NOSCRIPT"):
+                return "no_script"
+            reason = reason_of(error)
+            if reason == "error":
+                log.error("Redis answered {error}", error=str(error)[:300], event_name="redis_error")
+            return reason
+        if isinstance(error, txredisapi.ConnectionError) and not isinstance(error, txredisapi.TimeoutError):
+            return "connection_lost"
+        return reason_of(error)
+
+    def _succeeded(self) -> None:
+        self._outcomes["ok"].inc()
+        if self.breaker.succeeded():
+            self._metrics.circuit_open.labels(NAME).set(0)
+            log.info("Redis answers again", event_name="dependency_up")
+
+    def _failed(self, reason: str) -> None:
+        self._outcomes["failed"].inc()
+        if reason == "read_only":  # the server has become a replica: find the master
+            self._commands.drop()
+        if self.breaker.failed():
+            self._metrics.circuit_open.labels(NAME).set(1)
+            log.error(
+                "Redis failed five times in a row ({reason}); it is not called until a probe succeeds", reason=reason,
+                event_name="dependency_down",
+            )  # fmt: skip
+            self._prober.start()

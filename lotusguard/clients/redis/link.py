@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection to Redis that is made again whenever it is lost.
+
+txredisapi gives up reconnecting for good after an error during authentication, so only its protocol is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from random import random
+from typing import Any, Generic, TypeVar
+
+import txredisapi
+from attrs import define, field, frozen
+from OpenSSL import SSL
+from service_identity import VerificationError
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.protocol import Factory
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from lotusguard.clients.failures import DependencyFailed
+from lotusguard.clients.redis.address import HostPort, RedisAddress, endpoint_for
+from lotusguard.clients.waiting import Deadline, fire_all
+
+log = Logger()
+
+CONNECT_TIMEOUT = 5.0
+"""Seconds for a connection, authentication included."""
+RETRY_FIRST, RETRY_LAST = 0.1, 2.0
+"""Seconds between two attempts: the first pause, doubled up to the last."""
+JITTER = 0.25
+OLDEST_VERSION = (6, 2)
+NAME = "redis"
+
+
+@frozen
+class ServerInfo:
+    """The server that a connection leads to.
+
+    :ivar epoch: changes when the server may have another data set: it was restarted, or another one took over.
+    """
+
+    epoch: str
+    version: tuple[int, ...]
+    master: bool
+
+
+class _Events:
+    """Mixed into txredisapi's protocols: authentication is ours, and the end of the connection is an event.
+
+    :ivar untrusted: whether the connection ended because of the server's certificate.
+    """
+
+    untrusted = False
+
+    def connectionMade(self) -> None:
+        self._ready = True
+        self.lost: Deferred[None] = Deferred()
+
+    def connectionLost(self, reason: Any) -> None:
+        self.untrusted = reason.check(SSL.Error, VerificationError) is not None
+        super().connectionLost(reason)  # type: ignore[misc]
+        lost, self.lost = self.lost, Deferred()
+        lost.callback(None)
+
+
+class CommandProtocol(_Events, txredisapi.RedisProtocol):  # type: ignore[misc]
+    """A connection for commands."""
+
+
+class SubscriberProtocol(_Events, txredisapi.SubscriberProtocol):  # type: ignore[misc]
+    """A connection that receives what is published."""
+
+    on_message: Callable[[str, str], None]
+
+    def messageReceived(self, pattern: str | None, channel: str, message: str) -> None:
+        self.on_message(channel, message)
+
+
+P = TypeVar("P", bound="CommandProtocol | SubscriberProtocol")
+
+
+@define(eq=False)
+class Link(Generic[P]):
+    """Keeps one connection.
+
+    :param ready: prepares a new connection before anybody uses it; if it fails, the connection is closed.
+    :ivar protocol: the connection; ``None`` while there is none.
+    :ivar fault: why there is none.
+    """
+
+    _address: RedisAddress
+    _protocol: type[P]
+    _ready: Callable[[P, ServerInfo], Awaitable[None]]
+    _reactor: Any
+    protocol: P | None = field(init=False, default=None)
+    fault: str = field(init=False, default="not_connected")
+    _running: Deferred[None] | None = field(init=False, default=None)
+    _wanted: bool = field(init=False, default=False)
+    _waiting: list[Deferred[None]] = field(init=False, factory=list)
+
+    def start(self) -> None:
+        self._wanted = True
+        self._running = Deferred.fromCoroutine(self._run())
+        self._running.addErrback(lambda failure: failure.trap(CancelledError) and None)
+
+    def stop(self) -> None:
+        self._wanted = False
+        self.drop()
+        if self._running is not None:
+            self._running.cancel()
+
+    async def connected(self, seconds: float) -> None:
+        """Wait so long for a connection. :raises DependencyFailed: there is none."""
+        if self.protocol is None:
+            waiting: Deferred[None] = Deferred()
+            self._waiting.append(waiting)
+            try:
+                await waiting.addTimeout(seconds, self._reactor)
+            except TimeoutError:
+                raise DependencyFailed(NAME, self.fault or "not_connected") from None
+
+    def drop(self) -> None:
+        """Close the connection; a new one is made."""
+        if self.protocol is not None:
+            self.protocol.transport.abortConnection()
+
+    async def _run(self) -> None:
+        pause = RETRY_FIRST
+        while self._wanted:
+            try:
+                protocol = await self._connect()
+            except CancelledError:
+                raise
+            except Exception as error:
+                self._failed(reason_of(error))
+            else:
+                pause, self.protocol, self.fault = RETRY_FIRST, protocol, ""
+                waiting, self._waiting = self._waiting, []
+                fire_all(waiting, None)
+                log.info("connected to Redis at {server}", server=self._address.name, event_name="redis_connected")
+                try:
+                    await _copy(protocol.lost)
+                finally:
+                    self.protocol = None
+                self._failed("connection_lost")
+            await deferLater(self._reactor, pause * (1 + JITTER * random()))
+            pause = min(2 * pause, RETRY_LAST)
+
+    def _failed(self, reason: str) -> None:
+        if reason != self.fault and self._wanted:
+            log.error(
+                "no connection to Redis at {server}: {reason}. {advice}",
+                server=self._address.name, reason=reason, advice=ADVICE.get(reason, ""), event_name="redis_lost",
+            )  # fmt: skip
+        self.fault = reason
+
+    async def _connect(self) -> P:
+        deadline = Deadline.after(self._reactor, CONNECT_TIMEOUT)
+        server = await self._find_server(deadline)
+        protocol = await deadline.wait(self._open(self._protocol, server))
+        try:
+            await deadline.wait(Deferred.fromCoroutine(self._prepare(protocol)))
+        except BaseException as error:
+            protocol.transport.abortConnection()
+            if protocol.untrusted:
+                raise DependencyFailed(NAME, "bad_certificate") from error
+            raise
+        return protocol
+
+    async def _prepare(self, protocol: P) -> None:
+        address = self._address
+        if address.password:
+            await protocol.execute_command("AUTH", *([address.user] if address.user else []), address.password)
+        if address.database:
+            await protocol.execute_command("SELECT", address.database)
+        info = read_info(await protocol.execute_command("INFO"))
+        if info.version < OLDEST_VERSION:
+            raise DependencyFailed(NAME, "wrong_version")
+        if not info.master:
+            raise DependencyFailed(NAME, "read_only")
+        await self._ready(protocol, info)
+
+    async def _find_server(self, deadline: Deadline) -> HostPort | None:
+        """The server to connect to; ``None`` for a UNIX socket. Sentinels are asked one after the other."""
+        address = self._address
+        if not address.service:
+            return address.servers[0] if address.servers else None
+        for sentinel in address.servers:
+            part = deadline.sooner(CONNECT_TIMEOUT / len(address.servers))
+            try:
+                protocol = await part.wait(self._open(CommandProtocol, sentinel))
+            except (TimeoutError, ConnectError, DNSLookupError):
+                continue
+            try:
+                if address.sentinel_password:
+                    await part.wait(protocol.execute_command("AUTH", address.sentinel_password))
+                asked = protocol.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.service)
+                found = await part.wait(asked)
+            except (TimeoutError, txredisapi.RedisError):
+                continue
+            finally:
+                protocol.transport.abortConnection()
+            if found:
+                return HostPort(found[0], int(found[1]))
+        raise DependencyFailed(NAME, "no_master")
+
+    def _open(self, protocol: type[Any], server: HostPort | None) -> Deferred[Any]:
+        factory = Factory.forProtocol(lambda: protocol(charset="utf-8", convertNumbers=False))
+        factory.noisy = False
+        return endpoint_for(self._reactor, self._address, server, CONNECT_TIMEOUT).connect(factory)
+
+
+def _copy(event: Deferred[None]) -> Deferred[None]:
+    """A Deferred of one's own for an event that others wait for too."""
+    copy: Deferred[None] = Deferred()
+    event.addCallback(lambda _: None if copy.called else copy.callback(None))
+    return copy
+
+
+def read_info(text: str) -> ServerInfo:
+    """Read the answer to ``INFO``."""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    version = tuple(int(part) for part in fields.get("redis_version", "0").split(".") if part.isdecimal())
+    epoch = f"{fields.get('run_id', '')[:16]}.{fields.get('master_replid', '')[:16]}"
+    return ServerInfo(epoch, version, fields.get("role", "master") == "master")
+
+
+_ERRORS = {
+    "WRONGPASS": "wrong_password",
+    "NOAUTH": "no_password",
+    "NOPERM": "no_permission",
+    "READONLY": "read_only",
+    "OOM": "out_of_memory",
+    "LOADING": "loading",
+    "BUSY": "busy",
+    "MASTERDOWN": "master_down",
+    "MISCONF": "cannot_save",
+    "NOREPLICAS": "no_replicas",
+    "CLUSTERDOWN": "cluster_down",
+}
+ADVICE = {
+    "wrong_password": "Correct the user name or the password in GUARD_REDIS_URL.",
+    "no_password": "The server wants a password: put it into GUARD_REDIS_URL.",
+    "no_permission": "Allow the user ~lotusguard:* &lotusguard:* +@read +@write +@scripting +@pubsub +info +ping.",
+    "read_only": "The server is a replica: name the master, or use redis+sentinel://.",
+    "out_of_memory": "Raise maxmemory of the server; a guard needs a few kilobytes for each room with a call.",
+    "wrong_version": "Valkey, or Redis 6.2 or later, is needed.",
+    "no_master": "No Sentinel names a master of that service.",
+    "cannot_save": "The server cannot write its snapshot: look at its log and its disk.",
+    "bad_certificate": "The server's certificate is not valid for its name; ?ca= names a file with its authority.",
+}
+
+
+def reason_of(error: Exception) -> str:
+    """A name for what went wrong."""
+    if isinstance(error, DependencyFailed):
+        return error.reason
+    if isinstance(error, TimeoutError | txredisapi.TimeoutError):
+        return "timeout"
+    if isinstance(error, txredisapi.ResponseError):
+        words = str(error).split() or [""]
+        if "without any password" in str(error) or "invalid password" in str(error):
+            return "wrong_password"
+        return _ERRORS.get(words[0].lstrip("-"), "error")
+    return "unreachable"

@@ -1,0 +1,496 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- The seats of one Matrix room: the rules of lotusguard/rules/room_seats.py, step by step, on the table TABLE that is
+-- generated from lotusguard/rules/seats.py. Tests run both side by side. Times are seconds.
+--
+-- A room is {unlimited_at, touched, holds = {hold…}, listed = {alias → time}, ended = {session → time},
+-- chains = {user → {expires, asked}}, exempt = {user → true}}. A hold has the fields of lotusguard.rules.seats.Hold, and
+-- for a pending one "lease": when it ends unless its guard renews it.
+
+local COUNTED = {'takes_seat', 'full', 'owns_seat', 'removes', 'in_call'}
+local NOBODY = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0, in_call = 0, exempt = false}
+local Seats = {}
+
+local function key_of(alias, name) return alias .. '\0' .. name end
+
+-- What is derived from the holds. "list" has holes: it keeps the order in which the holds got where they are.
+local room, list, last, users, total, sessions, sessions_of, reserved, pending, aliases, alias_count
+
+-- counting ---------------------------------------------------------------------------------------------------------
+
+local function user_of(name) return users[name] or NOBODY end
+
+local function add_up(user, rules, by)
+  for i = 1, #COUNTED do
+    local column = COUNTED[i]
+    if rules[column] then
+      local before = user[column]
+      user[column] = before + by
+      if not user.exempt and (before == 0 or before + by == 0) then total[column] = total[column] + by end
+    end
+  end
+end
+
+local function count(hold)
+  if not aliases[hold.alias] then
+    aliases[hold.alias] = 0
+    alias_count = alias_count + 1
+  end
+  aliases[hold.alias] = aliases[hold.alias] + 1
+  local user = users[hold.user]
+  if not user then
+    user = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0, in_call = 0,
+            exempt = room.exempt[hold.user] == true}
+    users[hold.user] = user
+  end
+  user.holds = user.holds + 1
+  add_up(user, TABLE[hold.state], 1)
+end
+
+local function uncount(hold)
+  aliases[hold.alias] = aliases[hold.alias] - 1
+  if aliases[hold.alias] == 0 then
+    aliases[hold.alias] = nil
+    alias_count = alias_count - 1
+  end
+  local user = users[hold.user]
+  user.holds = user.holds - 1
+  add_up(user, TABLE[hold.state], -1)
+end
+
+local function forget(name)
+  if user_of(name).holds == 0 then
+    users[name] = nil
+    room.exempt[name] = nil
+  end
+end
+
+local function owns_seat(name)
+  local user = user_of(name)
+  return user.owns_seat > 0 or user.exempt
+end
+
+local function owners_besides(name)
+  local user = user_of(name)
+  if user.owns_seat > 0 and not user.exempt then return total.owns_seat - 1 end
+  return total.owns_seat
+end
+
+-- where holds are --------------------------------------------------------------------------------------------------
+
+local function append(hold)
+  last = last + 1
+  hold.place = last
+  list[last] = hold
+end
+
+local function holds_where(wanted)
+  local found = {}
+  for i = 1, last do
+    if list[i] and wanted(list[i]) then found[#found + 1] = list[i] end
+  end
+  return found
+end
+
+local move
+
+local function put_session(hold)
+  sessions[key_of(hold.alias, hold.sid)] = hold
+  local key = key_of(hold.alias, hold.identity)
+  sessions_of[key] = (sessions_of[key] or 0) + 1
+  append(hold)
+  count(hold)
+end
+
+local function put_reserved(key, hold)
+  count(hold)  -- first, so that the user is known throughout
+  local older = reserved[key]
+  if older then move(older, 'replace', 0) end
+  reserved[key] = hold
+  append(hold)
+end
+
+local function take_out(hold)
+  list[hold.place] = nil
+  local key = key_of(hold.alias, hold.identity)
+  if hold.state == 'pending' then
+    pending[hold.id] = nil
+  elseif TABLE[hold.state].in_call then
+    sessions[key_of(hold.alias, hold.sid)] = nil
+    sessions_of[key] = sessions_of[key] > 1 and sessions_of[key] - 1 or nil
+  else
+    reserved[key] = nil
+  end
+end
+
+function move(hold, event, at)
+  local rules = TABLE[hold.state]
+  local after = rules.moves[event]
+  if after == nil then error('a hold that is ' .. hold.state .. ' cannot ' .. event) end
+  take_out(hold)
+  uncount(hold)
+  if after then
+    hold.state = after
+    local key = key_of(hold.alias, hold.identity)
+    if TABLE[after].in_call then
+      if event == 'arrive' then hold.began = at end
+      put_session(hold)
+    elseif not (rules.in_call and (reserved[key] or sessions_of[key])) then
+      -- else the identity has a newer token or session, which keeps the seat
+      if event == 'leave' or event == 'vanish' then
+        hold.began, hold.sid = at, ''
+        hold.expires = event == 'leave' and at or at + RECONNECT_WINDOW
+      end
+      put_reserved(key, hold)
+    end
+  end
+  forget(hold.user)
+end
+
+-- a room from its stored form, and back
+function Seats.open(stored)
+  room, list, last, users, sessions, sessions_of, reserved, pending = stored, {}, 0, {}, {}, {}, {}, {}
+  aliases, alias_count = {}, 0
+  total = {takes_seat = 0, full = 0, owns_seat = 0, removes = 0, in_call = 0}
+  for _, hold in ipairs(stored.holds) do
+    append(hold)
+    count(hold)
+    local key = key_of(hold.alias, hold.identity)
+    if hold.state == 'pending' then
+      pending[hold.id] = hold
+    elseif TABLE[hold.state].in_call then
+      sessions[key_of(hold.alias, hold.sid)] = hold
+      sessions_of[key] = (sessions_of[key] or 0) + 1
+    else
+      reserved[key] = hold
+    end
+  end
+end
+
+function Seats.close()
+  room.holds = holds_where(function() return true end)
+  for _, hold in ipairs(room.holds) do hold.place = nil end
+  return room
+end
+
+local function expires_before(a, b)
+  if a.expires ~= b.expires then return a.expires < b.expires end
+  return a.place < b.place
+end
+
+-- Let everything expire that has. Returns whether a request in flight ended because its guard did not renew it.
+function Seats.advance(now)
+  local due, lapsed = {}, {}
+  for i = 1, last do
+    local hold = list[i]
+    if hold then
+      if hold.state == 'pending' then
+        if hold.lease and hold.lease <= now then lapsed[#lapsed + 1] = hold end
+      elseif TABLE[hold.state].moves.expire ~= nil and hold.expires <= now then
+        due[#due + 1] = hold
+      end
+    end
+  end
+  table.sort(due, expires_before)
+  for _, hold in ipairs(due) do move(hold, 'expire', hold.expires) end
+  for _, hold in ipairs(lapsed) do move(hold, 'release', now) end
+  return #lapsed > 0
+end
+
+-- a join -----------------------------------------------------------------------------------------------------------
+
+local function known(hold_id)
+  if pending[hold_id] then return pending[hold_id] end
+  for i = 1, last do
+    if list[i] and list[i].id == hold_id then return list[i] end
+  end
+end
+
+function Seats.take(now, hold_id, user, limit, alias, exempt, slots, lease)
+  room.touched = now
+  if known(hold_id) then return nil end  -- asked again, because the answer was lost
+  if slots and not aliases[alias] and alias_count >= slots then return 'too_many_slots' end
+  if not limit then
+    room.unlimited_at = now
+  elseif not exempt and total.takes_seat >= limit and not owns_seat(user) then
+    return total.full >= limit and 'full' or 'seat_pending'
+  end
+  local hold = {id = hold_id, user = user, state = 'pending', alias = alias, identity = '', sid = '', began = now,
+                expires = 0, lease = lease}
+  pending[hold_id] = hold
+  append(hold)
+  count(hold)
+  if exempt then Seats.exempt(now, user) end
+end
+
+local function time_to_arrive(user, now, ttl)
+  local chain = room.chains[user]
+  if not chain or chain.asked + ttl < now then
+    chain = {expires = now + ttl}
+    room.chains[user] = chain
+  end
+  chain.asked = now
+  return chain.expires
+end
+
+local function reserve(hold, alias, identity, now, ttl)
+  local expires = time_to_arrive(hold.user, now, ttl)
+  hold.state = TABLE[hold.state].moves[expires <= now and 'issue_late' or 'issue']
+  hold.alias, hold.identity, hold.began, hold.expires, hold.lease = alias, identity, now, expires, nil
+  put_reserved(key_of(alias, identity), hold)
+  return hold
+end
+
+function Seats.issue(now, hold_id, alias, identity, ttl)
+  local hold = pending[hold_id]
+  if not hold then return known(hold_id) end
+  take_out(hold)
+  uncount(hold)
+  return reserve(hold, alias, identity, now, ttl)
+end
+
+function Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl)
+  local hold = known(hold_id)
+  if hold then return hold end
+  hold = {id = hold_id, user = user, state = 'pending', alias = alias, identity = identity, sid = '', began = now,
+          expires = 0}
+  if owns_seat(user) then return reserve(hold, alias, identity, now, ttl) end
+  hold.state, hold.expires = 'issued_unseated', time_to_arrive(user, now, ttl)
+  put_reserved(key_of(alias, identity), hold)
+  return hold
+end
+
+function Seats.release(now, hold_id)
+  if not pending[hold_id] then return false end
+  move(pending[hold_id], 'release', now)
+  return true
+end
+
+-- the call ---------------------------------------------------------------------------------------------------------
+
+-- Whether a participant without a seat may have one. Before the first listing nobody can tell.
+local function may_sit(hold, limit)
+  return owns_seat(hold.user) or (room.listed[hold.alias] ~= nil and owners_besides(hold.user) < limit)
+end
+
+local function arrived(alias, who, limit, now, joined_by)
+  local at, key = key_of(alias, who.sid), key_of(alias, who.identity)
+  if room.ended[at] then return end
+  local issued = reserved[key]
+  if issued and issued.began > joined_by then issued = nil end
+  local hold = sessions[at]
+  if hold then
+    if issued then move(issued, 'replace', now) end
+  elseif issued and issued.user == who.user then
+    hold = issued
+    hold.sid = who.sid
+    move(hold, 'arrive', now)
+  else
+    hold = {id = who.sid, user = who.user, state = owns_seat(who.user) and 'present' or 'unseated', alias = alias,
+            identity = who.identity, sid = who.sid, began = now, expires = 0}
+    put_session(hold)
+  end
+  room.chains[who.user] = nil
+  if hold.state == 'unseated' and (not limit or may_sit(hold, limit)) then move(hold, 'seat', now) end
+end
+
+function Seats.arrive(now, alias, who, limit)
+  room.touched = now
+  if not limit then room.unlimited_at = now end
+  arrived(alias, who, limit, now, who.joined or now)
+end
+
+function Seats.leave(now, alias, sid, identity, left_by, by_choice)
+  room.touched = now
+  local at = key_of(alias, sid)
+  room.ended[at] = now
+  local issued = reserved[key_of(alias, identity)]
+  if by_choice and issued and issued.began <= left_by then move(issued, 'leave', now) end
+  local hold = sessions[at]
+  if hold then move(hold, by_choice and 'leave' or 'vanish', now) end
+end
+
+local function forget_ended(now)
+  for at, ended in pairs(room.ended) do
+    if ended <= now - ENDED_SESSIONS_KEPT then room.ended[at] = nil end
+  end
+end
+
+-- Owners of a seat first, then by the time they joined.
+local function by_precedence(present)
+  local sorted = {}
+  for place, who in ipairs(present) do
+    sorted[place] = {who = who, place = place, owns = owns_seat(who.user), joined = who.joined or 0}
+  end
+  table.sort(sorted, function(a, b)
+    if a.owns ~= b.owns then return a.owns end
+    if a.joined ~= b.joined then return a.joined < b.joined end
+    return a.place < b.place
+  end)
+  return sorted
+end
+
+function Seats.apply_listing(now, alias, present, limit, since)
+  local listed = room.listed[alias]
+  if listed and since < listed then return end  -- a later listing overtook it
+  room.listed[alias] = since
+  room.touched = now
+  if not limit then room.unlimited_at = now end
+  local there = {}
+  for _, entry in ipairs(by_precedence(present)) do
+    local who = entry.who
+    local at = key_of(alias, who.sid)
+    there[at] = true
+    if room.ended[at] and room.ended[at] < since then room.ended[at] = nil end
+    local before = not listed and (not who.joined or who.joined <= room.unlimited_at)
+    arrived(alias, who, not before and limit or nil, now, since)
+  end
+  for _, hold in ipairs(holds_where(function(hold)
+    return TABLE[hold.state].in_call and hold.alias == alias and hold.began < since
+      and not there[key_of(alias, hold.sid)]
+  end)) do move(hold, 'vanish', now) end
+  for _, hold in ipairs(holds_where(function(hold)
+    return TABLE[hold.state].unconfirmed and (hold.alias == alias or hold.alias == '') and hold.expires <= since
+  end)) do move(hold, 'confirm', now) end
+  if limit then
+    for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
+      if owns_seat(hold.user) or owners_besides(hold.user) < limit then move(hold, 'seat', now) end
+    end
+  end
+  forget_ended(now)
+end
+
+function Seats.overflow(now, limit)
+  local over = {}
+  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'unseated' end)) do
+    if not limit or may_sit(hold, limit) then
+      move(hold, 'seat', now)
+    elseif total.removes >= limit and room.listed[hold.alias] then
+      over[#over + 1] = hold
+    end
+  end
+  return over
+end
+
+function Seats.seat_everybody(now)
+  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'unseated' end)) do move(hold, 'seat', now) end
+end
+
+function Seats.exempt(now, name)
+  local user = users[name]
+  if user and not user.exempt then
+    for _, column in ipairs(COUNTED) do
+      if user[column] > 0 then total[column] = total[column] - 1 end
+    end
+    user.exempt, room.exempt[name] = true, true
+  end
+end
+
+function Seats.rename(now, alias, identity, name)
+  for _, hold in ipairs(holds_where(function(hold)
+    return TABLE[hold.state].in_call and hold.alias == alias and hold.identity == identity and hold.user ~= name
+  end)) do
+    local nobody = hold.user
+    uncount(hold)
+    hold.user = name
+    count(hold)
+    forget(nobody)
+  end
+end
+
+-- Take over a hold that another run or another guard issued.
+function Seats.restore(now, hold_id, user, alias, identity, present, expires)
+  if known(hold_id) then return end
+  put_reserved(key_of(alias, identity), {
+    id = hold_id, user = user, state = present and 'left' or 'issued', alias = alias, identity = identity, sid = '',
+    began = now, expires = present and now or expires,
+  })
+end
+
+function Seats.knows(alias, identity)
+  local key = key_of(alias, identity)
+  return reserved[key] ~= nil or sessions_of[key] ~= nil
+end
+
+-- Requests in flight end, and every SFU room has to be listed again: the data set may be an older one.
+function Seats.distrust(now)
+  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'pending' end)) do
+    move(hold, 'release', now)
+  end
+  room.listed = {}
+end
+
+-- How many requests in flight of a guard are renewed.
+function Seats.renew(now, hold_ids, lease)
+  local renewed = 0
+  for _, hold_id in ipairs(hold_ids) do
+    if pending[hold_id] then
+      pending[hold_id].lease = lease
+      renewed = renewed + 1
+    end
+  end
+  return renewed
+end
+
+-- questions --------------------------------------------------------------------------------------------------------
+
+local function names_of(found)
+  local names, seen = {}, {}
+  for _, hold in ipairs(found) do
+    if not seen[hold.user] then
+      seen[hold.user] = true
+      names[#names + 1] = hold.user
+    end
+  end
+  return names
+end
+
+function Seats.owns_seat(now, user) return owns_seat(user) end
+function Seats.is_exempt(now, user) return user_of(user).exempt end
+function Seats.is_present(now, user) return user_of(user).in_call > 0 end
+function Seats.seats_taken(now) return total.takes_seat end
+
+function Seats.sessions(now) return holds_where(function(hold) return TABLE[hold.state].in_call end) end
+function Seats.users(now) return names_of(Seats.sessions(now)) end
+
+-- Users who have a seat, have no request in flight, and are not in the call as far as we know.
+function Seats.awaited(now)
+  return names_of(holds_where(function(hold)
+    return hold.state ~= 'pending' and not TABLE[hold.state].in_call and TABLE[hold.state].owns_seat
+  end))
+end
+
+function Seats.occupants(now)
+  return names_of(holds_where(function(hold)
+    return TABLE[hold.state].in_call or hold.state ~= 'pending' and TABLE[hold.state].owns_seat
+  end))
+end
+
+function Seats.aliases(now)
+  local names = {}
+  for alias in pairs(aliases) do
+    if alias ~= '' then names[#names + 1] = alias end
+  end
+  return names
+end
+
+function Seats.listing_required_since(now)
+  local latest
+  for _, hold in ipairs(holds_where(function(hold) return TABLE[hold.state].unconfirmed end)) do
+    if not latest or hold.expires > latest then latest = hold.expires end
+  end
+  return latest
+end
+
+function Seats.is_idle(now) return next(users) == nil end
+function Seats.is_occupied(now) return next(sessions) ~= nil or next(reserved) ~= nil end
+
+-- Drop what no delayed event can refer to any more.
+function Seats.forget_old(now, ttl, listing_kept)
+  forget_ended(now)
+  for user, chain in pairs(room.chains) do
+    if chain.asked + ttl < now then room.chains[user] = nil end
+  end
+  for alias, since in pairs(room.listed) do
+    if not aliases[alias] and since < now - listing_kept then room.listed[alias] = nil end
+  end
+end

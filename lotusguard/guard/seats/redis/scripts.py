@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lua scripts. Their table of states comes from `lotusguard.rules.seats`: there is one source of the rules."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from types import MappingProxyType
+
+from attrs import fields
+
+from lotusguard.clients.redis.client import Script
+from lotusguard.rules.room_seats import ENDED_SESSIONS_KEPT, RECONNECT_WINDOW
+from lotusguard.rules.seats import TABLE, StateRules
+
+PREFIX = "lotusguard:"
+"""Begins the name of every key and channel."""
+WAKE_CHANNEL = PREFIX + "wake"
+"""Names of rooms in which a request in flight has ended while somebody waited for it."""
+CALL_ENDED_AFTER = 60.0
+"""Seconds without occupants and holds after which a call has ended."""
+IDLE_ROOM, OCCUPIED_ROOM = 600, 86400
+"""Seconds after the last change until Redis deletes a room: in which nobody is, and any other."""
+WAIT_LONGEST = 30.0
+"""Seconds for which somebody may wait for a request in flight."""
+LISTING_KEPT = 60.0
+"""Seconds for which the time of the last listing of an SFU room is kept although nobody is in it."""
+
+_CONSTANTS = MappingProxyType(
+    {
+        "RECONNECT_WINDOW": RECONNECT_WINDOW,
+        "ENDED_SESSIONS_KEPT": ENDED_SESSIONS_KEPT,
+        "CALL_ENDED_AFTER": CALL_ENDED_AFTER,
+        "IDLE_ROOM": IDLE_ROOM,
+        "OCCUPIED_ROOM": OCCUPIED_ROOM,
+        "WAIT_LONGEST": WAIT_LONGEST,
+        "LISTING_KEPT": LISTING_KEPT,
+        "WAKE_CHANNEL": WAKE_CHANNEL,
+    }
+)
+
+
+def room_key(room_id: str) -> str:
+    """The key of a room's seats. What is between the braces decides which server of a cluster has it."""
+    return f"{PREFIX}seats:{{{room_id}}}"
+
+
+def lua_table() -> str:
+    """`TABLE` as Lua: the columns of each state, and its moves; ``false`` ends the hold."""
+    rows = (f"  {state.value} = {_row(rules)}," for state, rules in TABLE.items())
+    return "local TABLE = {\n" + "\n".join(rows) + "\n}\n"
+
+
+def _row(rules: StateRules) -> str:
+    columns = [
+        f"{column.name} = {str(getattr(rules, column.name)).lower()}"
+        for column in fields(StateRules)
+        if column.name != "moves"
+    ]
+    moves = ", ".join(
+        f"{event.value} = {'false' if after is None else repr(after.value)}" for event, after in rules.moves.items()
+    )
+    return f"{{{', '.join(columns)}, moves = {{{moves}}}}}"
+
+
+def with_rules(entry: str) -> Script:
+    """A script that begins with the table and the rules. :param entry: Lua that uses ``Seats``."""
+    constants = "".join(
+        f"local {name} = {value if not isinstance(value, str) else repr(value)}\n" for name, value in _CONSTANTS.items()
+    )
+    return Script(constants + lua_table() + lua("rules") + entry)
+
+
+def lua(name: str) -> str:
+    """One of the files beside this one."""
+    return files(__package__).joinpath(f"{name}.lua").read_text(encoding="utf-8")
+
+
+STEP = with_rules(lua("step"))
+"""One step on one room; see ``step.lua``."""

@@ -1,0 +1,157 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- One step on one room: read it, let everything expire that has, do what is asked, write it.
+-- KEYS[1]: the room. ARGV[1]: JSON {epoch, guarding_since, room_id, operations = [[name, arguments…]…]}.
+-- The answer is JSON {now, listed = {alias → time}, results}. Times are text, because cjson writes 14 digits only.
+
+local request = cjson.decode(ARGV[1])
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+
+local function given(value)
+  if value == cjson.null then return nil end
+  return value
+end
+
+local function text(at) return at and string.format('%.6f', at) or false end
+
+local function arrival(from)
+  return {sid = from[1], identity = from[2], user = from[3], joined = given(from[4])}
+end
+
+local stored = redis.call('GET', KEYS[1])
+local room = stored and cmsgpack.unpack(stored) or {
+  unlimited_at = request.guarding_since, touched = now, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {},
+  devices = {}, empty_since = now, epoch = request.epoch,
+}
+Seats.open(room)
+local ended = Seats.advance(now)  -- whether a request in flight has ended: somebody who waits may find a seat
+if room.epoch ~= request.epoch then
+  Seats.distrust(now)
+  room.epoch = request.epoch
+end
+
+local function has_ended() return room.empty_since ~= nil and now - room.empty_since >= CALL_ENDED_AFTER end
+
+local Writing = {}
+
+function Writing.take(hold_id, user, limit, alias, exempt, slots, lease)
+  local refusal = Seats.take(now, hold_id, user, given(limit), alias, exempt, given(slots), now + lease)
+  if refusal == 'seat_pending' then room.waited_until = now + WAIT_LONGEST end
+  return refusal or ''
+end
+
+function Writing.issue(hold_id, user, alias, identity, device, ttl)
+  local hold = Seats.issue(now, hold_id, alias, identity, ttl)
+  ended = true
+  -- its guard could not renew it in time, or the data set was lost: the token is sent all the same
+  if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl) end
+  return {hold.state, text(hold.expires)}
+end
+
+function Writing.issue_without_seat(hold_id, user, alias, identity, device, ttl)
+  local hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl)
+  return {hold.state, text(hold.expires)}
+end
+
+function Writing.release(hold_id)
+  ended = Seats.release(now, hold_id) or ended
+  return true
+end
+
+function Writing.renew(hold_ids, lease) return Seats.renew(now, hold_ids, now + lease) end
+
+function Writing.restore(hold_id, user, alias, identity, expires)
+  if Seats.knows(alias, identity) or expires <= now then return false end
+  Seats.restore(now, hold_id, user, alias, identity, false, expires)
+  return true
+end
+
+function Writing.recognise(alias, identities, user)
+  for _, identity in ipairs(identities) do Seats.rename(now, alias, identity, user) end
+  return true
+end
+
+function Writing.exempt(user)
+  Seats.exempt(now, user)
+  return true
+end
+
+function Writing.arrive(alias, who, limit)
+  Seats.arrive(now, alias, arrival(who), given(limit))
+  return true
+end
+
+function Writing.leave(alias, sid, identity, left_by, by_choice)
+  Seats.leave(now, alias, sid, identity, left_by, by_choice)
+  return true
+end
+
+function Writing.apply_listing(alias, present, limit, since, ttl)
+  local arrivals = {}
+  for place, who in ipairs(present) do arrivals[place] = arrival(who) end
+  -- the call is older than our memory of it, and somebody must have started it
+  if not room.listed[alias] and #arrivals > 0 then room.started = true end
+  Seats.apply_listing(now, alias, arrivals, given(limit), since)
+  Seats.forget_old(now, ttl, LISTING_KEPT)
+  return true
+end
+
+function Writing.overflow(limit)
+  local over = {}
+  for place, hold in ipairs(Seats.overflow(now, given(limit))) do
+    over[place] = {hold.alias, hold.sid, hold.identity, hold.user}
+  end
+  return over
+end
+
+function Writing.seat_everybody()
+  Seats.seat_everybody(now)
+  return true
+end
+
+function Writing.start()
+  room.started = true
+  return true
+end
+
+local Reading = {}
+
+function Reading.owns_seat(user) return Seats.owns_seat(now, user) end
+function Reading.is_present(user) return Seats.is_present(now, user) end
+function Reading.aliases() return Seats.aliases(now) end
+function Reading.occupants() return Seats.occupants(now) end
+function Reading.listing_required_since() return text(Seats.listing_required_since(now)) end
+function Reading.is_started() return room.started == true and not has_ended() end
+function Reading.listed() return true end
+
+function Reading.snapshot()
+  local present = {}
+  for place, hold in ipairs(Seats.sessions(now)) do
+    present[place] = {hold.alias, hold.sid, hold.identity, hold.user, hold.state}
+  end
+  return {Seats.is_idle(now), Seats.seats_taken(now), Seats.awaited(now), present}
+end
+
+local results, writes = {}, false
+for place, operation in ipairs(request.operations) do
+  local name = operation[1]
+  writes = writes or Writing[name] ~= nil
+  results[place] = (Writing[name] or Reading[name])(unpack(operation, 2))
+end
+
+if writes then
+  if Seats.is_occupied(now) then
+    room.empty_since = nil
+  elseif not room.empty_since then
+    room.empty_since = now
+  end
+  if has_ended() then room.started = nil end
+  if room.waited_until and room.waited_until <= now then room.waited_until = nil end
+  local kept = Seats.is_idle(now) and IDLE_ROOM or OCCUPIED_ROOM
+  redis.call('SET', KEYS[1], cmsgpack.pack(Seats.close()), 'EX', kept)
+  if ended and room.waited_until then redis.call('PUBLISH', WAKE_CHANNEL, request.room_id) end
+end
+
+local listed = {}
+for alias, since in pairs(room.listed) do listed[alias] = text(since) end
+return cjson.encode({text(now), listed, results})

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seats of one room as Lua rules in Valkey, behind the interface of `RoomSeats`, and both side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from itertools import count
+from typing import Any, Protocol
+
+from lotusguard.guard.seats.redis.scripts import with_rules
+from lotusguard.rules.refusals import Refusal
+from lotusguard.rules.room_seats import RoomSeats
+from lotusguard.rules.seats import Arrival, Hold, HoldState, IdentityKey, Session
+
+from .server import shared_client
+
+_RUN = """
+local call = cjson.decode(ARGV[1])
+local stored = redis.call('GET', KEYS[1])
+local room = stored and cmsgpack.unpack(stored)
+  or {unlimited_at = call.unlimited_at, touched = 0, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {}}
+Seats.open(room)
+if call.now ~= cjson.null then Seats.advance(call.now) end
+local now = call.now ~= cjson.null and call.now or 0
+for place, value in ipairs(call.arguments) do
+  if value == cjson.null then call.arguments[place] = false end
+end
+local function arguments() return unpack(call.arguments, 1, call.size) end
+local function or_nil(value) if value == cjson.null or value == false then return nil end return value end
+local function all_or_nil(...)
+  local given = {...}
+  for place = 1, call.size do given[place] = or_nil(given[place]) end
+  return unpack(given, 1, call.size)
+end
+if call.name == 'arrive' then call.arguments[2].joined = or_nil(call.arguments[2].joined) end
+if call.name == 'apply_listing' then
+  for _, who in ipairs(call.arguments[2]) do who.joined = or_nil(who.joined) end
+end
+local answer = Seats[call.name](now, all_or_nil(arguments()))
+local function precise(value)
+  if type(value) == 'number' then return {number = string.format('%.17g', value)} end
+  if type(value) ~= 'table' then return value end
+  local copy = {}
+  for key, item in pairs(value) do copy[key] = precise(item) end
+  return copy
+end
+local closed = Seats.close()
+redis.call('SET', KEYS[1], cmsgpack.pack(closed), 'EX', 600)
+if answer == nil then answer = cjson.null end
+return cjson.encode({answer = precise(answer), holds = precise(closed.holds), listed = precise(closed.listed)})
+"""
+RUN = with_rules(_RUN)
+_rooms = count(1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"number"}:
+            return float(value["number"])
+        if not value:
+            return []
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _hold(fields: dict[str, Any]) -> Hold:
+    names = ("id", "user", "alias", "identity", "sid", "began", "expires")
+    return Hold(state=HoldState(fields["state"]), **{name: fields[name] for name in names})
+
+
+class Seats(Protocol):
+    """What the rule tests use of a room."""
+
+    sessions: dict[Session, Hold]
+    reserved: dict[IdentityKey, Hold]
+    pending: dict[str, Hold]
+
+
+class ValkeySeats:
+    """A room whose rules run in Valkey. The time is an argument, as in `RoomSeats`."""
+
+    def __init__(self, unlimited_at: float) -> None:
+        self._key = f"test:room:{{{next(_rooms)}}}"
+        self._unlimited_at = unlimited_at
+        self._sha = shared_client().script_load(RUN.text)
+        self.holds: list[Hold] = []
+        self._listed: dict[str, float] = {}
+
+    def _run(self, name: str, now: float | None, *arguments: object) -> Any:
+        call = {
+            "name": name, "now": now, "arguments": arguments, "size": len(arguments),
+            "unlimited_at": self._unlimited_at,
+        }  # fmt: skip
+        told = json.loads(shared_client().evalsha(self._sha, 1, self._key, json.dumps(call)))
+        self.holds = [_hold(hold) for hold in _plain(told["holds"])]
+        listed = _plain(told["listed"])
+        self._listed = dict(listed) if listed else {}
+        return _plain(told["answer"])
+
+    @property
+    def sessions(self) -> dict[Session, Hold]:
+        return {Session(hold.alias, hold.sid): hold for hold in self.holds if hold.rules.in_call}
+
+    @property
+    def pending(self) -> dict[str, Hold]:
+        return {hold.id: hold for hold in self.holds if hold.state is HoldState.PENDING}
+
+    @property
+    def reserved(self) -> dict[IdentityKey, Hold]:
+        return {
+            IdentityKey(hold.alias, hold.identity): hold
+            for hold in self.holds
+            if hold.state is not HoldState.PENDING and not hold.rules.in_call
+        }
+
+    def take(
+        self, hold_id: str, user: str, limit: int | None, alias: str, now: float, *, exempt: bool = False,
+        slots: int | None = None,
+    ) -> Refusal | None:  # fmt: skip
+        refusal = self._run("take", now, hold_id, user, limit, alias, exempt, slots, None)
+        return None if refusal is None else Refusal(refusal)
+
+    def issue(self, hold_id: str, alias: str, identity: str, now: float, ttl: float) -> Hold | None:
+        hold = self._run("issue", now, hold_id, alias, identity, ttl)
+        return None if hold is None else _hold(hold)
+
+    def issue_without_seat(self, hold_id: str, user: str, alias: str, identity: str, now: float, ttl: float) -> Hold:
+        return _hold(self._run("issue_without_seat", now, hold_id, user, alias, identity, ttl))
+
+    def release(self, hold_id: str) -> None:
+        self._run("release", None, hold_id)
+
+    def arrive(self, alias: str, who: Arrival, limit: int | None, now: float) -> None:
+        self._run("arrive", now, alias, _fields(who), limit)
+
+    def leave(self, alias: str, sid: str, identity: str, now: float, left_by: float, *, by_choice: bool) -> None:
+        self._run("leave", now, alias, sid, identity, left_by, by_choice)
+
+    def apply_listing(
+        self, alias: str, present: Collection[Arrival], limit: int | None, since: float, now: float
+    ) -> None:
+        self._run("apply_listing", now, alias, [_fields(who) for who in present], limit, since)
+
+    def overflow(self, limit: int | None, now: float) -> list[Hold]:
+        return [_hold(hold) for hold in self._run("overflow", now, limit)]
+
+    def seat_everybody(self) -> None:
+        self._run("seat_everybody", None)
+
+    def exempt(self, user: str) -> None:
+        self._run("exempt", None, user)
+
+    def rename(self, key: IdentityKey, user: str) -> None:
+        self._run("rename", None, key.alias, key.identity, user)
+
+    def restore(self, hold_id: str, user: str, key: IdentityKey, *, present: bool, now: float, expires: float) -> None:
+        self._run("restore", now, hold_id, user, key.alias, key.identity, present, expires)
+
+    def owns_seat(self, user: str) -> bool:
+        return bool(self._run("owns_seat", None, user))
+
+    def is_exempt(self, user: str) -> bool:
+        return bool(self._run("is_exempt", None, user))
+
+    def is_present(self, user: str) -> bool:
+        return bool(self._run("is_present", None, user))
+
+    def seats_taken(self, now: float) -> int:
+        return int(self._run("seats_taken", now))
+
+    def users(self) -> set[str]:
+        return set(self._run("users", None))
+
+    def awaited(self, now: float) -> set[str]:
+        return set(self._run("awaited", now))
+
+    def aliases(self) -> set[str]:
+        return set(self._run("aliases", None))
+
+    def listed_since(self, aliases: Iterable[str]) -> float | None:
+        listed = [self._listed.get(alias) for alias in aliases]
+        return None if None in listed else min((at for at in listed if at is not None), default=None)
+
+    def listing_required_since(self, now: float) -> float | None:
+        required = self._run("listing_required_since", now)
+        return None if required is None else float(required)
+
+
+def _fields(who: Arrival) -> dict[str, object]:
+    return {"sid": who.sid, "identity": who.identity, "user": who.user, "joined": who.joined}
+
+
+class ComparedSeats:
+    """`RoomSeats` and `ValkeySeats` side by side: each call goes to both, and what comes of it has to be the same."""
+
+    def __init__(self, unlimited_at: float) -> None:
+        self.memory = RoomSeats(unlimited_at)
+        self.valkey = ValkeySeats(unlimited_at)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.memory, name)
+        return self._both(name) if callable(value) else value
+
+    def _both(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            answer = getattr(self.memory, name)(*args, **kwargs)
+            other = getattr(self.valkey, name)(*args, **kwargs)
+            assert _comparable(other) == _comparable(answer), name
+            assert _comparable(self.valkey.holds) == _comparable(_holds(self.memory)), name
+            return answer
+
+        return call
+
+
+def _holds(seats: RoomSeats) -> list[Hold]:
+    return [*seats.pending.values(), *seats.reserved.values(), *seats.sessions.values()]
+
+
+def _comparable(answer: Any) -> Any:
+    if isinstance(answer, Hold):
+        hold = answer
+        return (hold.id, hold.user, hold.state, hold.alias, hold.identity, hold.sid, hold.began, hold.expires)
+    if isinstance(answer, list):
+        return sorted((_comparable(item) for item in answer), key=repr)
+    return answer
