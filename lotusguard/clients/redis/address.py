@@ -108,7 +108,7 @@ def endpoint_for(reactor: Any, address: RedisAddress, server: HostPort | None, t
         return endpoint
     trusted = None
     if address.authority:
-        pem = Path(address.authority).read_text(encoding="ascii")
-        end = "-----END CERTIFICATE-----"
+        pem = Path(address.authority).read_bytes()
+        end = b"-----END CERTIFICATE-----"
         trusted = trustRootFromCertificates([Certificate.loadPEM(part + end) for part in pem.split(end)[:-1]])
     return wrapClientTLS(optionsForClientTLS(server.host, trustRoot=trusted), endpoint)

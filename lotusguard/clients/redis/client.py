@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import txredisapi
@@ -135,27 +135,18 @@ class RedisClient:
         """Ask for a sign of life. :raises DependencyFailed: none came in time."""
         await self._call(("PING",), is_probe=True)
 
-    async def run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
-        """Run a script that uses one key. If the connection is lost, it is run once more: a script must give the same
-        answer to the same arguments.
-
-        :raises DependencyFailed: no usable answer in time.
-        """
+    async def run(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
+        """Run a script on keys that belong together. :raises DependencyFailed: no usable answer in time."""
         try:
-            return await self._run(script, key, *arguments)
-        except DependencyFailed as failed:
-            if failed.reason != "connection_lost":
-                raise
-        await self._commands.connected(RECONNECT_WAIT)
-        return await self._run(script, key, *arguments)
-
-    async def _run(self, script: Script, key: str, *arguments: str | bytes) -> Any:
-        try:
-            return await self.call("EVALSHA", script.sha, 1, key, *arguments)
+            return await self.call("EVALSHA", script.sha, len(keys), *keys, *arguments)
         except DependencyFailed as failed:
             if failed.reason != "no_script":
                 raise
-        return await self.call("EVAL", script.text, 1, key, *arguments)
+        return await self.call("EVAL", script.text, len(keys), *keys, *arguments)
+
+    async def connected_again(self) -> None:
+        """Wait a moment for a new connection. :raises DependencyFailed: there is none."""
+        await self._commands.connected(RECONNECT_WAIT)
 
     async def call(self, *words: str | bytes | int) -> Any:
         """Send one command. :raises DependencyFailed: no usable answer in time."""

@@ -33,6 +33,8 @@ RETRY_FIRST, RETRY_LAST = 0.1, 2.0
 JITTER = 0.25
 OLDEST_VERSION = (6, 2)
 NAME = "redis"
+NOT_CONNECTED = "not_connected"
+"""The fault of a link that has not tried yet."""
 
 
 @frozen
@@ -40,11 +42,13 @@ class ServerInfo:
     """The server that a connection leads to.
 
     :ivar epoch: changes when the server may have another data set: it was restarted, or another one took over.
+    :ivar uptime: seconds since the server was started.
     """
 
     epoch: str
     version: tuple[int, ...]
     master: bool
+    uptime: float
 
 
 class _Events:
@@ -96,7 +100,7 @@ class Link(Generic[P]):
     _ready: Callable[[P, ServerInfo], Awaitable[None]]
     _reactor: Any
     protocol: P | None = field(init=False, default=None)
-    fault: str = field(init=False, default="not_connected")
+    fault: str = field(init=False, default=NOT_CONNECTED)
     _running: Deferred[None] | None = field(init=False, default=None)
     _wanted: bool = field(init=False, default=False)
     _waiting: list[Deferred[None]] = field(init=False, factory=list)
@@ -120,7 +124,7 @@ class Link(Generic[P]):
             try:
                 await waiting.addTimeout(seconds, self._reactor)
             except TimeoutError:
-                raise DependencyFailed(NAME, self.fault or "not_connected") from None
+                raise DependencyFailed(NAME, self.fault or NOT_CONNECTED) from None
 
     def drop(self) -> None:
         """Close the connection; a new one is made."""
@@ -160,7 +164,7 @@ class Link(Generic[P]):
     async def _connect(self) -> P:
         deadline = Deadline.after(self._reactor, CONNECT_TIMEOUT)
         server = await self._find_server(deadline)
-        protocol = await deadline.wait(self._open(self._protocol, server))
+        protocol: P = await deadline.wait(self._open(self._protocol, server))
         try:
             await deadline.wait(Deferred.fromCoroutine(self._prepare(protocol)))
         except BaseException as error:
@@ -225,7 +229,9 @@ def read_info(text: str) -> ServerInfo:
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     version = tuple(int(part) for part in fields.get("redis_version", "0").split(".") if part.isdecimal())
     epoch = f"{fields.get('run_id', '')[:16]}.{fields.get('master_replid', '')[:16]}"
-    return ServerInfo(epoch, version, fields.get("role", "master") == "master")
+    return ServerInfo(
+        epoch, version, fields.get("role", "master") == "master", float(fields.get("uptime_in_seconds", "0"))
+    )
 
 
 _ERRORS = {

@@ -45,12 +45,12 @@ function Writing.issue(hold_id, user, alias, identity, device, ttl)
   ended = true
   -- its guard could not renew it in time, or the data set was lost: the token is sent all the same
   if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl) end
-  return {hold.state, text(hold.expires)}
+  return {hold.user, hold.state, text(hold.expires)}
 end
 
 function Writing.issue_without_seat(hold_id, user, alias, identity, device, ttl)
   local hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl)
-  return {hold.state, text(hold.expires)}
+  return {hold.user, hold.state, text(hold.expires)}
 end
 
 function Writing.release(hold_id)

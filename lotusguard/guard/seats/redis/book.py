@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seat book that several guards share: every question and every change is one script in Valkey or Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from secrets import token_hex
+from typing import Any
+
+from attrs import define, field
+
+from lotusguard.clients.redis.client import RedisClient
+from lotusguard.clients.waiting import gather
+from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
+from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
+from lotusguard.guard.seats.redis.epoch import Rebuilding
+from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
+from lotusguard.guard.seats.redis.scripts import WAKE_CHANNEL, room_key
+from lotusguard.guard.seats.redis.steps import RoomSteps
+from lotusguard.guard.seats.redis.waiting import WaitingJoins
+from lotusguard.metrics import Metrics
+from lotusguard.rules.refusals import Refusal
+from lotusguard.rules.seats import Arrival
+
+PENDING_LEASE = 4.5
+"""Seconds after which a request in flight ends unless its guard renews it."""
+RENEW_INTERVAL = 1.5
+LISTED_TRUSTED = 2.0
+"""Seconds for which the last answer about listings serves again. A listing made since by another guard is only missed:
+one more is made."""
+ROOMS_SHOWN = 2_000
+
+
+@define(eq=False)
+class RedisSeatBook:
+    """See `lotusguard.guard.seats.book.SeatBook`. Every method may raise `DependencyFailed`.
+
+    :param guarding_since: see `MemorySeatBook`.
+    :param own: gets what this guard issues.
+    """
+
+    _redis: RedisClient
+    _reactor: Any
+    _metrics: Metrics
+    _seat_ttl: float
+    _guarding_since: float
+    _rebuilding: Rebuilding
+    _own: OwnHolds
+    unshared: bool = field(init=False, default=False)
+    _steps: RoomSteps = field(init=False)
+    _waiting: WaitingJoins = field(init=False)
+    _pending: dict[str, tuple[str, str]] = field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        self._steps = RoomSteps(self._redis, self._reactor, self._guarding_since)
+        self._waiting = WaitingJoins(self._owners, self._reactor)
+        self._redis.listen(WAKE_CHANNEL, self._waiting.wake)
+        self._redis.on_server.append(lambda _: self._steps.forget())
+
+    # -- joins -------------------------------------------------------------------------------------------
+
+    async def take(
+        self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False
+    ) -> str | Refusal:
+        if limit is not None and not exempt:
+            await self._rebuilding.wait()
+        hold_id = token_hex(8)
+        slots = SLOTS_PER_ROOM if new_slot else None
+        self._pending[hold_id] = (room_id, user)  # renewed from now on: the answer may take long
+        taken = False
+        try:
+            refusal = await self._step(room_id, "take", hold_id, user, limit, alias, exempt, slots, PENDING_LEASE)
+            taken = not refusal
+        finally:
+            if not taken:
+                self._pending.pop(hold_id, None)
+        return hold_id if taken else Refusal(refusal)
+
+    async def wait_for_seat(self, room_id: str, user: str, *, again: bool) -> None:
+        await self._waiting.wait(room_id, user, again=again)
+
+    async def wake_all(self, room_id: str) -> None:
+        self._waiting.wake_all(room_id)
+
+    async def issue(self, room_id: str, hold_id: str, token: Issued, *, durable: bool) -> None:
+        _, user = self._pending.pop(hold_id, ("", ""))
+        await self._issue("issue", room_id, hold_id, user, token)
+
+    async def issue_without_seat(self, room_id: str, user: str, token: Issued) -> None:
+        await self._issue("issue_without_seat", room_id, token_hex(8), user, token)
+
+    async def _issue(self, operation: str, room_id: str, hold_id: str, user: str, token: Issued) -> None:
+        user, _state, expires = await self._step(
+            room_id, operation, hold_id, user, token.alias, token.identity, token.device, self._seat_ttl
+        )
+        self._own.note(hold_id, OwnHold(room_id, user, token, self._steps.clock.to_guard(float(expires))))
+
+    async def release(self, room_id: str, hold_id: str) -> None:
+        if self._pending.pop(hold_id, None) is not None:  # else it was issued, or is not ours
+            await self._step(room_id, "release", hold_id)
+
+    async def owns_seat(self, room_id: str, user: str) -> bool:
+        return bool(await self._step(room_id, "owns_seat", user))
+
+    async def is_present(self, room_id: str, user: str) -> bool:
+        return bool(await self._step(room_id, "is_present", user))
+
+    async def exempt(self, room_id: str, user: str) -> None:
+        await self._step(room_id, "exempt", user)
+
+    async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
+        self._steps.first(room_id, ("recognise", alias, list(identities), user))
+
+    # -- the call ----------------------------------------------------------------------------------------
+
+    async def arrive(self, room_id: str, alias: str, who: Arrival, limit: int | None) -> None:
+        await self._steps.know_time()
+        await self._step(room_id, "arrive", alias, self._arrival(who), limit)
+
+    async def leave(
+        self, room_id: str, alias: str, sid: str, identity: str, left_by: float, *, by_choice: bool
+    ) -> None:
+        await self._steps.know_time()
+        left_by = self._steps.clock.to_server(left_by)
+        await self._step(room_id, "leave", alias, sid, identity, left_by, by_choice)
+
+    async def apply_listing(
+        self, room_id: str, alias: str, present: Collection[Arrival], limit: int | None, since: float
+    ) -> None:
+        await self._steps.know_time()
+        arrivals, since = [self._arrival(who) for who in present], self._steps.clock.to_server(since)
+        await self._step(room_id, "apply_listing", alias, arrivals, limit, since, self._seat_ttl)
+
+    async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
+        return [OverLimit(*hold) for hold in await self._step(room_id, "overflow", limit)]
+
+    async def seat_everybody(self, room_id: str) -> None:
+        await self._step(room_id, "seat_everybody")
+
+    # -- questions ---------------------------------------------------------------------------------------
+
+    async def aliases(self, room_id: str) -> Collection[str]:
+        return list(await self._step(room_id, "aliases"))
+
+    async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
+        now, known = self._reactor.seconds(), self._steps.listed(room_id)
+        if known is None or now - known.told > LISTED_TRUSTED or not all(alias in known.since for alias in aliases):
+            await self._step(room_id, "listed")
+            known = self._steps.listed(room_id)
+        since = [known.since.get(alias) for alias in aliases] if known is not None else [None]
+        if None in since or not since:
+            return None
+        return self._steps.clock.to_guard(min(at for at in since if at is not None))
+
+    async def listing_required_since(self, room_id: str) -> float | None:
+        required = await self._step(room_id, "listing_required_since")
+        return self._steps.clock.to_guard(float(required)) if required else None
+
+    async def occupants(self, room_id: str) -> Collection[str]:
+        return set(await self._step(room_id, "occupants"))
+
+    async def is_started(self, room_id: str) -> bool:
+        return bool(await self._step(room_id, "is_started"))
+
+    async def start(self, room_id: str) -> None:
+        await self._step(room_id, "start")
+
+    async def snapshots(self) -> Sequence[RoomSnapshot]:
+        before, after = room_key("\0").split("\0")
+        names: list[str] = []
+        cursor = "0"
+        while True:
+            cursor, found = await self._redis.call("SCAN", cursor, "MATCH", f"{before}*{after}", "COUNT", 500)
+            names += [key[len(before) : -len(after)] for key in found]
+            if cursor == "0" or len(names) >= ROOMS_SHOWN:
+                break
+        rooms = sorted(set(names))[:ROOMS_SHOWN]
+        found = await gather(self._snapshot(room_id) for room_id in rooms)
+        return [snapshot for snapshot in found if snapshot is not None]
+
+    async def _snapshot(self, room_id: str) -> RoomSnapshot | None:
+        idle, taken, awaited, present = await self._step(room_id, "snapshot")
+        if idle:
+            return None
+        return RoomSnapshot(room_id, int(taken), sorted(awaited), [Presence(*session) for session in present])
+
+    # -- upkeep ------------------------------------------------------------------------------------------
+
+    async def renew(self) -> None:
+        """Renew the requests in flight of this guard; call it every `RENEW_INTERVAL`."""
+        rooms: dict[str, list[str]] = {}
+        for hold_id, (room_id, _) in self._pending.items():
+            rooms.setdefault(room_id, []).append(hold_id)
+        await gather(self._step(room_id, "renew", held, PENDING_LEASE) for room_id, held in rooms.items())
+
+    async def give_back(self, holds: Collection[tuple[str, OwnHold]]) -> None:
+        """Give holds to a Redis that may have lost them."""
+        await self._steps.know_time()
+        now, rooms = self._reactor.seconds(), dict[str, list[Any]]()
+        for hold_id, own in holds:
+            if own.expires > now and own.token.identity:
+                expires = self._steps.clock.to_server(own.expires)
+                operation = ("restore", hold_id, own.user, own.token.alias, own.token.identity, expires)
+                rooms.setdefault(own.room_id, []).append(operation)
+        await gather(self._steps.run(room_id, *operations) for room_id, operations in rooms.items())
+
+    def stop(self) -> None:
+        self._waiting.stop()
+
+    async def _owners(self, room_id: str, users: Sequence[str]) -> Sequence[str]:
+        owns = await self._steps.run(room_id, *(("owns_seat", user) for user in users))
+        return [user for user, owned in zip(users, owns, strict=True) if owned]
+
+    async def _step(self, room_id: str, *operation: Any) -> Any:
+        return (await self._steps.run(room_id, operation))[0]
+
+    def _arrival(self, who: Arrival) -> tuple[str, str, str, float | None]:
+        joined = None if who.joined is None else self._steps.clock.to_server(who.joined)
+        return who.sid, who.identity, who.user, joined

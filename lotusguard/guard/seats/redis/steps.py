@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the script that works on one room, and keeps the time of the server that runs it."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from attrs import define, field, frozen
+from twisted.internet.interfaces import IReactorTime
+
+from lotusguard.clients.failures import DependencyFailed
+from lotusguard.clients.redis.client import RedisClient
+from lotusguard.guard.seats.redis.clock import ServerClock
+from lotusguard.guard.seats.redis.scripts import STEP, room_key
+
+Operation = Sequence[Any]
+"""The name of an operation of ``step.lua``, and its arguments."""
+ROOMS_NOTED = 20_000
+
+
+@frozen
+class Listed:
+    """When the SFU rooms of a Matrix room were listed, on the server's clock; and when we were told, on ours."""
+
+    since: dict[str, float]
+    told: float
+
+
+@define(eq=False)
+class RoomSteps:
+    """One step on one room is one script: nothing comes between its operations.
+
+    :param guarding_since: on the guard's clock; see `MemorySeatBook`.
+    """
+
+    _redis: RedisClient
+    _clock: IReactorTime
+    _guarding_since: float
+    clock: ServerClock = field(init=False, factory=ServerClock)
+    _listed: OrderedDict[str, Listed] = field(init=False, factory=OrderedDict)
+    _first: OrderedDict[str, list[Operation]] = field(init=False, factory=OrderedDict)
+
+    def forget(self) -> None:
+        """The server may be another one, or have another data set."""
+        self.clock.reset()
+        self._listed.clear()
+
+    def first(self, room_id: str, operation: Operation) -> None:
+        """Do this at the beginning of the next step on a room. It saves a script of its own."""
+        self._first.setdefault(room_id, []).append(operation)
+        while len(self._first) > ROOMS_NOTED:
+            self._first.popitem(last=False)
+
+    async def run(self, room_id: str, *operations: Operation) -> list[Any]:
+        """If the connection is lost, the step is made again: the answer may have been lost after the script ran. So the
+        same operations must have the same results.
+
+        :return: the operations' results. :raises DependencyFailed: Redis gives no usable answer.
+        """
+        before = self._first.pop(room_id, [])
+        try:
+            results = await self._once(room_id, [*before, *operations])
+        except DependencyFailed as failed:
+            if failed.reason != "connection_lost":
+                raise
+            await self._redis.connected_again()
+            results = await self._once(room_id, [*before, *operations])
+        return results[len(before) :]
+
+    async def _once(self, room_id: str, operations: list[Operation]) -> list[Any]:
+        await self.know_time()
+        request = {
+            "epoch": self._redis.epoch,
+            "guarding_since": self.clock.to_server(self._guarding_since),
+            "room_id": room_id,
+            "operations": operations,
+        }
+        sent = self._clock.seconds()
+        answer = await self._redis.run(STEP, [room_key(room_id)], json.dumps(request))
+        try:
+            now, listed, results = json.loads(answer)
+            self.clock.learn(float(now), sent, self._clock.seconds())
+            self._note(room_id, {alias: float(since) for alias, since in dict(listed).items()})
+            return list(results)
+        except (TypeError, ValueError):
+            raise DependencyFailed("redis", "invalid_response") from None
+
+    def listed(self, room_id: str) -> Listed | None:
+        """What the last step on a room told. Listings may have been applied since."""
+        return self._listed.get(room_id)
+
+    def _note(self, room_id: str, since: dict[str, float]) -> None:
+        self._listed[room_id] = Listed(since, self._clock.seconds())
+        self._listed.move_to_end(room_id)
+        while len(self._listed) > ROOMS_NOTED:
+            self._listed.popitem(last=False)
+
+    async def know_time(self) -> None:
+        """See to it that times can be converted. :raises DependencyFailed: Redis gives no usable answer."""
+        if self.clock.known:
+            return
+        sent = self._clock.seconds()
+        seconds, microseconds = await self._redis.call("TIME")
+        self.clock.learn(int(seconds) + int(microseconds) / 1e6, sent, self._clock.seconds())

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards' seat books over a real Valkey."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from attrs import define
+from twisted.internet import reactor as default_reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import LoopingCall, deferLater
+
+from lotusguard.clients.redis.address import parse_address
+from lotusguard.clients.redis.client import RedisClient
+from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
+from lotusguard.guard.seats.memory import MemorySeatBook
+from lotusguard.guard.seats.redis.book import RedisSeatBook
+from lotusguard.guard.seats.redis.epoch import Rebuilding
+from lotusguard.guard.seats.redis.own import OwnHolds
+from lotusguard.metrics import Metrics
+
+reactor: Any = default_reactor
+
+
+@define
+class GuardSeats:
+    """The parts of a guard that deal with seats. They do upkeep as often as the service does."""
+
+    client: RedisClient
+    shared: RedisSeatBook
+    rebuilding: Rebuilding
+    book: FailoverSeatBook
+    _upkeep: list[LoopingCall]
+
+    @classmethod
+    def start(cls, url: str, seat_ttl: float = 30.0) -> GuardSeats:
+        metrics = Metrics()
+        client = RedisClient(parse_address(url), reactor, metrics)
+        rebuilding = Rebuilding(client, guard_name(), reactor)
+        own = OwnHolds(reactor)
+        since = reactor.seconds()
+        shared = RedisSeatBook(client, reactor, metrics, seat_ttl, since, rebuilding, own)
+
+        def alone() -> MemorySeatBook:
+            return MemorySeatBook(None, reactor, time.time, metrics, seat_ttl, reactor.seconds())
+
+        book = FailoverSeatBook(client, shared, alone, own, reactor, time.time, seat_ttl)
+        rebuilding.give_back = book.give_back
+        upkeep = []
+        for interval, work in ((0.5, book.renew), (0.5, rebuilding.heartbeat)):
+            call = LoopingCall(lambda work=work: Deferred.fromCoroutine(work()))
+            call.start(interval, now=False)
+            upkeep.append(call)
+        client.start()
+        return cls(client, shared, rebuilding, book, upkeep)
+
+    def kill(self) -> None:
+        """End without giving anything back, as a process that is killed."""
+        for call in self._upkeep:
+            if call.running:
+                call.stop()
+        self.rebuilding.stop()
+        self.shared.stop()
+        self.client.stop()
+
+
+@asynccontextmanager
+async def guards(url: str, count: int, seat_ttl: float = 30.0) -> AsyncIterator[Sequence[GuardSeats]]:
+    """Guards that share one server, when all are connected."""
+    started = [GuardSeats.start(url, seat_ttl) for _ in range(count)]
+    try:
+        for guard in started:
+            await guard.rebuilding.wait()
+        yield started
+    finally:
+        for guard in started:
+            guard.kill()
+        await deferLater(reactor, 0.02)  # the connections are closed
