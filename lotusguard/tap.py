@@ -143,7 +143,8 @@ class Guard(MultiService):
 
     def _add_periodic_work(self) -> None:
         """What happens every few seconds."""
-        homeserver, seats, lease = self._clients.homeserver, self._state.seats, self._state.lease
+        homeserver, lease, sharing = self._clients.homeserver, self._state.lease, self._state.sharing
+        seats = self._state.own_seats if sharing is None else sharing.book
 
         async def learn_server_name() -> None:
             if not homeserver.server_name:
@@ -164,6 +165,9 @@ class Guard(MultiService):
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
+        if sharing is not None:
+            for name, seconds, work in sharing.upkeep():
+                PeriodicService(name, seconds, work, self._reactor).setServiceParent(self)
 
     def privilegedStartService(self) -> None:
         raise_file_limit()
@@ -171,6 +175,8 @@ class Guard(MultiService):
         super().privilegedStartService()
 
     def startService(self) -> None:
+        if self._state.sharing is not None:
+            self._state.sharing.start()
         super().startService()
         self._systemd.ready()
 
@@ -192,6 +198,8 @@ class Guard(MultiService):
         stopping = super().stopService()
         if isinstance(stopping, Deferred):
             await stopping
+        if self._state.sharing is not None:
+            self._state.sharing.stop()
         await self._clients.pool.closeCachedConnections()
         if self._state.store is not None:
             await self._state.store.close()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from twisted.web.client import HTTPConnectionPool
@@ -32,6 +32,7 @@ from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
@@ -41,6 +42,9 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
 
+if TYPE_CHECKING:  # txredisapi wants the reactor when it is imported
+    from lotusguard.guard.seats.sharing import Sharing
+
 DISCOVERY_TIMEOUT = 10.0
 """Seconds for one page of the homeserver's list of rooms."""
 
@@ -49,6 +53,7 @@ DISCOVERY_TIMEOUT = 10.0
 class State:
     """What survives a restart.
 
+    :ivar seats: what decides. :ivar own_seats: the same, unless the seats are shared with other guards (``sharing``).
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
     """
 
@@ -56,7 +61,9 @@ class State:
     lease: StateLease | None
     error: str | None
     registry: MemoryTokenRegistry
-    seats: MemorySeatBook
+    seats: SeatBook
+    own_seats: MemorySeatBook
+    sharing: Sharing | None
 
 
 @frozen
@@ -108,7 +115,23 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
     seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, reactor.seconds() - since)
     if store is not None:
         seats.load(store.holds())
-    return State(store, lease, error, registry, seats)
+    sharing = share_seats(settings, reactor, metrics, wall, reactor.seconds() - since)
+    return State(store, lease, error, registry, seats if sharing is None else sharing.book, seats, sharing)
+
+
+def share_seats(
+    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], guarding_since: float
+) -> Sharing | None:
+    """The seats of several guards, if ``GUARD_REDIS_URL`` is set."""
+    url = settings.guard_redis_url.get_secret_value()
+    if not url:
+        return None
+    from lotusguard.guard.seats.sharing import Sharing
+
+    try:
+        return Sharing.create(url, reactor, metrics, wall, settings.guard_seat_ttl, guarding_since)
+    except ValueError as error:
+        raise SystemExit(f"lotusguard: GUARD_REDIS_URL {error}") from None
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
@@ -212,6 +235,7 @@ def health(
         state.lease, state.error, reactor, metrics, settings.guard_dry_run,
         enforces_membership=kept.entitlement.enforces_membership,
         reconcile_interval=settings.guard_reconcile_interval,
+        redis_fault=None if state.sharing is None else state.sharing.fault,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class Health:
     """Asks all dependencies, and looks at what happened lately.
 
     :param store: the state directory; ``None`` if there is none or it cannot be used, as ``store_error`` says.
+    :param redis_fault: tells why seats are not shared now, "" if they are; ``None`` if they should not be.
     """
 
     _livekit: LiveKitClient
@@ -55,6 +56,7 @@ class Health:
     _dry_run: bool
     _enforces_membership: bool
     _reconcile_interval: float
+    _redis_fault: Callable[[], str] | None = None
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
     _began: float = field(init=False)
     _enforced: dict[str, bool] = field(factory=dict, init=False)
@@ -83,8 +85,9 @@ class Health:
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
         known = not livekit and not synapse and not self._dry_run
+        shared = self._redis_fault is None or not self._redis_fault()
         enforcing = {
-            "limit": known,
+            "limit": known and shared,
             "sources": known and not mismatch,
             "membership": not synapse and not self._dry_run and self._enforces_membership,
             "in_call": known and not late and leased,
@@ -139,6 +142,8 @@ class Health:
             reasons.append("joins failed inside the guard in the last ten minutes; see the log")
         if late:
             reasons.append("reconciling does not finish")
+        if self._redis_fault is not None and (fault := self._redis_fault()):
+            reasons.append(f"seats are not shared with the other guards: {fault}")
         if not leased:
             reasons.append("another guard uses the same state directory: this one removes nobody")
         if self._store is not None and not self._store.writable:

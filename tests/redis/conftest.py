@@ -15,17 +15,41 @@ from .server import shared_server
 
 @pytest.fixture
 def url() -> str:
-    """The server that tests share. It has been emptied: a test in it may rely on nothing."""
-    server = shared_server()
-    server.client().flushall()
-    return f"redis://127.0.0.1:{server.port}"
+    """The server that tests share. Each test uses rooms of its own."""
+    return f"redis://127.0.0.1:{shared_server().port}"
+
+
+class OwnServer:
+    """A server of a test's own. It keeps nothing when it is stopped."""
+
+    def __init__(self) -> None:
+        self._server = ValkeyServer(save="")
+        self._server.start()
+        self.port: int = self._server.port
+        self.running = True
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> Any:
+        return self._server.client()
+
+    def stop(self) -> None:
+        if self.running:
+            self._server.stop()
+        self.running = False
+
+    def start_again(self) -> None:
+        self._server = ValkeyServer(port=self.port, save="")
+        self._server.start()
+        self.running = True
 
 
 @pytest.fixture
-def own_server() -> Iterator[Any]:
-    """A server of the test's own; it can be stopped and started again."""
-    server = ValkeyServer(save="")
-    server.start()
+def own_server() -> Iterator[OwnServer]:
+    server = OwnServer()
     yield server
     server.stop()
 

@@ -91,6 +91,7 @@ class Link(Generic[P]):
     """Keeps one connection.
 
     :param ready: prepares a new connection before anybody uses it; if it fails, the connection is closed.
+    :param quiet: another link to the same server says in the log what happens.
     :ivar protocol: the connection; ``None`` while there is none.
     :ivar fault: why there is none.
     """
@@ -99,6 +100,7 @@ class Link(Generic[P]):
     _protocol: type[P]
     _ready: Callable[[P, ServerInfo], Awaitable[None]]
     _reactor: Any
+    _quiet: bool = field(default=False, kw_only=True)
     protocol: P | None = field(init=False, default=None)
     fault: str = field(init=False, default=NOT_CONNECTED)
     _running: Deferred[None] | None = field(init=False, default=None)
@@ -144,7 +146,8 @@ class Link(Generic[P]):
                 pause, self.protocol, self.fault = RETRY_FIRST, protocol, ""
                 waiting, self._waiting = self._waiting, []
                 fire_all(waiting, None)
-                log.info("connected to Redis at {server}", server=self._address.name, event_name="redis_connected")
+                if not self._quiet:
+                    log.info("connected to Redis at {server}", server=self._address.name, event_name="redis_connected")
                 try:
                     await _copy(protocol.lost)
                 finally:
@@ -154,7 +157,7 @@ class Link(Generic[P]):
             pause = min(2 * pause, RETRY_LAST)
 
     def _failed(self, reason: str) -> None:
-        if reason != self.fault and self._wanted:
+        if reason != self.fault and self._wanted and not self._quiet:
             log.error(
                 "no connection to Redis at {server}: {reason}. {advice}",
                 server=self._address.name, reason=reason, advice=ADVICE.get(reason, ""), event_name="redis_lost",

@@ -107,6 +107,8 @@ class Seating:
                 exempt=policy.max_users is not None and policy.bypasses_limit(join.user),
                 new_slot=not join.is_main_slot,
             )  # fmt: skip
+            if self._seats.unshared and policy.max_users is not None:
+                join.unenforced("limit", "redis")
             if taken is not Refusal.FULL:
                 return taken
             required = max(join.arrived, await self._seats.listing_required_since(join.room_id) or join.arrived)

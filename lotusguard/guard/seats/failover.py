@@ -102,7 +102,8 @@ class FailoverSeatBook:
                 self._own_alone(self._go_alone(failed), room_id, hold_id, taken.user, token)
             return
         await taken.book.issue(room_id, hold_id, token, durable=durable)
-        self._own.note(hold_id, OwnHold(room_id, taken.user, token, self._clock.seconds() + self._seat_ttl))
+        expires = self._clock.seconds() + self._seat_ttl
+        self._own.note(hold_id, OwnHold(room_id, taken.user, token, expires, seated=False))
         if self._alone is None:  # Redis came back while upstream was asked
             await self._give_back_soon(hold_id)
 
@@ -245,7 +246,7 @@ class FailoverSeatBook:
         """Put an issued hold into the book in memory."""
         if expires is None:
             expires = self._clock.seconds() + self._seat_ttl
-            self._own.note(hold_id, OwnHold(room_id, user, token, expires))
+            self._own.note(hold_id, OwnHold(room_id, user, token, expires, seated=True))
         left = expires - self._clock.seconds()
         alone.load([
             StoredHold(room_id, user, token.alias, token.identity, token.device, False, self._wall() + left)

@@ -58,6 +58,7 @@ class MemorySeatBook:
     _metrics: Metrics
     _seat_ttl: float
     _guarding_since: float
+    unshared: bool = field(default=False, init=False)
     _rooms: dict[str, _Room] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:

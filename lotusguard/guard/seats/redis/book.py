@@ -20,7 +20,7 @@ from lotusguard.guard.seats.redis.steps import RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.seats import Arrival
+from lotusguard.rules.seats import Arrival, HoldState
 
 PENDING_LEASE = 4.5
 """Seconds after which a request in flight ends unless its guard renews it."""
@@ -90,10 +90,11 @@ class RedisSeatBook:
         await self._issue("issue_without_seat", room_id, token_hex(8), user, token)
 
     async def _issue(self, operation: str, room_id: str, hold_id: str, user: str, token: Issued) -> None:
-        user, _state, expires = await self._step(
+        user, state, expires = await self._step(
             room_id, operation, hold_id, user, token.alias, token.identity, token.device, self._seat_ttl
         )
-        self._own.note(hold_id, OwnHold(room_id, user, token, self._steps.clock.to_guard(float(expires))))
+        seated = state != HoldState.ISSUED_UNSEATED.value
+        self._own.note(hold_id, OwnHold(room_id, user, token, self._steps.clock.to_guard(float(expires)), seated))
 
     async def release(self, room_id: str, hold_id: str) -> None:
         if self._pending.pop(hold_id, None) is not None:  # else it was issued, or is not ours
@@ -200,7 +201,7 @@ class RedisSeatBook:
         for hold_id, own in holds:
             if own.expires > now and own.token.identity:
                 expires = self._steps.clock.to_server(own.expires)
-                operation = ("restore", hold_id, own.user, own.token.alias, own.token.identity, expires)
+                operation = ("restore", hold_id, own.user, own.token.alias, own.token.identity, expires, own.seated)
                 rooms.setdefault(own.room_id, []).append(operation)
         await gather(self._steps.run(room_id, *operations) for room_id, operations in rooms.items())
 

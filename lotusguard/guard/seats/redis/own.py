@@ -16,12 +16,17 @@ ISSUED_KEPT = 50_000
 
 @frozen
 class OwnHold:
-    """A hold that this guard issued. :ivar expires: on the guard's clock."""
+    """A hold that this guard issued.
+
+    :ivar expires: on the guard's clock.
+    :ivar seated: a seat was taken for it in the shared book. Otherwise it gets one only if one is free.
+    """
 
     room_id: str
     user: str
     token: Issued
     expires: float
+    seated: bool
 
 
 @define(eq=False)

@@ -60,9 +60,14 @@ end
 
 function Writing.renew(hold_ids, lease) return Seats.renew(now, hold_ids, now + lease) end
 
-function Writing.restore(hold_id, user, alias, identity, expires)
+-- A hold that its guard gives back. Without a seat it gets one at the next listing, if one is free.
+function Writing.restore(hold_id, user, alias, identity, expires, seated)
   if Seats.knows(alias, identity) or expires <= now then return false end
-  Seats.restore(now, hold_id, user, alias, identity, false, expires)
+  if seated then
+    Seats.restore(now, hold_id, user, alias, identity, false, expires)
+  else
+    Seats.issue_without_seat(now, hold_id, user, alias, identity, expires - now)
+  end
   return true
 end
 

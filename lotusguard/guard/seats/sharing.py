@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a guard needs to share its seats with others, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from lotusguard.clients.redis.address import parse_address
+from lotusguard.clients.redis.client import RedisClient
+from lotusguard.clients.redis.link import ADVICE
+from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
+from lotusguard.guard.seats.memory import MemorySeatBook
+from lotusguard.guard.seats.redis.book import RENEW_INTERVAL, RedisSeatBook
+from lotusguard.guard.seats.redis.epoch import HEARTBEAT_INTERVAL, Rebuilding
+from lotusguard.guard.seats.redis.own import OwnHolds
+from lotusguard.metrics import Metrics
+
+
+@frozen
+class Sharing:
+    """The seats of one guard among several.
+
+    :ivar guard: this guard's name.
+    """
+
+    guard: str
+    redis: RedisClient
+    book: FailoverSeatBook
+    shared: RedisSeatBook
+    rebuilding: Rebuilding
+
+    @classmethod
+    def create(
+        cls,
+        url: str,
+        reactor: Any,
+        metrics: Metrics,
+        wall: Callable[[], float],
+        seat_ttl: float,
+        guarding_since: float,
+    ) -> Sharing:
+        """:raises ValueError: the URL cannot be used."""
+        guard, own = guard_name(), OwnHolds(reactor)
+        redis = RedisClient(parse_address(url), reactor, metrics)
+        rebuilding = Rebuilding(redis, guard, reactor)
+        shared = RedisSeatBook(redis, reactor, metrics, seat_ttl, guarding_since, rebuilding, own)
+
+        def alone() -> MemorySeatBook:
+            return MemorySeatBook(None, reactor, wall, metrics, seat_ttl, reactor.seconds())
+
+        book = FailoverSeatBook(redis, shared, alone, own, reactor, wall, seat_ttl)
+        rebuilding.give_back = book.give_back
+        return cls(guard, redis, book, shared, rebuilding)
+
+    def start(self) -> None:
+        self.redis.start()
+
+    def stop(self) -> None:
+        self.rebuilding.stop()
+        self.shared.stop()
+        self.redis.stop()
+
+    def upkeep(self) -> Sequence[tuple[str, float, Callable[[], Awaitable[None]]]]:
+        """What has to be done again and again: its name, the interval in seconds, and the work."""
+        return (
+            ("renewing requests in flight", RENEW_INTERVAL, self.book.renew),
+            ("telling other guards of this one", HEARTBEAT_INTERVAL, self.rebuilding.heartbeat),
+        )
+
+    def fault(self) -> str:
+        """Why the seats are not shared now, and what to do; "" if they are."""
+        fault = self.redis.fault
+        if fault:
+            return f"Redis: {fault}. {ADVICE.get(fault, '')}".strip()
+        if self.book.unshared:
+            return "Redis: no answer a moment ago"
+        return "" if self.rebuilding.complete else "Redis: what it may have lost is being collected"
