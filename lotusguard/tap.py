@@ -10,8 +10,10 @@ from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
+from twisted.python.failure import Failure
 
 from lotusguard import wiring
+from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.periodic import PeriodicService
 from lotusguard.logs import observer_for
@@ -166,6 +168,11 @@ class Guard(MultiService):
         ):
             periodic.setServiceParent(self)
         if sharing is not None:
+            changes = self.changes
+            sharing.leases.enforce = self.enforcement.enforce
+            sharing.leases.changed = lambda room_id, user: run_in_background(
+                changes.room_changed(room_id, user, from_guard=True), _report
+            )
             for name, seconds, work in sharing.upkeep():
                 PeriodicService(name, seconds, work, self._reactor).setServiceParent(self)
 
@@ -199,7 +206,7 @@ class Guard(MultiService):
         if isinstance(stopping, Deferred):
             await stopping
         if self._state.sharing is not None:
-            self._state.sharing.stop()
+            await self._state.sharing.stop()
         await self._clients.pool.closeCachedConnections()
         if self._state.store is not None:
             await self._state.store.close()
@@ -226,6 +233,10 @@ class Guard(MultiService):
                 "what must survive a restart is kept in memory only: {error}", error=self._state.error,
                 event_name="no_state",
             )  # fmt: skip
+
+
+def _report(failure: Failure) -> None:
+    log.failure("a change that another guard announced could not be handled", failure)
 
 
 def _endpoint(host: str, port: int) -> str:

@@ -35,7 +35,7 @@ from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.memory import MemorySeatBook
-from lotusguard.guard.seats.registry import MemoryTokenRegistry
+from lotusguard.guard.seats.registry import MemoryTokenRegistry, TokenRegistry
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_store
 from lotusguard.metrics import Metrics
@@ -60,7 +60,7 @@ class State:
     store: StateStore | None
     lease: StateLease | None
     error: str | None
-    registry: MemoryTokenRegistry
+    registry: TokenRegistry
     seats: SeatBook
     own_seats: MemorySeatBook
     sharing: Sharing | None
@@ -116,7 +116,9 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
     if store is not None:
         seats.load(store.holds())
     sharing = share_seats(settings, reactor, metrics, wall, reactor.seconds() - since)
-    return State(store, lease, error, registry, seats if sharing is None else sharing.book, seats, sharing)
+    if sharing is None:
+        return State(store, lease, error, registry, seats, seats, None)
+    return State(store, lease, error, sharing.registry(registry, reactor), sharing.book, seats, sharing)
 
 
 def share_seats(
@@ -219,10 +221,12 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
     enforcement = Enforcement(
         given.policies, given.roster, state.seats, state.registry, entitlement, participants, reactor, metrics,
         settings.guard_lookup_timeout, eject=settings.guard_overflow == "eject",
+        leases=None if state.sharing is None else state.sharing.leases,
     )  # fmt: skip
     changes = CallChanges(
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
+        tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
     )  # fmt: skip
     return Calls(entitlement, enforcement, changes)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from attrs import define, field
 from cachetools import LRUCache
 from livekit.protocol.webhook import WebhookEvent
@@ -30,6 +32,7 @@ COUNT_LAG = 10
 class CallChanges:
     """Passes on what happens to calls.
 
+    :param tell_others: tells the guards that share their seats with this one about a changed room.
     :ivar webhook_at: when LiveKit's last genuine webhook came.
     :ivar round_at: when the last round of reconciling ended.
     """
@@ -45,6 +48,7 @@ class CallChanges:
     _enforcement: Enforcement
     _clock: IReactorTime
     _metrics: Metrics
+    _tell_others: Callable[[str, str], Awaitable[None]] | None = None
     webhook_at: float | None = field(default=None, init=False)
     round_at: float | None = field(default=None, init=False)
     _seen_events: LRUCache[str, None] = field(factory=lambda: LRUCache(EVENTS_REMEMBERED), init=False)
@@ -73,14 +77,17 @@ class CallChanges:
         if event.event not in DEPARTURES:
             self._enforcement.enforce(alias)
 
-    async def room_changed(self, room_id: str, user: str = "") -> None:
+    async def room_changed(self, room_id: str, user: str = "", *, from_guard: bool = False) -> None:
         """The homeserver says that a room's state or memberships changed: read them again and enforce at once.
 
         :param user: whose membership changed, if only one did.
+        :param from_guard: another guard says so; the others know.
         """
         self._entitlement.changes_are_pushed = True
         self._policies.forget_freshness(room_id)
         self._members.forget_freshness(room_id, user)
+        if self._tell_others is not None and not from_guard:
+            await self._tell_others(room_id, user)
         main = room_alias(room_id, ROOM_SLOT)
         await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))  # the call may be older than the guard
         for alias in {*await self._registry.aliases_of(room_id), *await self._seats.aliases(room_id)}:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from attrs import define, field
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
@@ -27,10 +29,21 @@ ROOMS_AT_ONCE = 8
 """SFU rooms that reconciling works on at the same time."""
 
 
+class RoomLease(Protocol):
+    """Several guards enforce a room one at a time."""
+
+    async def acquire(self, room_id: str) -> bool:
+        """Whether this guard enforces the room for the next seconds."""
+
+    async def ask_holder(self, alias: str) -> None:
+        """Let the guard that does so enforce an SFU room at once."""
+
+
 @define(eq=False)
 class Enforcement:
     """Keeps calls as their rooms' policies ask. One bad room never stops the others.
 
+    :param leases: ``None`` if no other guard enforces these rooms.
     :param eject: remove participants over the limit; else only say so.
     :ivar watched: participants in each SFU room where something is enforced, as of its last listing.
     """
@@ -45,8 +58,10 @@ class Enforcement:
     _metrics: Metrics
     _lookup_timeout: float
     _eject: bool
+    _leases: RoomLease | None = None
     watched: dict[str, int] = field(factory=dict, init=False)
     _worker: KeyedWorker = field(init=False)
+    _urgent: set[str] = field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
         self._worker = KeyedWorker(self._enforce, ROOMS_AT_ONCE, self._failed)
@@ -63,11 +78,13 @@ class Enforcement:
 
         :param urgent: now; else when few other rooms are being worked on.
         """
+        if urgent and self._leases is not None:
+            self._urgent.add(alias)
         self._worker.run(alias, urgent=urgent)
 
     async def _enforce(self, alias: str) -> None:
         slot = await self._registry.slot_of(alias)
-        if slot is None:
+        if slot is None or not await self._is_ours(slot, alias):
             return
         began = self._clock.seconds()
         try:
@@ -84,12 +101,25 @@ class Enforcement:
         except TimeoutError:
             self._participants.failed("list participants", alias, "timeout")
 
+    async def _is_ours(self, slot: Slot, alias: str) -> bool:
+        """Whether this guard reconciles the room. If another one does, it is told about what is urgent."""
+        if self._leases is None:
+            return True
+        urgent = alias in self._urgent
+        self._urgent.discard(alias)
+        if await self._leases.acquire(slot.room_id):
+            return True
+        self._watch(alias, 0)
+        if urgent:
+            await self._leases.ask_holder(alias)
+        return False
+
     async def _pass(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing) -> None:
         """The listing has been applied to the seat book already."""
         removed = await self._remove_unentitled(slot, alias, known, listing)
         if known.freshness is Freshness.UNKNOWN:
             await self._seats.seat_everybody(slot.room_id)  # nobody is removed later for having come in meanwhile
-        elif known.policy.max_users is not None:
+        elif known.policy.max_users is not None and not self._seats.unshared:
             await self._remove_overflow(slot, known, listing.began)
         left = [participant for participant in listing.value if participant.identity not in removed]
         await self._participants.adjust(slot.room_id, alias, left, known)

@@ -133,13 +133,13 @@ class TokenIssuer:
         device = join.request.device_id or ""
         issued = Issued(token.alias, token.identity, device)
         policy = join.policy
+        if self._checks.may_start(policy, join.user):
+            await self._seats.start(join.room_id)
         if hold_id is not None:
             durable = policy.max_users is not None or self._checks.restricts_start(policy)
             await self._seats.issue(join.room_id, hold_id, issued, durable=durable)
         else:
             await self._seats.issue_without_seat(join.room_id, join.user, issued)
-        if self._checks.may_start(policy, join.user):
-            await self._seats.start(join.room_id)
         if token.alias:
             slot = Slot(join.room_id, join.request.slot_id)
             await self._registry.learn(token.alias, slot, token.identity, join.user, device, granted, withheld)

@@ -91,15 +91,11 @@ class Seating:
     async def _take(self, join: Join, waited: bool) -> str | Refusal:
         """Look for a free seat and take it, on a roster that is fresh enough for the answer."""
         policy = join.policy
-        needs_no_roster = (
-            policy.max_users is None
-            or policy.bypasses_limit(join.user)
-            or await self._seats.owns_seat(join.room_id, join.user)
-        )
+        unlimited = policy.max_users is None or policy.bypasses_limit(join.user)
         deadline = join.deadline.sooner(self._lookup_timeout if waited else join.lookups.left())
         since = self._clock.seconds() - ROSTER_AGE
         while True:
-            if not needs_no_roster:
+            if not unlimited and await self._needs_listing(join, since):
                 with join.log.stage(join.decision, Stage.ROSTER):
                     await self._roster.refresh(join.room_id, since, deadline, join.request.slot_id)
             taken = await self._seats.take(
@@ -115,6 +111,12 @@ class Seating:
             if since >= required:
                 return taken
             since = required
+
+    async def _needs_listing(self, join: Join, since: float) -> bool:
+        """An owner of a seat is let in whoever is in the call. That is asked last: it costs more than the others."""
+        if await self._roster.is_listed(join.room_id, since, join.request.slot_id):
+            return False
+        return not await self._seats.owns_seat(join.room_id, join.user)
 
     async def _wait(self, join: Join, *, again: bool) -> None:
         """:raises JoinRefused: the deadline passed behind requests in flight."""

@@ -64,6 +64,11 @@ class Roster:
         if listed is None or listed < since:
             await gather(self._refresh_one(room_id, alias, since, deadline) for alias in aliases)
 
+    async def is_listed(self, room_id: str, since: float, requested: str = ROOM_SLOT) -> bool:
+        """Whether `refresh` would find nothing to do."""
+        listed = await self._seats.listed_since(room_id, await self._aliases_to_list(room_id, requested))
+        return listed is not None and listed >= since
+
     async def _refresh_one(self, room_id: str, alias: str, since: float, deadline: Deadline) -> None:
         listed = await self._seats.listed_since(room_id, [alias])
         if listed is None or listed < since:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from attrs import frozen
+from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.redis.address import parse_address
 from lotusguard.clients.redis.client import RedisClient
@@ -15,7 +16,10 @@ from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.redis.book import RENEW_INTERVAL, RedisSeatBook
 from lotusguard.guard.seats.redis.epoch import HEARTBEAT_INTERVAL, Rebuilding
+from lotusguard.guard.seats.redis.leases import RoomLeases
 from lotusguard.guard.seats.redis.own import OwnHolds
+from lotusguard.guard.seats.redis.registry import RedisTokenRegistry
+from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.metrics import Metrics
 
 
@@ -31,6 +35,7 @@ class Sharing:
     book: FailoverSeatBook
     shared: RedisSeatBook
     rebuilding: Rebuilding
+    leases: RoomLeases
 
     @classmethod
     def create(
@@ -53,12 +58,17 @@ class Sharing:
 
         book = FailoverSeatBook(redis, shared, alone, own, reactor, wall, seat_ttl)
         rebuilding.give_back = book.give_back
-        return cls(guard, redis, book, shared, rebuilding)
+        return cls(guard, redis, book, shared, rebuilding, RoomLeases(redis, guard))
+
+    def registry(self, own: MemoryTokenRegistry, clock: IReactorTime) -> RedisTokenRegistry:
+        """The shared registry. :param own: becomes this guard's cache."""
+        return RedisTokenRegistry(self.redis, own, self.guard, clock)
 
     def start(self) -> None:
         self.redis.start()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        await self.leases.hand_over()
         self.rebuilding.stop()
         self.shared.stop()
         self.redis.stop()

@@ -16,7 +16,7 @@ from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
 from lotusguard.guard.seats.redis.scripts import WAKE_CHANNEL, room_key
-from lotusguard.guard.seats.redis.steps import RoomSteps
+from lotusguard.guard.seats.redis.steps import Listed, RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
@@ -141,17 +141,23 @@ class RedisSeatBook:
     # -- questions ---------------------------------------------------------------------------------------
 
     async def aliases(self, room_id: str) -> Collection[str]:
-        return list(await self._step(room_id, "aliases"))
+        return (await self._listed(room_id, ())).aliases
 
     async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
-        now, known = self._reactor.seconds(), self._steps.listed(room_id)
-        if known is None or now - known.told > LISTED_TRUSTED or not all(alias in known.since for alias in aliases):
-            await self._step(room_id, "listed")
-            known = self._steps.listed(room_id)
-        since = [known.since.get(alias) for alias in aliases] if known is not None else [None]
+        listed = await self._listed(room_id, aliases)
+        since = [listed.since.get(alias) for alias in aliases]
         if None in since or not since:
             return None
         return self._steps.clock.to_guard(min(at for at in since if at is not None))
+
+    async def _listed(self, room_id: str, aliases: Collection[str]) -> Listed:
+        """:param aliases: if one of these was not listed when Redis last told, it is asked again."""
+        known = self._steps.listed(room_id)
+        recent = known is not None and self._reactor.seconds() - known.told <= LISTED_TRUSTED
+        if known is not None and recent and all(alias in known.since for alias in aliases):
+            return known
+        await self._step(room_id, "nothing")
+        return self._steps.listed(room_id) or Listed({}, (), 0.0)
 
     async def listing_required_since(self, room_id: str) -> float | None:
         required = await self._step(room_id, "listing_required_since")
@@ -164,7 +170,7 @@ class RedisSeatBook:
         return bool(await self._step(room_id, "is_started"))
 
     async def start(self, room_id: str) -> None:
-        await self._step(room_id, "start")
+        self._steps.first(room_id, ("start",))  # it is followed by a step that takes or issues
 
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         before, after = room_key("\0").split("\0")

@@ -1,7 +1,7 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- One step on one room: read it, let everything expire that has, do what is asked, write it.
 -- KEYS[1]: the room. ARGV[1]: JSON {epoch, guarding_since, room_id, operations = [[name, arguments…]…]}.
--- The answer is JSON {now, listed = {alias → time}, results}. Times are text, because cjson writes 14 digits only.
+-- The answer is JSON {now, listed = {alias → time}, aliases, results}. Times are text, because cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
 local time = redis.call('TIME')
@@ -123,11 +123,10 @@ local Reading = {}
 
 function Reading.owns_seat(user) return Seats.owns_seat(now, user) end
 function Reading.is_present(user) return Seats.is_present(now, user) end
-function Reading.aliases() return Seats.aliases(now) end
 function Reading.occupants() return Seats.occupants(now) end
 function Reading.listing_required_since() return text(Seats.listing_required_since(now)) end
 function Reading.is_started() return room.started == true and not has_ended() end
-function Reading.listed() return true end
+function Reading.nothing() return true end
 
 function Reading.snapshot()
   local present = {}
@@ -159,4 +158,4 @@ end
 
 local listed = {}
 for alias, since in pairs(room.listed) do listed[alias] = text(since) end
-return cjson.encode({text(now), listed, results})
+return cjson.encode({text(now), listed, Seats.aliases(now), results})

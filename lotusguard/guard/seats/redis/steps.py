@@ -23,9 +23,15 @@ ROOMS_NOTED = 20_000
 
 @frozen
 class Listed:
-    """When the SFU rooms of a Matrix room were listed, on the server's clock; and when we were told, on ours."""
+    """What is known about a room's SFU rooms.
+
+    :ivar since: when they were listed, on the server's clock.
+    :ivar aliases: those in which somebody holds a seat.
+    :ivar told: when Redis said so, on the guard's clock.
+    """
 
     since: dict[str, float]
+    aliases: tuple[str, ...]
     told: float
 
 
@@ -81,9 +87,9 @@ class RoomSteps:
         sent = self._clock.seconds()
         answer = await self._redis.run(STEP, [room_key(room_id)], json.dumps(request))
         try:
-            now, listed, results = json.loads(answer)
+            now, listed, aliases, results = json.loads(answer)
             self.clock.learn(float(now), sent, self._clock.seconds())
-            self._note(room_id, {alias: float(since) for alias, since in dict(listed).items()})
+            self._note(room_id, {alias: float(since) for alias, since in dict(listed).items()}, tuple(aliases))
             return list(results)
         except (TypeError, ValueError):
             raise DependencyFailed("redis", "invalid_response") from None
@@ -92,8 +98,8 @@ class RoomSteps:
         """What the last step on a room told. Listings may have been applied since."""
         return self._listed.get(room_id)
 
-    def _note(self, room_id: str, since: dict[str, float]) -> None:
-        self._listed[room_id] = Listed(since, self._clock.seconds())
+    def _note(self, room_id: str, since: dict[str, float], aliases: tuple[str, ...]) -> None:
+        self._listed[room_id] = Listed(since, aliases, self._clock.seconds())
         self._listed.move_to_end(room_id)
         while len(self._listed) > ROOMS_NOTED:
             self._listed.popitem(last=False)

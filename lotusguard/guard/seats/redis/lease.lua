@@ -1,0 +1,16 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- Get or renew the lease of a room, or give it up. KEYS: the lease; the last token that was given out.
+-- ARGV: the guard; for how many milliseconds, 0 to give it up. The answer is the token, 0 if another guard has the lease.
+
+local holder = redis.call('HGET', KEYS[1], 'guard')
+if holder and holder ~= ARGV[1] then return 0 end
+if ARGV[2] == '0' then
+  redis.call('DEL', KEYS[1])
+  return 0
+end
+if not holder then
+  redis.call('HSET', KEYS[1], 'guard', ARGV[1], 'token', redis.call('INCR', KEYS[2]))
+  redis.call('EXPIRE', KEYS[2], 86400)
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return tonumber(redis.call('HGET', KEYS[1], 'token'))

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which guard reconciles which room: one at a time lists its participants periodically, and removes people."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+
+from attrs import define, field
+
+from lotusguard.clients.failures import DependencyFailed
+from lotusguard.clients.redis.client import RedisClient, Script
+from lotusguard.guard.seats.redis.scripts import PREFIX, lua
+
+LEASE_SECONDS = 8.0
+"""Every pass over a room renews its lease. It ends so long after the last one, unless the guard gives it up."""
+LEASES_KEPT = 20_000
+ENFORCE_CHANNEL, CHANGED_CHANNEL = PREFIX + "enforce", PREFIX + "changed"
+LEASE = Script(lua("lease"))
+
+
+@define(eq=False)
+class RoomLeases:
+    """The leases of one guard, and what guards tell each other about rooms.
+
+    :param guard: this guard's name.
+    :ivar enforce: called with an SFU room that another guard wants to be enforced at once.
+    :ivar changed: called with a room, and a user or "", whose state another guard was told to have changed.
+    :ivar held: the fencing tokens of the leases that this guard had last. They grow each time a lease changes hands.
+    """
+
+    _redis: RedisClient
+    _guard: str
+    enforce: Callable[[str], None] = field(init=False, default=lambda alias: None)
+    changed: Callable[[str, str], object] = field(init=False, default=lambda room_id, user: None)
+    held: OrderedDict[str, int] = field(init=False, factory=OrderedDict)
+
+    def __attrs_post_init__(self) -> None:
+        self._redis.listen(ENFORCE_CHANNEL, self._asked)
+        self._redis.listen(CHANGED_CHANNEL, self._told)
+
+    async def acquire(self, room_id: str) -> bool:
+        """Get or renew the lease of a room. Without Redis, every guard acts for itself."""
+        try:
+            token = int(await self._redis.run(LEASE, _keys(room_id), self._guard, str(int(LEASE_SECONDS * 1000))))
+        except DependencyFailed:
+            return True
+        if not token:
+            self.held.pop(room_id, None)
+            return False
+        self.held[room_id] = token
+        self.held.move_to_end(room_id)
+        while len(self.held) > LEASES_KEPT:
+            self.held.popitem(last=False)
+        return True
+
+    async def hand_over(self) -> None:
+        """Give up all leases: this guard stops."""
+        while self.held:
+            room_id, _ = self.held.popitem()
+            with suppress(DependencyFailed):
+                await self._redis.run(LEASE, _keys(room_id), self._guard, "0")
+
+    async def ask_holder(self, alias: str) -> None:
+        """Let the guard that has the lease enforce an SFU room at once."""
+        await self._publish(ENFORCE_CHANNEL, alias)
+
+    async def tell_changed(self, room_id: str, user: str) -> None:
+        """Tell the other guards that a room's state, or a user's membership, has changed."""
+        await self._publish(CHANGED_CHANNEL, room_id, user)
+
+    async def _publish(self, channel: str, *words: str) -> None:
+        with suppress(DependencyFailed):  # reconciling finds it a few seconds later
+            await self._redis.publish(channel, json.dumps([self._guard, *words]))
+
+    def _asked(self, message: str) -> None:
+        guard, alias = json.loads(message)
+        if guard != self._guard:
+            self.enforce(alias)
+
+    def _told(self, message: str) -> None:
+        guard, room_id, user = json.loads(message)
+        if guard != self._guard:
+            self.changed(room_id, user)
+
+
+def _keys(room_id: str) -> tuple[str, str]:
+    return f"{PREFIX}lease:{{{room_id}}}", f"{PREFIX}fence:{{{room_id}}}"

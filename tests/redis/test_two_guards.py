@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two whole guards before one LiveKit and one homeserver share their limits through a real Valkey."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest_twisted
+from attrs import define
+from twisted.internet.defer import Deferred, gatherResults
+
+from lotusguard.clients.http import Answer
+from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.tap import Guard
+from tests.calls import ALICE, BOB, CAROL, change_policy, counted, old_token, put_policy, room_of
+from tests.conftest import StartSandbox, until
+
+from .conftest import OwnServer
+
+
+@define
+class Two:
+    """The sandbox's guard and a second one, one of which answers."""
+
+    sandbox: Sandbox
+    guards: tuple[Guard, Guard]
+
+    def use(self, number: int) -> None:
+        """Let one of the guards answer clients and operators. LiveKit's webhooks go on to the first."""
+        guard = self.guards[number]
+        assert guard.public.port is not None
+        assert guard.admin is not None
+        assert guard.admin.port is not None
+        self.sandbox.guard = guard
+        self.sandbox.url = f"http://127.0.0.1:{guard.public.port.getHost().port}"
+        self.sandbox.admin_url = f"http://127.0.0.1:{guard.admin.port.getHost().port}"
+
+    async def ask(self, number: int, user: str, room_id: str, **how: Any) -> Answer:
+        self.use(number)
+        return await self.sandbox.ask_token(user, room_id, **how)
+
+    async def enter(self, number: int, user: str, room_id: str, **how: Any) -> Any:
+        self.use(number)
+        return await self.sandbox.enter(user, room_id, **how)
+
+    async def ready(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((await self.sandbox.operator("GET", "/readyz")).body)
+        return report
+
+
+@pytest_twisted.async_yield_fixture
+async def two(start_sandbox: StartSandbox, own_server: OwnServer) -> AsyncIterator[Two]:
+    """Two guards that reconcile every half second."""
+    settings = {"guard_redis_url": own_server.url, "guard_reconcile_interval": 0.5}
+    sandbox = await start_sandbox(**settings)
+    first = sandbox.guard
+    hooks = list(sandbox.livekit.webhooks.urls)
+    await sandbox.start_guard()
+    sandbox.livekit.webhooks.urls[:] = hooks
+    both = Two(sandbox, (first, sandbox.guard))
+    yield both
+    last, *others = [guard for guard in both.guards if guard.running]
+    for guard in others:
+        await guard.stopService()
+    sandbox.guard = last  # the sandbox stops this one
+
+
+@pytest_twisted.ensureDeferred
+async def test_two_guards_share_the_last_seat(two: Two) -> None:
+    room_id = room_of(two.sandbox, 2)
+    await two.enter(0, ALICE, room_id)
+    await two.enter(1, BOB, room_id)
+    for number in (0, 1):
+        assert (await two.ask(number, CAROL, room_id)).code == 403
+        assert (await two.ask(number, ALICE, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_joins_at_two_guards_at_once_get_exactly_the_seats_there_are(two: Two) -> None:
+    sandbox = two.sandbox
+    users = [f"@u{number}:sandbox.local" for number in range(60)]
+    for user in users:
+        sandbox.homeserver.add_user(user.split(":")[0][1:])
+    room_id = sandbox.homeserver.create_room(creator=ALICE, joined=users)
+    put_policy(sandbox, room_id, 5)
+    asked = []
+    for number, user in enumerate(users):
+        two.use(number % 2)
+        asked.append(Deferred.fromCoroutine(sandbox.ask_token(user, room_id)))
+    answers = await gatherResults(asked, consumeErrors=True)
+    assert sorted(answer.code for answer in answers) == [200] * 5 + [403] * 55
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_whom_one_guard_let_in_is_removed_by_the_other(two: Two) -> None:
+    room_id = room_of(two.sandbox, 2)
+    here = [await two.enter(0, ALICE, room_id), await two.enter(1, BOB, room_id)]
+    late = two.sandbox.livekit.connect(old_token(CAROL, room_id))
+    await until(lambda: not late.connected)
+    assert all(participant.connected for participant in here)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_changed_policy_takes_effect_whichever_guard_is_told(two: Two) -> None:
+    for number in (0, 1):
+        room_id = room_of(two.sandbox)
+        assert (await two.ask(0, ALICE, room_id)).code == (await two.ask(1, ALICE, room_id)).code == 200
+        two.use(number)
+        await change_policy(two.sandbox, room_id, 1)
+        for other in (0, 1):
+            assert (await two.ask(other, BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_without_redis_both_guards_answer_and_say_so(two: Two, own_server: OwnServer) -> None:
+    room_id = room_of(two.sandbox, 1)
+    await two.enter(0, ALICE, room_id)
+    own_server.stop()
+    for number in (0, 1):
+        assert (await two.ask(number, ALICE, room_id)).code == 200
+        assert (await two.ask(number, BOB, room_id)).code == 403
+        assert counted(two.sandbox, "fail_open_total", check="limit", reason="redis") > 0
+        report = await two.ready()
+        assert not report["enforcing"]["limit"]
+        assert "Redis" in str(report["reasons"])
+    own_server.start_again()
+    for number in (0, 1):
+        two.use(number)
+        shares = False
+        while not shares:
+            shares = bool((await two.ready())["enforcing"]["limit"])
+        assert (await two.ask(number, BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_guard_that_stops_hands_its_rooms_over(two: Two) -> None:
+    room_id = room_of(two.sandbox, 1)
+    await two.enter(1, ALICE, room_id)
+    first, second = two.guards
+    await until(lambda: bool(first.enforcement.watched) != bool(second.enforcement.watched))
+    leaving = first if first.enforcement.watched else second
+    staying = second if leaving is first else first
+    await leaving.stopService()
+    await until(lambda: bool(staying.enforcement.watched))
