@@ -34,8 +34,8 @@ class Two:
         assert guard.admin is not None
         assert guard.admin.port is not None
         self.sandbox.guard = guard
-        self.sandbox.url = f"http://127.0.0.1:{guard.public.port.getHost().port}"
-        self.sandbox.admin_url = f"http://127.0.0.1:{guard.admin.port.getHost().port}"
+        self.sandbox.url = f"http://127.0.0.1:{guard.public.port.getHost().port}"  # type: ignore[attr-defined]
+        self.sandbox.admin_url = f"http://127.0.0.1:{guard.admin.port.getHost().port}"  # type: ignore[attr-defined]
 
     async def ask(self, number: int, user: str, room_id: str, **how: Any) -> Answer:
         self.use(number)
