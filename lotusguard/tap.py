@@ -13,6 +13,7 @@ from twisted.python.components import Componentized
 
 from lotusguard import wiring
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
 from lotusguard.logs import observer_for
 from lotusguard.metrics import Metrics
@@ -131,7 +132,7 @@ class Guard(MultiService):
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))
-        self._add_periodic_work()
+        self._add_periodic_work(health)
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
         self._systemd = SystemdNotifier(reactor)
         self._systemd.setServiceParent(self)
@@ -141,7 +142,7 @@ class Guard(MultiService):
         listener.setServiceParent(self)
         return listener
 
-    def _add_periodic_work(self) -> None:
+    def _add_periodic_work(self, health: Health) -> None:
         """What happens every few seconds."""
         homeserver, seats, lease = self._clients.homeserver, self._state.seats, self._state.lease
 
@@ -161,6 +162,7 @@ class Guard(MultiService):
             PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
             PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
             PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
+            PeriodicService("watching what is enforced", 1.0, health.watch, self._reactor),
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)

@@ -210,7 +210,7 @@ def health(
     return Health(
         clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, state.store,
         state.lease, state.error, reactor, metrics, settings.guard_dry_run,
-        enforces_membership=kept.entitlement.enforces_membership,
+        enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip
 

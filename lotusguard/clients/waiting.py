@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from attrs import frozen
-from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, FirstError, gatherResults
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
@@ -24,11 +24,13 @@ __all__ = [
     "SharedLookups",
     "fire_all",
     "gather",
+    "gather_in_turns",
     "run_in_background",
     "tell",
 ]
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 tell = fire_all  # the former name
 
@@ -105,6 +107,16 @@ async def gather(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             call.cancel()
         first.subFailure.raiseException()
         raise
+
+
+async def gather_in_turns(limit: int, call: Callable[[S], Coroutine[Any, Any, T]], items: Iterable[S]) -> list[T]:
+    """Call a coroutine function for every item, at most so many at once. The first failure cancels the others."""
+    turns = DeferredSemaphore(limit)
+
+    async def in_turn(item: S) -> T:
+        return await turns.run(lambda: Deferred.fromCoroutine(call(item)))
+
+    return await gather(in_turn(item) for item in items)
 
 
 def run_in_background(work: Coroutine[Any, Any, object], failed: Callable[[Failure], None]) -> Deferred[Any]:

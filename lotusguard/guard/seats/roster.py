@@ -102,8 +102,6 @@ class Roster:
     async def handle(self, slot: Slot, event: WebhookEvent) -> None:
         """A participant of one SFU room joined or left. Idempotent."""
         participant, alias = event.participant, event.room.name
-        if self.sfu_rooms is not None:
-            self.sfu_rooms.add(alias)
         if event.event in DEPARTURES:
             left_by = min(self._clock.seconds(), self._on_our_clock(event.created_at + 1.0) or self._clock.seconds())
             await self._seats.leave(
@@ -113,6 +111,15 @@ class Roster:
         elif event.event == "participant_joined" and participant.sid and takes_seat(participant):
             limit = await self._limit(slot.room_id)
             await self._seats.arrive(slot.room_id, alias, await self._arrival(alias, participant), limit)
+
+    def heard_of(self, alias: str, *, exists: bool) -> None:
+        """LiveKit named an SFU room in a webhook. :param exists: not if it said that the room is finished."""
+        if self.sfu_rooms is None:
+            return
+        if exists:
+            self.sfu_rooms.add(alias)
+        else:
+            self.sfu_rooms.discard(alias)
 
     async def removed(self, slot: Slot, alias: str, sid: str, identity: str) -> None:
         """We removed a participant, or LiveKit said that there is none of that name."""
