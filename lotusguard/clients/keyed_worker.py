@@ -52,6 +52,10 @@ class KeyedWorker:
         else:
             self._queued[key] = None
 
+    def is_busy(self, key: str) -> bool:
+        """Whether the key is being worked on, or waits for its turn."""
+        return key in self._running or key in self._queued
+
     def idle(self) -> Deferred[None]:
         """Fires when nothing runs and nothing waits."""
         waiter: Deferred[None] = Deferred()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from attrs import frozen
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, FirstError, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
@@ -110,13 +110,19 @@ async def gather(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def gather_in_turns(limit: int, call: Callable[[S], Coroutine[Any, Any, T]], items: Iterable[S]) -> list[T]:
-    """Call a coroutine function for every item, at most so many at once. The first failure cancels the others."""
-    turns = DeferredSemaphore(limit)
+    """Call a coroutine function for every item, at most so many at once. The first failure cancels the others.
 
-    async def in_turn(item: S) -> T:
-        return await turns.run(lambda: Deferred.fromCoroutine(call(item)))
+    :return: the results, in no particular order.
+    """
+    results: list[T] = []
+    waiting = iter(items)
 
-    return await gather(in_turn(item) for item in items)
+    async def work() -> None:
+        for item in waiting:  # a loop, because calls that end at once would nest too deeply in a semaphore
+            results.append(await call(item))
+
+    await gather(work() for _ in range(limit))
+    return results
 
 
 def run_in_background(work: Coroutine[Any, Any, object], failed: Callable[[Failure], None]) -> Deferred[Any]:

@@ -161,7 +161,8 @@ class Entitlement:
     ) -> list[Unentitled]:
         due = {user for participant, user in participants if self._believed(check, user, participant.sid) is None}
         if len(due) > LIST_FROM:
-            await self._members.load_joined(check.room_id, due, check.deadline)
+            half = check.deadline.sooner(self._lookup_timeout / 2)  # the other half is for single lookups
+            await self._members.load_joined(check.room_id, due, half)
 
         async def checked(one: tuple[ParticipantInfo, str]) -> Unentitled | None:
             participant, user = one

@@ -103,7 +103,7 @@ async def test_the_answer_does_not_wait_for_our_work(deaf: Sandbox) -> None:
     answer = await tell(deaf, event_about("participant_joined", alice))
     assert answer.code == 200
     await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
-    assert deaf.guard._enforcement._running
+    assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
 
 
 @pytest_twisted.ensureDeferred
@@ -384,7 +384,7 @@ async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(d
     await deferLater(reactor, 0.02)  # it has begun to answer
     deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
-    assert deaf.guard._enforcement._running
+    assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
     await at_rest(deaf)
     assert await seen_in(deaf, room_id) == []
 
