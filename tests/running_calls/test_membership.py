@@ -19,7 +19,7 @@ from tests.calls import ALICE, BOB, CAROL, counted, logged, named, old_token, pu
 from tests.conftest import StartSandbox, until
 
 HS_TOKEN = "hs-token"
-PROXIED = "/_matrix/client/v1/rtc/livekit/get_token"
+PROXIED = "/_matrix/client/unstable/io.element.msc4195/rtc/livekit/get_token"
 
 
 async def enforced(sandbox: Sandbox) -> None:
@@ -206,7 +206,7 @@ async def test_participants_who_joined_through_the_app_service_listener_are_enfo
 ) -> None:
     sandbox = await start_sandbox(
         guard_reconcile_interval=3600, guard_appservice_port=0, guard_appservice_token=HS_TOKEN,
-        upstream_options={"appservice_token": HS_TOKEN},
+        upstream_options={"hs_token": HS_TOKEN},
     )  # fmt: skip
     room_id = room_of(sandbox)
     bob, carol = await enter_proxied(sandbox, BOB, room_id), await enter_proxied(sandbox, CAROL, room_id)
@@ -309,7 +309,9 @@ async def test_an_identity_that_nobody_can_resolve_stays_and_is_counted(sandbox:
 @pytest_twisted.ensureDeferred
 async def test_a_room_upgrade_removes_nobody(sandbox: Sandbox) -> None:
     room_id, everybody = await call_of(sandbox, ALICE, BOB)
-    sandbox.homeserver.set_state(room_id, "m.room.tombstone", {"body": "moved", "replacement_room": "!new:sandbox.local"})
+    sandbox.homeserver.set_state(
+        room_id, "m.room.tombstone", {"body": "moved", "replacement_room": "!new:sandbox.local"}
+    )
     await push(sandbox, room_id)
     await enforced(sandbox)
     assert all(one.connected for one in everybody)

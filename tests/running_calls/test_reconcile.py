@@ -148,7 +148,9 @@ async def test_a_round_enforces_what_no_webhook_reported(start_sandbox: StartSan
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_round_finds_departures_that_no_webhook_reported_and_keeps_their_seats_for_a_while(sandbox: Sandbox) -> None:
+async def test_a_round_finds_departures_that_no_webhook_reported_and_keeps_their_seats_for_a_while(
+    sandbox: Sandbox,
+) -> None:
     alice = await sharing(sandbox, room_of(sandbox, 1))
     await at_rest(sandbox)
     assert counted(sandbox, "participants") == 1
@@ -363,9 +365,7 @@ UNUSUAL = {"new": True, "slot_id": "m.call#unusual"}
 
 
 @pytest_twisted.ensureDeferred
-async def test_rooms_and_identities_are_known_after_a_restart(
-    start_sandbox: StartSandbox, tmp_path: Any
-) -> None:
+async def test_rooms_and_identities_are_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id, **UNUSUAL)
