@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work by key: never twice at once for a key, urgent work first, failures reported, and a way to wait until all is done."""
+"""Work by key: never twice at once for a key, urgent work first, and a way to wait until everything is done."""
 
 from __future__ import annotations
 

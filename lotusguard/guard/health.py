@@ -60,12 +60,13 @@ class Health:
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
     _began: float = field(init=False)
     _enforced: dict[str, bool] = field(factory=dict, init=False)
-    _watched: tuple[object, ...] = field(default=(), init=False)
+    _watched: tuple[object, ...] = field(init=False)
     _watched_at: float = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._reports = SharedLookups(self._report)
         self._began = self._watched_at = self._clock.seconds()
+        self._watched = self._seen()
         self._metrics.dry_run.set(1 if self._dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
@@ -79,7 +80,7 @@ class Health:
         somebody else has shown that something changed, such as a revoked access token.
         """
         now, seen = self._clock.seconds(), self._seen()
-        if (self._watched and seen != self._watched) or now - self._watched_at >= WATCH_INTERVAL:
+        if seen != self._watched or now - self._watched_at >= WATCH_INTERVAL:
             self._watched_at = now
             await self.report()
         self._watched = self._seen()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may stay in a call, on a clock: what a removal rests on, how often memberships are read, and with how many requests."""
+"""Who may stay in a call, on a clock: what a removal rests on, and how often memberships are read."""
 
 from __future__ import annotations
 
