@@ -99,7 +99,7 @@ class Guard(MultiService):
         metrics = self.metrics = Metrics()
         state = self._state = wiring.open_state(settings, reactor, metrics, wall)
         clients = self._clients = wiring.connect(settings, reactor, metrics, wall)
-        rooms = wiring.rooms(settings, reactor, metrics, wall, clients, state)
+        rooms = wiring.rooms(settings, reactor, metrics, clients, state)
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms)
         health = wiring.health(settings, reactor, metrics, clients, state, joins, calls)
@@ -108,7 +108,7 @@ class Guard(MultiService):
         self.enforcement, self.changes = calls.enforcement, calls.changes
 
         idle = settings.guard_upstream_timeout
-        webhooks = Webhooks(calls.changes, settings.sfu_key, wall, metrics)
+        webhooks = Webhooks(calls.changes, settings.sfu_key, clients.livekit.now, metrics)
         public = PublicApi(RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle), webhooks)
         site = public.site(reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))

@@ -144,16 +144,14 @@ def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[
     )
 
 
-def rooms(
-    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State
-) -> Rooms:
+def rooms(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State) -> Rooms:
     policies = Policies(
         clients.homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
         default_limit=settings.guard_default_max_users,
     )  # fmt: skip
     members = Members(clients.homeserver, reactor, metrics, settings.guard_policy_ttl)
     roster = Roster(
-        clients.livekit, state.seats, state.registry, policies, reactor, wall, metrics, settings.guard_lookup_timeout
+        clients.livekit, state.seats, state.registry, policies, reactor, metrics, settings.guard_lookup_timeout
     )
     return Rooms(policies, members, roster)
 

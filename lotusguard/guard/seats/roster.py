@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from attrs import define, field
 from livekit.protocol.models import ParticipantInfo
@@ -30,7 +30,7 @@ SLOTS_LISTED = 16
 class Roster:
     """Keeps the seat book in step with LiveKit.
 
-    :param wall: seconds since the epoch. :param lookup_timeout: seconds to wait for a policy.
+    :param lookup_timeout: seconds to wait for a policy.
     :ivar sfu_rooms: the SFU rooms that LiveKit named lately; ``None`` while it has named none.
     """
 
@@ -39,7 +39,6 @@ class Roster:
     _registry: TokenRegistry
     _policies: Policies
     _clock: IReactorTime
-    _wall: Callable[[], float]
     _metrics: Metrics
     _lookup_timeout: float
     sfu_rooms: set[str] | None = field(default=None, init=False)
@@ -123,10 +122,6 @@ class Roster:
         """Whether LiveKit may have this SFU room, as far as it told."""
         return self.sfu_rooms is None or alias in self.sfu_rooms
 
-    def livekit_now(self) -> float:
-        """Seconds since the epoch, by LiveKit's clock."""
-        return self._wall() + (self._livekit.clock_skew or 0.0)
-
     # -- how it is done ----------------------------------------------------------------------------------
 
     async def _limit(self, room_id: str) -> int | None:
@@ -144,7 +139,7 @@ class Roster:
         """A time that LiveKit gave, on the guard's clock."""
         if at is None or at <= 1.0:
             return None
-        ago = self.livekit_now() - at
+        ago = self._livekit.now() - at
         return self._clock.seconds() - ago
 
 
