@@ -102,7 +102,7 @@ class Guard(MultiService):
         rooms = wiring.rooms(settings, reactor, metrics, clients, state)
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms)
-        health = wiring.health(settings, reactor, metrics, clients, state, joins, calls)
+        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
