@@ -19,6 +19,9 @@ from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.routes import Console
+from lotusguard.web.console.sessions import Sessions
+from lotusguard.web.console.view import ConsoleView
 from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.listener import Listener
 from lotusguard.web.operators import OperatorApi
@@ -124,10 +127,12 @@ class Guard(MultiService):
             self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
         if admin_listen or settings.guard_admin_port is not None:
+            token = settings.guard_admin_token.get_secret_value()
+            view = ConsoleView(health, state.seats, rooms.policies, joins.decision_log, reactor, wall)
             operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
                 policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
-                token=settings.guard_admin_token.get_secret_value(),
+                console=Console(view, Sessions(token, reactor), None, calls.changes, reactor), token=token,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))

@@ -152,8 +152,8 @@ class Health:
                 reasons.append(f"our clock and the clock of {name} differ by {abs(skew):.0f} s")
         if self._roster.unissued:
             reasons.append(
-                f"{self._roster.unissued} participants have tokens that this guard did not issue: lk-jwt-service can be "
-                "reached past it, or another guard runs"
+                f"{self._roster.unissued} participants have tokens that this guard did not issue: "
+                "lk-jwt-service can be reached past it, or another guard runs"
             )
         if self._dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")

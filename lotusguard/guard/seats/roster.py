@@ -103,7 +103,7 @@ class Roster:
 
     @property
     def unissued(self) -> int:
-        """Participants whose token this guard did not issue: somebody reaches upstream past it, or another guard runs."""
+        """Participants whose token this guard did not issue. Upstream is reached past it, or another guard runs."""
         return sum(self._unissued.values())
 
     # -- webhooks ----------------------------------------------------------------------------------------
