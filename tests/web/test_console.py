@@ -140,6 +140,7 @@ async def test_the_overview_names_what_is_not_enforced(sandbox: Sandbox) -> None
 async def test_a_call_shows_who_is_in_it_with_which_rights(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 2, allow_camera=False)
     await sandbox.enter(ALICE, room_id)
+    await until(lambda: sandbox.guard.enforcement.watched)
     page = text(await get(sandbox, f"/console/room?{urlencode({'id': room_id})}", await sign_in(sandbox)))
     assert ALICE in page
     assert "microphone, screen share, screen share audio" in page
