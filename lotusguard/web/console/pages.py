@@ -231,7 +231,12 @@ def _table(
     if not rows:
         return tags.p(empty) if empty else ""
     head = tags.thead(tags.tr(*(tags.th(heading, scope="col") for heading in headings)))
-    table = tags.table(tags.caption(caption, class_="" if visible else "unseen"), head, tags.tbody(*rows))
+    table = tags.table(
+        tags.caption(caption, class_="" if visible else "unseen"),
+        head,
+        tags.tbody(*rows),
+        class_="wide" if len(headings) > 2 else "",
+    )
     return tags.div(table, class_="scroll", tabindex="0", role="region", **{"aria-label": caption})
 
 

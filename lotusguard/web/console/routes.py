@@ -22,7 +22,7 @@ from lotusguard.guard.calls.moderation import Moderation, ModerationAction
 from lotusguard.web.answers import NO_ROUTE, Rejected, answer_failure
 from lotusguard.web.console import pages
 from lotusguard.web.console.sessions import Session, Sessions, TooManyAttempts
-from lotusguard.web.console.view import ConsoleView
+from lotusguard.web.console.view import ConsoleView, Overview
 from lotusguard.web.site import GuardRequest
 
 log = Logger()
@@ -30,6 +30,8 @@ log = Logger()
 COOKIE = b"lotusguard_session"
 UPDATE_EVERY = 2.0
 """Seconds between two looks at whether the overview has changed."""
+SHARE = 0.02
+"""Part of its time that a console may take up the guard: with many calls it is updated less often."""
 KEEP_ALIVE = 20.0
 """Seconds after which an unchanged stream is sent a comment, so that proxies keep it open."""
 STREAMS = 8
@@ -192,19 +194,21 @@ class Console:
     async def _stream(self, request: GuardRequest) -> None:
         gone: Deferred[None] = request.notifyFinish()
         gone.addErrback(lambda _: None)
-        shown, sent_at = b"", self._clock.seconds()
+        shown: Overview | None = None
+        sent_at = self._clock.seconds()
         while not gone.called and self._session(request) is not None:
-            html = b"".join([await flattenString(None, part) for part in pages.live_part(await self._view.overview())])
-            now = self._clock.seconds()
-            if gone.called:
-                return
-            if html != shown:
-                request.write(b"data: " + json.dumps({"html": html.decode()}).encode() + b"\n\n")
-                shown, sent_at = html, now
-            elif now - sent_at >= KEEP_ALIVE:
+            began = self._clock.seconds()
+            overview = await self._view.overview()
+            if overview != shown:
+                html = b"".join([await flattenString(None, part) for part in pages.live_part(overview)])
+                if not gone.called:
+                    request.write(b"data: " + json.dumps({"html": html.decode()}).encode() + b"\n\n")
+                shown, sent_at = overview, began
+            elif began - sent_at >= KEEP_ALIVE:
                 request.write(b": nothing new\n\n")
-                sent_at = now
-            await deferLater(self._clock, UPDATE_EVERY)
+                sent_at = began
+            took = self._clock.seconds() - began
+            await deferLater(self._clock, max(UPDATE_EVERY, took / SHARE))
 
     # -- sessions ----------------------------------------------------------------------------------------
 
