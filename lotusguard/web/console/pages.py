@@ -236,7 +236,7 @@ def _table(
         tags.caption(caption, class_="" if visible else "unseen"),
         head,
         tags.tbody(*rows),
-        class_="wide" if len(headings) > 2 else "",
+        class_=width,
     )
     return tags.div(table, class_="scroll", tabindex="0", role="region", **{"aria-label": caption})
 
