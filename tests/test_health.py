@@ -46,18 +46,12 @@ class Guard:
         self.decisions = SimpleNamespace(secret_mismatch_at=None, error_at=None)
         self.changes = SimpleNamespace(round_at=None, webhook_at=None)
         self.lease = SimpleNamespace(held=leased)
-        parts: list[Any] = [
-            self.livekit,
-            self.homeserver,
-            self.upstream,
-            self.decisions,
-            self.changes,
-            None,
-            self.lease,
-        ]
+        parts: tuple[Any, ...] = (self.livekit, self.homeserver, self.upstream, self.decisions, self.changes)
+        livekit, homeserver, upstream, decisions, changes = parts
+        lease: Any = self.lease
         self.health = Health(
-            *parts, None, self.clock, self.metrics, dry_run, enforces_membership=enforces_membership,
-            reconcile_interval=3,
+            livekit, homeserver, upstream, decisions, changes, None, lease, None, self.clock, self.metrics, dry_run,
+            enforces_membership=enforces_membership, reconcile_interval=3,
         )  # fmt: skip
 
     def report(self) -> dict[str, Any]:

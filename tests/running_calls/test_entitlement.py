@@ -102,7 +102,8 @@ class Call:
         checking = self.checking(*participants, known=known)
         self.clock.advance(0.2)  # the spacing of lookups
         assert checking.called
-        return [found.user for found in checking.result]
+        found: Any = checking.result
+        return [one.user for one in found]
 
     def value(self, metric: str) -> float:
         return self.metrics.registry.get_sample_value(f"lotusguard_{metric}") or 0.0
