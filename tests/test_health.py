@@ -45,13 +45,21 @@ class Guard:
         self.livekit, self.homeserver, self.upstream = Service(), Service(), Service()
         self.decisions = SimpleNamespace(secret_mismatch_at=None, error_at=None)
         self.changes = SimpleNamespace(round_at=None, webhook_at=None)
+        self.roster = SimpleNamespace(unissued=0)
         self.lease = SimpleNamespace(held=leased)
-        parts: tuple[Any, ...] = (self.livekit, self.homeserver, self.upstream, self.decisions, self.changes)
-        livekit, homeserver, upstream, decisions, changes = parts
+        parts: tuple[Any, ...] = (
+            self.livekit,
+            self.homeserver,
+            self.upstream,
+            self.decisions,
+            self.changes,
+            self.roster,
+        )
+        livekit, homeserver, upstream, decisions, changes, roster = parts
         lease: Any = self.lease
         self.health = Health(
-            livekit, homeserver, upstream, decisions, changes, None, lease, None, self.clock, self.metrics, dry_run,
-            enforces_membership=enforces_membership, reconcile_interval=3,
+            livekit, homeserver, upstream, decisions, changes, roster, None, lease, None, self.clock, self.metrics,
+            dry_run, enforces_membership=enforces_membership, reconcile_interval=3,
         )  # fmt: skip
 
     def report(self) -> dict[str, Any]:
@@ -151,6 +159,14 @@ def test_a_clock_that_differs_is_reported() -> None:
     report = guard.report()
     assert report["reasons"] == ["our clock and the clock of LiveKit differ by 45 s"]
     assert report["dependencies"]["livekit"]["clock_skew_seconds"] == -45.2
+
+
+def test_participants_whose_tokens_came_from_elsewhere_are_reported() -> None:
+    guard = Guard()
+    guard.roster.unissued = 2
+    report = guard.report()
+    assert report["ready"]
+    assert "2 participants have tokens that this guard did not issue" in report["reasons"][0]
 
 
 # -- watched -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from attrs import define, field
 from livekit.protocol.models import ParticipantInfo
@@ -120,6 +120,11 @@ class Roster:
         elif event.event == "participant_joined" and participant.sid and takes_seat(participant):
             limit = await self._limit(slot.room_id)
             await self._seats.arrive(slot.room_id, alias, await self._arrival(alias, participant), limit)
+
+    def rooms_listed(self, aliases: Iterable[str]) -> None:
+        """These are all of LiveKit's SFU rooms."""
+        self.sfu_rooms = set(aliases)
+        self._unissued = {alias: count for alias, count in self._unissued.items() if alias in self.sfu_rooms}
 
     def heard_of(self, alias: str, *, exists: bool) -> None:
         """LiveKit named an SFU room in a webhook. :param exists: not if it said that the room is finished."""
