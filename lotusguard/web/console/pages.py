@@ -230,12 +230,13 @@ def _table(
     """:param visible: whether the caption is shown, where no heading says the same."""
     if not rows:
         return tags.p(empty) if empty else ""
+    width = "wide" if len(headings) > 2 else ""
     head = tags.thead(tags.tr(*(tags.th(heading, scope="col") for heading in headings)))
     table = tags.table(
         tags.caption(caption, class_="" if visible else "unseen"),
         head,
         tags.tbody(*rows),
-        class_="wide" if len(headings) > 2 else "",
+        class_=width,
     )
     return tags.div(table, class_="scroll", tabindex="0", role="region", **{"aria-label": caption})
 
