@@ -32,6 +32,8 @@ from tests.soak.users import User, World
 KEY, SECRET, OPERATORS = "soakkey", "a-secret-for-a-soak-and-nothing-else", "soak-operators"
 SAMPLING = 0.25
 """Seconds between two checks of the running calls."""
+STALL = 0.75
+"""Seconds by which a check may be late. A busy machine may stop the stand-ins for a while: that is a fault too."""
 
 
 @define(eq=False, slots=False)
@@ -140,8 +142,12 @@ class Soak:
 
     async def _sample(self) -> None:
         """Check all running calls, and measure the guard once a second."""
+        due = self._reactor.seconds() + SAMPLING
         await deferLater(self._reactor, SAMPLING)
         now, world, oracle = self._reactor.seconds(), self._world, self._oracle
+        if now > due + STALL:
+            oracle.disturbances.begin("stand-ins", due).ended = now
+            oracle.counts["stalls of the stand-ins"] += 1
         world.record_departures()
         for room_id in world.rooms:
             oracle.check_stays(room_id, now)
