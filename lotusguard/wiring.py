@@ -51,15 +51,17 @@ DISCOVERY_TIMEOUT = 10.0
 
 @frozen
 class State:
-    """What survives a restart.
+    """The state that survives a restart.
 
     :ivar seats: what decides. :ivar own_seats: the same, unless the seats are shared with other guards (``sharing``).
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
+    :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
     """
 
     store: StateStore | None
     lease: StateLease | None
     error: str | None
+    guarding_since: float
     registry: TokenRegistry
     seats: SeatBook
     own_seats: MemorySeatBook
@@ -80,7 +82,7 @@ class Clients:
 
 @frozen
 class Rooms:
-    """What the rooms ask for, and who is in which call."""
+    """Policies, memberships and the roster of each call."""
 
     policies: Policies
     members: Members
@@ -109,16 +111,16 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
             lease = StateLease(settings.state_dir)
         except StateUnusable as unusable:
             error = str(unusable)
-    since = wall() - store.guarding_since if store is not None else 0.0
+    guarding_since = reactor.seconds() - (wall() - store.guarding_since if store is not None else 0.0)
     registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
     registry.load()
-    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, reactor.seconds() - since)
+    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
     if store is not None:
         seats.load(store.holds())
-    sharing = share_seats(settings, reactor, metrics, wall, reactor.seconds() - since)
+    sharing = share_seats(settings, reactor, metrics, wall, guarding_since)
     if sharing is None:
-        return State(store, lease, error, registry, seats, seats, None)
-    return State(store, lease, error, sharing.registry(registry, reactor), sharing.book, seats, sharing)
+        return State(store, lease, error, guarding_since, registry, seats, seats, None)
+    return State(store, lease, error, guarding_since, sharing.registry(registry, reactor), sharing.book, seats, sharing)
 
 
 def share_seats(
@@ -169,16 +171,21 @@ def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[
     )
 
 
-def rooms(
-    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State
-) -> Rooms:
+def rooms(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State) -> Rooms:
     policies = Policies(
         clients.homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
         default_limit=settings.guard_default_max_users,
     )  # fmt: skip
     members = Members(clients.homeserver, reactor, metrics, settings.guard_policy_ttl)
     roster = Roster(
-        clients.livekit, state.seats, state.registry, policies, reactor, wall, metrics, settings.guard_lookup_timeout
+        clients.livekit,
+        state.seats,
+        state.registry,
+        policies,
+        reactor,
+        metrics,
+        settings.guard_lookup_timeout,
+        state.guarding_since,
     )
     return Rooms(policies, members, roster)
 
@@ -232,12 +239,14 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
 
 
 def health(
-    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, decided: Joins, kept: Calls
-) -> Health:
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, decided: Joins,
+    kept: Calls,
+) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, state.store,
+        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, given.roster,
+        state.store,
         state.lease, state.error, reactor, metrics, settings.guard_dry_run,
-        enforces_membership=kept.entitlement.enforces_membership,
+        enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
         redis_fault=None if state.sharing is None else state.sharing.fault,
     )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SFU's webhooks: handed to upstream whatever we think of them, acted on only when true, and only once."""
+"""LiveKit's webhooks: all are passed on to upstream; only genuine ones are acted on, and only once."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ from tests.conftest import StartSandbox, until
 
 @pytest_twisted.async_yield_fixture
 async def deaf(start_sandbox: StartSandbox) -> Any:
-    """A sandbox whose SFU tells nobody anything, so that webhooks can be delivered by hand."""
+    """A sandbox whose LiveKit sends no webhooks, so that the test can send its own."""
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     sandbox.livekit.webhooks.urls[:] = []
     yield sandbox
 
 
 async def at_rest(sandbox: Sandbox) -> None:
-    """Everything that a webhook set going has been done."""
+    """Everything that was reported has been worked on."""
     await sandbox.guard.enforcement.worker.idle()
 
 
-# -- handed on ---------------------------------------------------------------------------------------
+# -- passed on ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b' {"event" :\t"x"}\r\n\x00', b"\xff\xfe\x00 no json", b"x" * 70_000])
 @pytest.mark.parametrize("authorization", ["a.b.c", "Bearer xyz", None])
 @pytest_twisted.ensureDeferred
-async def test_whatever_comes_is_handed_to_upstream_as_it_came(
+async def test_every_request_is_passed_on_to_upstream_unchanged(
     deaf: Sandbox, body: bytes, authorization: str | None
 ) -> None:
     headers = {"Content-Type": "application/webhook+json", "X-Other": "kept"}
@@ -74,7 +74,7 @@ async def test_whatever_comes_is_handed_to_upstream_as_it_came(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_true_webhook_is_true_for_upstream_as_well(sandbox: Sandbox) -> None:
+async def test_a_genuine_webhook_is_genuine_for_upstream_too(sandbox: Sandbox) -> None:
     await sandbox.enter(ALICE, room_of(sandbox, 2))
     await sandbox.livekit.drained()
     assert [json.loads(seen.body)["event"] for seen in sandbox.upstream.webhooks][-1] == "participant_joined"
@@ -84,7 +84,7 @@ async def test_a_true_webhook_is_true_for_upstream_as_well(sandbox: Sandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_is_answered_with_upstream_s_answer(deaf: Sandbox) -> None:
+async def test_the_answer_is_upstream_s(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
     deaf.upstream.faults["sfu_webhook"] = Fault.status(503, b"not now", times=1)
     event = event_about("participant_joined", alice)
@@ -103,18 +103,18 @@ async def test_the_answer_does_not_wait_for_our_work(deaf: Sandbox) -> None:
     answer = await tell(deaf, event_about("participant_joined", alice))
     assert answer.code == 200
     await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
-    assert deaf.guard._enforcement._running
+    assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_a_key_webhooks_are_handed_on_and_not_read(start_sandbox: StartSandbox) -> None:
+async def test_without_a_key_webhooks_are_passed_on_and_not_read(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_key="", livekit_secret="")
     assert (await tell(sandbox, b"{}", authorization="a.b.c")).code == 200
     assert sandbox.upstream.webhooks[-1].body == b"{}"
     assert counted(sandbox, "webhooks_total", outcome="unverifiable") == 1
 
 
-# -- believed ----------------------------------------------------------------------------------------
+# -- verified ----------------------------------------------------------------------------------------
 
 
 def forgeries(sandbox: Sandbox, body: bytes) -> dict[str, str]:
@@ -144,7 +144,7 @@ def forgeries(sandbox: Sandbox, body: bytes) -> dict[str, str]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_forged_webhook_changes_nothing_and_is_handed_on(deaf: Sandbox) -> None:
+async def test_a_forged_webhook_changes_nothing_and_is_passed_on(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 1)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
@@ -165,7 +165,7 @@ async def test_a_forged_webhook_changes_nothing_and_is_handed_on(deaf: Sandbox) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_that_is_delivered_twice_is_acted_on_once(deaf: Sandbox) -> None:
+async def test_a_webhook_that_is_delivered_twice_is_acted_on_once(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
     event = event_about("track_published", alice)
     await tell(deaf, event)
@@ -189,7 +189,7 @@ async def test_events_without_an_id_are_no_duplicates_of_each_other(deaf: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_replayed_joined_brings_nobody_back(deaf: Sandbox) -> None:
+async def test_a_replayed_arrival_brings_nobody_back(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     joined = event_about("participant_joined", alice)
@@ -234,7 +234,7 @@ async def test_strange_events_are_answered_and_break_nothing(deaf: Sandbox, stra
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"not json", b"\xff", b"[" * 100_000])
 @pytest_twisted.ensureDeferred
-async def test_a_signed_body_that_is_no_event_is_handed_on(deaf: Sandbox, body: bytes) -> None:
+async def test_a_signed_body_that_is_not_an_event_is_passed_on(deaf: Sandbox, body: bytes) -> None:
     with logged() as events:
         assert (await tell(deaf, body)).code == 200
     assert crashes(events) == []
@@ -243,7 +243,7 @@ async def test_a_signed_body_that_is_no_event_is_handed_on(deaf: Sandbox, body: 
 
 
 @pytest_twisted.ensureDeferred
-async def test_unknown_fields_and_absent_zeros_do_not_matter(deaf: Sandbox) -> None:
+async def test_unknown_fields_and_absent_zero_values_are_accepted(deaf: Sandbox) -> None:
     room_id = room_of(deaf)
     alice = await deaf.enter(ALICE, room_id)
     share = alice.publish("SCREEN_SHARE")
@@ -273,7 +273,7 @@ async def test_leaving_frees_a_seat_at_once(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_never_became_active_frees_the_seat_too(sandbox: Sandbox) -> None:
+async def test_a_session_that_never_became_active_frees_the_seat_too(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     answer = await sandbox.ask_token(ALICE, room_id)
     alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"], activate=False)
@@ -311,7 +311,7 @@ LATE = {"sent after the new one's joined": True, "sent before it": False}
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 @pytest.mark.parametrize("reason", [{}, {"disconnectReason": "DUPLICATE_IDENTITY"}])
 @pytest_twisted.ensureDeferred
-async def test_the_left_of_an_old_session_does_not_unseat_the_new_one(
+async def test_the_departure_of_an_old_session_does_not_end_the_new_one(
     deaf: Sandbox, late: bool, reason: dict[str, str]
 ) -> None:
     room_id = room_of(deaf, 1)
@@ -331,7 +331,7 @@ async def test_the_left_of_an_old_session_does_not_unseat_the_new_one(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_reconnect_keeps_the_seat_in_a_room_whose_cap_was_lowered(sandbox: Sandbox) -> None:
+async def test_a_reconnect_keeps_the_seat_in_a_room_whose_limit_was_lowered(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 3)
     for user in (ALICE, BOB, CAROL):
         await sandbox.enter(user, room_id)
@@ -349,7 +349,7 @@ async def test_a_reconnect_keeps_the_seat_in_a_room_whose_cap_was_lowered(sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away(deaf: Sandbox) -> None:
+async def test_a_listing_between_two_sessions_ends_no_seat(deaf: Sandbox) -> None:
     """The SFU ends the old one first, and lists nobody for a moment."""
     room_id = room_of(deaf, 2)
     alice, bob = await deaf.enter(ALICE, room_id), await deaf.enter(BOB, room_id)
@@ -372,7 +372,7 @@ async def test_a_look_between_the_old_session_and_the_new_one_takes_no_seat_away
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(deaf: Sandbox) -> None:
+async def test_a_listing_that_began_before_a_departure_brings_nobody_back(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
@@ -384,13 +384,13 @@ async def test_a_look_that_began_before_somebody_left_does_not_bring_them_back(d
     await deferLater(reactor, 0.02)  # it has begun to answer
     deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
-    assert deaf.guard._enforcement._running
+    assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
     await at_rest(deaf)
     assert await seen_in(deaf, room_id) == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_look_that_began_before_somebody_came_does_not_unseat_them(deaf: Sandbox) -> None:
+async def test_a_listing_that_began_before_an_arrival_ends_no_seat(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))

@@ -224,7 +224,7 @@ async def test_reconciling_finds_a_room_on_the_last_page_of_the_list(start_sandb
     alice = sandbox.livekit.connect(old_token(ALICE, room_id))
     nobodys = sandbox.livekit.connect(_token_for("alias-of-nobody"))
     for who in (alice, nobodys):
-        who.room._count()
+        who.room.refresh_listed()
     await until(lambda: is_restricted(alice))
     lists = sandbox.livekit.asked["ListRooms"]
     await until(lambda: sandbox.livekit.asked["ListRooms"] >= lists + 3)  # further rounds

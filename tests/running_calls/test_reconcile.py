@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reconciling: what it asks, whom it waits for, and what it knows after the guard was started again or killed."""
+"""Reconciling: what a round asks, that rooms do not delay each other, and restarts of the guard."""
 
 from __future__ import annotations
 
@@ -91,10 +91,11 @@ def asked_about(sandbox: Sandbox, method: str = "ListParticipants") -> list[str]
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("new", [False, True])
-async def test_one_list_of_rooms_and_then_only_those_with_a_policy_and_people_in_them(
-    sandbox: Sandbox, new: bool
+async def test_a_round_lists_the_rooms_and_then_participants_where_something_is_enforced(
+    start_sandbox: StartSandbox, new: bool
 ) -> None:
-    """Of a room that was made just now the list does not tell yet whether anybody is there."""
+    """Of a room that was created just now, the list of rooms does not tell yet whether anybody is in it."""
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_members_only="off")
     with_policy = room_of(sandbox, 5)
     alice = await sharing(sandbox, with_policy)
     without = await sharing(sandbox, room_of(sandbox))
@@ -115,14 +116,16 @@ async def test_one_list_of_rooms_and_then_only_those_with_a_policy_and_people_in
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_idle_guard_asks_for_the_rooms_and_nothing_else(sandbox: Sandbox) -> None:
+async def test_without_calls_a_round_lists_the_rooms_and_nothing_else(sandbox: Sandbox) -> None:
+    await until(lambda: sandbox.guard.changes.round_at is not None)
+    sandbox.livekit.asked.clear()
     await sandbox.guard.changes.reconcile()
     assert sandbox.livekit.asked == {"ListRooms": 1}
     assert not sandbox.homeserver.asked["room_state"]
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_policy_is_asked_for_once_in_its_time_however_often_it_is_reconciled(sandbox: Sandbox) -> None:
+async def test_a_fresh_policy_is_not_read_again_in_each_round(sandbox: Sandbox) -> None:
     await sharing(sandbox, room_of(sandbox, 5))
     await at_rest(sandbox)
     before = sandbox.homeserver.asked["room_state"]
@@ -133,7 +136,7 @@ async def test_a_policy_is_asked_for_once_in_its_time_however_often_it_is_reconc
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_catches_what_no_webhook_told(start_sandbox: StartSandbox) -> None:
+async def test_a_round_enforces_what_no_webhook_reported(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.1, guard_policy_ttl=0.1)
     room_id = room_of(sandbox)
     alice = await sharing(sandbox, room_id)
@@ -145,7 +148,9 @@ async def test_it_catches_what_no_webhook_told(start_sandbox: StartSandbox) -> N
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_went_unnoticed_is_seen_to_be_gone(sandbox: Sandbox) -> None:
+async def test_a_round_finds_departures_that_no_webhook_reported_and_keeps_their_seats_for_a_while(
+    sandbox: Sandbox,
+) -> None:
     alice = await sharing(sandbox, room_of(sandbox, 1))
     await at_rest(sandbox)
     assert counted(sandbox, "participants") == 1
@@ -153,15 +158,18 @@ async def test_who_went_unnoticed_is_seen_to_be_gone(sandbox: Sandbox) -> None:
     alice.room.close()
     await sandbox.guard.changes.reconcile()
     await at_rest(sandbox)
-    assert counted(sandbox, "participants") == counted(sandbox, "rooms") == counted(sandbox, "seats_held") == 0
+    assert counted(sandbox, "participants") == counted(sandbox, "rooms") == 0
+    assert counted(sandbox, "seats_held") == 1
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_round_fails_with_the_sfu_and_says_so(sandbox: Sandbox) -> None:
+async def test_a_round_fails_while_livekit_does_not_answer(sandbox: Sandbox) -> None:
+    await until(lambda: sandbox.guard.changes.round_at is not None)
+    last = sandbox.guard.changes.round_at
     sandbox.livekit.faults["ListRooms"] = Fault.status(500)
     with pytest.raises(DependencyFailed):
         await sandbox.guard.changes.reconcile()
-    assert sandbox.guard.changes.round_at is None
+    assert sandbox.guard.changes.round_at == last
 
 
 # -- one room does not delay another ---------------------------------------------------------------------------
@@ -173,32 +181,31 @@ async def test_a_round_fails_with_the_sfu_and_says_so(sandbox: Sandbox) -> None:
     ids=lambda f: f.kind,
 )
 @pytest_twisted.ensureDeferred
-async def test_an_ill_room_does_not_delay_the_others(start_sandbox: StartSandbox, fault: Fault) -> None:
+async def test_a_room_that_fails_does_not_delay_the_others(start_sandbox: StartSandbox, fault: Fault) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3)
-    ill, *others = await calls_where_sharing_ends(sandbox, 6)
-    sandbox.livekit.room_faults[ill.room.name] = fault
+    failing, *others = await calls_where_sharing_ends(sandbox, 6)
+    sandbox.livekit.room_faults[failing.room.name] = fault
     await sandbox.guard.changes.reconcile()
     await until(lambda: all(map(ended, others)))
     if fault.kind in ("hang", "delay"):
-        assert ill.room.name in sandbox.guard._enforcement._running
-    assert not ended(ill)
+        assert sandbox.guard.enforcement.worker.is_busy(failing.room.name)
+    assert not ended(failing)
     await at_rest(sandbox)
     sandbox.livekit.room_faults.clear()
     await sandbox.guard.changes.reconcile()
-    await until(lambda: ended(ill))
+    await until(lambda: ended(failing))
 
 
 @pytest_twisted.ensureDeferred
-async def test_rounds_leave_alone_what_an_earlier_one_is_still_at(sandbox: Sandbox) -> None:
-    ill, other = await calls_where_sharing_ends(sandbox, 2)
-    sandbox.livekit.room_faults[ill.room.name] = Fault.hang()
+async def test_a_round_leaves_alone_a_room_that_is_still_being_worked_on(sandbox: Sandbox) -> None:
+    failing, other = await calls_where_sharing_ends(sandbox, 2)
+    sandbox.livekit.room_faults[failing.room.name] = Fault.hang()
     sandbox.livekit.seen.clear()
     for rounds in range(1, 4):
         await sandbox.guard.changes.reconcile()  # returns although that room hangs
-        await until(lambda: other.room.name not in sandbox.guard._enforcement._running)
+        await until(lambda: not sandbox.guard.enforcement.worker.is_busy(other.room.name))
         assert asked_about(sandbox).count(other.room.name) == rounds
-    assert asked_about(sandbox).count(ill.room.name) == 1
-    assert not sandbox.guard._enforcement._again
+    assert asked_about(sandbox).count(failing.room.name) == 1
 
 
 @pytest_twisted.ensureDeferred
@@ -218,7 +225,7 @@ async def test_only_so_many_rooms_are_worked_on_at_once(sandbox: Sandbox) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_when_many_rooms_hang_webhooks_and_joins_go_on(start_sandbox: StartSandbox) -> None:
+async def test_webhooks_and_joins_are_handled_while_many_rooms_hang(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     everybody = await calls_where_sharing_ends(sandbox, 2 * ROOMS_AT_ONCE)
     full = room_of(sandbox, 1)
@@ -226,11 +233,12 @@ async def test_when_many_rooms_hang_webhooks_and_joins_go_on(start_sandbox: Star
     for who in everybody[:-1]:
         sandbox.livekit.room_faults[who.room.name] = Fault.hang()
     last = everybody[-1]
-    enforcement = sandbox.guard._enforcement
+    enforcement = sandbox.guard.enforcement
     for who in everybody:
-        enforcement.enforce(who.room.name, in_turn=True)
+        enforcement.enforce(who.room.name, urgent=False)
     await until(lambda: len(sandbox.livekit.in_flight) == ROOMS_AT_ONCE)
-    assert last.room.name in enforcement._queued
+    assert enforcement.worker.is_busy(last.room.name)
+    assert not ended(last)
     await tell(sandbox, event_about("track_published", last))  # which does not wait for its turn
     await until(lambda: ended(last), seconds=8)
     assert (await sandbox.ask_token(ALICE, full)).code == 200
@@ -239,19 +247,19 @@ async def test_when_many_rooms_hang_webhooks_and_joins_go_on(start_sandbox: Star
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_room_that_was_done_out_of_turn_is_not_done_again_in_its_turn(sandbox: Sandbox) -> None:
+async def test_urgent_work_on_a_room_takes_it_out_of_the_queue(sandbox: Sandbox) -> None:
     everybody = await calls_where_sharing_ends(sandbox, ROOMS_AT_ONCE + 1)
     sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.1, times=ROOMS_AT_ONCE)
     sandbox.livekit.seen.clear()
     for who in everybody:
-        sandbox.guard.enforcement.enforce(who.room.name, in_turn=True)
+        sandbox.guard.enforcement.enforce(who.room.name, urgent=False)
     sandbox.guard.enforcement.enforce(everybody[-1].room.name)
     await until(lambda: all(map(ended, everybody)))
     await at_rest(sandbox)
     assert asked_about(sandbox).count(everybody[-1].room.name) == 1
     for who in everybody:  # and all turns are free again
-        sandbox.guard.enforcement.enforce(who.room.name, in_turn=True)
-    assert not sandbox.guard._enforcement._queued - {everybody[-1].room.name}
+        sandbox.guard.enforcement.enforce(who.room.name, urgent=False)
+    assert sandbox.guard.enforcement.worker.is_busy(everybody[0].room.name)
     await at_rest(sandbox)
 
 
@@ -295,20 +303,32 @@ def test_a_round_never_overlaps_itself() -> None:
     rounds.every.stopService()
 
 
-def test_rounds_come_every_interval_and_a_little_by_chance() -> None:
+def test_rounds_are_an_interval_and_a_random_delay_apart() -> None:
     starts = set()
     for _ in range(20):
         clock = Clock()
         rounds = Rounds(clock)
         rounds.every.startService()
-        clock.pump([0.01] * 1500)
-        offsets = [begun % 3.0 for begun in rounds.begun]
-        assert len(rounds.begun) == 5
-        assert max(offsets) <= 3.0 * JITTER + 0.02
-        starts.add(round(rounds.begun[0], 2))
+        clock.pump([0.01] * 1400)
+        first, *later = rounds.begun
+        assert first == 0
+        assert len(later) == 4
+        assert max(begun % 3.0 for begun in later) <= 3.0 * JITTER + 0.02
+        starts.add(round(later[0], 2))
         rounds.every.stopService()
         assert not clock.getDelayedCalls()
     assert len(starts) > 3
+
+
+def test_a_service_that_does_not_start_at_once_waits_for_an_interval() -> None:
+    clock = Clock()
+    rounds = Rounds(clock, now=False)
+    rounds.every.startService()
+    clock.advance(2.9)
+    assert rounds.begun == []
+    clock.pump([0.1] * 5)
+    assert len(rounds.begun) == 1
+    rounds.every.stopService()
 
 
 @pytest.mark.parametrize("error", [DependencyFailed("livekit", "timeout"), ValueError("a mistake of ours")])
@@ -327,7 +347,7 @@ def test_a_failed_round_is_followed_by_the_next(error: Exception) -> None:
     rounds.every.stopService()
 
 
-def test_a_round_that_is_under_way_ends_with_the_service() -> None:
+def test_stopping_the_service_cancels_the_running_round() -> None:
     clock = Clock()
     rounds = Rounds(clock)
     rounds.ends = Deferred()
@@ -345,9 +365,7 @@ UNUSUAL = {"new": True, "slot_id": "m.call#unusual"}
 
 
 @pytest_twisted.ensureDeferred
-async def test_after_a_restart_the_guard_knows_its_rooms_and_who_is_in_them(
-    start_sandbox: StartSandbox, tmp_path: Any
-) -> None:
+async def test_rooms_and_identities_are_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id, **UNUSUAL)
@@ -374,7 +392,7 @@ class Output(ProcessProtocol):
         self.gone.callback(None)
 
 
-class InAProcess(Sandbox):
+class KillableSandbox(Sandbox):
     """A sandbox whose guard is started as an operator starts it, and can be killed as a kernel kills it."""
 
     def __init__(self, state_dir: Path) -> None:
@@ -387,7 +405,7 @@ class InAProcess(Sandbox):
     async def start_guard(self, **settings: object) -> None:
         self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
         self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
-        root = str(Path(__file__).parent.parent)
+        root = str(Path(__file__).parent.parent.parent)
         environment = {
             "PATH": os.environ.get("PATH", ""), "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1",
             "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": str(self.port),
@@ -430,15 +448,15 @@ def listens(port: int) -> bool:
 
 @pytest_twisted.async_yield_fixture
 async def killable(tmp_path: Path) -> Any:
-    sandbox = InAProcess(tmp_path)
+    sandbox = KillableSandbox(tmp_path)
     await sandbox.start()
     yield sandbox
     await sandbox.stop()
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_guard_killed_between_a_policy_s_change_and_its_next_round_enforces_it_when_it_is_back(
-    killable: InAProcess,
+async def test_a_policy_that_changed_while_the_guard_was_killed_is_enforced_when_it_is_back(
+    killable: KillableSandbox,
 ) -> None:
     sandbox = killable
     room_id = room_of(sandbox)
@@ -464,7 +482,7 @@ async def test_a_guard_killed_between_a_policy_s_change_and_its_next_round_enfor
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_change_that_is_told_does_not_wait_for_a_round(sandbox: Sandbox) -> None:
+async def test_a_pushed_change_does_not_wait_for_a_round(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
     alice = await sharing(sandbox, room_id)
     lists = sandbox.livekit.asked["ListRooms"]

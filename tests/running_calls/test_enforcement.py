@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forbidden sources in a running call: taken from whoever has them, by whatever way that comes to be known."""
+"""Forbidden sources are revoked in running calls, however the guard learns of the change or of the participant."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ async def join_then_push(sandbox: Sandbox, room_id: str, policy: dict[str, bool]
 
 
 async def join_then_track(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
-    """The change is not pushed, and noticed with the next webhook."""
+    """The change is not pushed, and noticed at the next webhook."""
     await sandbox.ask_token(BOB, room_id)
     who: Participant = joins(sandbox, room_id)
     await sandbox.livekit.drained()
     put_policy(sandbox, room_id, **policy)
-    sandbox.guard.policies.forget_freshness(room_id)  # as if its time were over
+    sandbox.guard.policies.forget_freshness(room_id)  # as if its TTL were over
     for source in EVERYTHING:
         who.publish(source)
     who.activate()
@@ -142,7 +142,7 @@ ORDERS = (policy_then_join, join_then_push, join_then_track, join_then_nothing)
 @pytest.mark.parametrize("joins", PARTICIPANTS)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest_twisted.ensureDeferred
-async def test_what_is_forbidden_is_taken_and_all_else_stays(
+async def test_forbidden_sources_are_revoked_and_everything_else_stays(
     sandbox: Sandbox, policy: str, joins: Any, order: Any
 ) -> None:
     room_id = room_of(sandbox)
@@ -161,11 +161,11 @@ async def test_what_is_forbidden_is_taken_and_all_else_stays(
     assert who.connected
 
 
-# -- how it is taken -----------------------------------------------------------------------------------
+# -- how sources are revoked -----------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_later_release_s_permissions_survive_on_the_wire(sandbox: Sandbox) -> None:
+async def test_unknown_fields_of_a_permission_are_preserved(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
     later = b"\xf8\x06\x01"  # field 111
@@ -186,7 +186,7 @@ async def test_a_later_release_s_permissions_survive_on_the_wire(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_old_wide_token_is_narrowed_whenever_it_comes_back(sandbox: Sandbox) -> None:
+async def test_sources_are_revoked_at_each_arrival_with_an_old_token(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_SCREEN)
     await sandbox.ask_token(BOB, room_id)
     for times in (1, 2, 3):
@@ -200,9 +200,9 @@ async def test_an_old_wide_token_is_narrowed_whenever_it_comes_back(sandbox: San
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobody_is_granted_anything(sandbox: Sandbox) -> None:
+async def test_participants_of_unknown_ceiling_are_given_nothing(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_SCREEN)
-    await sandbox.ask_token(BOB, room_id)
+    await sandbox.ask_token(CAROL, room_id)
     mute = sandbox.livekit.connect(old_token(ALICE, room_id, canPublish=False))
     speaker = sandbox.livekit.connect(old_token(BOB, room_id, canPublishSources=["microphone"]))
     for policy in (NO_CAMERA, {}, NO_VIDEO, {}):
@@ -214,7 +214,7 @@ async def test_nobody_is_granted_anything(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_video_that_calls_itself_a_microphone_is_muted_and_said(sandbox: Sandbox) -> None:
+async def test_video_labelled_as_microphone_is_muted_and_logged(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_SCREEN)
     bob = await sandbox.enter(BOB, room_id)
     with logged() as events:
@@ -237,7 +237,7 @@ async def test_video_that_calls_itself_a_microphone_is_muted_and_said(sandbox: S
 
 
 @pytest_twisted.ensureDeferred
-async def test_video_under_any_label_is_let_be_where_all_video_is_allowed(sandbox: Sandbox) -> None:
+async def test_video_under_any_label_is_left_alone_where_all_video_is_allowed(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 5)
     bob = await sandbox.enter(BOB, room_id)
     disguise = bob.publish("MICROPHONE", "VIDEO")
@@ -247,11 +247,11 @@ async def test_video_under_any_label_is_let_be_where_all_video_is_allowed(sandbo
     assert not disguise.muted
 
 
-# -- when it does not come about -------------------------------------------------------------------------
+# -- failures -------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_sfu_that_says_yes_and_does_nothing_is_found_out_and_asked_again(start_sandbox: StartSandbox) -> None:
+async def test_an_update_that_changed_nothing_is_noticed_and_tried_again(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.1)
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
@@ -259,7 +259,7 @@ async def test_an_sfu_that_says_yes_and_does_nothing_is_found_out_and_asked_agai
     sandbox.livekit.deaf = True
     with logged() as events:
         await change_policy(sandbox, room_id, **NO_SCREEN)
-        await until(lambda: counted(sandbox, "enforcement_failures_total", action="revoke", reason="not_applied") >= 2)
+        await until(lambda: counted(sandbox, "enforcement_failures_total", action="adjust", reason="not_applied") >= 2)
     assert named(events, "enforcement_failed")
     assert counted(sandbox, "revocations_total", source="screen_share") == 0
     sandbox.livekit.deaf = False
@@ -276,12 +276,12 @@ async def test_a_failed_update_is_counted_and_tried_again(start_sandbox: StartSa
     sandbox.livekit.faults["UpdateParticipant"] = Fault.status(500, times=2)
     await change_policy(sandbox, room_id, **NO_SCREEN)
     await until(lambda: "SCREEN_SHARE" not in may_publish(alice))
-    assert counted(sandbox, "enforcement_failures_total", action="revoke", reason="status_500") == 2
+    assert counted(sandbox, "enforcement_failures_total", action="adjust", reason="status_500") == 2
 
 
 @pytest.mark.parametrize("status", [404, 503])
 @pytest_twisted.ensureDeferred
-async def test_what_a_crashed_node_left_behind_does_not_stop_the_rest(sandbox: Sandbox, status: int) -> None:
+async def test_stale_entries_of_a_crashed_node_do_not_stop_the_rest(sandbox: Sandbox, status: int) -> None:
     room_id = room_of(sandbox)
     for number in range(4):
         sandbox.livekit.add_stale(room_alias(room_id), f"@ghost{number}:sandbox.local:D", status)
@@ -296,13 +296,13 @@ async def test_what_a_crashed_node_left_behind_does_not_stop_the_rest(sandbox: S
         assert "SCREEN_SHARE" not in may_publish(who)
     assert crashes(events) == []
     assert not counted(sandbox, "circuit_open", dependency="livekit")
-    failures = counted(sandbox, "enforcement_failures_total", action="revoke", reason="node_gone")
+    failures = counted(sandbox, "enforcement_failures_total", action="adjust", reason="node_gone")
     assert failures == (16 if status == 503 else 0)
     assert len(named(events, "enforcement_failed")) == (4 if status == 503 else 0)
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_left_before_they_could_be_asked_is_no_failure(sandbox: Sandbox) -> None:
+async def test_a_participant_who_left_in_between_is_no_failure(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
     alice, bob = await sandbox.enter(ALICE, room_id), await sandbox.enter(BOB, room_id)
     gone = alice.info()
@@ -324,20 +324,20 @@ def _listing(*participants: ParticipantInfo) -> Reply:
     return Reply(200, body, [("Content-Type", "application/protobuf")])
 
 
-# -- the homeserver tells ----------------------------------------------------------------------------------
+# -- pushed changes ----------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_believed(sandbox: Sandbox) -> None:
+async def test_a_lookup_that_began_before_a_push_is_not_believed(sandbox: Sandbox) -> None:
     """Neither at the first look-up of a room nor at a later one."""
     room_id = room_of(sandbox)
     for _ in range(2):
         put_policy(sandbox, room_id)
         sandbox.guard.policies.forget_freshness(room_id)
         before = sandbox.homeserver.asked["room_state"]
-        sandbox.homeserver.faults["room_state"] = Fault.drip(0.0005, times=2)  # tells what was so when it was asked
+        sandbox.homeserver.faults["room_state"] = Fault.drip(0.0005, times=5)  # tells what was so when it was asked
         entering: Deferred[Participant] = Deferred.fromCoroutine(sandbox.enter(ALICE, room_id))
-        await until(lambda before=before: sandbox.homeserver.asked["room_state"] == before + 2)  # type: ignore[misc]
+        await until(lambda before=before: sandbox.homeserver.asked["room_state"] >= before + 5)  # type: ignore[misc]
         await change_policy(sandbox, room_id, **NO_SCREEN)
         assert not entering.called
         alice = await entering
@@ -349,7 +349,7 @@ async def test_an_answer_that_was_under_way_when_the_policy_changed_is_not_belie
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_change_while_a_room_is_being_worked_on_is_worked_on_next(sandbox: Sandbox) -> None:
+async def test_a_push_while_a_room_is_being_worked_on_is_worked_on_next(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_CAMERA)
     alice = await sandbox.enter(ALICE, room_id)
     await sandbox.livekit.drained()
@@ -357,7 +357,7 @@ async def test_a_change_while_a_room_is_being_worked_on_is_worked_on_next(sandbo
     sandbox.livekit.room_faults[alice.room.name] = Fault.status(500, times=1)
     sandbox.guard.enforcement.enforce(alice.room.name)
     await change_policy(sandbox, room_id, **NO_SCREEN)
-    await until(lambda: may_publish(alice) == {"MICROPHONE"})
+    await until(lambda: may_publish(alice) == {"MICROPHONE", "CAMERA"})
 
 
 @pytest_twisted.ensureDeferred
@@ -374,7 +374,7 @@ async def test_a_change_reaches_every_slot_of_the_room_and_no_other_room(sandbox
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"room_id": 7}', b'{"room": "!x"}', b'{"room_id": "x"}', b"\xff"])
 @pytest_twisted.ensureDeferred
-async def test_a_push_that_names_no_room_is_refused(sandbox: Sandbox, body: bytes) -> None:
+async def test_a_push_without_a_room_is_refused(sandbox: Sandbox, body: bytes) -> None:
     assert (await sandbox.operator("POST", "/policy-changed", body)).code == 400
 
 
@@ -393,7 +393,7 @@ async def test_a_push_without_the_operators_token_changes_nothing(sandbox: Sandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_push_about_a_room_nobody_calls_in_costs_nothing(sandbox: Sandbox) -> None:
+async def test_a_push_about_a_room_without_a_call_costs_nothing(sandbox: Sandbox) -> None:
     await change_policy(sandbox, room_of(sandbox), **NO_SCREEN)
     assert not sandbox.homeserver.asked["room_state"]
     assert not sandbox.livekit.asked["ListParticipants"]
