@@ -162,8 +162,8 @@ async def test_a_request_in_flight_lasts_as_long_as_its_guard(url: str, room: st
 async def test_a_call_is_started_for_all_guards(url: str, room: str) -> None:
     async with guards(url, 2) as (first, second):
         assert not await second.book.is_started(room)
-        await issue(first, room, "a", None)
         await first.book.start(room)
+        await issue(first, room, "a", None)
         assert await second.book.is_started(room)
 
 

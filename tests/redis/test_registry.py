@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several guards' registries over one Valkey: what one guard learns, all know."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from secrets import token_hex
+
+import pytest_twisted
+from twisted.internet.task import deferLater
+
+from lotusguard.clients.redis.address import parse_address
+from lotusguard.clients.redis.client import RedisClient
+from lotusguard.guard.seats.redis.registry import RedisTokenRegistry
+from lotusguard.guard.seats.registry import MemoryTokenRegistry, Slot, TokenRegistry
+from lotusguard.metrics import Metrics
+from lotusguard.rules.sources import Source
+from tests.conftest import until
+
+from .conftest import OwnServer
+from .guards import reactor
+
+BOTH = frozenset({Source.CAMERA, Source.MICROPHONE})
+CAMERA = frozenset({Source.CAMERA})
+
+
+@pytest_twisted.async_yield_fixture
+async def two(own_server: OwnServer) -> AsyncIterator[tuple[TokenRegistry, TokenRegistry]]:
+    clients = []
+    registries = []
+    for _ in range(2):
+        metrics = Metrics()
+        client = RedisClient(parse_address(own_server.url), reactor, metrics)
+        registries.append(
+            RedisTokenRegistry(client, MemoryTokenRegistry(None, reactor, metrics), token_hex(4), reactor)
+        )
+        client.start()
+        clients.append(client)
+    await until(lambda: all(client.available for client in clients))
+    await deferLater(reactor, 0.1)  # for the subscriptions
+    yield registries[0], registries[1]
+    for client in clients:
+        client.stop()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_one_guard_learns_the_other_knows(two: tuple[TokenRegistry, TokenRegistry]) -> None:
+    first, second = two
+    slot = Slot("!room", "m.call#ROOM")
+    await first.learn("alias", slot, "hash", "@a:x", "PHONE", BOTH, CAMERA)
+    assert await second.slot_of("alias") == slot
+    assert await second.user_behind("alias", "hash") == "@a:x"
+    entry = await second.entry("alias", "hash")
+    assert entry is not None
+    assert (entry.device, entry.ceiling, entry.withheld) == ("PHONE", BOTH, CAMERA)
+    assert list(await second.aliases_of("!room")) == ["alias"]
+    assert await second.slot_of("unknown") is None
+    assert await second.entry("alias", "unknown") is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_one_guard_withholds_the_other_knows_at_once(two: tuple[TokenRegistry, TokenRegistry]) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "s"), "id", "@a:x", "PHONE", BOTH)
+    assert await second.entry("alias", "id") == await first.entry("alias", "id")
+    await first.set_withheld("alias", "id", CAMERA)
+
+    async def withheld() -> frozenset[Source]:
+        entry = await second.entry("alias", "id")
+        return entry.withheld if entry is not None else frozenset()
+
+    end = reactor.seconds() + 15
+    while await withheld() != CAMERA:
+        assert reactor.seconds() < end
+        await deferLater(reactor, 0.01)
+    await second.set_withheld("alias", "id", frozenset())
+    await second.learn("alias", Slot("!room", "s"), "id", "@a:x", "PHONE", BOTH)
+    assert await withheld() == frozenset()
+
+
+@pytest_twisted.ensureDeferred
+async def test_without_redis_each_guard_answers_from_its_cache(
+    two: tuple[TokenRegistry, TokenRegistry], own_server: OwnServer
+) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "s"), "id", "@a:x")
+    assert await second.slot_of("alias") is not None
+    own_server.stop()
+    assert await second.slot_of("alias") == Slot("!room", "s")
+    assert await first.user_behind("alias", "id") == "@a:x"
+    await second.learn("other", Slot("!room", "t"), "id", "@b:x")
+    assert set(await second.aliases_of("!room")) == {"alias", "other"}
