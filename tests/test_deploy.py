@@ -66,7 +66,30 @@ def test_the_unit_is_in_the_green() -> None:
     assert float(exposure[1]) <= 3.0
 
 
-@pytest.mark.parametrize("unit", [UNITS / "lotusguard.service", UNITS / "lotusguard.service.d" / "socket.conf"])
+def test_the_unit_for_several_guards_is_the_same_but_for_ports_and_state() -> None:
+    one, several = dict(service()["Service"]), dict(_Unit(UNITS / "lotusguard@.service")["Service"])
+    assert "1807%i" in several["ExecStart"]
+    assert f"backlog={BACKLOG}" in several["ExecStart"]
+    assert several["StateDirectory"] == "lotusguard-%i"
+    for differs in ("ExecStart", "StateDirectory"):
+        del one[differs], several[differs]
+    assert several == one
+
+
+def test_two_guards_in_containers_share_valkey_and_no_state() -> None:
+    text = (DEPLOY / "docker" / "compose.several.yaml").read_text(encoding="utf-8")
+    services = yaml.safe_load(text)["services"]
+    guards = [services[name] for name in ("lotusguard", "lotusguard-2")]
+    assert {guard["environment"]["GUARD_REDIS_URL"] for guard in guards} == {"redis://valkey:6379"}
+    assert services["lotusguard-2"]["volumes"] != compose()["services"]["lotusguard"]["volumes"]
+    caddy = (DEPLOY / "docker" / "Caddyfile.several").read_text(encoding="utf-8")
+    assert "lotusguard:8070 lotusguard-2:8070" in caddy
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [UNITS / "lotusguard.service", UNITS / "lotusguard@.service", UNITS / "lotusguard.service.d" / "socket.conf"],
+)
 def test_units_start_what_twistd_understands(unit: Path) -> None:
     words = shlex.split(_Unit(unit)["Service"]["ExecStart"])
     assert words[0] == "/opt/lotusguard/current/bin/twistd", "deploy/upgrade puts it there"

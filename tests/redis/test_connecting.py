@@ -76,7 +76,7 @@ def test_urls(url: str, address: RedisAddress) -> None:
 
 @pytest.mark.parametrize("url", ["redis://", "redis://a/x", "redis+sentinel://a", "redis://a?password=x"])
 def test_urls_that_cannot_be_used_are_rejected_without_being_quoted(url: str) -> None:
-    with pytest.raises(ValueError, match="^(names|has) ") as raised:
+    with pytest.raises(ValueError, match=r"^(names|has) ") as raised:
         parse_address(url.replace("//", "//:SECRET@"))
     assert "SECRET" not in str(raised.value)
 

@@ -253,7 +253,7 @@ _ERRORS = {
 ADVICE = {
     "wrong_password": "Correct the user name or the password in GUARD_REDIS_URL.",
     "no_password": "The server wants a password: put it into GUARD_REDIS_URL.",
-    "no_permission": "Allow the user ~lotusguard:* &lotusguard:* +@read +@write +@scripting +@pubsub +info +ping +time.",
+    "no_permission": "Allow the user ~lotusguard:* &lotusguard:* +@read +@write +@scripting +@pubsub +info +time +ping",
     "read_only": "The server is a replica: name the master, or use redis+sentinel://.",
     "out_of_memory": "Raise maxmemory of the server; a guard needs a few kilobytes for each room with a call.",
     "wrong_version": "Valkey, or Redis 6.2 or later, is needed.",
