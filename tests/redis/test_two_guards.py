@@ -18,6 +18,7 @@ from tests.calls import ALICE, BOB, CAROL, change_policy, counted, old_token, pu
 from tests.conftest import StartSandbox, until
 
 from .conftest import OwnServer
+from .guards import reactor
 
 
 @define
@@ -144,3 +145,23 @@ async def test_a_guard_that_stops_hands_its_rooms_over(two: Two) -> None:
     staying = second if leaving is first else first
     await leaving.stopService()
     await until(lambda: bool(staying.enforcement.watched))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_join_takes_two_scripts(start_sandbox: StartSandbox, own_server: OwnServer) -> None:
+    sandbox = await start_sandbox(guard_redis_url=own_server.url, guard_reconcile_interval=3600)
+    users = [f"@u{number}:sandbox.local" for number in range(40)]
+    for user in users:
+        sandbox.homeserver.add_user(user.split(":")[0][1:])
+    room_id = sandbox.homeserver.create_room(creator=ALICE, joined=users)
+    put_policy(sandbox, room_id, 100)
+    assert (await sandbox.ask_token(ALICE, room_id)).code == 200
+
+    def scripts() -> int:
+        return int(own_server.client.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+    before, began = scripts(), reactor.seconds()
+    for user in users:
+        assert (await sandbox.ask_token(user, room_id)).code == 200
+    others = 3 * (reactor.seconds() - began) + 3  # heartbeats, and a new listing every two seconds
+    assert scripts() - before <= 2 * len(users) + others
