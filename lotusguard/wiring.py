@@ -26,7 +26,7 @@ from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
-from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
@@ -40,6 +40,7 @@ from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_s
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.members_only import MembersOnly
 
 DISCOVERY_TIMEOUT = 10.0
 """Seconds for one page of the homeserver's list of rooms."""

@@ -7,7 +7,6 @@ A refusal never rests on a lookup that began before the request arrived, and wha
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from enum import Enum
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, DeferredLock, TimeoutError
@@ -21,18 +20,11 @@ from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.permissions import Action
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.refusals import JoinRefused, Refusal
-
-
-class MembersOnly(Enum):
-    """``GUARD_MEMBERS_ONLY``."""
-
-    ON = "on"
-    LOG = "log"
-    OFF = "off"
 
 
 @define(eq=False)
