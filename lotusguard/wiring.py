@@ -170,7 +170,7 @@ def joins(
         start_homeservers=homeserver_list(settings.guard_start_homeservers),
         members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
     )  # fmt: skip
-    seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
+    seating = Seating(state.seats, given.roster, checks, reactor, metrics)
     issuer = TokenIssuer(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
