@@ -66,8 +66,6 @@ class Seating:
 
     async def _find(self, join: Join) -> str | None:
         """Take a seat, waiting behind requests in flight if only they fill the room."""
-        identities = possible_identities(join.user, join.request.device_id or "", join.request.member_id)
-        await self._seats.recognise(join.room_id, join.alias, identities, join.user)
         waited = unused = False
         try:
             while True:
@@ -98,7 +96,11 @@ class Seating:
             taken = await self._seats.take(
                 join.room_id, join.user, policy.max_users, join.alias, exempt=exempt, new_slot=not join.is_main_slot
             )
-            if taken not in (Refusal.FULL, Refusal.TOO_MANY_SLOTS):
+            if isinstance(taken, str):
+                return taken
+            if taken is not Refusal.TOO_MANY_SLOTS and await self._is_recognised(join):
+                continue
+            if taken is Refusal.SEAT_PENDING:
                 return taken
             required = await self._listing_required(join, taken)
             if required is None or (refreshed is not None and refreshed >= required):
@@ -106,7 +108,16 @@ class Seating:
             await self._refresh(join, required)
             refreshed = required
 
-    async def _listing_required(self, join: Join, refusal: str | Refusal) -> float | None:
+    async def _is_recognised(self, join: Join) -> bool:
+        """Whether the user turns out to be in the call under an identity that only their own request explains.
+
+        This happens after our memory was lost: a hashed identity says nothing about its user.
+        """
+        identities = possible_identities(join.user, join.request.device_id or "", join.request.member_id)
+        await self._seats.recognise(join.room_id, join.alias, identities, join.user)
+        return await self._seats.owns_seat(join.room_id, join.user)
+
+    async def _listing_required(self, join: Join, refusal: Refusal) -> float | None:
         """When a listing must have begun that such a refusal may rest on; ``None`` if it needs none."""
         ended = await self._seats.listing_required_since(join.room_id)
         if refusal is Refusal.TOO_MANY_SLOTS:
