@@ -44,7 +44,7 @@ def ask(sandbox: Sandbox, user: str, room_id: str, **how: Any) -> Deferred[Answe
 
 def bodies(sandbox: Sandbox) -> list[dict[str, Any]]:
     """The token requests that upstream has received, oldest first."""
-    return [json.loads(asked.body) for asked in sandbox.upstream.seen if asked.method == "POST" and asked.body]
+    return [json.loads(asked.body) for asked in sandbox.upstream.seen if asked.path in ("/sfu/get", "/get_token")]
 
 
 def calls_of(sandbox: Sandbox, method: str) -> int:
