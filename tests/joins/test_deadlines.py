@@ -88,7 +88,7 @@ async def test_callers_whom_nobody_has_verified_hold_no_seat(sandbox: Sandbox) -
 
 @pytest_twisted.ensureDeferred
 async def test_the_limit_holds_although_the_homeserver_hangs(start_sandbox: StartSandbox) -> None:
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3, guard_policy_ttl=0.1)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3, guard_policy_ttl=0.001)
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     openid = sandbox.homeserver.openid_token(BOB)

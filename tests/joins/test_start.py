@@ -125,7 +125,7 @@ async def test_members_who_arrive_together_share_one_decision_about_the_start(sa
 @pytest_twisted.ensureDeferred
 async def test_the_start_is_enforced_although_the_homeserver_hangs(start_sandbox: StartSandbox) -> None:
     """The last known policy serves, and LiveKit has time left to answer."""
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3, guard_policy_ttl=0.1)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3, guard_policy_ttl=0.001)
     room_id = room_of(sandbox)
     permit(sandbox, room_id, start=50)
     openid = sandbox.homeserver.openid_token(BOB)

@@ -171,8 +171,7 @@ class Admission:
         body = request.body
         if request.has_delay and self._may_refuse(join):
             body = request.without_delay()
-        time_to_decide = min(self._lookup_timeout, join.deadline.left() / 2)  # a slow OpenID check must not use it up
-        answer = await self._forward(join, forward, body, time_to_decide)
+        answer = await self._forward(join, forward, body)
         token = self._issuer.read(join, answer)
         if token is None:
             no_token(join, answer)
@@ -192,7 +191,6 @@ class Admission:
         known = self._policies.is_remembered(join.room_id)
         return not known or self._checks.may_refuse(self._policies.last_known(join.room_id))
 
-    async def _forward(self, join: Join, forward: Forward, body: bytes, reserve: float = 0.0) -> Answer:
-        """:param reserve: seconds of the deadline that are left for what comes after upstream's answer."""
+    async def _forward(self, join: Join, forward: Forward, body: bytes) -> Answer:
         with self._log.stage(join.decision, Stage.UPSTREAM):
-            return await forward(body, join.deadline.at - reserve)
+            return await forward(body, join.deadline.at)
