@@ -12,13 +12,13 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.waiting import Deadline, gather_in_turns
-from lotusguard.guard.joins.checks import MembersOnly
 from lotusguard.guard.rooms.members import KnownMembership, Members
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.refusals import Refusal
 
