@@ -20,6 +20,7 @@ from lotusguard.process import raise_file_limit, tune_garbage_collector, use_mon
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
 from lotusguard.web.handlers import RequestHandler
+from lotusguard.web.held import PROXIED_SILENCE
 from lotusguard.web.listener import Listener
 from lotusguard.web.operators import OperatorApi
 from lotusguard.web.public import PublicApi
@@ -100,9 +101,14 @@ class Guard(MultiService):
         state = self._state = wiring.open_state(settings, reactor, metrics, wall)
         clients = self._clients = wiring.connect(settings, reactor, metrics, wall)
         rooms = wiring.rooms(settings, reactor, metrics, wall, clients, state)
-        joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
-        calls = wiring.calls(settings, reactor, metrics, clients, state, rooms)
-        health = wiring.health(settings, reactor, metrics, clients, state, joins, calls)
+        has_operators = bool(admin_listen) or settings.guard_admin_port is not None
+        voice = wiring.voice(settings, clients)
+        waiting = self._waiting = wiring.waiting(
+            settings, reactor, metrics, wall, state, rooms, voice, operators=has_operators
+        )
+        joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms, waiting)
+        calls = wiring.calls(settings, reactor, metrics, clients, state, rooms, waiting)
+        health = wiring.health(settings, reactor, metrics, clients, state, joins, calls, waiting)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
@@ -117,16 +123,25 @@ class Guard(MultiService):
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
-            proxied = RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle, keep_identity=True)
+            proxied = RequestHandler(
+                joins.admission,
+                clients.upstream,
+                reactor,
+                metrics,
+                idle=idle,
+                keep_identity=True,
+                silence=PROXIED_SILENCE,
+            )
             appservice = AppServiceApi(proxied, settings.guard_appservice_token.get_secret_value())
             endpoint = _endpoint(settings.guard_appservice_host, settings.guard_appservice_port)
             site = appservice.site(reactor, max_body=settings.guard_max_body)
             self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
-        if admin_listen or settings.guard_admin_port is not None:
+        if has_operators:
             operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
                 policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
+                lobby=waiting.lobby, moderation=calls.moderator,
                 token=settings.guard_admin_token.get_secret_value(),
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
@@ -144,6 +159,7 @@ class Guard(MultiService):
     def _add_periodic_work(self) -> None:
         """What happens every few seconds."""
         homeserver, seats, lease = self._clients.homeserver, self._state.seats, self._state.lease
+        waiting = self._waiting
 
         async def learn_server_name() -> None:
             if not homeserver.server_name:
@@ -156,11 +172,17 @@ class Guard(MultiService):
             if lease is not None:
                 lease.renew()
 
+        async def keep_lobbies() -> None:
+            waiting.lobby.pass_time()
+            waiting.notices.pass_time()
+
         interval = self._settings.guard_reconcile_interval
         for periodic in (
             PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
             PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
             PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
+            PeriodicService("keeping lobbies", 1.0, keep_lobbies, self._reactor),
+            PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, self._reactor),
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
@@ -180,6 +202,7 @@ class Guard(MultiService):
 
     async def _stop(self) -> None:
         self._systemd.stopping()
+        self._waiting.lobby.stop()
         grace = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
         await self.public.close(grace)
         if self.appservice is not None:

@@ -14,12 +14,15 @@ from twisted.logger import Logger
 
 from lotusguard.clients.waiting import Deadline, gather
 from lotusguard.guard.joins.checks import MembersOnly
+from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.joins.switching import LobbySwitch
 from lotusguard.guard.rooms.members import KnownMembership, Members
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.refusals import Refusal
 
@@ -58,6 +61,8 @@ class Entitlement:
 
     _members: Members
     _registry: TokenRegistry
+    _lobby: Lobby
+    _switch: LobbySwitch
     _homeservers: HomeserverList
     _members_only: MembersOnly
     _server_name: Callable[[], str]
@@ -111,21 +116,43 @@ class Entitlement:
         self, turns: DeferredSemaphore, room_id: str, known: KnownPolicy, participant: ParticipantInfo, user: str,
         began: float,
     ) -> Unentitled | None:  # fmt: skip
-        reason = self._refused_by_policy(known, user)
+        reason = self._refused_by_policy(room_id, known, user)
         if reason is None and self.enforces_membership:
             membership = self._members.last_known(room_id, user)
             if membership is None or not self._is_believed(room_id, user, participant.sid, membership):
                 look = self._membership(room_id, participant.sid, user, began)
                 membership = await turns.run(lambda: Deferred.fromCoroutine(look))
             reason = self._refused_by_membership(room_id, user, membership)
+            if reason is not None:
+                self._lobby.left_room(room_id, user)
+        if reason is None:
+            reason = await self._refused_by_lobby(room_id, known, participant, user)
         self._checked[room_id, participant.sid] = None
         return Unentitled(participant, user, reason) if reason is not None else None
 
-    def _refused_by_policy(self, known: KnownPolicy, user: str) -> Refusal | None:
+    def _refused_by_policy(self, room_id: str, known: KnownPolicy, user: str) -> Refusal | None:
+        if self._lobby.state_of(room_id, user) is LobbyState.REMOVED:
+            return Refusal.REMOVED
         if not self._homeservers.allows_user(user):
             return Refusal.HOMESERVER_NOT_ALLOWED
         if known.is_certain and not known.policy.may_join(user):
             return Refusal.JOIN_LEVEL
+        return None
+
+    async def _refused_by_lobby(
+        self, room_id: str, known: KnownPolicy, participant: ParticipantInfo, user: str
+    ) -> Refusal | None:
+        """Whoever may be in the call is noted as accepted: they stay when their power level falls."""
+        if not await self._switch.is_on(room_id, known):
+            return None
+        if (
+            self._lobby.state_of(room_id, user) is not LobbyState.ACCEPTED
+            and known.is_certain
+            and not known.policy.bypasses_lobby(user)
+            and not self._switch.joined_before_us(participant)
+        ):
+            return Refusal.NOT_ADMITTED
+        self._lobby.let_in(room_id, user)
         return None
 
     def _is_believed(self, room_id: str, user: str, sid: str, known: KnownMembership) -> bool:
