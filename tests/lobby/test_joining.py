@@ -151,7 +151,7 @@ async def test_somebody_who_left_the_room_while_waiting_is_refused_although_admi
     room_id = lobby_room(sandbox)
     answer = asking(sandbox, BOB, room_id)
     await waits(sandbox)
-    sandbox.homeserver.set_membership(room_id, BOB, "leave")
+    sandbox.homeserver.leave(room_id, BOB)
     await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id, "user": BOB}).encode())
     await moderate(sandbox, room_id, BOB, "admit")
     assert error_of(await answer) == (403, "You are not a member of this room.")
@@ -222,9 +222,9 @@ async def test_a_removed_person_is_refused_until_they_are_admitted(sandbox: Sand
 async def test_muting_mutes_what_can_be_heard(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
     bob = await sandbox.enter(BOB, room_id)
-    microphone = bob.publish("microphone")
+    microphone, camera = bob.publish("MICROPHONE"), bob.publish("CAMERA")
     assert await moderate(sandbox, room_id, BOB, "mute") == 200
-    assert microphone.muted
+    assert (bob.tracks[microphone.sid].muted, bob.tracks[camera.sid].muted) == (True, False)
 
 
 @pytest_twisted.ensureDeferred
