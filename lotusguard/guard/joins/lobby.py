@@ -126,6 +126,8 @@ class Lobby:
         entry = self._book.find(room_id, user, self._clock.seconds())
         if entry is None or entry.state is not LobbyState.WAITING:
             return entry.state if entry is not None else None
+        if self._stopped and is_silent():
+            raise LobbyStopped
         waiter = _Waiter(Deferred(), is_silent)
         self._waiters.setdefault((room_id, user), []).append(waiter)
         entry.held += 1
