@@ -15,7 +15,7 @@ from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.sources import Source
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
-LOBBY_DECISIONS = ("admitted", "denied", "removed", "timed_out", "switched_off", "left")
+LOBBY_DECISIONS = ("admitted", "denied", "removed", "timed_out", "switched_off", "needs_no_decision", "left")
 _REFUSALS = [refusal.value for refusal in Refusal]
 _SOURCES = [source.claim for source in Source]
 

@@ -31,9 +31,9 @@ from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.notices import LobbyNotices
+from lotusguard.guard.joins.lobby.notices import LobbyNotices
+from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.joins.seating import Seating
-from lotusguard.guard.joins.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.voice import NoVoice, RoomVoice

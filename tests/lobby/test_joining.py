@@ -223,6 +223,7 @@ async def test_muting_mutes_what_can_be_heard(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
     bob = await sandbox.enter(BOB, room_id)
     microphone, camera = bob.publish("MICROPHONE"), bob.publish("CAMERA")
+    assert microphone is not None and camera is not None
     assert await moderate(sandbox, room_id, BOB, "mute") == 200
     assert (bob.tracks[microphone.sid].muted, bob.tracks[camera.sid].muted) == (True, False)
 

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from lotusguard import wiring
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.notices import LobbyNotices
+from lotusguard.guard.joins.lobby.notices import LobbyNotices
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import LobbyState

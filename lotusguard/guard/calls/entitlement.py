@@ -15,7 +15,7 @@ from twisted.logger import Logger
 from lotusguard.clients.waiting import Deadline, gather
 from lotusguard.guard.joins.checks import MembersOnly
 from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.switching import LobbySwitch
+from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import KnownMembership, Members
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry

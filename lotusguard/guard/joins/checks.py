@@ -16,7 +16,7 @@ from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.joins.decisions import Stage, Verdict
 from lotusguard.guard.joins.join import Join
 from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.switching import LobbySwitch
+from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lobby: who waits to join which call, what moderators decide, and the requests that are held until then."""
+"""Who waits to join which call, what moderators decide, and the requests that are held until then."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from secrets import token_hex
 from attrs import define, field, frozen
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
 
 from lotusguard.clients.waiting import Deadline, fire_all
-from lotusguard.guard.joins.colours import colour_of
+from lotusguard.guard.joins.lobby.colours import colour_of
+from lotusguard.guard.joins.lobby.log import LobbyLog
 from lotusguard.guard.seats.store import StateStore, StoredLobbyEntry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import TABLE, LobbyEntry, LobbyEvent, LobbyState
 from lotusguard.rules.lobby_book import Change, LobbyBook
 from lotusguard.rules.refusals import JoinRefused, Refusal
-
-log = Logger()
 
 RETRY = 5.0
 """Seconds after which there may be fewer people waiting."""
@@ -28,13 +26,6 @@ POLL_AGAIN = 1.0
 RESTARTED = 30.0
 """Seconds for which people who waited before a restart stay in the lobby without asking. Element Call asks a request
 that was cut off again after 2, 4, 8 and 16 s."""
-
-_EVENTS: dict[tuple[LobbyEvent, LobbyState | None], str] = {
-    (LobbyEvent.ADMIT, LobbyState.ACCEPTED): "admitted",
-    (LobbyEvent.DENY, LobbyState.DENIED): "denied",
-    (LobbyEvent.REMOVE, LobbyState.REMOVED): "removed",
-    (LobbyEvent.TIME_OUT, LobbyState.UNANSWERED): "timed_out",
-}
 
 
 @frozen
@@ -74,11 +65,13 @@ class Lobby:
     _metrics: Metrics
     _longest_wait: float
     listeners: list[Callable[[Change], None]] = field(factory=list, init=False)
+    _log: LobbyLog = field(init=False)
     _book: LobbyBook = field(init=False)
     _waiters: dict[tuple[str, str], list[_Waiter]] = field(factory=dict, init=False)
     _stopped: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._log = LobbyLog(self._metrics)
         self._book = LobbyBook(self._longest_wait)
         self._metrics.lobby_waiting.set_function(lambda: self._book.waiting_in_all)
 
@@ -246,7 +239,7 @@ class Lobby:
         """Write, log and count what has changed, and wake those who waited for it."""
         for change in self._book.take_changes():
             self._write(change)
-            self._log(change, by)
+            self._log.tell(change, by)
             for listener in self.listeners:
                 listener(change)
             if change.after is not LobbyState.WAITING:
@@ -275,31 +268,3 @@ class Lobby:
                 entry.notice,
             )
         )
-
-    def _log(self, change: Change, by: str) -> None:
-        user, room_id = change.entry.user, change.room_id
-        if change.event is LobbyEvent.ASK:
-            log.info("{user} waits in the lobby of {room_id}", user=user, room_id=room_id, event_name="lobby_waiting")
-            return
-        decision = _EVENTS.get((change.event, change.after))
-        if decision is None and change.before is LobbyState.WAITING:
-            decision = "switched_off" if change.event is LobbyEvent.SWITCH_OFF else "left"
-        if decision is None:
-            return
-        self._metrics.lobby_decisions.labels(decision).inc()
-        match decision:
-            case "admitted":
-                log.info("{by} admitted {user} to the call of {room_id}",
-                         by=by, user=user, room_id=room_id, event_name="lobby_admitted")  # fmt: skip
-            case "denied":
-                log.info("{by} denied {user} entry to the call of {room_id}",
-                         by=by, user=user, room_id=room_id, event_name="lobby_denied")  # fmt: skip
-            case "removed":
-                log.info("{by} removed {user} from the call of {room_id}, and for ten minutes they are refused",
-                         by=by, user=user, room_id=room_id, event_name="lobby_removed")  # fmt: skip
-            case "timed_out":
-                log.info("nobody admitted {user} to the call of {room_id} in time",
-                         user=user, room_id=room_id, event_name="lobby_timed_out")  # fmt: skip
-            case _:
-                log.info("{user} stopped waiting in the lobby of {room_id}: {reason}",
-                         user=user, room_id=room_id, reason=decision, event_name="lobby_left")  # fmt: skip
