@@ -131,6 +131,11 @@ class LobbyBook:
         """All entries with their rooms."""
         return ((room_id, entry) for room_id, entries in self._rooms.items() for entry in entries.values())
 
+    def waiting_in(self, room_id: str) -> list[str]:
+        """Users who wait in one room."""
+        entries = self._rooms.get(room_id, {}).values()
+        return [entry.user for entry in entries if entry.state is LobbyState.WAITING]
+
     def rooms_with(self, state: LobbyState) -> list[str]:
         """The rooms that have entries in this state."""
         return [

@@ -168,6 +168,16 @@ async def test_everybody_who_waits_comes_in_when_the_lobby_is_switched_off(start
 
 
 @pytest_twisted.ensureDeferred
+async def test_somebody_who_is_promoted_while_waiting_comes_in(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_policy_ttl=0.2)
+    room_id = lobby_room(sandbox)
+    answer = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    sandbox.homeserver.set_state(room_id, "m.room.power_levels", {"users": {ALICE: 100, BOB: 50}})
+    assert (await answer).code == 200
+
+
+@pytest_twisted.ensureDeferred
 async def test_people_in_the_call_stay_when_the_lobby_is_switched_on(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
     bob = await sandbox.enter(BOB, room_id)
@@ -189,7 +199,7 @@ async def test_somebody_who_enters_with_an_old_token_past_the_lobby_is_removed(s
     await sandbox.enter(ALICE, room_id)
     bob = sandbox.livekit.connect(old_token(BOB, room_id))
     await until(lambda: not bob.connected)
-    assert counted(sandbox, "members_removed_total", reason="not_admitted") == 1
+    await until(lambda: counted(sandbox, "members_removed_total", reason="not_admitted") == 1)
 
 
 @pytest_twisted.ensureDeferred
@@ -223,7 +233,8 @@ async def test_muting_mutes_what_can_be_heard(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
     bob = await sandbox.enter(BOB, room_id)
     microphone, camera = bob.publish("MICROPHONE"), bob.publish("CAMERA")
-    assert microphone is not None and camera is not None
+    assert microphone is not None
+    assert camera is not None
     assert await moderate(sandbox, room_id, BOB, "mute") == 200
     assert (bob.tracks[microphone.sid].muted, bob.tracks[camera.sid].muted) == (True, False)
 

@@ -187,6 +187,10 @@ class Lobby:
         """Whoever was accepted waits again before the next call."""
         self._apply_to_room(room_id, LobbyEvent.CALL_ENDED)
 
+    def waiting_in(self, room_id: str) -> list[str]:
+        """Users who wait in one room."""
+        return self._book.waiting_in(room_id)
+
     def rooms_with(self, state: LobbyState) -> list[str]:
         return self._book.rooms_with(state)
 

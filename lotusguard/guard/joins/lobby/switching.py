@@ -117,10 +117,18 @@ class LobbySwitch:
         return False
 
     async def pass_time(self) -> None:
-        """See whether lobbies were switched off and calls have ended: to be called every few seconds."""
+        """See whether lobbies were switched off, people who wait were promoted, and calls have ended.
+
+        To be called every few seconds.
+        """
         for room_id in self._lobby.rooms_with(LobbyState.WAITING):
             deadline = Deadline.after(self._clock, self._lookup_timeout)
-            await self.is_on(room_id, await self._policies.get(room_id, deadline))
+            known = await self._policies.get(room_id, deadline)
+            if not await self.is_on(room_id, known):
+                continue
+            for user in self._lobby.waiting_in(room_id):
+                if known.policy.bypasses_lobby(user):
+                    self._lobby.let_in(room_id, user)
         await self._notice_ended_calls()
 
     async def _notice_ended_calls(self) -> None:
