@@ -19,6 +19,9 @@ from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.routes import Console
+from lotusguard.web.console.sessions import Sessions
+from lotusguard.web.console.view import ConsoleView
 from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.held import PROXIED_SILENCE
 from lotusguard.web.listener import Listener
@@ -100,21 +103,21 @@ class Guard(MultiService):
         metrics = self.metrics = Metrics()
         state = self._state = wiring.open_state(settings, reactor, metrics, wall)
         clients = self._clients = wiring.connect(settings, reactor, metrics, wall)
-        rooms = wiring.rooms(settings, reactor, metrics, wall, clients, state)
+        rooms = wiring.rooms(settings, reactor, metrics, clients, state)
         has_operators = bool(admin_listen) or settings.guard_admin_port is not None
         voice = wiring.voice(settings, clients)
         waiting = self._waiting = wiring.waiting(
-            settings, reactor, metrics, wall, state, rooms, voice, operators=has_operators
+            settings, reactor, metrics, wall, clients, state, rooms, voice, operators=has_operators
         )
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms, waiting)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms, waiting)
-        health = wiring.health(settings, reactor, metrics, clients, state, joins, calls, waiting)
+        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls, waiting)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
 
         idle = settings.guard_upstream_timeout
-        webhooks = Webhooks(calls.changes, settings.sfu_key, wall, metrics)
+        webhooks = Webhooks(calls.changes, settings.sfu_key, clients.livekit.now, metrics)
         public = PublicApi(RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle), webhooks)
         site = public.site(reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))
@@ -138,11 +141,15 @@ class Guard(MultiService):
             self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
         if has_operators:
+            token = settings.guard_admin_token.get_secret_value()
+            view = ConsoleView(
+                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting
+            )
             operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
                 policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
                 lobby=waiting.lobby, moderation=calls.moderator,
-                token=settings.guard_admin_token.get_secret_value(),
+                console=Console(view, Sessions(token, reactor), calls.moderator, calls.changes, reactor), token=token,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))

@@ -39,6 +39,7 @@ from lotusguard.web.answers import (
     answer_json,
 )
 from lotusguard.web.bearer import has_bearer
+from lotusguard.web.console.routes import Console
 from lotusguard.web.site import GuardRequest, GuardSite
 
 MAX_BODY = 4096
@@ -78,6 +79,7 @@ class OperatorApi:
     _metrics: Metrics
     _lobby: Lobby
     _moderation: Moderation
+    _console: Console
     token: str = field(repr=False)
 
     def site(self, reactor: Any) -> GuardSite:
@@ -159,7 +161,7 @@ class OperatorApi:
         """Who waits in which lobby, the longest waiting first."""
         rooms: dict[str, list[dict[str, Any]]] = {}
         for one in self._lobby.waiting():
-            entry = {"user": one.user, "since": round(one.since, 3), "color": one.colour}
+            entry = {"user": one.user, "since": round(one.since, 3), "color": one.color}
             rooms.setdefault(one.room_id, []).append(entry)
         listed = [{"room_id": room_id, "waiting": entries} for room_id, entries in rooms.items()]
         answer_json(request, 200, {"rooms": listed})
@@ -184,6 +186,16 @@ class OperatorApi:
         if not done:
             raise Rejected(NOBODY_TO_MODERATE)
         answer_json(request, 200, {"done": True})
+
+    @app.route("/", methods=["GET"])
+    async def front_page(self, request: GuardRequest) -> None:
+        """The console, for people."""
+        await self._console.front_page(request)
+
+    @app.route("/console", branch=True)
+    def console(self, request: GuardRequest) -> Any:
+        """See ``web/console/``."""
+        return self._console.app.resource()
 
     @app.route("/", branch=True)
     def nothing(self, request: GuardRequest) -> None:

@@ -38,14 +38,11 @@ class Call:
     async def occupants(self, room_id: str) -> set[str]:
         return self.users
 
-    def livekit_now(self) -> float:
-        return 0.0
-
 
 def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby, LobbySwitch]:
     lobby = Lobby(None, clock, clock.seconds, Metrics(), 600.0)
     stub: Any = call
-    return lobby, LobbySwitch(lobby, stub, stub, stub, stub, clock, lambda room_id: decidable, 1.5)
+    return lobby, LobbySwitch(lobby, stub, stub, stub, stub, stub, clock, lambda room_id: decidable, 1.5)
 
 
 @pytest_twisted.ensureDeferred

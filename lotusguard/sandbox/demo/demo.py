@@ -10,12 +10,12 @@ import json
 from typing import Any
 
 from livekit.protocol.models import TrackSource
-from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from lotusguard.clients.http import Answer
 from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT
 from lotusguard.rules.tokens import read_unverified
+from lotusguard.sandbox.demo.lobby import LobbyDemo
+from lotusguard.sandbox.demo.members import MembersDemo
 from lotusguard.sandbox.demo.observer import Observer, expect
 from lotusguard.sandbox.demo.sandbox import SERVER_NAME, Refused, Sandbox
 from lotusguard.sandbox.livekit.participant import Participant
@@ -45,7 +45,6 @@ class Demo:
         self._room = sandbox.homeserver.create_room("alice", joined=self._logins)
         self._call = Observer(sandbox, self._room)
         self._sessions: dict[str, Participant] = {}
-        self._asking: dict[str, Deferred[Answer]] = {}
         # lk-jwt-service verifies OpenID tokens at a worker of Synapse, which keeps running while the main process with
         # the admin API is down. Without a worker, lk-jwt-service itself would refuse everybody then.
         self._worker = FakeSynapse(sandbox.reactor, SERVER_NAME)
@@ -56,7 +55,10 @@ class Demo:
         await self._worker.start()
         self._sandbox.upstream.homeservers[SERVER_NAME] = self._worker.url
         try:
-            for part in (self._two_seats, self._a_screen_share, self._an_outage, self._recovery, self._a_lobby):
+            members = MembersDemo(self._sandbox, self._report)
+            lobby = LobbyDemo(self._sandbox, self._report)
+            parts = (self._two_seats, self._a_screen_share, self._an_outage, self._recovery, members.run, lobby.run)
+            for part in parts:
                 await part()
         except StepFailed:
             pass
@@ -103,15 +105,6 @@ class Demo:
         await step("screen shares are allowed again: alice may share (GUARD_RESTORE)", self._share_restored())
         await step("alice raises the limit to three users", self._set(VOICE_LIMIT, {"max_users": 3}))
         await step("carol takes the third seat", self._joins_in_time("carol", "alice carol dave"))
-
-    async def _a_lobby(self) -> None:
-        step = self._report.step
-        self._report.section("A lobby")
-        room_id = self._sandbox.homeserver.create_room("alice", joined=self._logins)
-        await step("alice switches a lobby on in another room, and erin waits", self._waits("erin", room_id))
-        await step("erin is admitted", self._is_admitted("erin", room_id))
-        await step("dave waits and is denied", self._is_denied("dave", room_id))
-        await step("erin is removed, and refused when she comes back", self._is_removed("erin", room_id))
 
     # -- steps: each acts, checks the effect and returns what it saw ---------------------------------------
 
@@ -227,50 +220,6 @@ class Demo:
 
         await self._call.until(ready, "/readyz does not say that it is ready")
         return "/readyz: 200"
-
-    async def _waits(self, name: str, room_id: str) -> str:
-        self._sandbox.homeserver.set_state(room_id, "io.lotus.lobby", {"enabled": True})
-        rooms = set(self._sandbox.livekit.rooms)
-        self._asking[name] = Deferred.fromCoroutine(self._sandbox.ask_token(_id(name), room_id))
-        await self._call.until(lambda: self._is_waiting(name, room_id), f"GET /lobby does not show {name}")
-        expect(not self._asking[name].called, "the request was answered")
-        expect(set(self._sandbox.livekit.rooms) == rooms, "lk-jwt-service had created a room")
-        return "her request is held; GET /lobby shows her; lk-jwt-service was not asked for a token"
-
-    async def _is_waiting(self, name: str, room_id: str) -> bool:
-        rooms = json.loads((await self._sandbox.operator("GET", "/lobby")).body)["rooms"]
-        return any(
-            room["room_id"] == room_id and _id(name) in [entry["user"] for entry in room["waiting"]] for room in rooms
-        )
-
-    async def _moderate(self, name: str, room_id: str, action: str) -> str:
-        body = {"room_id": room_id, "user": _id(name), "action": action}
-        answer = await self._sandbox.operator("POST", "/moderate", json.dumps(body).encode())
-        expect(answer.code == 200, f"POST /moderate answered {answer.code}")
-        return f'POST /moderate {{"action": "{action}"}}'
-
-    async def _is_admitted(self, name: str, room_id: str) -> str:
-        said = await self._moderate(name, room_id, "admit")
-        answer = await self._asking.pop(name)
-        expect(answer.code == 200, f"her request was answered {answer.code}")
-        self._sessions[name] = self._sandbox.livekit.connect(json.loads(answer.body)["jwt"])
-        return f"{said}; her request is answered 200, and she joins"
-
-    async def _is_denied(self, name: str, room_id: str) -> str:
-        await self._waits(name, room_id)
-        said = await self._moderate(name, room_id, "deny")
-        answer = await self._asking.pop(name)
-        text = f"{answer.code} {json.loads(answer.body).get('error', 'and a token')}"
-        expect(text == "403 You were not admitted to this call.", f"answered {text}")
-        return f"{said}; {text}"
-
-    async def _is_removed(self, name: str, room_id: str) -> str:
-        said = await self._moderate(name, room_id, "remove")
-        expect(not self._sessions.pop(name).connected, "the SFU still has her")
-        answer = await self._sandbox.ask_token(_id(name), room_id)
-        text = f"{answer.code} {json.loads(answer.body).get('error', 'and a token')}"
-        expect(text == "403 You were removed from this call.", f"answered {text}")
-        return f"{said}; {text}"
 
     async def _share_restored(self) -> str:
         tablet = self._sessions["alice's tablet"]

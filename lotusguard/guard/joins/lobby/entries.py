@@ -30,12 +30,12 @@ that was cut off again after 2, 4, 8 and 16 s."""
 
 @frozen
 class Waiting:
-    """Somebody who waits. :ivar since: seconds since the epoch."""
+    """Somebody who waits. :ivar since: seconds since the epoch. :ivar color: in CSS."""
 
     room_id: str
     user: str
     since: float
-    colour: str
+    color: str
 
 
 class LobbyStopped(Exception):

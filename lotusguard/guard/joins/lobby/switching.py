@@ -12,6 +12,7 @@ from livekit.protocol.models import ParticipantInfo
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.joins.lobby import Lobby
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
@@ -56,6 +57,7 @@ class LobbySwitch:
     _seats: SeatBook
     _roster: Roster
     _registry: TokenRegistry
+    _livekit: LiveKitClient
     _clock: IReactorTime
     _can_decide: Callable[[str], bool]
     _lookup_timeout: float
@@ -64,7 +66,7 @@ class LobbySwitch:
     _empty_since: dict[str, float] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._started = self._roster.livekit_now()
+        self._started = self._clock.seconds()
 
     async def is_on(self, room_id: str, known: KnownPolicy) -> bool:
         """Whether people have to wait in this room. While the policy is unknown nobody has to."""
@@ -100,7 +102,9 @@ class LobbySwitch:
     def joined_before_us(self, participant: ParticipantInfo) -> bool:
         """Whether a participant was in the call before this guard ran; then nobody knows who let them in."""
         joined = joined_at(participant)
-        return joined is not None and joined < self._started
+        if joined is None:
+            return False
+        return self._clock.seconds() - (self._livekit.now() - joined) < self._started
 
     async def was_in_before_us(self, room_id: str, user: str, since: float, deadline: Deadline) -> bool:
         """Whether a user is in the call, and was so before this guard ran.
