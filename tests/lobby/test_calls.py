@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.task import Clock
@@ -96,8 +97,9 @@ async def test_rooms_whose_lobby_nobody_could_decide_are_counted() -> None:
     assert switch.undecidable_rooms == 0
 
 
+@pytest.mark.parametrize("signal", ["KILL", "TERM"])
 @pytest_twisted.ensureDeferred
-async def test_waiting_and_decisions_survive_a_kill(tmp_path: Path) -> None:
+async def test_waiting_and_decisions_survive_a_restart(tmp_path: Path, signal: str) -> None:
     sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "state")
     await sandbox.start()
     try:
@@ -105,13 +107,13 @@ async def test_waiting_and_decisions_survive_a_kill(tmp_path: Path) -> None:
         held = asking(sandbox, BOB, room_id)
         held.addErrback(lambda failure: None)
         await until_waiting(sandbox, room_id)
-        await sandbox.end("KILL")
+        await sandbox.end(signal)
         await held
         await sandbox.start_guard()
         assert await waiting_in(sandbox, room_id) == [BOB]
         assert await moderate(sandbox, room_id, BOB, "admit") == 200
         await until_stored(sandbox)
-        await sandbox.end("KILL")
+        await sandbox.end(signal)
         await sandbox.start_guard()
         assert (await sandbox.ask_token(BOB, room_id)).code == 200
     finally:

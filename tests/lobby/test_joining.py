@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
 
 from lotusguard.clients.http import Answer
+from lotusguard.rules import lobby_book
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.calls import ALICE, BOB, CAROL, counted, old_token, put_policy, room_of
 from tests.conftest import StartSandbox, until
@@ -255,6 +257,24 @@ async def test_nobody_waits_where_nobody_could_admit_them(start_sandbox: StartSa
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
     report = await sandbox.request("GET", f"{sandbox.admin_url}/readyz")
     assert any("nobody could admit" in reason for reason in json.loads(report.body)["reasons"])
+
+
+@pytest_twisted.ensureDeferred
+async def test_too_many_people_waiting_are_told_to_come_back(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lobby_book, "WAITING_PER_ROOM", 1)
+    room_id = lobby_room(sandbox)
+    assert (await poll(sandbox, BOB, room_id)).code == 202
+    answer = await poll(sandbox, CAROL, room_id)
+    content = json.loads(answer.body)
+    assert (answer.code, content["errcode"], content["retry_after_ms"]) == (429, "M_LIMIT_EXCEEDED", 5000)
+
+
+@pytest_twisted.ensureDeferred
+async def test_being_in_the_call_with_an_old_token_is_no_way_past_the_lobby(sandbox: Sandbox) -> None:
+    room_id = lobby_room(sandbox)
+    await sandbox.enter(ALICE, room_id)
+    sandbox.livekit.connect(old_token(BOB, room_id))
+    assert (await poll(sandbox, BOB, room_id)).code == 202
 
 
 @pytest_twisted.ensureDeferred

@@ -141,6 +141,14 @@ def test_the_second_of_two_moderators_changes_nothing() -> None:
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
 
 
+def test_a_notice_that_was_redacted_is_not_taken_over_after_a_restart() -> None:
+    asked = Asked()
+    asked.lobby.ask(ROOM, BOB)
+    assert [entry.notice for _, entry in asked.lobby.noticed()] == ["$0"]
+    asked.voice.hear(MOD, "✅")
+    assert asked.lobby.noticed() == []
+
+
 def test_somebody_who_asks_again_soon_gets_no_second_notice() -> None:
     asked = Asked()
     asked.lobby.ask(ROOM, BOB)

@@ -213,6 +213,13 @@ class Lobby:
         entry.notice = event_id
         self._keep(room_id, entry)
 
+    def forget_notice(self, room_id: str, user: str, event_id: str) -> None:
+        """A notice was redacted: after a restart it need not be redacted again."""
+        entry = self._book.find(room_id, user, self._clock.seconds())
+        self._tell()
+        if entry is not None and entry.notice == event_id:
+            self.set_notice(room_id, entry, "")
+
     # -- upkeep ------------------------------------------------------------------------------------------
 
     def pass_time(self) -> None:
@@ -253,7 +260,7 @@ class Lobby:
     def _write(self, change: Change) -> None:
         if change.after is not None:
             self._keep(change.room_id, change.entry)
-        elif self._store is not None:
+        elif self._store is not None and not self._stopped:  # then the next guard takes the entry over
             self._store.drop_lobby_entry(change.room_id, change.entry.user)
 
     def _keep(self, room_id: str, entry: LobbyEntry) -> None:

@@ -146,7 +146,11 @@ class LobbyNotices:
     def _redact(self, notice: _Notice) -> None:
         self._notices.pop((notice.room_id, notice.user), None)
         self._by_event.pop(notice.event_id, None)
-        self._in_background(self._voice.redact(notice.room_id, notice.event_id), notice)
+        self._in_background(self._redacted(notice), notice)
+
+    async def _redacted(self, notice: _Notice) -> None:
+        await self._voice.redact(notice.room_id, notice.event_id)
+        self._lobby.forget_notice(notice.room_id, notice.user, notice.event_id)
 
     # -- reactions ---------------------------------------------------------------------------------------
 
