@@ -38,7 +38,7 @@ OPERATORS_GRACE = 1.0
 
 
 class Options(usage.Options):
-    """What can be given on the command line; everything else is in the environment (see docs/configuration.md)."""
+    """The command line options; everything else is in the environment (see docs/configuration.md)."""
 
     synopsis = "[options]"
     longdesc = "Enforces Matrix rooms' call policies in front of lk-jwt-service. Settings come from the environment."
@@ -49,7 +49,7 @@ class Options(usage.Options):
 
 
 def makeService(options: Options) -> Unbuilt:
-    """What ``twistd lotusguard`` runs. A wrong setting ends it with one line."""
+    """The service of ``twistd lotusguard``. A wrong setting ends it with one line."""
     from twisted.internet import reactor
 
     try:
@@ -164,7 +164,7 @@ class Guard(MultiService):
         return listener
 
     def _add_periodic_work(self) -> None:
-        """What happens every few seconds."""
+        """The periodic work."""
         homeserver, seats, lease = self._clients.homeserver, self._state.seats, self._state.lease
         waiting = self._waiting
 
@@ -204,7 +204,7 @@ class Guard(MultiService):
         self._systemd.ready()
 
     def stopService(self) -> Deferred[None]:
-        """Accept nobody, finish what is in flight, then stop; what was issued is on disk."""
+        """Accept no more connections, answer the requests in flight, write the state, then stop."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:

@@ -52,7 +52,7 @@ DISCOVERY_TIMEOUT = 10.0
 
 @frozen
 class State:
-    """What survives a restart.
+    """The state that survives a restart.
 
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
     :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
@@ -80,7 +80,7 @@ class Clients:
 
 @frozen
 class Rooms:
-    """What the rooms ask for, and who is in which call."""
+    """Policies, memberships and the roster of each call."""
 
     policies: Policies
     members: Members

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seats of one Matrix room, over all its slots: who has one, and who may have one.
+"""The seats of one Matrix room, over all its slots.
 
 Every method is one step without an await, so looking for a free seat and taking it cannot be torn apart. Times are
 seconds on one monotonic clock. Every operation costs the same however many seats are held; a listing costs as much
@@ -38,7 +38,7 @@ class _Chain:
 class RoomSeats:
     """Who holds the seats of one Matrix room.
 
-    :ivar unlimited_at: when the room was last known to have no limit; who joined before then stays.
+    :ivar unlimited_at: when the room was last known to have no limit; people who joined earlier stay.
     :ivar touched: when anything happened here.
     :ivar changed: identities whose hold changed since somebody last cleared this set; for persistence.
     """
@@ -196,8 +196,8 @@ class RoomSeats:
     def overflow(self, limit: int | None, now: float) -> list[Hold]:
         """Participants to be removed: those without a seat in a room that is certainly full.
 
-        First whoever can be given a seat gets one. While requests in flight fill the room, or holds that a listing
-        has yet to confirm, nobody is removed.
+        First, everybody gets a seat who can be given one. While requests in flight fill the room, or holds that a
+        listing has yet to confirm, nobody is removed.
         """
         self._advance(now)
         over = []

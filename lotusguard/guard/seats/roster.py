@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is in which call, as LiveKit says in listings and webhooks. Nothing else writes that into the seat book."""
+"""The roster of each call, from listings and webhooks. Nothing else writes arrivals and departures into the book."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lotusguard.rules.seats import Arrival
 Listing = Fetched[Sequence[ParticipantInfo]]
 """Everybody in one SFU room, and when that was asked."""
 SLOTS_LISTED = 16
-"""SFU rooms of one Matrix room that are listed while LiveKit has not told which of them exist."""
+"""SFU rooms of one Matrix room that are listed while it is unknown which of them exist."""
 
 
 @define(eq=False)
@@ -129,7 +129,7 @@ class Roster:
         await self._seats.leave(slot.room_id, alias, sid, identity, now, by_choice=True)
 
     def may_exist(self, alias: str) -> bool:
-        """Whether LiveKit may have this SFU room, as far as it told."""
+        """Whether this SFU room may exist, by what LiveKit has reported."""
         return self.sfu_rooms is None or alias in self.sfu_rooms
 
     # -- how it is done ----------------------------------------------------------------------------------

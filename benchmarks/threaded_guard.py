@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator would run otherwise: a thread for each connection, a connection for each look-up. Benchmarks.
+"""The guard to compare with: a thread for each connection, a connection for each lookup.
 
-Written for comparison in the manner of small guards built on ``http.server``: it enforces the cap alone, asks the
-SFU on every join in JSON, and believes a room's limit for ten seconds. Configured by the guard's own variables.
+Written like small guards on ``http.server``: it enforces the limit alone, asks LiveKit on every join, in JSON, and
+caches a room's limit for ten seconds. It reads the same environment variables as lotusguard.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 
 LOOKUP_TIMEOUT = 5.0
 UPSTREAM_TIMEOUT = 15.0
-LIMIT_BELIEVED = 10.0
+LIMIT_TTL = 10.0
 TOKEN_PATHS = ("/sfu/get", "/get_token")
 NOT_RELAYED = {"connection", "content-length", "date", "server", "transfer-encoding"}
 FULL = json.dumps({"errcode": "M_FORBIDDEN", "error": "This voice channel is full."}).encode()
@@ -54,7 +54,7 @@ def _user(identity: str) -> str:
 
 
 def limit_of(room_id: str) -> int:
-    """The room's ``max_users``, 0 for none; believed for ten seconds."""
+    """The room's ``max_users``, 0 for none; cached for ten seconds."""
     now = time.time()
     with _limits_lock:
         limit, until = _limits.get(room_id, (0, 0.0))
@@ -73,12 +73,12 @@ def limit_of(room_id: str) -> int:
     except Exception:
         return 0  # it fails open
     with _limits_lock:
-        _limits[room_id] = (limit, now + LIMIT_BELIEVED)
+        _limits[room_id] = (limit, now + LIMIT_TTL)
     return limit
 
 
 def users_in(alias: str) -> set[str]:
-    """Who is in the SFU room."""
+    """The users in the SFU room."""
     request = Request(
         f"{_livekit}/twirp/livekit.RoomService/ListParticipants",
         json.dumps({"room": alias}).encode(),
@@ -89,7 +89,7 @@ def users_in(alias: str) -> set[str]:
 
 
 def is_full(limit: int, answer: bytes) -> bool:
-    """Whether whom upstream issued this token for finds no place."""
+    """Whether there is no seat for the user of this token."""
     payload = json.loads(answer)["jwt"].split(".")[1]
     claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     present = users_in(claims["video"]["room"])
@@ -97,7 +97,7 @@ def is_full(limit: int, answer: bytes) -> bool:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, in a thread of its own."""
+    """One connection, in its own thread."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else a kept-alive caller waits 40 ms for each answer's body

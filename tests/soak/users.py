@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The virtual users of a soak: they ask for tokens, join, publish what they may and may not, and leave. Benchmarks."""
+"""The virtual users of a soak: they ask for tokens, join, publish what they may and may not, and leave."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from benchmarks.soak.truth import SEAT_TTL, Ask, Stay, Truth
 from lotusguard.clients.http import Answer, BytesBody, FixedAgent, collected
 from lotusguard.rules.identity import room_alias
 from lotusguard.rules.tokens import read_unverified
 from lotusguard.sandbox.livekit.participant import JoinRefused, Participant
 from lotusguard.sandbox.livekit.server import FakeLiveKit
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
+from tests.soak.oracle import Oracle
+from tests.soak.record import SEAT_TTL, Ask, Stay
 
 LATE = 25.0
-"""Seconds after which a request has hung: more than all time-outs of the guard gather."""
+"""Seconds after which a request has hung: more than all timeouts of the guard together."""
 PUBLISHED = ("MICROPHONE", "CAMERA", "SCREEN_SHARE", "SCREEN_SHARE_AUDIO")
 
 
@@ -35,21 +36,21 @@ class World:
     agent: FixedAgent
     homeserver: FakeSynapse
     sfu: FakeLiveKit
-    truth: Truth
+    oracle: Oracle
     rooms: list[str]
     dice: Random
-    there: list[tuple[Participant, Stay]] = Factory(list)
+    sessions: list[tuple[Participant, Stay]] = Factory(list)
     running: bool = True
 
-    def look(self) -> None:
-        """Notice who is not in their call any more."""
+    def record_departures(self) -> None:
+        """Record the sessions that have ended."""
         now = self.reactor.seconds()
-        for participant, stay in self.there:
+        for participant, stay in self.sessions:
             if not participant.connected:
                 stay.ended = now
                 if participant.disconnect_reason == DisconnectReason.PARTICIPANT_REMOVED:
-                    self.truth.put_out(stay)
-        self.there = [(participant, stay) for participant, stay in self.there if stay.ended is None]
+                    self.oracle.removed(stay, now)
+        self.sessions = [(participant, stay) for participant, stay in self.sessions if stay.ended is None]
 
     async def pause(self, least: float, most: float) -> None:
         await deferLater(self.reactor, self.dice.uniform(least, most))
@@ -76,12 +77,12 @@ class User:
             if entered is None:
                 continue
             second = await self._enter(room_id, "LAPTOP") if world.dice.random() < 0.2 else None
-            await self._be_there(room_id, entered)
+            await self._take_part(room_id, entered)
             for participant, stay in filter(None, (entered, second)):
                 self._leave(participant, stay)
 
-    async def _be_there(self, room_id: str, entered: tuple[Participant, Stay]) -> None:
-        """Publish this and that, and ask again, as clients do in the middle of a call."""
+    async def _take_part(self, room_id: str, entered: tuple[Participant, Stay]) -> None:
+        """Publish different sources, and ask for tokens again, as clients do in the middle of a call."""
         world, participant = self.world, entered[0]
         for _ in range(world.dice.randrange(1, 6)):
             source = world.dice.choice(PUBLISHED)
@@ -96,7 +97,7 @@ class User:
     def _leave(self, participant: Participant, stay: Stay) -> None:
         if participant.connected:
             self.world.sfu.disconnect(participant.room.name, participant.identity)
-        self.world.look()
+        self.world.record_departures()
 
     async def _enter(self, room_id: str, device: str) -> tuple[Participant, Stay] | None:
         """Ask for a token and, as a rule, connect with it in time."""
@@ -112,19 +113,19 @@ class User:
         try:
             participant = world.sfu.connect(token)
         except JoinRefused:
-            world.truth.counts["connections the SFU refused"] += 1
+            world.oracle.counts["connections the SFU refused"] += 1
             return None
-        world.truth.counts["sessions"] += 1
-        stay = world.truth.came(ask, world.reactor.seconds(), lambda: participant.connected)
-        world.there.append((participant, stay))
+        world.oracle.counts["sessions"] += 1
+        stay = world.oracle.arrived(ask, world.reactor.seconds(), lambda: participant.connected)
+        world.sessions.append((participant, stay))
         return participant, stay
 
     async def _ask(self, room_id: str, device: str) -> tuple[Ask, str] | None:
-        """A token, or nothing. Who cannot connect tries again, as Element Call does."""
+        """Ask for a token; again if there is no answer, as Element Call does. :return: ``None`` if it was refused."""
         world = self.world
         path, body = self._body(room_id, device)
         while True:
-            ask = world.truth.asked(room_id, self.user_id, uuid4().hex, world.reactor.seconds())
+            ask = world.oracle.asked(room_id, self.user_id, uuid4().hex, world.reactor.seconds())
             try:
                 answer = await self._post(path, body, ask.request_id)
                 break
@@ -134,32 +135,32 @@ class User:
                 if not world.running:
                     return None
                 await world.pause(0.2, 0.5)
-        world.truth.counts[f"answers {answer.code}"] += 1
-        token = self._judged(ask, answer)
+        world.oracle.counts[f"answers {answer.code}"] += 1
+        token = self._judge(ask, answer)
         return None if token is None else (ask, token)
 
-    def _judged(self, ask: Ask, answer: Answer) -> str | None:
-        truth, now = self.world.truth, self.world.reactor.seconds()
+    def _judge(self, ask: Ask, answer: Answer) -> str | None:
+        oracle, now = self.world.oracle, self.world.reactor.seconds()
         ask.ended = now
         if answer.code == 403:
-            truth.refused(ask, now)
+            oracle.refused(ask, _error(answer), now)
             return None
         token = _token(answer) if answer.code == 200 else None
         claims = None if token is None else read_unverified(token)
         if token is None or claims is None:
-            if not truth.disturbed(ask.began, now):
-                truth.counts["failures without a fault"] += 1
+            if not oracle.disturbances.any_between(ask.began, now):
+                oracle.counts["failures without a fault"] += 1
             return None
-        truth.let_in(ask, claims, room_alias(ask.room_id), now)
+        oracle.issued(ask, claims, room_alias(ask.room_id), now)
         return token
 
     def _not_answered(self, ask: Ask, error: Exception) -> None:
-        truth, now = self.world.truth, self.world.reactor.seconds()
-        truth.counts["connections refused or lost"] += 1
+        oracle, now = self.world.oracle, self.world.reactor.seconds()
+        oracle.counts["connections refused or lost"] += 1
         if now - ask.began > LATE - 1:
-            truth.counts["requests that hung"] += 1
-        elif not truth.disturbed(ask.began, now, "guard", "killed"):
-            truth.counts[f"connections lost without a fault ({type(error).__name__})"] += 1
+            oracle.counts["requests that hung"] += 1
+        elif not oracle.disturbances.any_between(ask.began, now, "guard", "killed"):
+            oracle.counts[f"connections lost without a fault ({type(error).__name__})"] += 1
 
     async def _post(self, path: str, body: dict[str, Any], request_id: str) -> Answer:
         async def exchange() -> Answer:
@@ -185,3 +186,10 @@ def _token(answer: Answer) -> str | None:
     except (ValueError, TypeError, KeyError):
         return None
     return token if isinstance(token, str) else None
+
+
+def _error(answer: Answer) -> str:
+    try:
+        return str(json.loads(answer.body)["error"])
+    except (ValueError, TypeError, KeyError):
+        return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard of a soak, in a process of its own: started, ended, killed, measured, and its log read. Benchmarks."""
+"""The guard of a soak, in a process of its own: started, stopped, killed and measured; and its log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class GuardUnderSoak:
         """Start it and wait until ``answers()`` does not raise."""
         self._protocol = _Process()
         output = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        root = str(Path(__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         self._process = self._reactor.spawnProcess(
             self._protocol, TWISTD[0], TWISTD, self._environment, root, childFDs={0: "w", 1: output, 2: output}
         )
@@ -72,7 +73,7 @@ class GuardUnderSoak:
         return await self._protocol.ended
 
     def measure(self) -> None:
-        """Note its descriptors and memory."""
+        """Record its open descriptors and its memory."""
         if self._protocol.ended.called or self._process is None or not self._process.pid:
             return
         proc = Path(f"/proc/{self._process.pid}")
@@ -103,11 +104,11 @@ class GuardUnderSoak:
 
 @define
 class GuardLog:
-    """What the guard said, as far as a soak judges it.
+    """The guard's log, as far as a soak judges it.
 
-    :ivar unenforced: by request id, what it could not enforce.
-    :ivar fail_open: when, for which check and why something passed unenforced.
-    :ivar tracebacks: what should never be there.
+    :ivar unenforced: the checks that could not be enforced, by request ID.
+    :ivar fail_open: time, check and reason of each of them.
+    :ivar tracebacks: errors that nobody expected; there should be none.
     """
 
     unenforced: dict[str, list[str]] = Factory(lambda: defaultdict(list))
@@ -117,20 +118,18 @@ class GuardLog:
 
     @classmethod
     def read(cls, path: Path) -> GuardLog:
-        from datetime import datetime
-
-        said = cls()
+        found = cls()
         for line in _lines(path):
             if line is None:
                 continue
-            said.events[line["event"]] += 1
+            found.events[line["event"]] += 1
             if "traceback" in line or line["level"] == "critical":
-                said.tracebacks.append(f"{line['message']}\n{line.get('traceback', '')}")
+                found.tracebacks.append(f"{line['message']}\n{line.get('traceback', '')}")
             if line["event"] == "fail_open":
                 at = datetime.fromisoformat(line["time"]).timestamp()
-                said.unenforced[line["request_id"]].append(line["check"])
-                said.fail_open.append((at, line["check"], line["reason"]))
-        return said
+                found.unenforced[line["request_id"]].append(line["check"])
+                found.fail_open.append((at, line["check"], line["reason"]))
+        return found
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | None]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fast dependencies know and answer: rooms, policies, participants, tokens. No sockets. Benchmarks.
+"""The answers of the fast stand-ins: rooms, policies, participants, tokens. No sockets.
 
-Less faithful than the sandbox and far cheaper: most answers are made once and sent again.
+Simpler than the sandbox and far cheaper: most answers are made once and sent many times.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ KEY, SECRET = "benchkey", "a-secret-for-benchmarks-and-nothing-else"
 MATRIX_TOKEN = "bench-admin"
 SERVER_NAME = "bench.local"
 DEVICE = "PHONE"
+USERS_A_ROOM = 20
+NEW_USERS = 10
+"""How many of a room's users are not in the call yet."""
 BIG_ROOM = "!big"
 """Rooms whose ID begins like this have `Scene.big_members` members."""
 
@@ -40,11 +43,20 @@ def user_id(number: int) -> str:
     return f"@user{number}:{SERVER_NAME}"
 
 
+@lru_cache(maxsize=100_000)
+def joined_rooms(user: str) -> bytes:
+    """The admin API's answer about the rooms of a user: those that this user joins in the scenarios."""
+    number = int(user.removeprefix("@user").partition(":")[0])
+    rooms = {number // USERS_A_ROOM, (number - NEW_USERS) // USERS_A_ROOM}
+    names = [f"{prefix}{room}:{SERVER_NAME}" for room in sorted(rooms) for prefix in ("!room", BIG_ROOM)]
+    return json.dumps({"joined_rooms": names, "total": len(names)}).encode()
+
+
 @define
 class Scene:
-    """What the dependencies are told to be; can be changed while they run.
+    """How the dependencies behave; can be changed while they run.
 
-    :ivar rooms: rooms that have people in their call, `participants` in each.
+    :ivar rooms: rooms with a call, of `participants` people each.
     :ivar cap: every room's ``max_users``. :ivar forbid: the ``false`` keys of every room's ``io.lotus.room_quality``.
     :ivar upstream_delay: seconds until upstream answers. :ivar hang: whether SFU and homeserver answer nothing.
     :ivar honour_type: whether the homeserver honours ``?type=`` as newer ones do.
@@ -110,7 +122,7 @@ def _participant(room: int, number: int, forbidden: set[Any]) -> ParticipantInfo
 
 @define
 class SfuRooms:
-    """Who is in which SFU room. A room's answer is made once and again after each change."""
+    """The participants of each SFU room. A room's answer is made once, and again after each change."""
 
     rooms: dict[str, dict[str, ParticipantInfo]]
     listed: bytes = b""
@@ -191,7 +203,7 @@ _state_cache: dict[tuple[str, str | None], bytes] = {}
 
 
 def cached_state(scene: Scene, room: str, kind: str | None) -> bytes:
-    """`room_state`, made once. Whoever changes the scene calls ``cached_state_forget``."""
+    """`room_state`, made once. ``cached_state_forget`` is called after each change of the scene."""
     key = (room, kind)
     if room.startswith(BIG_ROOM) and not (kind and scene.honour_type):
         return room_state(scene, room, kind)  # megabytes: not kept
