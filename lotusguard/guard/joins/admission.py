@@ -16,15 +16,19 @@ from twisted.internet.interfaces import IReactorTime
 from lotusguard.clients.http import Answer
 from lotusguard.clients.lk_jwt_service import UpstreamFailed
 from lotusguard.clients.waiting import Deadline, gather
-from lotusguard.guard.joins.callers import Callers, Identified
-from lotusguard.guard.joins.checks import EntryChecks
+from lotusguard.guard.joins.callers import Caller, Callers, Identified
+from lotusguard.guard.joins.checks import EntryChecks, MustWait
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Stage, Verdict
 from lotusguard.guard.joins.issuing import TokenIssuer, no_token
 from lotusguard.guard.joins.join import Join
+from lotusguard.guard.joins.lobby import POLL_AGAIN, Lobby, LobbyStopped
+from lotusguard.guard.joins.lobby.colours import colour_of
+from lotusguard.guard.joins.patience import SILENT, InLobby, Patience
 from lotusguard.guard.joins.seating import Seating
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, Policies
-from lotusguard.rules.refusals import JoinRefused
+from lotusguard.rules.lobby import TABLE, LobbyEntry
+from lotusguard.rules.refusals import JoinRefused, Refusal
 from lotusguard.rules.requests import TokenRequest
 
 Forward = Callable[[bytes, float], Awaitable[Answer]]
@@ -43,6 +47,7 @@ class Admission:
 
     :param lookup_timeout: seconds for what is asked of the homeserver and LiveKit, all together.
     :param upstream_timeout: seconds for upstream's answers, all together.
+    :param longest_wait: seconds that a request may be held in a lobby, all its waits together.
     """
 
     _callers: Callers
@@ -56,16 +61,29 @@ class Admission:
     _lookup_timeout: float
     _upstream_timeout: float
     _dry_run: bool
+    _lobby: Lobby
+    _longest_wait: float
 
-    async def join(self, request: TokenRequest, request_id: str, forward: Forward) -> Answer:
+    async def join(
+        self, request: TokenRequest, request_id: str, forward: Forward, patience: Patience = SILENT
+    ) -> Answer:
         """Decide one token request.
 
+        :param patience: how its client waits in a lobby.
         :raises JoinRefused: the guard refuses it. :raises UpstreamFailed: upstream gives no answer.
+        :raises InLobby: the client polls, and has to wait. :raises LobbyStopped: the guard stops.
         """
         decision = self._log.begin(request_id, request.route.path, request.room_id, request.user)
         try:
-            return await self._decide(request, decision, forward)
-        except JoinRefused:
+            return await self._decide(request, decision, forward, patience)
+        except InLobby:
+            decision.verdict, decision.reason = Verdict.WAITING, "lobby"
+            raise
+        except LobbyStopped:
+            decision.verdict, decision.reason = Verdict.FAILED, "guard_stopped"
+            raise
+        except JoinRefused as refused:
+            decision.reason = refused.refusal.value
             decision.verdict = Verdict.REFUSED
             raise
         except UpstreamFailed as failed:
@@ -77,7 +95,7 @@ class Admission:
         finally:
             self._log.end(decision)
 
-    async def _decide(self, request: TokenRequest, decision: Decision, forward: Forward) -> Answer:
+    async def _decide(self, request: TokenRequest, decision: Decision, forward: Forward, patience: Patience) -> Answer:
         arrived = decision.began
         deadline = Deadline(self._clock, arrived + self._lookup_timeout + self._upstream_timeout + SLACK)
         if request.room_id is None:
@@ -91,14 +109,55 @@ class Admission:
             if request.openid is not None:
                 self._checks.homeserver_may_join(join, request.openid.server_name)
             await self._look_up(join)
-            if join.caller.identified is Identified.PROVEN:
-                return await self._admit(join, forward)
-            return await self._admit_when_named(join, forward)
-        except (JoinRefused, UpstreamFailed, CancelledError):
+            return await self._admit_after_waiting(join, forward, patience)
+        except (JoinRefused, UpstreamFailed, CancelledError, InLobby, LobbyStopped):
             raise
         except Exception:  # of our own: the token is still rebuilt
             self._log.failure(decision, "join")
             return await self._issuer.issue(join, await self._forward(join, forward, request.body), None)
+
+    # -- waiting in the lobby ------------------------------------------------------------------------------
+
+    async def _admit_after_waiting(self, join: Join, forward: Forward, patience: Patience) -> Answer:
+        """After a wait in the lobby everything is decided anew."""
+        caller = join.caller
+        while True:
+            try:
+                if caller.identified is Identified.PROVEN:
+                    return await self._admit(join, forward)
+                return await self._admit_when_named(join, forward)
+            except MustWait as must_wait:
+                await self._wait_in_lobby(join, must_wait.entry, patience)
+                join = await self._begin_anew(join, caller)
+
+    async def _wait_in_lobby(self, join: Join, entry: LobbyEntry, patience: Patience) -> None:
+        """Returns when the join may be decided anew. :raises JoinRefused: a moderator denied it, or nobody answered."""
+        if patience.polls:
+            raise InLobby(entry.id, colour_of(join.user), POLL_AGAIN)
+        patience.begin()
+        with self._log.stage(join.decision, Stage.LOBBY):
+            until = join.decision.began + self._longest_wait
+            state = await self._lobby.wait(join.room_id, join.user, until, patience.is_silent)
+        refusal = TABLE[state].refusal if state is not None else None
+        if refusal is None and self._clock.seconds() >= until:
+            refusal = Refusal.NOBODY_ADMITTED
+        if refusal is not None:
+            raise JoinRefused(refusal)
+
+    async def _begin_anew(self, waited: Join, caller: Caller) -> Join:
+        """The same join, as if the request had arrived now."""
+        now = self._clock.seconds()
+        join = Join(
+            waited.request, waited.room_id, waited.decision, waited.log,
+            Deadline(self._clock, now + self._lookup_timeout + self._upstream_timeout + SLACK),
+            Deadline(self._clock, now + self._lookup_timeout), self._lookup_timeout, waited.dry_run, caller,
+            arrived=now,
+        )  # fmt: skip
+        if caller.identified is Identified.PROVEN:
+            join.user = caller.user
+            with self._log.stage(join.decision, Stage.LOOKUP):
+                await self._look_up_room(join, join.lookups)
+        return join
 
     # -- lookups -----------------------------------------------------------------------------------------
 

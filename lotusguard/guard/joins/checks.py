@@ -13,19 +13,30 @@ from twisted.internet.defer import CancelledError, DeferredLock, TimeoutError
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import gather
-from lotusguard.guard.joins.decisions import Stage
+from lotusguard.guard.joins.decisions import Stage, Verdict
 from lotusguard.guard.joins.join import Join
+from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.lobby import LobbyEntry, LobbyState
 from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.permissions import Action
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.refusals import JoinRefused, Refusal
+
+
+class MustWait(Exception):
+    """The user has to wait in the lobby. :ivar entry: the user's entry."""
+
+    def __init__(self, entry: LobbyEntry) -> None:
+        super().__init__(entry.user)
+        self.entry = entry
 
 
 @define(eq=False)
@@ -44,6 +55,8 @@ class EntryChecks:
     _start_homeservers: HomeserverList
     _members_only: MembersOnly
     _server_name: Callable[[], str]
+    _lobby: Lobby
+    _switch: LobbySwitch
     _starting: dict[str, DeferredLock] = field(factory=dict, init=False)
 
     @property
@@ -51,12 +64,14 @@ class EntryChecks:
         return self._members_only is not MembersOnly.OFF
 
     async def may_join(self, join: Join) -> None:
-        """:raises JoinRefused: the user may not join."""
+        """:raises JoinRefused: the user may not join. :raises MustWait: a moderator has to admit the user first."""
         for name, check in (
             ("homeserver", self._homeserver),
             ("membership", self._member),
             ("join_level", self._join_level),
             ("start", self._start),
+            ("removed", self._removed),
+            ("lobby", self._wait_in_lobby),
         ):
             await _failing_open(join, name, check(join))
 
@@ -95,6 +110,7 @@ class EntryChecks:
             if self._members_only is MembersOnly.LOG:
                 join.unenforced("membership", f"{known.membership.value}_logged_only")
             else:
+                self._lobby.left_room(join.room_id, join.user)
                 join.refuse(Refusal.NOT_A_MEMBER)
 
     async def _join_level(self, join: Join) -> None:
@@ -134,6 +150,36 @@ class EntryChecks:
             return True
         return await self._seats.is_started(join.room_id)
 
+    async def _removed(self, join: Join) -> None:
+        if self._lobby.state_of(join.room_id, join.user) is LobbyState.REMOVED:
+            join.refuse(Refusal.REMOVED)
+
+    async def _wait_in_lobby(self, join: Join) -> None:
+        if not await self._switch.is_on(join.room_id, join.known):
+            return
+        state = self._lobby.state_of(join.room_id, join.user)
+        if state is None and not join.policy.bypasses_lobby(join.user):
+            await self.read_policy_again(join)
+            if not await self._switch.is_on(join.room_id, join.known):
+                return
+        if state is LobbyState.ACCEPTED or join.policy.bypasses_lobby(join.user) or await self._was_in(join, state):
+            self._lobby.let_in(join.room_id, join.user)
+            return
+        if join.dry_run:
+            join.decision.verdict, join.decision.reason = Verdict.WOULD_REFUSE, "lobby"
+            return
+        entry = self._lobby.ask(join.room_id, join.user)
+        if entry.rules.refusal is not None:
+            join.refuse(entry.rules.refusal)
+        raise MustWait(entry)
+
+    async def _was_in(self, join: Join, state: LobbyState | None) -> bool:
+        """Whether the user has been in the call since before this guard ran."""
+        if state is not None:
+            return False
+        deadline = join.deadline.sooner(join.lookups.left())
+        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline)
+
     async def read_policy_again(self, join: Join) -> None:
         """Read the policy as it is now, before a refusal rests on it."""
         with join.log.stage(join.decision, Stage.CHECK):
@@ -152,7 +198,7 @@ async def _failing_open(join: Join, name: str, check: Awaitable[None]) -> None:
     """Run a check. If it cannot be done, the join goes on without it."""
     try:
         await check
-    except (JoinRefused, CancelledError):
+    except (JoinRefused, MustWait, CancelledError):
         raise
     except TimeoutError:
         join.unenforced(name, "timeout")

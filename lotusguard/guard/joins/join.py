@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from attrs import define, field
+from attrs import Factory, define, field
 
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.joins.callers import UNIDENTIFIED, Caller
@@ -26,6 +26,8 @@ class Join:
     :ivar lookups: for what is asked of the homeserver and LiveKit.
     :ivar lookup_timeout: seconds that such lookups may take.
     :ivar user: who asks, once that is proven; "" before.
+    :ivar arrived: when the request arrived, or was decided anew after waiting in the lobby. No refusal rests on a
+        lookup that began before.
     """
 
     request: TokenRequest
@@ -40,15 +42,11 @@ class Join:
     known: KnownPolicy = field(default=NOT_LOOKED_UP)
     membership: KnownMembership | None = None
     user: str = ""
+    arrived: float = field(default=Factory(lambda join: join.decision.began, takes_self=True), kw_only=True)
 
     @property
     def policy(self) -> Policy:
         return self.known.policy
-
-    @property
-    def arrived(self) -> float:
-        """When the request arrived, on the guard's clock."""
-        return self.decision.began
 
     @property
     def alias(self) -> str:
