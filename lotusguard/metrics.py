@@ -15,6 +15,7 @@ from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.sources import Source
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
+LOBBY_DECISIONS = ("admitted", "denied", "removed", "timed_out", "switched_off", "needs_no_decision", "left")
 _REFUSALS = [refusal.value for refusal in Refusal]
 _SOURCES = [source.claim for source in Source]
 
@@ -47,6 +48,11 @@ class Metrics:
         self.fail_open = self._counter(
             "fail_open", "Checks that a join passed without being enforced", "check", "reason"
         )
+        self.lobby_waiting = self._gauge("lobby_waiting", "People who wait in lobbies")
+        self.lobby_decisions = self._counter(
+            "lobby_decisions", "How waiting in a lobby ended, and removals by moderators", "decision",
+            known=[(decision,) for decision in LOBBY_DECISIONS],
+        )  # fmt: skip
         self.slots_rejected = self._counter("slots_rejected", "Token requests for more slots than a room may have")
         self.tokens_rebuilt = self._counter("tokens_rebuilt", "Tokens that were signed anew")
         self.foreign_tokens = self._counter("foreign_tokens", "Tokens of other issuers, passed on unchanged")

@@ -26,6 +26,7 @@ from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
 from lotusguard.web.console.view import ConsoleView
 from lotusguard.web.handlers import RequestHandler
+from lotusguard.web.held import PROXIED_SILENCE
 from lotusguard.web.listener import Listener
 from lotusguard.web.operators import OperatorApi
 from lotusguard.web.public import PublicApi
@@ -106,9 +107,14 @@ class Guard(MultiService):
         state = self._state = wiring.open_state(settings, reactor, metrics, wall)
         clients = self._clients = wiring.connect(settings, reactor, metrics, wall)
         rooms = wiring.rooms(settings, reactor, metrics, clients, state)
-        joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
-        calls = wiring.calls(settings, reactor, metrics, clients, state, rooms)
-        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls)
+        has_operators = bool(admin_listen) or settings.guard_admin_port is not None
+        voice = wiring.voice(settings, clients)
+        waiting = self._waiting = wiring.waiting(
+            settings, reactor, metrics, wall, clients, state, rooms, voice, operators=has_operators
+        )
+        joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms, waiting)
+        calls = wiring.calls(settings, reactor, metrics, clients, state, rooms, waiting)
+        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls, waiting)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
@@ -123,19 +129,30 @@ class Guard(MultiService):
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
-            proxied = RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle, keep_identity=True)
+            proxied = RequestHandler(
+                joins.admission,
+                clients.upstream,
+                reactor,
+                metrics,
+                idle=idle,
+                keep_identity=True,
+                silence=PROXIED_SILENCE,
+            )
             appservice = AppServiceApi(proxied, settings.guard_appservice_token.get_secret_value())
             endpoint = _endpoint(settings.guard_appservice_host, settings.guard_appservice_port)
             site = appservice.site(reactor, max_body=settings.guard_max_body)
             self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
-        if admin_listen or settings.guard_admin_port is not None:
+        if has_operators:
             token = settings.guard_admin_token.get_secret_value()
-            view = ConsoleView(health, state.seats, rooms.policies, joins.decision_log, reactor, wall)
+            view = ConsoleView(
+                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting
+            )
             operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
                 policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
-                console=Console(view, Sessions(token, reactor), None, calls.changes, reactor), token=token,
+                lobby=waiting.lobby, moderation=calls.moderator,
+                console=Console(view, Sessions(token, reactor), calls.moderator, calls.changes, reactor), token=token,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))
@@ -153,6 +170,7 @@ class Guard(MultiService):
         """The periodic work."""
         homeserver, lease, sharing = self._clients.homeserver, self._state.lease, self._state.sharing
         seats = self._state.own_seats if sharing is None else sharing.book
+        waiting = self._waiting
 
         async def learn_server_name() -> None:
             if not homeserver.server_name:
@@ -165,12 +183,18 @@ class Guard(MultiService):
             if lease is not None:
                 lease.renew()
 
+        async def keep_lobbies() -> None:
+            waiting.lobby.pass_time()
+            waiting.notices.pass_time()
+
         interval = self._settings.guard_reconcile_interval
         for periodic in (
             PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
             PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
             PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
             PeriodicService("watching what is enforced", 1.0, health.watch, self._reactor),
+            PeriodicService("keeping lobbies", 1.0, keep_lobbies, self._reactor),
+            PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, self._reactor),
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
@@ -200,6 +224,7 @@ class Guard(MultiService):
 
     async def _stop(self) -> None:
         self._systemd.stopping()
+        self._waiting.lobby.stop()
         grace = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
         await self.public.close(grace)
         if self.appservice is not None:

@@ -22,16 +22,21 @@ from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.moderator import Moderator
 from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
-from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
+from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.joins.lobby.notices import LobbyNotices
+from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.joins.seating import Seating
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.voice import NoVoice, RoomVoice
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.memory import MemorySeatBook
@@ -41,6 +46,7 @@ from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_s
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.members_only import MembersOnly
 
 if TYPE_CHECKING:  # txredisapi wants the reactor when it is imported
     from lotusguard.guard.seats.sharing import Sharing
@@ -90,6 +96,15 @@ class Rooms:
 
 
 @frozen
+class Waiting:
+    """The lobby, and what serves it."""
+
+    lobby: Lobby
+    switch: LobbySwitch
+    notices: LobbyNotices
+
+
+@frozen
 class Joins:
     admission: Admission
     decision_log: DecisionLog
@@ -100,6 +115,7 @@ class Calls:
     entitlement: Entitlement
     enforcement: Enforcement
     changes: CallChanges
+    moderator: Moderator
 
 
 def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> State:
@@ -190,9 +206,33 @@ def rooms(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
     return Rooms(policies, members, roster)
 
 
+def voice(settings: Settings, clients: Clients) -> RoomVoice:
+    """How the guard speaks in rooms."""
+    return NoVoice()
+
+
+def waiting(
+    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State,
+    given: Rooms, speaking: RoomVoice, *, operators: bool,
+) -> Waiting:  # fmt: skip
+    """:param operators: whether there is an operators' listener."""
+    operators_can_decide = operators and bool(settings.guard_admin_token.get_secret_value())
+    lobby = Lobby(state.store, reactor, wall, metrics, settings.guard_lobby_wait)
+    lobby.load()
+    switch = LobbySwitch(
+        lobby, given.policies, state.seats, given.roster, state.registry, clients.livekit, reactor,
+        lambda room_id: operators_can_decide or speaking.can_speak(room_id), settings.guard_lookup_timeout,
+    )  # fmt: skip
+    notices = LobbyNotices(
+        lobby, given.policies, speaking, reactor, settings.guard_lookup_timeout, operators_can_decide
+    )
+    notices.start()
+    return Waiting(lobby, switch, notices)
+
+
 def joins(
     settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State,
-    given: Rooms,
+    given: Rooms, waiting: Waiting,
 ) -> Joins:  # fmt: skip
     decision_log = DecisionLog(reactor, metrics)
     checks = EntryChecks(
@@ -200,8 +240,9 @@ def joins(
         homeservers=homeserver_list(settings.guard_homeservers),
         start_homeservers=homeserver_list(settings.guard_start_homeservers),
         members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
+        lobby=waiting.lobby, switch=waiting.switch,
     )  # fmt: skip
-    seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
+    seating = Seating(state.seats, given.roster, checks, reactor, metrics)
     issuer = TokenIssuer(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
@@ -209,14 +250,17 @@ def joins(
     admission = Admission(
         Callers(clients.homeserver, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
         reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
+        waiting.lobby, settings.guard_lobby_wait,
     )  # fmt: skip
     return Joins(admission, decision_log)
 
 
-def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms) -> Calls:
+def calls(
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, waiting: Waiting
+) -> Calls:
     lease = state.lease
     entitlement = Entitlement(
-        given.members, state.registry, homeserver_list(settings.guard_homeservers),
+        given.members, state.registry, waiting.lobby, waiting.switch, homeserver_list(settings.guard_homeservers),
         MembersOnly(settings.guard_members_only),
         lambda: clients.homeserver.server_name, reactor, metrics, settings.guard_lookup_timeout,
         interval=settings.guard_membership_interval, arrival_age=settings.guard_policy_ttl,
@@ -235,17 +279,20 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
         tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
     )  # fmt: skip
-    return Calls(entitlement, enforcement, changes)
+    moderator = Moderator(
+        waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, enforcement, reactor,
+        settings.guard_lookup_timeout,
+    )  # fmt: skip
+    return Calls(entitlement, enforcement, changes, moderator)
 
 
 def health(
     settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, decided: Joins,
-    kept: Calls,
+    kept: Calls, waiting: Waiting,
 ) -> Health:  # fmt: skip
     return Health(
         clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, given.roster,
-        state.store,
-        state.lease, state.error, reactor, metrics, settings.guard_dry_run,
+        state.store, state.lease, state.error, waiting.switch, reactor, metrics, settings.guard_dry_run,
         enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
         redis_fault=None if state.sharing is None else state.sharing.fault,

@@ -18,6 +18,7 @@ from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore
@@ -55,6 +56,7 @@ class Health:
     _store: StateStore | None
     _lease: StateLease | None
     _store_error: str | None
+    _lobbies: LobbySwitch
     _clock: IReactorTime
     _metrics: Metrics
     _dry_run: bool
@@ -174,6 +176,11 @@ class Health:
             reasons.append(f"the state directory cannot be written; {self._store.pending} writes wait")
         if self._store_error:
             reasons.append(f"state directory: {self._store_error}")
+        if self._lobbies.undecidable_rooms:
+            reasons.append(
+                f"the lobbies of {self._lobbies.undecidable_rooms} rooms are off: nobody could admit people there "
+                "(invite the guard's account, or set GUARD_ADMIN_TOKEN)"
+            )
         for name, skew in (("LiveKit", self._livekit.clock_skew), ("the homeserver", self._homeserver.clock_skew)):
             if skew is not None and abs(skew) > CLOCK_TOLERANCE:
                 reasons.append(f"our clock and the clock of {name} differ by {abs(skew):.0f} s")

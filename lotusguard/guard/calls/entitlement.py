@@ -12,13 +12,16 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.waiting import Deadline, gather_in_turns
-from lotusguard.guard.joins.checks import MembersOnly
+from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import KnownMembership, Members
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.lobby import LobbyState
+from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.refusals import Refusal
 
@@ -80,6 +83,8 @@ class Entitlement:
 
     _members: Members
     _registry: TokenRegistry
+    _lobby: Lobby
+    _switch: LobbySwitch
     _homeservers: HomeserverList
     _members_only: MembersOnly
     _server_name: Callable[[], str]
@@ -118,14 +123,19 @@ class Entitlement:
         check = _Check(room_id, known, now, Deadline.after(self._clock, self._lookup_timeout))
         found, allowed = [], []
         for participant, user in await self._identified(alias, participants):
-            refusal = self._refused_by_policy(known, user)
+            refusal = self._refused_by_policy(room_id, known, user)
             if refusal is not None:
                 found.append(Unentitled(participant, user, refusal))
             else:
                 allowed.append((participant, user))
         if self._members_only is not MembersOnly.OFF:
-            found += await self._non_members(check, allowed)
-        return found
+            gone = await self._non_members(check, allowed)
+            for one in gone:
+                self._lobby.left_room(room_id, one.user)
+            users = {one.user for one in gone}
+            allowed = [(participant, user) for participant, user in allowed if user not in users]
+            found += gone
+        return found + await self._not_admitted(check, allowed)
 
     def forget(self, alias: str) -> None:
         """Nobody is in this SFU room any more."""
@@ -147,12 +157,36 @@ class Entitlement:
             self._unidentified[alias] = unidentified
         return identified
 
-    def _refused_by_policy(self, known: KnownPolicy, user: str) -> Refusal | None:
+    def _refused_by_policy(self, room_id: str, known: KnownPolicy, user: str) -> Refusal | None:
+        if self._lobby.state_of(room_id, user) is LobbyState.REMOVED:
+            return Refusal.REMOVED
         if not self._homeservers.allows_user(user):
             return Refusal.HOMESERVER_NOT_ALLOWED
         if known.is_certain and not known.policy.may_join(user):
             return Refusal.JOIN_LEVEL
         return None
+
+    # -- the lobby ---------------------------------------------------------------------------------------
+
+    async def _not_admitted(
+        self, check: _Check, participants: Iterable[tuple[ParticipantInfo, str]]
+    ) -> list[Unentitled]:
+        """Everybody who may stay is noted as accepted: they stay when their power level falls."""
+        room_id, known = check.room_id, check.policy
+        if not await self._switch.is_on(room_id, known):
+            return []
+        found = []
+        for participant, user in participants:
+            if (
+                self._lobby.state_of(room_id, user) is not LobbyState.ACCEPTED
+                and known.is_certain
+                and not known.policy.bypasses_lobby(user)
+                and not self._switch.joined_before_us(participant)
+            ):
+                found.append(Unentitled(participant, user, Refusal.NOT_ADMITTED))
+            else:
+                self._lobby.let_in(room_id, user)
+        return found
 
     # -- membership --------------------------------------------------------------------------------------
 

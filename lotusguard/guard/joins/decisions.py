@@ -45,6 +45,8 @@ class Verdict(Enum):
     REFUSED = "refused"
     WOULD_REFUSE = "would_refuse"
     """Dry run: it would have been refused."""
+    WAITING = "waiting"
+    """A client that polls was told that it has to wait in the lobby."""
     FAILED = "failed"
     """Upstream gave no token, or the caller went away."""
     ERROR = "error"
@@ -135,13 +137,16 @@ class DecisionLog:
         self.unenforced(decision, "token", "secret_mismatch")
 
     def end(self, decision: Decision) -> None:
-        """A join is over."""
+        """A join is over. Clients that poll come back every second: for them there is a count, and no line."""
         total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
-        self.decisions.append(decision)
-        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total)
         self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
         for name, seconds in decision.stages.items():
             self._metrics.observe_stage(name, seconds)
+        if decision.verdict is Verdict.WAITING:
+            return
+        self.decisions.append(decision)
+        waited = decision.stages.get(Stage.LOBBY.value, 0.0)
+        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total - waited)
         line = "{verdict} {user} in {room_id}: {reason}, {total:.0f} ms [{request_id}]"
         if decision.seats:
             line += " {seats}"

@@ -91,7 +91,9 @@ class Roster:
         if slot is not None:
             present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
             await self._count_unissued(alias, present)
-            await self._seats.apply_listing(slot.room_id, alias, present, await self._limit(slot.room_id), since)
+            # Whoever asks for a listing has read the policy. It is not read again: the homeserver may be slow.
+            limit = self._policies.last_known(slot.room_id).max_users
+            await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
         return participants
 
     async def _aliases_to_list(self, room_id: str, requested: str) -> Collection[str]:

@@ -38,6 +38,10 @@ CREATE TABLE IF NOT EXISTS holds (
     present INTEGER NOT NULL, expires REAL NOT NULL, PRIMARY KEY (room_id, alias, identity)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS holds_by_expiry ON holds (present, expires);
+CREATE TABLE IF NOT EXISTS lobby (
+    room_id TEXT NOT NULL, user TEXT NOT NULL, id TEXT NOT NULL, state TEXT NOT NULL, began REAL NOT NULL,
+    expires REAL NOT NULL, notice TEXT NOT NULL, PRIMARY KEY (room_id, user)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS clock (name TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 """
 _NEW_COLUMNS = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Admission over the wire: who gets a seat when callers fail, lie, come from elsewhere, or we cannot tell."""
+"""Admission over the wire: who gets a seat when callers fail, lie or are foreign, or when nobody can tell."""
 
 from __future__ import annotations
 
@@ -9,25 +9,14 @@ from typing import Any
 import pytest
 import pytest_twisted
 from livekit.protocol.models import ParticipantInfo
-from twisted.internet import reactor
-from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.defer import CancelledError, gatherResults
 
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from lotusguard.sandbox.synapse.homeserver import FakeSynapse
-from tests.calls import ALICE, BOB, CAROL, old_token, room_of
+from tests.calls import ALICE, BOB, CAROL, counted, old_token, room_of
 from tests.conftest import StartSandbox, until
-
-FULL = {"errcode": "M_FORBIDDEN", "error": "This voice channel is full."}
-
-
-def content(answer: Answer) -> Any:
-    return json.loads(answer.body)
-
-
-def counted(sandbox: Sandbox, name: str, **labels: str) -> float:
-    return sandbox.guard.metrics.registry.get_sample_value(f"lotusguard_{name}", labels) or 0.0
+from tests.joins.helpers import EVE, FULL, ask, content, other_homeserver
 
 
 @pytest_twisted.ensureDeferred
@@ -43,7 +32,7 @@ async def test_a_bad_openid_token_gets_upstreams_own_401_in_a_full_room_too(sand
 
 
 @pytest_twisted.ensureDeferred
-async def test_claiming_to_be_somebody_who_is_in_gets_upstreams_own_401(sandbox: Sandbox) -> None:
+async def test_claiming_to_be_a_participant_gets_upstreams_own_401(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     answer = await sandbox.ask_token(ALICE, room_id, new=True, openid_token=sandbox.homeserver.openid_token(BOB))
@@ -51,31 +40,26 @@ async def test_claiming_to_be_somebody_who_is_in_gets_upstreams_own_401(sandbox:
 
 
 @pytest_twisted.ensureDeferred
-async def test_users_of_other_homeservers_are_decided_on_when_upstream_has_named_them(sandbox: Sandbox) -> None:
-    other = FakeSynapse(reactor, server_name="other.local")
-    await other.start()
-    try:
-        other.add_user("eve")
-        sandbox.upstream.homeservers["other.local"] = other.url
-        room_id = room_of(sandbox, 1)
-        eve = "@eve:other.local"
-        assert (await sandbox.ask_token(eve, room_id, openid_token=other.openid_token(eve))).code == 200
-        sandbox.livekit.connect(
-            content(await sandbox.ask_token(eve, room_id, openid_token=other.openid_token(eve)))["jwt"]
-        )
+async def test_the_limit_holds_for_users_of_other_homeservers_once_upstream_has_named_them(sandbox: Sandbox) -> None:
+    async with other_homeserver(sandbox) as other:
+        room_id, full = room_of(sandbox, 1), room_of(sandbox, 1)
+        for room in (room_id, full):
+            sandbox.homeserver.join(room, EVE)
+        assert (await sandbox.ask_token(EVE, room_id, openid_token=other.openid_token(EVE))).code == 200
+        answer = await sandbox.ask_token(EVE, room_id, openid_token=other.openid_token(EVE))
+        sandbox.livekit.connect(content(answer)["jwt"])
         assert (await sandbox.ask_token(ALICE, room_id)).code == 403
-        full = room_of(sandbox, 1)
         await sandbox.enter(ALICE, full)
         for new in (False, True):
-            answer = await sandbox.ask_token(eve, full, new=new, openid_token=other.openid_token(eve))
+            answer = await sandbox.ask_token(EVE, full, new=new, openid_token=other.openid_token(EVE))
             assert (answer.code, content(answer)) == (403, FULL)
-        assert not [asked for asked in sandbox.homeserver.seen if b"other" in asked.target]
-    finally:
-        await other.stop()
+        assert not [
+            asked for asked in sandbox.homeserver.seen if b"openid" in asked.target and b"other" in asked.target
+        ]
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_request_that_upstream_fails_gives_its_seat_back(sandbox: Sandbox) -> None:
+async def test_a_request_that_upstream_fails_releases_its_seat(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     sandbox.upstream.faults["sfu_get"] = Fault.status(500, b'{"errcode":"M_UNKNOWN","error":"x"}')
     assert (await sandbox.ask_token(ALICE, room_id)).code == 500
@@ -84,10 +68,10 @@ async def test_a_request_that_upstream_fails_gives_its_seat_back(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_caller_who_hangs_up_gives_the_seat_back(sandbox: Sandbox) -> None:
+async def test_a_caller_who_disconnects_releases_the_seat(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     sandbox.upstream.fault = Fault.hang()
-    asking = Deferred.fromCoroutine(sandbox.ask_token(ALICE, room_id))
+    asking = ask(sandbox, ALICE, room_id)
     await until(lambda: sandbox.upstream.seen)
     asking.cancel()
     with pytest.raises(CancelledError):
@@ -98,11 +82,11 @@ async def test_a_caller_who_hangs_up_gives_the_seat_back(sandbox: Sandbox) -> No
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_seat_that_only_an_unanswered_request_holds_is_waited_for(sandbox: Sandbox) -> None:
+async def test_a_caller_waits_for_a_seat_that_only_a_request_in_flight_holds(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     sandbox.upstream.faults["sfu_get"] = Fault.status(500)
     sandbox.upstream.faults["get_token"] = Fault.delay(0.2)
-    first, second = (Deferred.fromCoroutine(sandbox.ask_token(user, room_id, new=True)) for user in (ALICE, BOB))
+    first, second = (ask(sandbox, user, room_id, new=True) for user in (ALICE, BOB))
     await until(lambda: sandbox.upstream.seen)
     sandbox.upstream.faults.clear()
     answers = await gatherResults([first, second])
@@ -111,18 +95,19 @@ async def test_a_seat_that_only_an_unanswered_request_holds_is_waited_for(sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_nothing_is_scheduled_upstream_for_who_is_refused(sandbox: Sandbox) -> None:
+async def test_a_refused_local_user_causes_nothing_upstream(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     delay: dict[str, Any] = {"delay_id": "d", "delay_timeout": 8000}
     for new in (False, True):
         assert (await sandbox.ask_token(BOB, room_id, new=new, **delay)).code == 403
+    assert [issued.user for issued in sandbox.upstream.issued] == [ALICE]
     assert not sandbox.upstream.jobs
     assert not sandbox.upstream.replaced
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_slot_of_the_clients_choice_is_the_same_room(sandbox: Sandbox) -> None:
+async def test_all_slots_of_a_room_share_its_seats(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     for slot in ("m.call#OTHER", "anything"):
@@ -134,7 +119,7 @@ async def test_a_slot_of_the_clients_choice_is_the_same_room(sandbox: Sandbox) -
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("naming", ["0.4.2", "0.3.0"])
-async def test_releases_that_name_rooms_otherwise_are_understood_from_their_tokens(
+async def test_older_releases_that_name_sfu_rooms_otherwise_are_understood_from_their_tokens(
     sandbox: Sandbox, naming: Any
 ) -> None:
     sandbox.upstream.naming = naming
@@ -146,7 +131,7 @@ async def test_releases_that_name_rooms_otherwise_are_understood_from_their_toke
 
 
 @pytest_twisted.ensureDeferred
-async def test_app_service_routes_are_enforced_as_well(start_sandbox: StartSandbox) -> None:
+async def test_the_limit_and_the_sources_hold_on_app_service_routes(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0, guard_appservice_token="hs")
     sandbox.upstream.hs_token = "hs"
     room_id = room_of(sandbox, 1, allow_camera=False)
@@ -180,13 +165,13 @@ async def test_app_service_routes_are_enforced_as_well(start_sandbox: StartSandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_secret_mismatch_hands_the_token_on_untouched_and_says_so(start_sandbox: StartSandbox) -> None:
+async def test_a_token_of_another_secret_is_passed_on_unchanged_and_reported(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_secret="another-secret-of-thirty-two-chars")
     room_id = room_of(sandbox, 5, allow_screenshare=False)
     answer = await sandbox.ask_token(ALICE, room_id)
     assert answer.code == 200
     assert content(answer)["jwt"] == sandbox.upstream.issued[-1].token
-    assert counted(sandbox, "fail_open_total", check="sources", reason="secret_mismatch") == 1
+    assert counted(sandbox, "fail_open_total", check="token", reason="secret_mismatch") == 1
     assert counted(sandbox, "secret_mismatches_total") == 1
     report = content(await sandbox.operator("GET", "/readyz"))
     assert report["secret_mismatch_seen"] is True
@@ -194,20 +179,20 @@ async def test_secret_mismatch_hands_the_token_on_untouched_and_says_so(start_sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_caps_trouble_does_not_skip_the_sources(sandbox: Sandbox) -> None:
+async def test_forbidden_sources_are_withheld_although_the_limit_cannot_be_checked(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1, allow_screenshare=False)
     await sandbox.enter(ALICE, room_id)
     sandbox.livekit.fault = Fault.status(500)
-    sandbox.upstream.full_access = ["nobody"]  # it would ask the SFU for a room
+    sandbox.upstream.full_access = ["nobody"]  # else it would ask LiveKit to create the SFU room
     answer = await sandbox.ask_token(BOB, room_id)
     assert answer.code == 200
     assert answer.body != b""
     assert sandbox.upstream.issued[-1].token != content(answer)["jwt"]
-    assert counted(sandbox, "fail_open_total", check="cap", reason="status_500") >= 1
+    assert counted(sandbox, "fail_open_total", check="limit", reason="status_500") >= 1
 
 
 @pytest_twisted.ensureDeferred
-async def test_fail_open_without_credentials(start_sandbox: StartSandbox) -> None:
+async def test_joins_pass_unchanged_without_credentials(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_key="", matrix_token="")
     room_id = room_of(sandbox, 1, allow_screenshare=False)
     for user in (ALICE, BOB, CAROL):
@@ -215,7 +200,7 @@ async def test_fail_open_without_credentials(start_sandbox: StartSandbox) -> Non
         assert content(answer)["jwt"] == sandbox.upstream.issued[-1].token
     report = await sandbox.operator("GET", "/readyz")
     assert report.code == 503
-    assert content(report)["enforcing"] == {"cap": False, "sources": False, "in_call": False}
+    assert content(report)["enforcing"] == {"limit": False, "sources": False, "membership": False, "in_call": False}
     assert counted(sandbox, "fail_open_total", check="policy", reason="no_matrix_token") == 3
 
 
@@ -252,7 +237,7 @@ async def test_agents_and_recorders_take_no_seat(sandbox: Sandbox) -> None:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("activate", [True, False])
-async def test_who_is_still_joining_or_hidden_takes_a_seat(sandbox: Sandbox, activate: bool) -> None:
+async def test_a_participant_who_is_still_joining_or_hidden_takes_a_seat(sandbox: Sandbox, activate: bool) -> None:
     room_id = room_of(sandbox, 1)
     sandbox.livekit.connect(old_token(BOB, room_id, hidden=True), activate=activate)
     assert (await sandbox.ask_token(ALICE, room_id)).code == 403
