@@ -27,6 +27,7 @@ from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
 from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.decision_store import DecisionHistory, open_history
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
@@ -55,6 +56,7 @@ class State:
     store: StateStore | None
     lease: StateLease | None
     error: str | None
+    history: DecisionHistory
     registry: MemoryTokenRegistry
     seats: MemorySeatBook
 
@@ -83,12 +85,14 @@ class Rooms:
 @frozen
 class Joins:
     admission: Admission
+    issuer: TokenIssuer
     decision_log: DecisionLog
 
 
 @frozen
 class Calls:
     entitlement: Entitlement
+    participants: ParticipantEnforcer
     enforcement: Enforcement
     changes: CallChanges
 
@@ -103,12 +107,13 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
         except StateUnusable as unusable:
             error = str(unusable)
     since = wall() - store.guarding_since if store is not None else 0.0
+    history = open_history(settings.state_dir if store is not None else None, reactor, metrics, wall)
     registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
     registry.load()
     seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, reactor.seconds() - since)
     if store is not None:
         seats.load(store.holds())
-    return State(store, lease, error, registry, seats)
+    return State(store, lease, error, history, registry, seats)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
@@ -160,7 +165,7 @@ def joins(
     settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State,
     given: Rooms,
 ) -> Joins:  # fmt: skip
-    decision_log = DecisionLog(reactor, metrics)
+    decision_log = DecisionLog(reactor, metrics, wall, state.history)
     checks = EntryChecks(
         given.policies, given.members, state.seats, given.roster,
         homeservers=homeserver_list(settings.guard_homeservers),
@@ -176,10 +181,13 @@ def joins(
         Callers(clients.homeserver, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
         reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
     )  # fmt: skip
-    return Joins(admission, decision_log)
+    return Joins(admission, issuer, decision_log)
 
 
-def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms) -> Calls:
+def calls(
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms,
+    decision_log: DecisionLog,
+) -> Calls:  # fmt: skip
     lease = state.lease
     entitlement = Entitlement(
         given.members, state.registry, homeserver_list(settings.guard_homeservers),
@@ -189,7 +197,7 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
     )  # fmt: skip
     participants = ParticipantEnforcer(
         clients.livekit, state.registry, metrics, restore=settings.guard_restore, dry_run=settings.guard_dry_run,
-        may_act=lambda: lease is None or lease.held,
+        may_act=lambda: lease is None or lease.held, removed=decision_log.removed,
     )  # fmt: skip
     enforcement = Enforcement(
         given.policies, given.roster, state.seats, state.registry, entitlement, participants, reactor, metrics,
@@ -199,7 +207,7 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
     )  # fmt: skip
-    return Calls(entitlement, enforcement, changes)
+    return Calls(entitlement, participants, enforcement, changes)
 
 
 def health(

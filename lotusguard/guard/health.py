@@ -52,7 +52,7 @@ class Health:
     _store_error: str | None
     _clock: IReactorTime
     _metrics: Metrics
-    _dry_run: bool
+    dry_run: bool
     _enforces_membership: bool
     _reconcile_interval: float
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
@@ -62,7 +62,7 @@ class Health:
     def __attrs_post_init__(self) -> None:
         self._reports = SharedLookups(self._report)
         self._began = self._clock.seconds()
-        self._metrics.dry_run.set(1 if self._dry_run else 0)
+        self._metrics.dry_run.set(1 if self.dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
         """The report, as JSON. However many ask at once, the dependencies are asked once."""
@@ -82,11 +82,11 @@ class Health:
         round_at = self._changes.round_at
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
-        known = not livekit and not synapse and not self._dry_run
+        known = not livekit and not synapse and not self.dry_run
         enforcing = {
             "limit": known,
             "sources": known and not mismatch,
-            "membership": not synapse and not self._dry_run and self._enforces_membership,
+            "membership": not synapse and not self.dry_run and self._enforces_membership,
             "in_call": known and not late and leased,
         }
         faults = {"livekit": livekit, "synapse": synapse, "upstream": upstream}
@@ -112,7 +112,7 @@ class Health:
                 "waiting_writes": self._store.pending if self._store is not None else 0,
                 "error": self._store_error,
             },
-            "dry_run": self._dry_run,
+            "dry_run": self.dry_run,
         }
 
     def _dependencies(self, faults: dict[str, str | None]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Health:
         for name, skew in (("LiveKit", self._livekit.clock_skew), ("the homeserver", self._homeserver.clock_skew)):
             if skew is not None and abs(skew) > CLOCK_TOLERANCE:
                 reasons.append(f"our clock and the clock of {name} differ by {abs(skew):.0f} s")
-        if self._dry_run:
+        if self.dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")
         return reasons
 

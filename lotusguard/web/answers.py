@@ -62,6 +62,9 @@ UNREADABLE = Reply(400, "M_NOT_JSON", "Error reading request")
 NOT_A_PATH = Reply(400, "M_UNRECOGNIZED", "The request target is not a path.")
 MANY_HOSTS = Reply(400, "M_UNRECOGNIZED", "There is more than one Host.")
 BAD_ROOM = Reply(400, "M_BAD_JSON", 'A JSON object {"room_id": "!…"} is expected.')
+BAD_QUESTION = Reply(
+    400, "M_INVALID_PARAM", "`since` and `until` are seconds since the epoch; `kind` is join or removal."
+)
 NO_BEARER = Reply(401, "M_UNAUTHORIZED", "The bearer token is missing or wrong.")
 OPERATORS_ONLY = Reply(403, "M_FORBIDDEN", "The operators' token is needed here.")
 WRONG_ORIGIN = Reply(403, "M_FORBIDDEN", "The user does not belong to the homeserver that asks.")

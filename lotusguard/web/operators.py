@@ -17,18 +17,30 @@ from lotusguard import __version__
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.health import Health
+from lotusguard.guard.joins.decision_store import Question, RecordKind
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.seats import HoldState
-from lotusguard.web.answers import BAD_ROOM, NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure, answer_json
+from lotusguard.web.answers import (
+    BAD_QUESTION,
+    BAD_ROOM,
+    NO_ROUTE,
+    OPERATORS_ONLY,
+    Rejected,
+    answer_failure,
+    answer_json,
+)
 from lotusguard.web.bearer import has_bearer
 from lotusguard.web.site import GuardRequest, GuardSite
 
 MAX_BODY = 4096
 """Bytes that the body of an operator's request may have, times `RELAYED_FACTOR`."""
+
+FOREVER = 1e12
+"""A time in seconds since the epoch that nobody will see."""
 
 Handler = Callable[["OperatorApi", GuardRequest], Any]
 
@@ -123,6 +135,13 @@ class OperatorApi:
             "present": present,
         }
 
+    @app.route("/decisions")
+    @for_operators
+    async def decisions(self, request: GuardRequest) -> None:
+        """What became of joins, and who was removed: ``?user=&room=&kind=&since=&until=``, oldest first."""
+        found = await self._decision_log.history.find(_question(request))
+        answer_json(request, 200, {"decisions": [record.as_json() for record in found]})
+
     @app.route("/policy-changed", methods=["POST"])
     @for_operators
     async def policy_changed(self, request: GuardRequest) -> None:
@@ -146,6 +165,19 @@ class OperatorApi:
     def failed(self, request: GuardRequest, failure: Failure) -> None:
         """See ``web/answers.py``."""
         answer_failure(request, failure)
+
+
+def _question(request: GuardRequest) -> Question:
+    """:raises Rejected: a parameter is not what it should be."""
+    given = {
+        name.decode("latin-1"): values[-1].decode("utf-8", "replace") for name, values in (request.args or {}).items()
+    }
+    try:
+        kind = RecordKind(given["kind"]) if given.get("kind") else None
+        since, until = float(given.get("since") or 0.0), float(given.get("until") or FOREVER)
+    except ValueError:
+        raise Rejected(BAD_QUESTION) from None
+    return Question(since, until, given.get("user", ""), given.get("room", ""), kind)
 
 
 def _as_json(decision: Decision) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Admission:
     _clock: IReactorTime
     _lookup_timeout: float
     _upstream_timeout: float
-    _dry_run: bool
+    dry_run: bool
 
     async def join(self, request: TokenRequest, request_id: str, forward: Forward) -> Answer:
         """Decide one token request.
@@ -83,7 +83,7 @@ class Admission:
             decision.reason = "no_room"
             return await forward(request.body, deadline.at)
         lookups = Deadline(self._clock, arrived + self._lookup_timeout)
-        join = Join(request, request.room_id, decision, self._log, deadline, lookups, self._dry_run)
+        join = Join(request, request.room_id, decision, self._log, deadline, lookups, self.dry_run)
         if request.openid is not None:
             self._checks.homeserver_may_join(join, request.openid.server_name)
         caller = await self._look_up(join)

@@ -144,7 +144,8 @@ class Seating:
             taken = await self._take(join, waited=False)
             if isinstance(taken, str):
                 return taken
-        limit = join.policy.max_users
-        join.decision.seats = f"all {limit} seats are taken"
+        holders = sorted(await self._seats.occupants(join.room_id))
+        join.decision.holders = holders
+        join.decision.seats = f"limit {join.policy.max_users}, {len(holders)} users in the call or about to join"
         join.refuse(refusal)
         return None
