@@ -51,12 +51,14 @@ class State:
     """What survives a restart.
 
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
+    :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
     """
 
     store: StateStore | None
     lease: StateLease | None
     error: str | None
     history: DecisionHistory
+    guarding_since: float
     registry: MemoryTokenRegistry
     seats: MemorySeatBook
 
@@ -106,14 +108,14 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
             lease = StateLease(settings.state_dir)
         except StateUnusable as unusable:
             error = str(unusable)
-    since = wall() - store.guarding_since if store is not None else 0.0
+    guarding_since = reactor.seconds() - (wall() - store.guarding_since if store is not None else 0.0)
     history = open_history(settings.state_dir if store is not None else None, reactor, metrics, wall)
     registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
     registry.load()
-    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, reactor.seconds() - since)
+    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
     if store is not None:
         seats.load(store.holds())
-    return State(store, lease, error, history, registry, seats)
+    return State(store, lease, error, history, guarding_since, registry, seats)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
@@ -156,7 +158,14 @@ def rooms(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
     )  # fmt: skip
     members = Members(clients.homeserver, reactor, metrics, settings.guard_policy_ttl)
     roster = Roster(
-        clients.livekit, state.seats, state.registry, policies, reactor, metrics, settings.guard_lookup_timeout
+        clients.livekit,
+        state.seats,
+        state.registry,
+        policies,
+        reactor,
+        metrics,
+        settings.guard_lookup_timeout,
+        state.guarding_since,
     )
     return Rooms(policies, members, roster)
 
@@ -211,10 +220,12 @@ def calls(
 
 
 def health(
-    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, decided: Joins, kept: Calls
-) -> Health:
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, decided: Joins,
+    kept: Calls,
+) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, state.store,
+        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, given.roster,
+        state.store,
         state.lease, state.error, reactor, metrics, settings.guard_dry_run,
         enforces_membership=kept.entitlement.enforces_membership,
         reconcile_interval=settings.guard_reconcile_interval,

@@ -31,6 +31,7 @@ class Roster:
     """Keeps the seat book in step with LiveKit.
 
     :param lookup_timeout: seconds to wait for a policy.
+    :param guarding_since: since when every token should have come from this guard, on its clock.
     :ivar sfu_rooms: the SFU rooms that LiveKit named lately; ``None`` while it has named none.
     """
 
@@ -41,11 +42,14 @@ class Roster:
     _clock: IReactorTime
     _metrics: Metrics
     _lookup_timeout: float
+    _guarding_since: float
     sfu_rooms: set[str] | None = field(default=None, init=False)
     _listings: FreshLookups[str, Sequence[ParticipantInfo]] = field(init=False)
+    _unissued: dict[str, int] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._listings = FreshLookups(self._list, self._clock)
+        self._metrics.unissued_participants.set_function(lambda: self.unissued)
         self._metrics.cache_limit.labels("hashes").set(alias_cache_info().maxsize or 0)
         self._metrics.cache_entries.labels("hashes").set_function(lambda: alias_cache_info().currsize)
 
@@ -81,6 +85,7 @@ class Roster:
         participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
         if slot is not None:
             present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
+            await self._count_unissued(alias, present)
             await self._seats.apply_listing(slot.room_id, alias, present, await self._limit(slot.room_id), since)
         return participants
 
@@ -95,6 +100,11 @@ class Roster:
         existing = self.sfu_rooms
         alive = [*known][-SLOTS_LISTED:] if existing is None else [alias for alias in known if alias in existing]
         return {main, *alive, *await self._seats.aliases(room_id)}
+
+    @property
+    def unissued(self) -> int:
+        """Participants whose token this guard did not issue: somebody reaches upstream past it, or another guard runs."""
+        return sum(self._unissued.values())
 
     # -- webhooks ----------------------------------------------------------------------------------------
 
@@ -134,6 +144,17 @@ class Roster:
             participant.sid or participant.identity, participant.identity, user,
             self._on_our_clock(joined_at(participant)),
         )  # fmt: skip
+
+    async def _count_unissued(self, alias: str, present: Sequence[Arrival]) -> None:
+        unissued = 0
+        for who in present:
+            ours = who.joined is None or who.joined <= self._guarding_since
+            if not ours and await self._registry.entry(alias, who.identity) is None:
+                unissued += 1
+        if unissued:
+            self._unissued[alias] = unissued
+        else:
+            self._unissued.pop(alias, None)
 
     def _on_our_clock(self, at: float | None) -> float | None:
         """A time that LiveKit gave, on the guard's clock."""
