@@ -9,7 +9,7 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 
-from lotusguard.check.asking import Asking, Service
+from lotusguard.check.asking import Asking, Service, listener_address
 from lotusguard.check.exposure import ExposureCheck
 from lotusguard.check.homeserver import HomeserverCheck, Us
 from lotusguard.check.host import GuardCheck, check_state_directory
@@ -77,9 +77,9 @@ class Check:
         self._homeserver = HomeserverCheck(settings, synapse, self._about("synapse"))
         self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), asking.now)
         self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), asking.reactor)
-        public = asking.service("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
+        public = asking.service("GUARD_BIND_PORT", listener_address(settings.guard_bind_host, settings.guard_bind_port))
         operators = (
-            asking.service("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
+            asking.service("GUARD_ADMIN_PORT", listener_address(settings.guard_admin_host, settings.guard_admin_port))
             if settings.guard_admin_port
             else None
         )
@@ -179,9 +179,3 @@ class Check:
                 say.warning(who.setting, ahead, "run NTP on both machines")
             else:
                 say.fine(who.setting, "no difference, to the second")
-
-
-def _address(host: str, port: int | None) -> str:
-    """The URL of a listener of ours."""
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

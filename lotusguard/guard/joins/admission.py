@@ -84,8 +84,18 @@ class Admission:
             return await forward(request.body, deadline.at)
         lookups = Deadline(self._clock, arrived + self._lookup_timeout)
         join = Join(request, request.room_id, decision, self._log, deadline, lookups, self.dry_run)
-        if request.openid is not None:
-            self._checks.homeserver_may_join(join, request.openid.server_name)
+        try:
+            return await self._judge(join, forward)
+        except (JoinRefused, UpstreamFailed, CancelledError):
+            raise
+        except Exception:
+            self._log.failure(decision, "join")
+        return await self._issuer.issue(join, await self._forward(join, forward, request.body), None)
+
+    async def _judge(self, join: Join, forward: Forward) -> Answer:
+        """Whatever of our own fails in here, the join goes on without a seat, and its token is still rebuilt."""
+        if join.request.openid is not None:
+            self._checks.homeserver_may_join(join, join.request.openid.server_name)
         caller = await self._look_up(join)
         if caller.identified is Identified.PROVEN:
             return await self._admit(join, forward)
