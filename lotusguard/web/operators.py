@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from urllib.parse import parse_qsl
 
 from attrs import asdict, define, field
 from klein import Klein
@@ -169,9 +170,8 @@ class OperatorApi:
 
 def _question(request: GuardRequest) -> Question:
     """:raises Rejected: a parameter is not what it should be."""
-    given = {
-        name.decode("latin-1"): values[-1].decode("utf-8", "replace") for name, values in (request.args or {}).items()
-    }
+    query = request.uri.partition(b"?")[2].decode("ascii", "replace")
+    given = dict(parse_qsl(query, errors="replace"))
     try:
         kind = RecordKind(given["kind"]) if given.get("kind") else None
         since, until = float(given.get("since") or 0.0), float(given.get("until") or FOREVER)
