@@ -94,8 +94,8 @@ class Health:
         faults = {"livekit": livekit, "synapse": synapse, "upstream": upstream}
         reasons = [f"{name}: {MISSING.get(fault, fault)}" for name, fault in faults.items() if fault]
         reasons += self._reasons(mismatch=mismatch, errors=errors, late=late and not livekit, leased=leased)
-        self._tell(enforcing, reasons)
         wanted = {rule: on for rule, on in enforcing.items() if rule != "membership" or self._enforces_membership}
+        self._tell(wanted, reasons)
         return {
             "ready": all(wanted.values()) and not upstream and not errors,
             "enforcing": enforcing,
