@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from twisted.application.service import MultiService
@@ -46,9 +47,18 @@ class Options(usage.Options):
     synopsis = "[options]"
     longdesc = "Enforces Matrix rooms' call policies in front of lk-jwt-service. Settings come from the environment."
     optParameters: ClassVar[list[list[str | None]]] = [
-        ["listen", "l", None, "endpoint to listen on instead of GUARD_BIND_HOST and GUARD_BIND_PORT"],
         ["admin-listen", None, None, "endpoint of the operators' listener instead of GUARD_ADMIN_…"],
     ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["listen"] = []
+
+    def opt_listen(self, endpoint: str) -> None:
+        """endpoint to listen on instead of GUARD_BIND_HOST and GUARD_BIND_PORT; may be given several times"""
+        self["listen"].append(endpoint)
+
+    opt_l = opt_listen
 
 
 def makeService(options: Options) -> Unbuilt:
@@ -110,7 +120,7 @@ class Unbuilt(MultiService):
 class Guard(MultiService):
     """The whole service.
 
-    :param listen: an endpoint to listen on instead of what the settings say.
+    :param listen: endpoints to listen on instead of what the settings say.
     :param observer: the log, if its level can be changed.
     """
 
@@ -119,7 +129,7 @@ class Guard(MultiService):
         settings: Settings,
         reactor: Any,
         *,
-        listen: str | None = None,
+        listen: Sequence[str] = (),
         admin_listen: str | None = None,
         observer: LevelObserver | None = None,
     ) -> None:
@@ -145,7 +155,7 @@ class Guard(MultiService):
         site = public.site(reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))
         self.public = self._listener(
-            "public", listen or _endpoint(settings.guard_bind_host, settings.guard_bind_port), "GUARD_BIND_PORT", site
+            "public", listen or [_endpoint(settings.guard_bind_host, settings.guard_bind_port)], "GUARD_BIND_PORT", site
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
@@ -154,7 +164,7 @@ class Guard(MultiService):
             self._reloader.appservice = appservice
             endpoint = _endpoint(settings.guard_appservice_host, settings.guard_appservice_port)
             site = appservice.site(reactor, max_body=settings.guard_max_body)
-            self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
+            self.appservice = self._listener("app-service", [endpoint], "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
         if admin_listen or settings.guard_admin_port is not None:
             operators = self._reloader.operators = OperatorApi(
@@ -163,7 +173,7 @@ class Guard(MultiService):
                 token=settings.guard_admin_token.get_secret_value(),
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
-            self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))
+            self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
         self._reloader.observer = observer
         self._add_periodic_work()
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
@@ -174,8 +184,8 @@ class Guard(MultiService):
         """Apply settings that were read again; calls and seats are kept."""
         self._reloader.reload(settings)
 
-    def _listener(self, name: str, endpoint: str, setting: str, site: Any) -> Listener:
-        listener = Listener(f"the {name} listener", endpoint, setting, site, self._reactor)
+    def _listener(self, name: str, endpoints: Sequence[str], setting: str, site: Any) -> Listener:
+        listener = Listener(f"the {name} listener", endpoints, setting, site, self._reactor)
         listener.setServiceParent(self)
         return listener
 
