@@ -90,7 +90,21 @@ class Admission:
             raise
         except Exception:
             self._log.failure(decision, "join")
-        return await self._issuer.issue(join, await self._forward(join, forward, request.body), None)
+        return await self._admit_unchecked(join, forward)
+
+    async def _admit_unchecked(self, join: Join, forward: Forward) -> Answer:
+        """Our own code failed: the join goes on without a seat, and its token is rebuilt as far as that is possible."""
+        answer = await self._forward(join, forward, join.request.body)
+        token = self._issuer.read(join, answer)
+        if token is not None and not join.user:
+            join.user = join.decision.user = self._issuer.named_user(join, token)
+        try:
+            await self._look_up_policy(join)
+        except CancelledError:
+            raise
+        except Exception:
+            self._log.failure(join.decision, "policy")
+        return await self._issuer.issue(join, answer, None)
 
     async def _judge(self, join: Join, forward: Forward) -> Answer:
         """Whatever of our own fails in here, the join goes on without a seat, and its token is still rebuilt."""

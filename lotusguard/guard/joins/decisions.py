@@ -141,6 +141,8 @@ class DecisionLog:
 
     def end(self, decision: Decision) -> None:
         """A join is over."""
+        if decision.verdict is Verdict.ERROR:
+            decision.reason = "internal_error"
         total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
         self.decisions.append(decision)
         self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
