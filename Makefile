@@ -31,7 +31,7 @@ profile: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.profile
 
 soak: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS_OF_SOAK)
+	$(BIN)/python -m tests.soak --seconds $(SECONDS_OF_SOAK)
 
 # The versions of all dependencies, as pip resolves them today. Run it before a release, test with them, and commit the file.
 constraints:

@@ -18,6 +18,7 @@ from lotusguard.guard.health import Health
 from lotusguard.logs import LevelObserver
 from lotusguard.metrics import Metrics
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.sessions import Sessions
 from lotusguard.web.operators import OperatorApi
 from lotusguard.web.webhooks import Webhooks
 from lotusguard.wiring import Calls, Clients, Joins, Rooms
@@ -32,7 +33,8 @@ class Reloader:
     """Applies settings that changed.
 
     :ivar settings: those that are in force.
-    :param appservice: and :param operators: ``None`` where there is no such listener.
+    :ivar appservice: the app-service listener's routes; ``None`` if there is no such listener.
+    :ivar operators: and :ivar sessions: the same of the operators' listener and its console.
     :ivar observer: the log whose level can be changed; ``None`` if twistd's own options send the log elsewhere.
     """
 
@@ -46,6 +48,7 @@ class Reloader:
     _metrics: Metrics
     appservice: AppServiceApi | None = field(default=None, init=False)
     operators: OperatorApi | None = field(default=None, init=False)
+    sessions: Sessions | None = field(default=None, init=False)
     observer: LevelObserver | None = field(default=None, init=False)
 
     def reload(self, new: Settings) -> None:
@@ -80,6 +83,8 @@ class Reloader:
     def _admin_token(self, new: Settings) -> None:
         if self.operators is not None:
             self.operators.token = new.guard_admin_token.get_secret_value()
+        if self.sessions is not None:
+            self.sessions.use_token(new.guard_admin_token.get_secret_value())
 
     def _hs_token(self, new: Settings) -> None:
         if self.appservice is not None:

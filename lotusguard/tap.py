@@ -16,6 +16,7 @@ from twisted.python.components import Componentized
 
 from lotusguard import wiring
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
 from lotusguard.logs import LevelObserver, observer_for
 from lotusguard.metrics import Metrics
@@ -23,6 +24,9 @@ from lotusguard.process import raise_file_limit, tune_garbage_collector, use_mon
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.routes import Console
+from lotusguard.web.console.sessions import Sessions
+from lotusguard.web.console.view import ConsoleView
 from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.listener import Listener
 from lotusguard.web.operators import OperatorApi
@@ -35,14 +39,12 @@ BACKLOG = 4096
 """Connections that the kernel may keep waiting to be accepted. Clients that find no place try again after 1, 3, 7 s."""
 OPERATORS_GRACE = 1.0
 """Seconds that operators' requests may take when the guard stops."""
-WATCH_INTERVAL = 10.0
-"""Seconds between two looks at what is enforced, for the log and the metrics."""
 WRONG_SETTING = 78
 """Exit status for a wrong setting (``EX_CONFIG``): the unit does not start the guard again until it is corrected."""
 
 
 class Options(usage.Options):
-    """What can be given on the command line; everything else is in the environment (see docs/configuration.md)."""
+    """The command line options; everything else is in the environment (see docs/configuration.md)."""
 
     synopsis = "[options]"
     longdesc = "Enforces Matrix rooms' call policies in front of lk-jwt-service. Settings come from the environment."
@@ -62,7 +64,7 @@ class Options(usage.Options):
 
 
 def makeService(options: Options) -> Unbuilt:
-    """What ``twistd lotusguard`` runs. A wrong setting ends it with one line."""
+    """The service of ``twistd lotusguard``. A wrong setting ends it with one line."""
     from twisted.internet import reactor
 
     try:
@@ -143,7 +145,7 @@ class Guard(MultiService):
         rooms = wiring.rooms(settings, reactor, metrics, clients, state)
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms, joins.decision_log)
-        health = self._health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls)
+        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
@@ -167,15 +169,18 @@ class Guard(MultiService):
             self.appservice = self._listener("app-service", [endpoint], "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
         if admin_listen or settings.guard_admin_port is not None:
+            token = settings.guard_admin_token.get_secret_value()
+            view = ConsoleView(health, state.seats, rooms.policies, joins.decision_log, reactor, wall)
+            sessions = self._reloader.sessions = Sessions(token, reactor)
             operators = self._reloader.operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
                 policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
-                token=settings.guard_admin_token.get_secret_value(),
+                console=Console(view, sessions, None, calls.changes, reactor), token=token,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
         self._reloader.observer = observer
-        self._add_periodic_work()
+        self._add_periodic_work(health)
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
         self._systemd = SystemdNotifier(reactor)
         self._systemd.setServiceParent(self)
@@ -189,8 +194,8 @@ class Guard(MultiService):
         listener.setServiceParent(self)
         return listener
 
-    def _add_periodic_work(self) -> None:
-        """What happens every few seconds."""
+    def _add_periodic_work(self, health: Health) -> None:
+        """The periodic work."""
         homeserver, seats, lease = self._clients.homeserver, self._state.seats, self._state.lease
 
         async def learn_server_name() -> None:
@@ -209,7 +214,7 @@ class Guard(MultiService):
             PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
             PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
             PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
-            PeriodicService("watching what is enforced", WATCH_INTERVAL, self._health.watch, self._reactor),
+            PeriodicService("watching what is enforced", 1.0, health.watch, self._reactor),
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
@@ -224,7 +229,7 @@ class Guard(MultiService):
         self._systemd.ready()
 
     def stopService(self) -> Deferred[None]:
-        """Accept nobody, finish what is in flight, then stop; what was issued is on disk."""
+        """Accept no more connections, answer the requests in flight, write the state, then stop."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:

@@ -26,7 +26,7 @@ from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
-from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decision_store import DecisionHistory, open_history
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
@@ -41,6 +41,7 @@ from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_s
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.members_only import MembersOnly
 
 DISCOVERY_TIMEOUT = 10.0
 """Seconds for one page of the homeserver's list of rooms."""
@@ -48,7 +49,7 @@ DISCOVERY_TIMEOUT = 10.0
 
 @frozen
 class State:
-    """What survives a restart.
+    """The state that survives a restart.
 
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
     :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
@@ -77,7 +78,7 @@ class Clients:
 
 @frozen
 class Rooms:
-    """What the rooms ask for, and who is in which call."""
+    """Policies, memberships and the roster of each call."""
 
     policies: Policies
     members: Members
@@ -181,7 +182,7 @@ def joins(
         start_homeservers=homeserver_list(settings.guard_start_homeservers),
         members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
     )  # fmt: skip
-    seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
+    seating = Seating(state.seats, given.roster, checks, reactor, metrics)
     issuer = TokenIssuer(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
@@ -227,7 +228,7 @@ def health(
         clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, given.roster,
         state.store,
         state.lease, state.error, reactor, metrics, settings.guard_dry_run,
-        enforces_membership=kept.entitlement.enforces_membership,
+        enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip
 

@@ -219,7 +219,7 @@ def command(sandbox: Sandbox, *arguments: str, **environment: str) -> subprocess
 async def test_why_and_ejected_ask_the_running_guard(start_sandbox: StartSandbox, tmp_path: Path) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
     room_id = await full_room(sandbox)
-    await eventually(sandbox.guard.decision_log.history, ALWAYS, 3)
+    await eventually(sandbox.guard.decision_log.kept, ALWAYS, 3)
     at = datetime.now().strftime("%H:%M")
     why = await deferToThread(command, sandbox, "why", BOB, "--at", at, "--room", room_id)
     assert why.returncode == 0, why.stderr

@@ -35,6 +35,7 @@ from lotusguard.web.answers import (
     answer_json,
 )
 from lotusguard.web.bearer import has_bearer
+from lotusguard.web.console.routes import Console
 from lotusguard.web.site import GuardRequest, GuardSite
 
 MAX_BODY = 4096
@@ -62,7 +63,7 @@ def for_operators(handler: Handler) -> Handler:
 class OperatorApi:
     """The routes of the operators' listener; loopback by default.
 
-    :param token: what private routes want as bearer token; ``""`` admits nobody.
+    :param token: the bearer token of private routes; ``""`` admits nobody.
     """
 
     app = Klein()
@@ -75,6 +76,7 @@ class OperatorApi:
     _seats: SeatBook
     _registry: TokenRegistry
     _metrics: Metrics
+    _console: Console
     token: str = field(repr=False)
 
     def site(self, reactor: Any) -> GuardSite:
@@ -140,7 +142,7 @@ class OperatorApi:
     @for_operators
     async def decisions(self, request: GuardRequest) -> None:
         """What became of joins, and who was removed: ``?user=&room=&kind=&since=&until=``, oldest first."""
-        found = await self._decision_log.history.find(_question(request))
+        found = await self._decision_log.kept.find(_question(request))
         answer_json(request, 200, {"decisions": [record.as_json() for record in found]})
 
     @app.route("/policy-changed", methods=["POST"])
@@ -156,6 +158,16 @@ class OperatorApi:
             raise Rejected(BAD_ROOM)
         await self._changes.room_changed(room_id, user)
         answer_json(request, 202, {})
+
+    @app.route("/", methods=["GET"])
+    async def front_page(self, request: GuardRequest) -> None:
+        """The console, for people."""
+        await self._console.front_page(request)
+
+    @app.route("/console", branch=True)
+    def console(self, request: GuardRequest) -> Any:
+        """See ``web/console/``."""
+        return self._console.app.resource()
 
     @app.route("/", branch=True)
     def nothing(self, request: GuardRequest) -> None:

@@ -13,6 +13,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.guard.joins.decision_store import HOLDERS_KEPT, DecisionHistory, Record, RecordKind
+from lotusguard.guard.joins.history import JoinHistory
 from lotusguard.metrics import Metrics
 
 log = Logger()
@@ -81,6 +82,7 @@ class DecisionLog:
     """Records decisions.
 
     :param wall: seconds since the epoch.
+    :param kept: where decisions are kept for operators' questions.
     :ivar secret_mismatch_at: when upstream last issued a token that our secret did not sign.
     :ivar error_at: when our own code last failed in a join.
     """
@@ -88,11 +90,15 @@ class DecisionLog:
     _clock: IReactorTime
     _metrics: Metrics
     _wall: Callable[[], float]
-    history: DecisionHistory
+    kept: DecisionHistory
     decisions: deque[Decision] = field(factory=lambda: deque(maxlen=DECISIONS_KEPT), init=False)
     secret_mismatch_at: float | None = field(default=None, init=False)
     error_at: float | None = field(default=None, init=False)
+    history: JoinHistory = field(init=False)
     _stage_seconds: dict[str, object] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.history = JoinHistory(self._clock)
 
     def begin(self, request_id: str, route: str, room_id: str | None, user: str | None) -> Decision:
         return Decision(request_id, route, room_id, user, self._clock.seconds())
@@ -145,6 +151,7 @@ class DecisionLog:
             decision.reason = "internal_error"
         total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
         self.decisions.append(decision)
+        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total)
         self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
         for name, seconds in decision.stages.items():
             self._metrics.observe_stage(name, seconds)
@@ -171,12 +178,12 @@ class DecisionLog:
 
     def removed(self, user: str, room_id: str, reason: str) -> None:
         """A participant was removed from a call."""
-        self.history.put(Record(self._wall(), RecordKind.REMOVAL, user, room_id, "removed", reason))
+        self.kept.put(Record(self._wall(), RecordKind.REMOVAL, user, room_id, "removed", reason))
 
     def _keep(self, decision: Decision) -> None:
         if not decision.user or decision.room_id is None:
             return
-        self.history.put(
+        self.kept.put(
             Record(
                 self._wall(), RecordKind.JOIN, decision.user, decision.room_id, decision.verdict.value, decision.reason,
                 decision.seats, tuple(decision.holders[:HOLDERS_KEPT]), tuple(decision.unenforced[:10]),
