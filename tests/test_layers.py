@@ -13,7 +13,7 @@ import lotusguard
 
 ROOT = Path(lotusguard.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lotusguard", "synapse_module", "terminal", "logs", "process"),  # they import nothing of ours but the version
+    ("lotusguard", "synapse_module", "terminal", "logs", "process", "environment"),  # they import nothing of ours but the version
     ("rules",),
     ("metrics", "config"),
     ("clients", "supervision"),
@@ -22,9 +22,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard.joins", "guard.calls"),  # a reader who follows a join opens no file about running calls, and vice versa
     ("guard.health",),
     ("web",),
-    ("wiring",),
+    ("wiring", "commanding"),
+    ("reload",),
     ("tap",),
     ("check", "sandbox"),
+    ("history",),
     ("cli",),
 )
 """Packages and root modules, lowest first. Those in one row do not import each other."""
