@@ -30,7 +30,9 @@ FIRST_EVENTS = {
 }
 """Alerts on a counter, each with a series whose first event has to be noticed."""
 GAUGES = {
-    "LotusguardNotEnforcing": {'lotusguard_enforcing{rule="limit",instance="a"}': 0, 'lotusguard_dry_run{instance="a"}': 0},
+    "LotusguardNotEnforcing": {
+        'lotusguard_enforcing{rule="limit",instance="a"}': 0, 'lotusguard_dry_run{instance="a"}': 0,
+    },
     "LotusguardCredentialsRefused": {'lotusguard_credentials_refused{dependency="synapse"}': 1},
     "LotusguardDependencyDown": {'lotusguard_circuit_open{dependency="livekit"}': 1},
     "LotusguardDryRun": {'lotusguard_dry_run{instance="a"}': 1},

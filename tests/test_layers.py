@@ -13,7 +13,8 @@ import lotusguard
 
 ROOT = Path(lotusguard.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lotusguard", "synapse_module", "terminal", "logs", "process", "environment"),  # they import nothing of ours but the version
+    # these import nothing of ours but the version
+    ("lotusguard", "synapse_module", "terminal", "logs", "process", "environment"),
     ("rules",),
     ("metrics", "config"),
     ("clients", "supervision"),
