@@ -17,6 +17,7 @@ from lotusguard.environment import read_environment_file
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.conftest import StartSandbox
+from tests.synapse import Guarded
 
 
 def settings_of(sandbox: Sandbox, **given: Any) -> Settings:
@@ -67,6 +68,23 @@ async def test_a_guard_that_does_not_answer_is_named(sandbox: Sandbox) -> None:
     await sandbox.guard.public.close(0)
     with pytest.raises(TrialFailed, match="nothing listens on"):
         await tried(sandbox)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_room_is_created_once_and_used_again(sandbox: Sandbox) -> None:
+    for _ in range(2):
+        assert await try_join(settings_of(sandbox), reactor, sandbox.url) == "a token was issued and rebuilt"
+    assert len(sandbox.homeserver.rooms) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_real_synapse_lets_the_account_create_the_room_once(guarded: Guarded) -> None:
+    sandbox = guarded.sandbox
+    for _ in range(2):
+        assert await try_join(settings_of(sandbox), reactor, sandbox.url) == "a token was issued and rebuilt"
+    asked = [json.loads(asked.body) for asked in sandbox.upstream.seen if asked.path == "/sfu/get" and asked.body]
+    assert len(asked) == 2
+    assert len({body["room"] for body in asked}) == 1
 
 
 def test_an_environment_file_is_read_as_systemd_reads_it(tmp_path: Path) -> None:
