@@ -28,6 +28,7 @@ from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
 from lotusguard.guard.joins.checks import EntryChecks
+from lotusguard.guard.joins.decision_store import DecisionHistory, open_history
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.lobby import Lobby
@@ -62,6 +63,7 @@ class State:
     store: StateStore | None
     lease: StateLease | None
     error: str | None
+    history: DecisionHistory
     guarding_since: float
     registry: MemoryTokenRegistry
     seats: MemorySeatBook
@@ -100,12 +102,14 @@ class Waiting:
 @frozen
 class Joins:
     admission: Admission
+    issuer: TokenIssuer
     decision_log: DecisionLog
 
 
 @frozen
 class Calls:
     entitlement: Entitlement
+    participants: ParticipantEnforcer
     enforcement: Enforcement
     changes: CallChanges
     moderator: Moderator
@@ -121,12 +125,13 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
         except StateUnusable as unusable:
             error = str(unusable)
     guarding_since = reactor.seconds() - (wall() - store.guarding_since if store is not None else 0.0)
+    history = open_history(settings.state_dir if store is not None else None, reactor, metrics, wall)
     registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
     registry.load()
     seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
     if store is not None:
         seats.load(store.holds())
-    return State(store, lease, error, guarding_since, registry, seats)
+    return State(store, lease, error, history, guarding_since, registry, seats)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
@@ -209,7 +214,7 @@ def joins(
     settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State,
     given: Rooms, waiting: Waiting,
 ) -> Joins:  # fmt: skip
-    decision_log = DecisionLog(reactor, metrics)
+    decision_log = DecisionLog(reactor, metrics, wall, state.history)
     checks = EntryChecks(
         given.policies, given.members, state.seats, given.roster,
         homeservers=homeserver_list(settings.guard_homeservers),
@@ -227,12 +232,13 @@ def joins(
         reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
         waiting.lobby, settings.guard_lobby_wait,
     )  # fmt: skip
-    return Joins(admission, decision_log)
+    return Joins(admission, issuer, decision_log)
 
 
 def calls(
-    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, waiting: Waiting
-) -> Calls:
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, waiting: Waiting,
+    decision_log: DecisionLog,
+) -> Calls:  # fmt: skip
     lease = state.lease
     entitlement = Entitlement(
         given.members, state.registry, waiting.lobby, waiting.switch, homeserver_list(settings.guard_homeservers),
@@ -242,7 +248,7 @@ def calls(
     )  # fmt: skip
     participants = ParticipantEnforcer(
         clients.livekit, state.registry, metrics, restore=settings.guard_restore, dry_run=settings.guard_dry_run,
-        may_act=lambda: lease is None or lease.held,
+        may_act=lambda: lease is None or lease.held, removed=decision_log.removed,
     )  # fmt: skip
     enforcement = Enforcement(
         given.policies, given.roster, state.seats, state.registry, entitlement, participants, reactor, metrics,
@@ -256,7 +262,7 @@ def calls(
         waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, enforcement, reactor,
         settings.guard_lookup_timeout,
     )  # fmt: skip
-    return Calls(entitlement, enforcement, changes, moderator)
+    return Calls(entitlement, participants, enforcement, changes, moderator)
 
 
 def health(

@@ -18,6 +18,8 @@ MAIN_PROCESS = (
     "point SYNAPSE_API to the main process's own listener, with the `client` resource, not to a proxy or worker"
 )
 
+BLOCKED = "something in front of it answers 403, without a Matrix error code: a proxy that blocks this path"
+
 
 @frozen
 class Us:
@@ -73,6 +75,9 @@ class HomeserverCheck:
             return False
         answer = await self._synapse.ask("GET", "/_synapse/admin/v1/server_version", headers=self._headers)
         version = json_of(answer).get("server_version")
+        if answer.code == 403 and "errcode" not in json_of(answer):
+            self._say.wrong("reachable", f"{base} is a homeserver, but {BLOCKED}", MAIN_PROCESS)
+            return False
         if answer.code == 404 or (answer.code == 200 and not version):
             self._say.wrong(
                 "reachable", f"{base} is a homeserver, but its admin API does not answer ({answer.code})", MAIN_PROCESS
@@ -86,7 +91,9 @@ class HomeserverCheck:
         user = json_of(answer).get("user_id")
         if answer.code == 200 and isinstance(user, str) and user.startswith("@"):
             return user
-        if answer.code in (401, 403):
+        if answer.code == 403 and "errcode" not in json_of(answer):
+            self._say.wrong("access token", BLOCKED, MAIN_PROCESS)
+        elif answer.code in (401, 403):
             self._say.wrong("access token", f"Synapse does not accept MATRIX_TOKEN ({errcode_of(answer)})", NEW_TOKEN)
         else:
             self._say.wrong("access token", f"Synapse does not say whose it is ({errcode_of(answer)})", MAIN_PROCESS)

@@ -58,7 +58,7 @@ class Health:
     _lobbies: LobbySwitch
     _clock: IReactorTime
     _metrics: Metrics
-    _dry_run: bool
+    dry_run: bool
     _enforces_membership: bool
     _reconcile_interval: float
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
@@ -71,7 +71,7 @@ class Health:
         self._reports = SharedLookups(self._report)
         self._began = self._watched_at = self._clock.seconds()
         self._watched = self._seen()
-        self._metrics.dry_run.set(1 if self._dry_run else 0)
+        self._metrics.dry_run.set(1 if self.dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
         """The report, as JSON. However many ask at once, the dependencies are asked once."""
@@ -108,18 +108,18 @@ class Health:
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
         livekit, synapse = livekit or self._livekit.refused, synapse or self._homeserver.refused
-        known = not livekit and not synapse and not self._dry_run
+        known = not livekit and not synapse and not self.dry_run
         enforcing = {
             "limit": known,
             "sources": known and not mismatch,
-            "membership": not synapse and not self._dry_run and self._enforces_membership,
+            "membership": not synapse and not self.dry_run and self._enforces_membership,
             "in_call": known and not late and leased,
         }
         faults = {"livekit": livekit, "synapse": synapse, "upstream": upstream}
         reasons = [f"{name}: {MISSING.get(fault, fault)}" for name, fault in faults.items() if fault]
         reasons += self._reasons(mismatch=mismatch, errors=errors, late=late and not livekit, leased=leased)
-        self._tell(enforcing, reasons)
         wanted = {rule: on for rule, on in enforcing.items() if rule != "membership" or self._enforces_membership}
+        self._tell(wanted, reasons)
         return {
             "ready": all(wanted.values()) and not upstream and not errors,
             "enforcing": enforcing,
@@ -138,7 +138,7 @@ class Health:
                 "waiting_writes": self._store.pending if self._store is not None else 0,
                 "error": self._store_error,
             },
-            "dry_run": self._dry_run,
+            "dry_run": self.dry_run,
         }
 
     def _dependencies(self, faults: dict[str, str | None]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Health:
                 f"{self._roster.unissued} participants have tokens that this guard did not issue: "
                 "lk-jwt-service can be reached past it, or another guard runs"
             )
-        if self._dry_run:
+        if self.dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")
         return reasons
 

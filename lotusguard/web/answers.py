@@ -69,6 +69,9 @@ BAD_MODERATION = Reply(
     "M_BAD_JSON",
     'A JSON object {"room_id": "!…", "user": "@…", "action": "admit", "deny", "remove" or "mute"} is expected.',
 )
+BAD_QUESTION = Reply(
+    400, "M_INVALID_PARAM", "`since` and `until` are seconds since the epoch; `kind` is join or removal."
+)
 NO_BEARER = Reply(401, "M_UNAUTHORIZED", "The bearer token is missing or wrong.")
 OPERATORS_ONLY = Reply(403, "M_FORBIDDEN", "The operators' token is needed here.")
 WRONG_ORIGIN = Reply(403, "M_FORBIDDEN", "The user does not belong to the homeserver that asks.")

@@ -86,9 +86,9 @@ class Policies:
     _source: RoomStateSource
     _clock: IReactorTime
     _metrics: Metrics
-    _ttl: float
-    _stale: float
-    _default_limit: int | None = None
+    ttl: float
+    stale: float
+    default_limit: int | None = None
     _with_policy: LRUCache[str, _Entry] = field(init=False)
     _without_policy: LRUCache[str, _Entry] = field(init=False)
     _changed: LRUCache[str, float] = field(factory=lambda: LRUCache(20_000), init=False)
@@ -110,7 +110,7 @@ class Policies:
         """
         if not is_room_id(room_id):
             return KnownPolicy(NO_POLICY, Freshness.FRESH, room_exists=False)
-        needed = max(self._clock.seconds() - self._ttl, self._changed.get(room_id, 0.0), since or 0.0)
+        needed = max(self._clock.seconds() - self.ttl, self._changed.get(room_id, 0.0), since or 0.0)
         entry = self._entry(room_id)
         if entry is not None and entry.began >= needed:
             self._metrics.cache_lookups.labels("policies", "hit").inc()
@@ -149,7 +149,7 @@ class Policies:
 
     def _last_known(self, room_id: str, reason: str) -> KnownPolicy:
         entry = self._entry(room_id)
-        if entry is not None and self._clock.seconds() - entry.began < self._stale:
+        if entry is not None and self._clock.seconds() - entry.began < self.stale:
             self._metrics.cache_lookups.labels("policies", "stale").inc()
             return KnownPolicy(entry.policy, Freshness.STALE, None, reason)
         return KnownPolicy(NO_POLICY, Freshness.UNKNOWN, None, reason)
@@ -163,7 +163,7 @@ class Policies:
             self._failed[room_id] = (self._clock.seconds(), failed.reason)
             raise
         own, malformed = read_policy(events or {})
-        policy = with_default_limit(own, self._default_limit)
+        policy = with_default_limit(own, self.default_limit)
         size = ENTRY_SIZE + sum(len(str(event.content)) for event in (events or {}).values())
         entry = _Entry(policy, bool(own), events is not None, malformed, began, size)
         self._tell(room_id, entry, before, events or {})

@@ -96,7 +96,7 @@ def _set_aside(path: Path, error: sqlite3.DatabaseError, wall: Callable[[], floa
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    _make_private(path)
+    make_private(path)
     # check_same_thread: opened and read here; later only the writing thread uses it.
     connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
@@ -111,7 +111,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _make_private(path: Path) -> None:
+def make_private(path: Path) -> None:
     """Create the file with mode 0600 before SQLite does; SQLite gives ``-wal`` and ``-shm`` the mode of the file."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
