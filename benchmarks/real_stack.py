@@ -65,7 +65,7 @@ def joins(stack: Stack) -> None:
     free, capped, full = stack.room(), stack.room(100, allow_screenshare=False), stack.room(1)
     stack.enter(stack.moderator, full)
     asked: list[tuple[str, str, str, int]] = [
-        ("token, straight from lk-jwt-service", stack.authorizer_url, free, 200),
+        ("token, straight from lk-jwt-service", stack.upstream_url, free, 200),
         ("token through the guard, room without a policy", stack.guard_url, free, 200),
         ("token through the guard, cap and sources", stack.guard_url, capped, 200),
         ("refusal by the guard, full room", stack.guard_url, full, 403),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls while the guard, lk-jwt-service and LiveKit are killed and come back."""
+"""Calls while the guard, lk-jwt-service, LiveKit or Synapse is down."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.real.stack import Stack
 
 @pytest.fixture
 def stack(run_stack: RunStack) -> Stack:
-    """A guard that reconciles, as it does everywhere."""
+    """A guard that reconciles, as in production."""
     return run_stack(guard_reconcile_interval=0.5, guard_policy_ttl=0.2)
 
 
@@ -28,50 +28,50 @@ def crowd() -> Iterator[ThreadPoolExecutor]:
 
 
 def burst(crowd: ThreadPoolExecutor, stack: Stack, users: list[str], room_id: str) -> list[Future[HttpAnswer]]:
-    """All of them ask at once, half of them on each route."""
+    """All users ask at once, half of them on each route."""
     return [crowd.submit(stack.ask_token, user, room_id, new=n % 2 == 0) for n, user in enumerate(users)]
 
 
-def test_nobody_in_a_call_notices_that_the_guard_was_killed(stack: Stack) -> None:
+def test_a_call_goes_on_while_the_guard_is_killed_and_restarted(stack: Stack) -> None:
     alice, bob, carol = stack.users("alice", "bob", "carol")
     room_id = stack.room(2)
-    here, there = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id, new=True)
+    listener, speaker = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id, new=True)
     for source in ("MICROPHONE", "SCREEN_SHARE"):
-        there.publish(source)
-        here.hears(there, source)
+        speaker.publish(source)
+        listener.hears(speaker, source)
     stack.kill_guard()
     for source in ("MICROPHONE", "SCREEN_SHARE"):
-        here.hears(there, source)
+        listener.hears(speaker, source)
     assert stack.guard is not None
     stack.guard.start()
-    here.hears(there, "MICROPHONE")
-    # It knows again who is who: the hashed identity too, so the room is full for others and not for its people.
+    listener.hears(speaker, "MICROPHONE")
+    # It knows every identity again, hashed ones too: the room is full for others, not for its participants.
     assert stack.ask_token(carol, room_id, new=True).status == 403
     assert stack.ask_token(bob, room_id, new=True).status == 200
     assert stack.ask_token(alice, room_id, device="TABLET").status == 200
     stack.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
-    eventually(lambda: here.tracks_of(there) == ["MICROPHONE"], 10.0, "the screen share's end")
-    here.hears(there, "MICROPHONE")
-    assert [(call.ended, call.look()["reconnects"]) for call in (here, there)] == [(None, 0)] * 2
+    eventually(lambda: listener.tracks_of(speaker) == ["MICROPHONE"], 10.0, "the end of the screen share")
+    listener.hears(speaker, "MICROPHONE")
+    assert [(call.ended, call.look()["reconnects"]) for call in (listener, speaker)] == [(None, 0)] * 2
 
 
-def test_a_policy_changed_while_the_guard_was_away_holds_when_it_is_back(stack: Stack) -> None:
+def test_a_policy_that_changed_while_the_guard_was_down_is_enforced_afterwards(stack: Stack) -> None:
     alice, bob, carol = stack.users("alice", "bob", "carol")
     room_id = stack.room(2)
-    here, there = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id)
+    listener, speaker = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id)
     for source in ("MICROPHONE", "SCREEN_SHARE"):
-        there.publish(source)
-        here.hears(there, source)
-    wide = stack.ask_token(carol, room_id, at=stack.authorizer_url).content["jwt"]
+        speaker.publish(source)
+        listener.hears(speaker, source)
+    wide = stack.ask_token(carol, room_id, at=stack.upstream_url).content["jwt"]
     stack.kill_guard()
     stack.set_state(room_id, "io.lotus.room_quality", {"allow_screenshare": False})
-    past_us = stack.connect(carol, wide)
+    unseen = stack.connect(carol, wide)
     assert stack.guard is not None
     stack.guard.start()
-    eventually(lambda: here.tracks_of(there) == ["MICROPHONE"], 10.0, "the screen share's end")
-    here.hears(there, "MICROPHONE")
-    assert (here.ended, there.ended) == (None, None)
-    eventually(lambda: past_us.look()["may_publish"] == ["CAMERA", "MICROPHONE"] or past_us.ended, 10.0, "narrowing")
+    eventually(lambda: listener.tracks_of(speaker) == ["MICROPHONE"], 10.0, "the end of the screen share")
+    listener.hears(speaker, "MICROPHONE")
+    assert (listener.ended, speaker.ended) == (None, None)
+    eventually(lambda: unseen.look()["may_publish"] == ["CAMERA", "MICROPHONE"] or unseen.ended, 10.0, "the revocation")
 
 
 def test_a_burst_survives_a_restart_of_lk_jwt_service(stack: Stack, crowd: ThreadPoolExecutor) -> None:
@@ -83,7 +83,7 @@ def test_a_burst_survives_a_restart_of_lk_jwt_service(stack: Stack, crowd: Threa
     assert sorted(one.result().status for one in asked) == [200] * 10 + [403] * 10
 
 
-def test_a_killed_lk_jwt_service_costs_no_seats(stack: Stack, crowd: ThreadPoolExecutor) -> None:
+def test_a_killed_lk_jwt_service_loses_no_seats(stack: Stack, crowd: ThreadPoolExecutor) -> None:
     users = stack.users(*["somebody"] * 20)
     room_id = stack.room(10)
     asked = burst(crowd, stack, users, room_id)
@@ -97,7 +97,7 @@ def test_a_killed_lk_jwt_service_costs_no_seats(stack: Stack, crowd: ThreadPoolE
     assert all(answer.status == 200 for user, answer in zip(users, again, strict=True) if user in admitted)
 
 
-def test_the_cap_holds_again_after_livekit_was_killed_in_a_burst(stack: Stack, crowd: ThreadPoolExecutor) -> None:
+def test_the_limit_holds_again_after_livekit_was_killed_in_a_burst(stack: Stack, crowd: ThreadPoolExecutor) -> None:
     users = stack.users(*["somebody"] * 20)
     room_id = stack.room(5)
     asked = burst(crowd, stack, users, room_id)
@@ -114,14 +114,12 @@ def test_the_cap_holds_again_after_livekit_was_killed_in_a_burst(stack: Stack, c
         answer: HttpAnswer = eventually(partial(decided, user), 15.0, "a decision")
         if answer.status == 200:
             calls.append(stack.connect(user, answer.content["jwt"]))
-    eventually(lambda: sum(call.ended is None for call in calls) == 5, 10.0, "as many as there are seats")
+    eventually(lambda: sum(call.ended is None for call in calls) == 5, 10.0, "as many participants as seats")
     (late,) = stack.users("late")
     assert stack.ask_token(late, room_id).status == 403
 
 
-def test_a_guard_killed_in_a_burst_keeps_its_promises_and_makes_no_more(
-    stack: Stack, crowd: ThreadPoolExecutor
-) -> None:
+def test_a_guard_killed_in_a_burst_keeps_its_holds_and_grants_no_more(stack: Stack, crowd: ThreadPoolExecutor) -> None:
     users = stack.users(*["somebody"] * 20)
     room_id = stack.room(10)
     asked = burst(crowd, stack, users, room_id)
