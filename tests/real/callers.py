@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -69,8 +70,12 @@ class MediaClients:
             raise Refused(told["refused"])
         return told["told"]
 
+    def signal(self, how: signal.Signals) -> None:
+        """Kill or stop the process of the clients."""
+        self._process.send_signal(how)
+
     def kill(self) -> None:
-        """End the process at once, so that its participants leave without a word."""
+        """End the process at once: its participants do not leave their calls first."""
         self._process.kill()
         self.close()
 
@@ -89,10 +94,14 @@ class MediaClients:
 
 @frozen
 class Call:
-    """One participant in a call, as their own client sees it."""
+    """One participant in a call, as their own client sees it.
+
+    :ivar connected_at: in seconds since the epoch.
+    """
 
     clients: MediaClients
     who: str
+    connected_at: float
 
     def look(self) -> dict[str, Any]:
         seen: dict[str, Any] = self.clients.tell("look", who=self.who)
@@ -120,6 +129,10 @@ class Call:
         """Wait until new frames of another participant's track arrive."""
         before = self.frames(other, source)
         eventually(lambda: self.frames(other, source) > before + 5, seconds, f"{source} of {other.who}")
+
+    def may_publish(self, source: str) -> bool:
+        """Whether the client believes that it may publish a source."""
+        return source in self.look()["may_publish"]
 
     def removed(self, seconds: float = 10.0) -> float:
         """Wait until a moderator's action ends the session. :return: when that was."""

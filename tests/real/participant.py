@@ -116,7 +116,6 @@ class Caller:
             await asyncio.sleep(1 / FRAMES_PER_SECOND)
 
     def look(self) -> dict[str, Any]:
-        permissions = self.room.local_participant.permissions if self.room.isconnected() else None
         return {
             "identity": self.room.local_participant.identity,
             "ended": self.ended,
@@ -130,10 +129,14 @@ class Caller:
                 identity: sorted(NAMES[track.source] for track in other.track_publications.values())
                 for identity, other in self.room.remote_participants.items()
             },
-            "may_publish": sorted(NAMES[number] for number in permissions.can_publish_sources)
-            if permissions is not None
-            else [],
+            "may_publish": self._may_publish(),
         }
+
+    def _may_publish(self) -> list[str]:
+        permissions = self.room.local_participant.permissions if self.room.isconnected() else None
+        if permissions is None or not permissions.can_publish:
+            return []
+        return sorted(NAMES[number] for number in permissions.can_publish_sources or NAMES)
 
     async def leave(self) -> None:
         if self.ended is None:

@@ -134,6 +134,13 @@ class Program:
         finally:
             self.process.send_signal(signal.SIGCONT)
 
+    def interrupt(self, times: int = 1) -> None:
+        """Ask the program to end, as often as it needs, and do not wait for it."""
+        assert self.process is not None
+        for _ in range(times):
+            self.process.terminate()
+            time.sleep(0.2)  # two signals at once are one
+
     def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
         self.stop(how)
         self.start()

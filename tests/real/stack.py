@@ -138,6 +138,7 @@ class Stack:
                 "rc_registration": plenty,
                 "rc_room_creation": plenty,
                 "rc_joins": {"local": plenty, "remote": plenty},
+                "rc_joins_per_room": plenty,
                 "modules": [
                     {
                         "module": "lotusguard.synapse_module.PolicyPush",
@@ -335,11 +336,16 @@ class Stack:
         assert answer.status == 200, answer.body
         return self.connect(user, answer.content["jwt"], listen=listen)
 
-    def connect(self, user: str, token: str, *, listen: bool = False) -> Call:
-        """Join a call with a token. :raises Refused: LiveKit refuses it."""
-        call = Call(self.clients, f"{user} {uuid4().hex[:8]}")
-        self.clients.tell("join", who=call.who, url=self.sfu_url.replace("http", "ws"), token=token, listen=listen)
-        return call
+    def connect(self, user: str, token: str, *, listen: bool = False, clients: MediaClients | None = None) -> Call:
+        """Join a call with a token.
+
+        :param clients: another process than the common one.
+        :raises Refused: LiveKit refuses it.
+        """
+        clients = clients or self.clients
+        who = f"{user} {uuid4().hex[:8]}"
+        joined = clients.tell("join", who=who, url=self.sfu_url.replace("http", "ws"), token=token, listen=listen)
+        return Call(clients, who, joined["connected_at"])
 
     def sfu_call(self, method: str, content: dict[str, Any]) -> HttpAnswer:
         """A RoomService call as JSON, with every right in the room that it names."""

@@ -34,7 +34,7 @@ def test_a_correct_configuration_has_no_findings_and_leaves_no_room(stack: Stack
     status, findings = checked(stack)
     assert {name: one for name, one in findings.items() if one["state"] != "fine"} == {}
     assert status == 0
-    assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("carries our key and secret")
+    assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("is signed with our key and secret")
     assert findings["lk-jwt-service", "the trial's room"]["reason"] == "was created at LIVEKIT_API and deleted again"
     assert findings["webhooks", "arrive"]["reason"].endswith("on the trial's room")
     assert findings["synapse", "state by type"]["reason"] == "only what is asked for is sent"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -13,6 +14,10 @@ import pytest
 from tests.real.conftest import RunStack
 from tests.real.processes import HttpAnswer, eventually
 from tests.real.stack import Stack
+
+
+HOMESERVER_DOWN = 5.0
+"""Seconds: several membership intervals."""
 
 
 @pytest.fixture
@@ -53,6 +58,63 @@ def test_a_call_goes_on_while_the_guard_is_killed_and_restarted(stack: Stack) ->
     eventually(lambda: listener.tracks_of(speaker) == ["MICROPHONE"], 10.0, "the end of the screen share")
     listener.hears(speaker, "MICROPHONE")
     assert [(call.ended, call.look()["reconnects"]) for call in (listener, speaker)] == [(None, 0)] * 2
+
+
+def test_the_limit_is_exact_after_the_guard_was_killed(stack: Stack, crowd: ThreadPoolExecutor) -> None:
+    alice, bob, *others = stack.users("alice", "bob", *["somebody"] * 10)
+    room_id = stack.room(3)
+    calls = [stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id, new=True)]
+    calls[1].publish("MICROPHONE")
+    calls[0].hears(calls[1], "MICROPHONE")
+    assert stack.guard is not None
+    stack.guard.restart(signal.SIGKILL)
+    asked = burst(crowd, stack, others, room_id)
+    assert sorted(one.result().status for one in asked) == [200] + [403] * 9
+    calls[0].hears(calls[1], "MICROPHONE")
+    assert [(call.ended, call.look()["reconnects"]) for call in calls] == [(None, 0)] * 2
+
+
+def test_participants_keep_their_seats_while_livekit_is_restarted(stack: Stack) -> None:
+    alice, bob, carol = stack.users("alice", "bob", "carol")
+    room_id = stack.room(2)
+    calls = [stack.enter(user, room_id, new=True) for user in (alice, bob)]
+    eventually(lambda: stack.ask_token(carol, room_id).status == 403, 5.0, "a full room")
+    stack.sfu.restart(signal.SIGKILL)
+
+    def refused(user: str) -> bool:
+        answer = stack.ask_token(user, room_id)
+        assert answer.status != 200
+        return answer.status == 403
+
+    eventually(lambda: refused(carol), 5.0, "the refusal of another user")
+    again = [stack.enter(user, room_id, new=True) for user in (alice, bob)]
+    assert refused(carol)
+    assert [call.ended for call in again] == [None, None]
+    again[0].leave()
+    eventually(lambda: stack.ask_token(carol, room_id).status == 200, 5.0, "the free seat")
+    for call in calls:
+        call.leave()
+
+
+def test_nobody_is_removed_while_the_homeserver_is_down_and_a_ban_is_enforced_afterwards(run_stack: RunStack) -> None:
+    stack = run_stack(guard_reconcile_interval=0.5, guard_policy_ttl=0.2, guard_membership_interval=1)
+    alice, bob = stack.users("alice", "bob")
+    room_id = stack.room()
+    listener, speaker = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id)
+    speaker.publish("MICROPHONE")
+    listener.hears(speaker, "MICROPHONE")
+    assert stack.guard is not None
+    with stack.guard.suspended():  # it must not see the ban before the homeserver is down
+        stack.moderate("ban", bob, room_id)
+        stack.synapse.stop(signal.SIGKILL)
+    try:
+        time.sleep(HOMESERVER_DOWN)
+        listener.hears(speaker, "MICROPHONE")
+        assert (listener.ended, speaker.ended) == (None, None)
+    finally:
+        stack.synapse.start()
+    speaker.removed(30.0)
+    assert listener.ended is None
 
 
 def test_a_policy_that_changed_while_the_guard_was_down_is_enforced_afterwards(stack: Stack) -> None:
