@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests play through and the benchmark times: bans, reconnections, changed rights. Tests."""
+"""Scenarios that the tests check and the benchmark measures: bans, reconnections, changed rights. Tests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from tests.real.processes import eventually
 from tests.real.signalling import signalling
 from tests.real.stack import Stack
 
-LATE_FRAMES = 4.0
-"""Seconds for which frames are awaited that must not arrive."""
 SPEAKERS = 50
 """The power level that may speak in the rooms of these tests."""
 
@@ -23,15 +21,19 @@ SPEAKERS = 50
 class Removal:
     """How long it took, in seconds from the moderator's request, until a user was removed.
 
-    :ivar ended: until their session ended. :ivar last_frame: until the last frame of theirs reached somebody else.
+    :ivar ended: until their session ended.
+    :ivar last_frame: until the last of their frames reached another participant.
     """
 
     ended: float
     last_frame: float
 
 
-def remove_publisher(stack: Stack, action: str = "ban") -> Removal:
-    """Ban or kick a user who publishes sound and pictures, or let them leave the Matrix room."""
+def remove_publisher(stack: Stack, action: str = "ban", late_frames: float = 4.0) -> Removal:
+    """Ban or kick a user who publishes sound and video, or let them leave the Matrix room.
+
+    :param late_frames: seconds for which frames are awaited that must not arrive.
+    """
     alice, bob = stack.users("alice", "bob")
     room_id = stack.room()
     listener, speaker = stack.enter(alice, room_id, listen=True), stack.enter(bob, room_id, new=True)
@@ -45,7 +47,7 @@ def remove_publisher(stack: Stack, action: str = "ban") -> Removal:
     else:
         stack.moderate(action, bob, room_id)
     ended = speaker.removed() - began
-    time.sleep(LATE_FRAMES)
+    time.sleep(late_frames)
     frames = listener.look()["last_frame"]
     assert listener.ended is None
     listener.leave()
