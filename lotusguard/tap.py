@@ -19,6 +19,9 @@ from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.routes import Console
+from lotusguard.web.console.sessions import Sessions
+from lotusguard.web.console.view import ConsoleView
 from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.listener import Listener
 from lotusguard.web.operators import OperatorApi
@@ -99,16 +102,16 @@ class Guard(MultiService):
         metrics = self.metrics = Metrics()
         state = self._state = wiring.open_state(settings, reactor, metrics, wall)
         clients = self._clients = wiring.connect(settings, reactor, metrics, wall)
-        rooms = wiring.rooms(settings, reactor, metrics, wall, clients, state)
+        rooms = wiring.rooms(settings, reactor, metrics, clients, state)
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms)
-        health = wiring.health(settings, reactor, metrics, clients, state, joins, calls)
+        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
 
         idle = settings.guard_upstream_timeout
-        webhooks = Webhooks(calls.changes, settings.sfu_key, wall, metrics)
+        webhooks = Webhooks(calls.changes, settings.sfu_key, clients.livekit.now, metrics)
         public = PublicApi(RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle), webhooks)
         site = public.site(reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))
@@ -124,10 +127,12 @@ class Guard(MultiService):
             self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
         if admin_listen or settings.guard_admin_port is not None:
+            token = settings.guard_admin_token.get_secret_value()
+            view = ConsoleView(health, state.seats, rooms.policies, joins.decision_log, reactor, wall)
             operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
                 policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
-                token=settings.guard_admin_token.get_secret_value(),
+                console=Console(view, Sessions(token, reactor), None, calls.changes, reactor), token=token,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))

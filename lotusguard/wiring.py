@@ -50,11 +50,13 @@ class State:
     """What survives a restart.
 
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
+    :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
     """
 
     store: StateStore | None
     lease: StateLease | None
     error: str | None
+    guarding_since: float
     registry: MemoryTokenRegistry
     seats: MemorySeatBook
 
@@ -102,13 +104,13 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
             lease = StateLease(settings.state_dir)
         except StateUnusable as unusable:
             error = str(unusable)
-    since = wall() - store.guarding_since if store is not None else 0.0
+    guarding_since = reactor.seconds() - (wall() - store.guarding_since if store is not None else 0.0)
     registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
     registry.load()
-    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, reactor.seconds() - since)
+    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
     if store is not None:
         seats.load(store.holds())
-    return State(store, lease, error, registry, seats)
+    return State(store, lease, error, guarding_since, registry, seats)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
@@ -144,16 +146,21 @@ def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[
     )
 
 
-def rooms(
-    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State
-) -> Rooms:
+def rooms(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State) -> Rooms:
     policies = Policies(
         clients.homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
         default_limit=settings.guard_default_max_users,
     )  # fmt: skip
     members = Members(clients.homeserver, reactor, metrics, settings.guard_policy_ttl)
     roster = Roster(
-        clients.livekit, state.seats, state.registry, policies, reactor, wall, metrics, settings.guard_lookup_timeout
+        clients.livekit,
+        state.seats,
+        state.registry,
+        policies,
+        reactor,
+        metrics,
+        settings.guard_lookup_timeout,
+        state.guarding_since,
     )
     return Rooms(policies, members, roster)
 
@@ -205,10 +212,12 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
 
 
 def health(
-    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, decided: Joins, kept: Calls
-) -> Health:
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, decided: Joins,
+    kept: Calls,
+) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, state.store,
+        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, given.roster,
+        state.store,
         state.lease, state.error, reactor, metrics, settings.guard_dry_run,
         enforces_membership=kept.entitlement.enforces_membership,
         reconcile_interval=settings.guard_reconcile_interval,

@@ -19,6 +19,7 @@ from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.seats.lease import StateLease
+from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore
 from lotusguard.metrics import Metrics
 
@@ -47,6 +48,7 @@ class Health:
     _upstream: LkJwtService
     _decision_log: DecisionLog
     _changes: CallChanges
+    _roster: Roster
     _store: StateStore | None
     _lease: StateLease | None
     _store_error: str | None
@@ -148,6 +150,11 @@ class Health:
         for name, skew in (("LiveKit", self._livekit.clock_skew), ("the homeserver", self._homeserver.clock_skew)):
             if skew is not None and abs(skew) > CLOCK_TOLERANCE:
                 reasons.append(f"our clock and the clock of {name} differ by {abs(skew):.0f} s")
+        if self._roster.unissued:
+            reasons.append(
+                f"{self._roster.unissued} participants have tokens that this guard did not issue: "
+                "lk-jwt-service can be reached past it, or another guard runs"
+            )
         if self._dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")
         return reasons

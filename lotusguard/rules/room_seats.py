@@ -262,6 +262,11 @@ class RoomSeats:
         self._advance(now)
         return {hold.user for hold in self.reserved.values() if hold.rules.owns_seat}
 
+    def holders(self, now: float) -> set[str]:
+        """Users who are in the call or hold a seat, requests in flight included."""
+        self._advance(now)
+        return {hold.user for hold in (*self.pending.values(), *self.reserved.values(), *self.sessions.values())}
+
     def aliases(self) -> set[str]:
         """The SFU rooms in which somebody holds a seat or is about to."""
         return {alias for alias in self._aliases if alias}

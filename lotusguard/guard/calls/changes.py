@@ -98,7 +98,7 @@ class CallChanges:
         began = self._clock.seconds()
         rooms = await self._livekit.list_rooms()
         self._roster.sfu_rooms = {room.name for room in rooms}
-        young = self._roster.livekit_now() - COUNT_LAG
+        young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
         }

@@ -115,7 +115,7 @@ class EntryChecks:
         if self.may_start(join.policy, join.user) or await self._seats.owns_seat(join.room_id, join.user):
             return
         lock = self._starting.setdefault(join.room_id, DeferredLock())
-        await join.deadline.wait(lock.acquire())
+        await join.deadline.sooner(join.lookups.left()).wait(lock.acquire())
         try:
             await self.read_policy_again(join)
             await self._roster.refresh(join.room_id, join.arrived, join.deadline.sooner(join.lookups.left()))

@@ -70,8 +70,6 @@ class Seating:
 
     async def _find(self, join: Join) -> str | None:
         """Take a seat, waiting behind requests in flight if only they fill the room."""
-        identities = possible_identities(join.user, join.request.device_id or "", join.request.member_id)
-        await self._seats.recognise(join.room_id, join.alias, identities, join.user)
         waited = False
         try:
             while True:
@@ -109,10 +107,22 @@ class Seating:
             )  # fmt: skip
             if taken is not Refusal.FULL:
                 return taken
+            if await self._is_recognised(join):
+                needs_no_roster = True
+                continue
             required = max(join.arrived, await self._seats.listing_required_since(join.room_id) or join.arrived)
             if since >= required:
                 return taken
             since = required
+
+    async def _is_recognised(self, join: Join) -> bool:
+        """Whether the user turns out to be in the call under an identity that only their own request explains.
+
+        This happens after our memory was lost: a hashed identity says nothing about its user.
+        """
+        identities = possible_identities(join.user, join.request.device_id or "", join.request.member_id)
+        await self._seats.recognise(join.room_id, join.alias, identities, join.user)
+        return await self._seats.owns_seat(join.room_id, join.user)
 
     async def _wait(self, join: Join, *, again: bool) -> None:
         """:raises JoinRefused: the deadline passed behind requests in flight."""

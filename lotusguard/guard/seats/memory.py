@@ -202,7 +202,7 @@ class MemorySeatBook:
         room = self._rooms.get(room_id)
         if room is None:
             return ()
-        return room.seats.users() | room.seats.awaited(self._clock.seconds())
+        return room.seats.holders(self._clock.seconds())
 
     async def is_started(self, room_id: str) -> bool:
         room = self._rooms.get(room_id)
@@ -276,12 +276,12 @@ class MemorySeatBook:
     def _changed(self, room_id: str, room: _Room) -> None:
         """Write what changed behind the call, and note whether the call has become empty."""
         seats, now = room.seats, self._clock.seconds()
+        if self._has_ended(room):
+            room.started = False
         if seats.is_occupied():
             room.empty_since = None
         elif room.empty_since is None:
             room.empty_since = now
-        if self._has_ended(room):
-            room.started = False
         changed, seats.changed = seats.changed, set()
         if self._store is None:
             return

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from attrs import define, field
 from livekit.protocol.models import ParticipantInfo
@@ -30,7 +30,8 @@ SLOTS_LISTED = 16
 class Roster:
     """Keeps the seat book in step with LiveKit.
 
-    :param wall: seconds since the epoch. :param lookup_timeout: seconds to wait for a policy.
+    :param lookup_timeout: seconds to wait for a policy.
+    :param guarding_since: since when every token should have come from this guard, on its clock.
     :ivar sfu_rooms: the SFU rooms that LiveKit named lately; ``None`` while it has named none.
     """
 
@@ -39,14 +40,16 @@ class Roster:
     _registry: TokenRegistry
     _policies: Policies
     _clock: IReactorTime
-    _wall: Callable[[], float]
     _metrics: Metrics
     _lookup_timeout: float
+    _guarding_since: float
     sfu_rooms: set[str] | None = field(default=None, init=False)
     _listings: FreshLookups[str, Sequence[ParticipantInfo]] = field(init=False)
+    _unissued: dict[str, int] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._listings = FreshLookups(self._list, self._clock)
+        self._metrics.unissued_participants.set_function(lambda: self.unissued)
         self._metrics.cache_limit.labels("hashes").set(alias_cache_info().maxsize or 0)
         self._metrics.cache_entries.labels("hashes").set_function(lambda: alias_cache_info().currsize)
 
@@ -82,6 +85,7 @@ class Roster:
         participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
         if slot is not None:
             present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
+            await self._count_unissued(alias, present)
             await self._seats.apply_listing(slot.room_id, alias, present, await self._limit(slot.room_id), since)
         return participants
 
@@ -96,6 +100,11 @@ class Roster:
         existing = self.sfu_rooms
         alive = [*known][-SLOTS_LISTED:] if existing is None else [alias for alias in known if alias in existing]
         return {main, *alive, *await self._seats.aliases(room_id)}
+
+    @property
+    def unissued(self) -> int:
+        """Participants whose token this guard did not issue. Upstream is reached past it, or another guard runs."""
+        return sum(self._unissued.values())
 
     # -- webhooks ----------------------------------------------------------------------------------------
 
@@ -123,10 +132,6 @@ class Roster:
         """Whether LiveKit may have this SFU room, as far as it told."""
         return self.sfu_rooms is None or alias in self.sfu_rooms
 
-    def livekit_now(self) -> float:
-        """Seconds since the epoch, by LiveKit's clock."""
-        return self._wall() + (self._livekit.clock_skew or 0.0)
-
     # -- how it is done ----------------------------------------------------------------------------------
 
     async def _limit(self, room_id: str) -> int | None:
@@ -140,11 +145,22 @@ class Roster:
             self._on_our_clock(joined_at(participant)),
         )  # fmt: skip
 
+    async def _count_unissued(self, alias: str, present: Sequence[Arrival]) -> None:
+        unissued = 0
+        for who in present:
+            ours = who.joined is None or who.joined <= self._guarding_since
+            if not ours and await self._registry.entry(alias, who.identity) is None:
+                unissued += 1
+        if unissued:
+            self._unissued[alias] = unissued
+        else:
+            self._unissued.pop(alias, None)
+
     def _on_our_clock(self, at: float | None) -> float | None:
         """A time that LiveKit gave, on the guard's clock."""
         if at is None or at <= 1.0:
             return None
-        ago = self.livekit_now() - at
+        ago = self._livekit.now() - at
         return self._clock.seconds() - ago
 
 
