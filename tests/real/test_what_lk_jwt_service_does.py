@@ -9,7 +9,14 @@ import json
 from typing import Any
 
 import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.web.client import HTTPConnectionPool
 
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.fixed_agent import FixedAgent
+from lotusguard.clients.lk_jwt_service import LkJwtService
+from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
 from tests.real.processes import HttpAnswer, http
 from tests.real.stack import Stack, claims_of
@@ -96,6 +103,26 @@ def test_refusals_are_the_same_through_the_guard(
     assert (through.status, through.body, known_headers(through)) == (
         straight.status, straight.body, known_headers(straight),
     )  # fmt: skip
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_guards_probe_recognises_it_and_nothing_else(stack: Stack) -> None:
+    pool = HTTPConnectionPool(reactor)
+
+    async def probed(url: str) -> str:
+        try:
+            await LkJwtService(FixedAgent(reactor, url, pool), reactor, Metrics(), timeout=5, grace=0).probe()
+        except DependencyFailed as failed:
+            return failed.reason
+        return "recognised"
+
+    try:
+        assert await probed(stack.upstream_url) == "recognised"
+        assert await probed(stack.guard_url) == "loop"
+        for url in (stack.sfu_url, stack.homeserver_url, stack.operators_url):
+            assert await probed(url) == "not_lk_jwt_service"
+    finally:
+        await pool.closeCachedConnections()
 
 
 def test_a_trailing_slash_is_another_path_for_both(stack: Stack) -> None:
