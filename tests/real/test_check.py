@@ -37,7 +37,7 @@ def test_a_correct_configuration_has_no_findings_and_leaves_no_room(stack: Stack
     assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("is signed with our key and secret")
     assert findings["lk-jwt-service", "the trial's room"]["reason"] == "was created at LIVEKIT_API and deleted again"
     assert findings["webhooks", "arrive"]["reason"].endswith("on the trial's room")
-    assert findings["synapse", "state by type"]["reason"] == "only what is asked for is sent"
+    assert findings["synapse", "state by type"]["reason"] == "only the requested type is sent"
     assert stack.sfu_call("ListRooms", {}).content["rooms"] == before
 
 
