@@ -26,7 +26,7 @@ from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
-from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
@@ -40,6 +40,7 @@ from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_s
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.members_only import MembersOnly
 
 DISCOVERY_TIMEOUT = 10.0
 """Seconds for one page of the homeserver's list of rooms."""
@@ -47,7 +48,7 @@ DISCOVERY_TIMEOUT = 10.0
 
 @frozen
 class State:
-    """What survives a restart.
+    """The state that survives a restart.
 
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
     :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
@@ -75,7 +76,7 @@ class Clients:
 
 @frozen
 class Rooms:
-    """What the rooms ask for, and who is in which call."""
+    """Policies, memberships and the roster of each call."""
 
     policies: Policies
     members: Members
@@ -176,7 +177,7 @@ def joins(
         start_homeservers=homeserver_list(settings.guard_start_homeservers),
         members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
     )  # fmt: skip
-    seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
+    seating = Seating(state.seats, given.roster, checks, reactor, metrics)
     issuer = TokenIssuer(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
@@ -219,7 +220,7 @@ def health(
         clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, given.roster,
         state.store,
         state.lease, state.error, reactor, metrics, settings.guard_dry_run,
-        enforces_membership=kept.entitlement.enforces_membership,
+        enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ class NoSuchParticipant(Exception):
 
 
 class NodeGone(NoSuchParticipant):
-    """The node of the participant does not answer. They may be gone with it, or come back in a moment."""
+    """The node of the participant does not answer. They may have left with it, or return in a moment."""
 
 
 _PARTICIPANT_GONE = {"not_found": NoSuchParticipant, "deadline_exceeded": NodeGone, "unavailable": NodeGone}
@@ -54,7 +54,7 @@ _NO_SUCH_ROOM = {"not_found": NoSuchParticipant}
 
 @define(eq=False)
 class LiveKitClient:
-    """What the guard asks of LiveKit. Every method raises `DependencyFailed` if there is no usable answer.
+    """The requests of the guard to LiveKit. Every method raises `DependencyFailed` if there is no usable answer.
 
     Calls for different rooms take turns. ``turn`` names the Matrix room, so that its slots share one turn; by default
     it is the alias.

@@ -25,6 +25,8 @@ from lotusguard.metrics import Metrics
 
 log = Logger()
 
+WATCH_INTERVAL = 30.0
+"""Seconds between reports that nobody asks for, while nothing is known to have changed."""
 REMEMBERED = 600.0
 """Seconds for which a wrong secret or an internal error keeps the guard from calling itself ready."""
 CLOCK_TOLERANCE = 30.0
@@ -60,10 +62,13 @@ class Health:
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
     _began: float = field(init=False)
     _enforced: dict[str, bool] = field(factory=dict, init=False)
+    _watched: tuple[object, ...] = field(init=False)
+    _watched_at: float = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._reports = SharedLookups(self._report)
-        self._began = self._clock.seconds()
+        self._began = self._watched_at = self._clock.seconds()
+        self._watched = self._seen()
         self._metrics.dry_run.set(1 if self._dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
@@ -71,8 +76,24 @@ class Health:
         return self._reports.get("")
 
     async def watch(self) -> None:
-        """Keep the metrics and the log up to date with what is enforced."""
-        await self.report()
+        """Keep the metrics and the log up to date with what is enforced.
+
+        Called every second. The dependencies are asked when `WATCH_INTERVAL` is over, and at once when a call of
+        somebody else has shown that something changed, such as a revoked access token.
+        """
+        now, seen = self._clock.seconds(), self._seen()
+        if seen != self._watched or now - self._watched_at >= WATCH_INTERVAL:
+            self._watched_at = now
+            await self.report()
+        self._watched = self._seen()
+
+    def _seen(self) -> tuple[object, ...]:
+        """What is known about enforcing without asking anybody."""
+        return (
+            self._livekit.refused, self._homeserver.refused, self._livekit.available, self._homeserver.available,
+            self._lately(self._decision_log.secret_mismatch_at), self._lately(self._decision_log.error_at),
+            self._lease is None or self._lease.held,
+        )  # fmt: skip
 
     async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
@@ -84,6 +105,7 @@ class Health:
         round_at = self._changes.round_at
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
+        livekit, synapse = livekit or self._livekit.refused, synapse or self._homeserver.refused
         known = not livekit and not synapse and not self._dry_run
         enforcing = {
             "limit": known,

@@ -50,7 +50,7 @@ def for_operators(handler: Handler) -> Handler:
 class OperatorApi:
     """The routes of the operators' listener; loopback by default.
 
-    :param token: what private routes want as bearer token; ``""`` admits nobody.
+    :param token: the bearer token of private routes; ``""`` admits nobody.
     """
 
     app = Klein()

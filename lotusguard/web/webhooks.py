@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/sfu_webhook``: what LiveKit tells upstream, and the guard beside it."""
+"""``/sfu_webhook``: LiveKit's webhooks are applied here and passed to upstream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Webhooks:
     """Acts on webhooks. They are relayed to upstream in any case.
 
     :param now: seconds since the epoch by LiveKit's clock.
-    :param key: what LiveKit signs them with; without it none can be verified.
+    :param key: the key that LiveKit signs them with; without it none can be verified.
     """
 
     _changes: CallChanges

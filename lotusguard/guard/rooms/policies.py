@@ -61,9 +61,13 @@ class KnownPolicy:
 
 @frozen
 class _Entry:
-    """:ivar began: when the lookup began that returned it."""
+    """
+    :ivar began: when the lookup began that returned it.
+    :ivar has_events: whether the room says anything itself, beside the operator's default limit.
+    """
 
     policy: Policy
+    has_events: bool
     room_exists: bool
     malformed: frozenset[Malformed]
     began: float
@@ -158,10 +162,10 @@ class Policies:
         except DependencyFailed as failed:
             self._failed[room_id] = (self._clock.seconds(), failed.reason)
             raise
-        policy, malformed = read_policy(events or {})
-        policy = with_default_limit(policy, self._default_limit)
+        own, malformed = read_policy(events or {})
+        policy = with_default_limit(own, self._default_limit)
         size = ENTRY_SIZE + sum(len(str(event.content)) for event in (events or {}).values())
-        entry = _Entry(policy, events is not None, malformed, began, size)
+        entry = _Entry(policy, bool(own), events is not None, malformed, began, size)
         self._tell(room_id, entry, before, events or {})
         current = self._entry(room_id)
         if current is None or current.began <= began:
@@ -187,7 +191,7 @@ class Policies:
 
     def _remember(self, room_id: str, entry: _Entry) -> None:
         keep, other = self._with_policy, self._without_policy
-        if not entry.policy:
+        if not entry.has_events:
             keep, other = other, keep
         other.pop(room_id, None)
         if entry.size <= keep.maxsize:
