@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.real.stack import CHECKOUT, Stack
+from tests.real.services import CHECKOUT
+from tests.real.stack import Stack
 
 OTHER_SECRET = "another-secret-of-the-same-length-1"
 

@@ -17,8 +17,9 @@ from lotusguard.rules.tokens import SfuKey
 from lotusguard.rules.webhooks import read_webhook
 from tests.real.callers import Call, MediaClients
 from tests.real.processes import eventually, http
+from tests.real.services import KEY, SECRET
 from tests.real.signalling import signalling
-from tests.real.stack import KEY, SECRET, Stack, claims_in
+from tests.real.stack import Stack, claims_in
 
 REFRESHED_LIFE = 600
 """Seconds for which a refreshed token is valid, at least."""
