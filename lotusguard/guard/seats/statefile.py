@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS holds (
     present INTEGER NOT NULL, expires REAL NOT NULL, PRIMARY KEY (room_id, alias, identity)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS holds_by_expiry ON holds (present, expires);
+CREATE TABLE IF NOT EXISTS residence (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS clock (name TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 """
 _NEW_COLUMNS = (

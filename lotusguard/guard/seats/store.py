@@ -7,9 +7,10 @@ that was committed; a machine that loses its power may.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ _PUT_IDENTITY = """INSERT OR REPLACE INTO identities (alias, identity, user, dev
 _PUT_HOLD = """INSERT OR REPLACE INTO holds (room_id, user, alias, identity, device, present, expires)
     VALUES (?, ?, ?, ?, ?, ?, ?)"""
 _DROP_HOLD = "DELETE FROM holds WHERE room_id = ? AND alias = ? AND identity = ?"
+_PUT_RESIDENCE = """INSERT OR REPLACE INTO residence (name, value)
+    SELECT json_extract(row.value, '$[0]'), json_extract(row.value, '$[1]') FROM json_each(?) AS row"""
+_DROP_RESIDENCE = "DELETE FROM residence WHERE value IS NULL"
 _PUT_CLOCK = "INSERT OR REPLACE INTO clock (name, at) VALUES (?, ?)"
 _ALIASES = """SELECT alias, room_id, slot_id FROM
     (SELECT rowid AS written, * FROM aliases ORDER BY rowid DESC LIMIT ?) ORDER BY written"""
@@ -165,6 +169,10 @@ class StateStore:
             for room_id, user, alias, identity, device, present, expires in rows
         ]
 
+    def residence(self) -> dict[str, str]:
+        """What `put_residence` wrote: values by name."""
+        return dict(self._rows("SELECT name, value FROM residence WHERE value IS NOT NULL", (), str, str))
+
     def _rows(self, query: str, values: tuple[object, ...], *types: Any) -> Iterator[tuple[Any, ...]]:
         """The rows whose values have these types. Others are counted, and the rest of a damaged table counts as one."""
         try:
@@ -212,6 +220,16 @@ class StateStore:
         """A hold has ended."""
         self._writer.put(("holds", room_id, alias, identity), _DROP_HOLD, (room_id, alias, identity))
 
+    def put_residence(self, rows: Mapping[str, str | None]) -> Deferred[bool]:
+        """Write what is known by being in rooms: all of these rows or none.
+
+        A newer call replaces one that is not on disk yet, so its rows must include those of the older one.
+
+        :param rows: values by name; ``None`` deletes. :return: as `put_hold`.
+        """
+        statement = json.dumps(list(rows.items()))
+        return self._writer.put_now(("residence",), _PUT_RESIDENCE, (statement,))
+
     async def close(self) -> None:
         """Write what is left, as far as it can be written, and close the file."""
         if self._heartbeat.active():
@@ -229,6 +247,7 @@ class StateStore:
         self._put_clock("last_alive", now)
         self._writer.clean_up(
             [
+                (_DROP_RESIDENCE, ()),
                 ("DELETE FROM holds WHERE present = 0 AND expires < ?", (now,)),
                 ("DELETE FROM holds WHERE present = 1 AND expires < ?", (now - PRESENT_KEPT,)),
                 *(
