@@ -102,10 +102,13 @@ class Guard(MultiService):
         rooms = wiring.rooms(settings, reactor, metrics, wall, clients, state)
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms)
-        health = wiring.health(settings, reactor, metrics, clients, state, joins, calls)
+        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
+        self.residence, self.voice = rooms.residence, rooms.voice
+        if settings.matrix_token.get_secret_value():
+            wiring.syncing(reactor, metrics, clients, rooms, calls).setServiceParent(self)
 
         idle = settings.guard_upstream_timeout
         webhooks = Webhooks(calls.changes, settings.sfu_key, wall, metrics)
@@ -192,7 +195,8 @@ class Guard(MultiService):
         stopping = super().stopService()
         if isinstance(stopping, Deferred):
             await stopping
-        await self._clients.pool.closeCachedConnections()
+        for pool in self._clients.pools:
+            await pool.closeCachedConnections()
         if self._state.store is not None:
             await self._state.store.close()
         if self._state.lease is not None:

@@ -15,7 +15,8 @@ from lotusguard.clients.dependency import Dependency
 from lotusguard.clients.http import FixedAgent, connection_pool
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
-from lotusguard.clients.synapse import SynapseClient
+from lotusguard.clients.synapse import MatrixClient, SynapseClient
+from lotusguard.clients.synapse.matrix import FIRST_SYNC, LARGEST_SYNC
 from lotusguard.clients.unconfigured import UnconfiguredDependency
 from lotusguard.config import Settings
 from lotusguard.guard.calls.changes import CallChanges
@@ -32,6 +33,13 @@ from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
+from lotusguard.guard.rooms.residence.events import RoomEvents
+from lotusguard.guard.rooms.residence.invites import InviteHandler
+from lotusguard.guard.rooms.residence.residence import Residence
+from lotusguard.guard.rooms.residence.sync import SyncService
+from lotusguard.guard.rooms.residence.voice import ResidentVoice
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
@@ -43,6 +51,8 @@ from lotusguard.rules.jwt import SfuKey
 
 DISCOVERY_TIMEOUT = 10.0
 """Seconds for one page of the homeserver's list of rooms."""
+MATRIX_TIMEOUT = 10.0
+"""Seconds for a call of the client-server API; joining a room of another homeserver takes long."""
 
 
 @frozen
@@ -61,20 +71,31 @@ class State:
 
 @frozen
 class Clients:
-    """The services that the guard relies on. ``all`` are to be stopped at the end."""
+    """The services that the guard relies on. ``all`` are to be stopped, ``pools`` to be closed at the end.
 
-    pool: HTTPConnectionPool
+    :ivar matrix: the calls of the guard's account as a member of rooms, over connections of their own.
+    """
+
+    pools: tuple[HTTPConnectionPool, ...]
     livekit: LiveKitClient
     homeserver: SynapseClient
     discovery: SynapseClient
+    matrix: MatrixClient
     upstream: LkJwtService
     all: tuple[Dependency, ...]
 
 
 @frozen
 class Rooms:
-    """What the rooms ask for, and who is in which call."""
+    """What the rooms ask for, and who is in which call.
 
+    :ivar account: the guard's own. :ivar residence: what it hears in rooms. :ivar voice: how it speaks there.
+    """
+
+    account: GuardAccount
+    residence: Residence
+    voice: ResidentVoice
+    sources: RoomSources
     policies: Policies
     members: Members
     roster: Roster
@@ -113,49 +134,66 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
     """The clients. Nothing is connected to yet."""
-    pool = connection_pool(reactor)
+    pool, matrix_pool = connection_pool(reactor), connection_pool(reactor)
     token = settings.matrix_token.get_secret_value()
     key = settings.sfu_key
 
-    def dependency(name: str, base: str, timeout: float, missing: str) -> Dependency:
+    def dependency(
+        name: str, base: str, timeout: float, missing: str, pool: HTTPConnectionPool = pool, **more: Any
+    ) -> Dependency:
         agent = FixedAgent(reactor, base, pool)
         if missing:
             return UnconfiguredDependency(
                 name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, missing=missing
             )
-        return Dependency(name, agent, reactor, metrics, timeout=timeout, wall_clock=wall)
+        return Dependency(name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, **more)
 
     timeout = settings.guard_lookup_timeout
     no_token = "" if token else "no_matrix_token"
     livekit = dependency("livekit", settings.livekit_api, timeout, "" if key else "no_livekit_key")
     synapse = dependency("synapse", settings.synapse_api, timeout, no_token)
     listing_rooms = dependency("synapse_discovery", settings.synapse_api, DISCOVERY_TIMEOUT, no_token)
+    matrix = dependency("matrix", settings.synapse_api, MATRIX_TIMEOUT, no_token, matrix_pool)
+    syncing = dependency("matrix_sync", settings.synapse_api, FIRST_SYNC + 1, no_token, matrix_pool, limit=LARGEST_SYNC)
     upstream = LkJwtService(
         FixedAgent(reactor, settings.guard_upstream, pool), reactor, metrics,
         timeout=settings.guard_upstream_timeout, grace=settings.guard_upstream_grace,
     )  # fmt: skip
     return Clients(
-        pool,
+        (pool, matrix_pool),
         LiveKitClient(livekit, key or SfuKey("unconfigured", token_hex()), wall),
         SynapseClient(synapse, token, settings.guard_server_name),
         SynapseClient(listing_rooms, token, settings.guard_server_name),
+        MatrixClient(matrix, syncing, token),
         upstream,
-        (livekit, synapse, listing_rooms),
+        (livekit, synapse, listing_rooms, matrix, syncing),
     )
 
 
 def rooms(
     settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State
 ) -> Rooms:
+    invites = Invites(settings.guard_invites) if settings.guard_invites is not None else None
+    account = GuardAccount(clients.homeserver, clients.matrix, invites)
+    residence = Residence(state.store, reactor, wall, metrics)
+    sources = RoomSources(clients.homeserver, clients.matrix, residence, account)
     policies = Policies(
-        clients.homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
-        default_limit=settings.guard_default_max_users,
+        sources, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
+        default_limit=settings.guard_default_max_users, pushed=sources,
     )  # fmt: skip
-    members = Members(clients.homeserver, reactor, metrics, settings.guard_policy_ttl)
+    members = Members(sources, reactor, metrics, settings.guard_policy_ttl, sources)
+    voice = ResidentVoice(clients.matrix, residence, reactor, metrics)
     roster = Roster(
         clients.livekit, state.seats, state.registry, policies, reactor, wall, metrics, settings.guard_lookup_timeout
     )
-    return Rooms(policies, members, roster)
+    return Rooms(account, residence, voice, sources, policies, members, roster)
+
+
+def syncing(reactor: Any, metrics: Metrics, clients: Clients, given: Rooms, kept: Calls) -> SyncService:
+    """What listens in the rooms that the guard's account was invited to."""
+    events = RoomEvents(clients.matrix, given.account, given.residence, given.voice, kept.changes, reactor)
+    invites = InviteHandler(clients.matrix, given.account, given.residence, reactor, metrics)
+    return SyncService(clients.matrix, given.account, given.residence, events, invites, reactor)
 
 
 def joins(
@@ -205,11 +243,12 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
 
 
 def health(
-    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, decided: Joins, kept: Calls
-) -> Health:
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, decided: Joins,
+    kept: Calls,
+) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, state.store,
-        state.lease, state.error, reactor, metrics, settings.guard_dry_run,
+        clients.livekit, clients.homeserver, given.sources, given.account, clients.upstream,
+        decided.decision_log, kept.changes, state.store, state.lease, state.error, reactor, metrics, settings.guard_dry_run,
         enforces_membership=kept.entitlement.enforces_membership,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip

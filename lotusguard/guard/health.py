@@ -18,6 +18,8 @@ from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.rooms.residence.account import GuardAccount
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.store import StateStore
 from lotusguard.metrics import Metrics
@@ -32,6 +34,9 @@ RULES = ("limit", "sources", "membership", "in_call")
 MISSING = {
     "no_livekit_key": "LIVEKIT_KEY and LIVEKIT_SECRET are not set",
     "no_matrix_token": "MATRIX_TOKEN is not set",
+    "no_admin_and_no_invites": (
+        "MATRIX_TOKEN is not an admin's, and its account accepts no invitations (GUARD_INVITES): no room can be read"
+    ),
 }
 
 
@@ -44,6 +49,8 @@ class Health:
 
     _livekit: LiveKitClient
     _homeserver: SynapseClient
+    _sources: RoomSources
+    _account: GuardAccount
     _upstream: LkJwtService
     _decision_log: DecisionLog
     _changes: CallChanges
@@ -75,7 +82,7 @@ class Health:
     async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
         livekit, synapse, upstream = await gather(
-            (_fault(self._livekit.probe), _fault(self._homeserver.probe), _fault(self._upstream.probe))
+            (_fault(self._livekit.probe), _fault(self._sources.probe), _fault(self._upstream.probe))
         )
         mismatch = self._lately(self._decision_log.secret_mismatch_at)
         errors = self._lately(self._decision_log.error_at)
@@ -99,9 +106,10 @@ class Health:
             "enforcing": enforcing,
             "reasons": reasons,
             "dependencies": self._dependencies(faults),
+            "rooms": self._sources.report(),
             "credentials": {
                 "livekit": livekit != "no_livekit_key",
-                "matrix": synapse != "no_matrix_token" and not self._homeserver.refused,
+                "matrix": synapse not in ("no_matrix_token", "no_admin_and_no_invites") and not self._account.refused,
             },
             "secret_mismatch_seen": mismatch,
             "internal_errors_seen": errors,
@@ -131,8 +139,9 @@ class Health:
 
     def _reasons(self, *, mismatch: bool, errors: bool, late: bool, leased: bool) -> list[str]:
         reasons = []
-        if self._homeserver.refused:
-            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._homeserver.refused})")
+        if self._account.refused:
+            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._account.refused})")
+        reasons += self._sources.shortcomings()
         if mismatch:
             reasons.append("upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign")
         if errors:
