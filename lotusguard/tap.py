@@ -129,7 +129,8 @@ class Guard(MultiService):
         if admin_listen or settings.guard_admin_port is not None:
             operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
-                policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
+                policies=rooms.policies, sources=rooms.sources, seats=state.seats,
+                registry=state.registry, metrics=metrics,
                 token=settings.guard_admin_token.get_secret_value(),
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)

@@ -248,8 +248,8 @@ def health(
 ) -> Health:  # fmt: skip
     return Health(
         clients.livekit, clients.homeserver, given.sources, given.account, clients.upstream,
-        decided.decision_log, kept.changes, state.store, state.lease, state.error, reactor, metrics, settings.guard_dry_run,
-        enforces_membership=kept.entitlement.enforces_membership,
+        decided.decision_log, kept.changes, state.store, state.lease, state.error, reactor, metrics,
+        settings.guard_dry_run, enforces_membership=kept.entitlement.enforces_membership,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip
 
