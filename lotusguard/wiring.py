@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from secrets import token_hex
 from typing import Any
 
@@ -21,8 +21,10 @@ from lotusguard.clients.unconfigured import UnconfiguredDependency
 from lotusguard.config import Settings
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.discovery import Discovery
+from lotusguard.guard.calls.ending import CallEnder
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.moderation import Moderation
 from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
@@ -31,6 +33,7 @@ from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.rooms.commands import Commands
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
@@ -112,6 +115,7 @@ class Calls:
     entitlement: Entitlement
     enforcement: Enforcement
     changes: CallChanges
+    ender: CallEnder
 
 
 def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> State:
@@ -189,11 +193,21 @@ def rooms(
     return Rooms(account, residence, voice, sources, policies, members, roster)
 
 
-def syncing(reactor: Any, metrics: Metrics, clients: Clients, given: Rooms, kept: Calls) -> SyncService:
-    """What listens in the rooms that the guard's account was invited to."""
+def syncing(
+    reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, kept: Calls, health: Health,
+    moderation: Moderation | None = None, waiting: Callable[[str], Sequence[str]] = lambda room_id: (),
+) -> SyncService:  # fmt: skip
+    """What listens in the rooms that the guard's account was invited to, and answers commands there.
+
+    :param waiting: the users who wait in a room's lobby.
+    """
     events = RoomEvents(clients.matrix, given.account, given.residence, given.voice, kept.changes, reactor)
     invites = InviteHandler(clients.matrix, given.account, given.residence, reactor, metrics)
-    return SyncService(clients.matrix, given.account, given.residence, events, invites, reactor)
+    commands = Commands(
+        given.voice, clients.matrix, given.account, given.residence, given.policies, state.seats, kept.ender,
+        moderation, waiting, health.not_enforced, reactor, metrics,
+    )  # fmt: skip
+    return SyncService(clients.matrix, given.account, given.residence, events, invites, commands, reactor)
 
 
 def joins(
@@ -239,7 +253,8 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
     )  # fmt: skip
-    return Calls(entitlement, enforcement, changes)
+    ender = CallEnder(given.roster, state.seats, state.registry, participants, reactor, settings.guard_lookup_timeout)
+    return Calls(entitlement, enforcement, changes, ender)
 
 
 def health(

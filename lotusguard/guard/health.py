@@ -79,6 +79,14 @@ class Health:
         """Keep the metrics and the log up to date with what is enforced."""
         await self.report()
 
+    async def not_enforced(self) -> list[str]:
+        """What is not enforced in rooms that the guard is in, and why: for their moderators."""
+        report = await self.report()
+        if all(report["enforcing"].values()):
+            return []
+        off = [rule for rule, on in report["enforcing"].items() if not on]
+        return [f"{', '.join(off)} ({'; '.join(report['reasons']) or 'switched off'})"]
+
     async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
         livekit, synapse, upstream = await gather(

@@ -23,6 +23,7 @@ from lotusguard.guard.rooms.residence.residence import Residence
 from lotusguard.guard.rooms.residence.room import MESSAGE, REACTION, RoomChange
 from lotusguard.guard.rooms.residence.voice import ResidentVoice
 from lotusguard.guard.rooms.voice import Reaction
+from lotusguard.rules import commands
 from lotusguard.rules.state import StateEvent
 
 log = Logger()
@@ -35,7 +36,6 @@ READ_AGAIN = 10.0
 """Seconds after which a member list that could not be read is read again."""
 OLDEST = 60.0
 """Seconds after which a command or a reaction is not answered any more: the guard was away."""
-COMMAND = "!call"
 CANNOT_READ = (
     "I enforce this room's call settings. Messages here are encrypted and I have no keys, so I cannot read commands; "
     "room state, power levels and reactions work."
@@ -203,7 +203,7 @@ def is_command(event: RoomEvent) -> bool:
         return False
     relation = content.get("m.relates_to")
     edited = isinstance(relation, dict) and relation.get("rel_type") == "m.replace"
-    return not edited and body[:200].strip().split(" ", 1)[0] == COMMAND
+    return not edited and commands.is_command(body)
 
 
 def _log_failure(failure: Failure) -> None:

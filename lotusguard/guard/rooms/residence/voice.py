@@ -20,9 +20,9 @@ from lotusguard.metrics import Metrics
 
 log = Logger()
 
-ROOM_BURST, ROOM_RATE = 10, 0.5
+ROOM_BURST, ROOM_RATE = 60, 1.0
 """Events that may be sent into one room at once, and per second in the long run."""
-ALL_BURST, ALL_RATE = 100, 10.0
+ALL_BURST, ALL_RATE = 300, 20.0
 """The same for all rooms together."""
 
 
