@@ -25,7 +25,8 @@ async def use_account(sandbox: Sandbox, **settings: object) -> None:
     """Start the guard again with the account."""
     logins = sandbox.homeserver.logins
     token = next((token for token, login in logins.items() if login.user_id == GUARD), "")
-    await sandbox.guard.stopService()
+    if sandbox.guard.running:
+        await sandbox.guard.stopService()
     await sandbox.start_guard(matrix_token=token or sandbox.homeserver.add_user("guard"), **settings)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import pytest_twisted
 from attrs import Factory, define
+from twisted.internet import reactor
 
 from lotusguard.guard.calls.moderation import ModerationAction
 from lotusguard.rules.commands import Authority, Command, NotACommand, Verb, is_command, read_command
 from lotusguard.rules.state import StateEvent
 from lotusguard.sandbox.demo.sandbox import Sandbox
-from tests.calls import ALICE, BOB, CAROL, DAVE, counted
+from tests.calls import ALICE, BOB, CAROL, DAVE, counted, seen_in
 from tests.conftest import StartSandbox, until
 from tests.residence.helpers import GUARD, invited_room, notices, resident_sandbox
 
@@ -41,6 +42,13 @@ async def answer_to(sandbox: Sandbox, room_id: str, sender: str, body: str, **co
     )
     await until(lambda: len(notices(sandbox, room_id)) > before)
     return notices(sandbox, room_id)[before]
+
+
+async def arrived(sandbox: Sandbox, room_id: str, user: str) -> None:
+    """Wait until the guard knows that a user is in the call."""
+    end = reactor.seconds() + 15
+    while (user, True) not in await seen_in(sandbox, room_id):
+        assert reactor.seconds() < end
 
 
 def let_guard_write(sandbox: Sandbox, room_id: str) -> None:
@@ -111,6 +119,7 @@ async def test_status_names_limit_participants_and_what_is_forbidden(start_sandb
     sandbox = await resident_sandbox(start_sandbox)
     room_id = await invited_room(sandbox, 3, allow_camera=False)
     await sandbox.enter(BOB, room_id)
+    await arrived(sandbox, room_id, BOB)
     answer = await answer_to(sandbox, room_id, ALICE, "!call")
     assert answer.splitlines() == ["Limit: 3 (1 taken).", f"In the call: {BOB}.", "Forbidden: camera."]
 

@@ -146,6 +146,7 @@ class Residence:
 
     def turn_off(self, reason: str) -> None:
         """``/sync`` will not be called."""
+        self._forget_everything()
         self.status, self.reason = SyncStatus.OFF, reason
 
     def drop(self, room_id: str) -> None:
@@ -201,29 +202,39 @@ class Residence:
 
     # -- the state store -----------------------------------------------------------------------------------
 
-    def load(self, user_id: str) -> None:
-        """Take over what an earlier run stored, if it was for the same account."""
-        self._user_id = user_id
+    def load(self) -> None:
+        """Take over what an earlier run stored: last known policies hold before the homeserver has answered."""
         rows = self._store.residence() if self._store is not None else {}
+        if not rows:
+            return
         try:
             place = json.loads(rows[_SYNC])
-            if place["user_id"] != user_id:
-                raise ValueError("another account")
+            user_id, since, saved_at = str(place["user_id"]), str(place["since"]), float(place["at"])
             rooms = {name: ResidentRoom.loaded(text) for name, text in rows.items() if name.startswith(_ROOM)}
             invites = {name: str(json.loads(text)) for name, text in rows.items() if name.startswith(_INVITE)}
-            since, saved_at = str(place["since"]), float(place["at"])
         except (KeyError, ValueError, TypeError) as error:
-            if rows:
-                log.warn(
-                    "the stored rooms are not used: {reason}", reason=str(error), event_name="residence_not_loaded"
-                )
-                self._unsaved.update(dict.fromkeys(rows, 0))
+            log.warn("stored rooms are not used: {reason}", reason=str(error), event_name="residence_not_loaded")
+            self._unsaved.update(dict.fromkeys((name for name in rows if name != _SYNC), 0))
             return
         self._rooms = {name.removeprefix(_ROOM): room for name, room in rooms.items()}
         self._size = sum(room.size for room in rooms.values())
         self.invites = {name.removeprefix(_INVITE): inviter for name, inviter in invites.items()}
-        self.since = since
+        self._user_id, self.since = user_id, since
         self._current_at = self._clock.seconds() - max(0.0, self._wall() - saved_at)
+
+    def belong_to(self, user_id: str) -> None:
+        """The account is known now: what another one knew does not count."""
+        if self._user_id not in ("", user_id):
+            log.warn("stored rooms are another account's and are not used", event_name="residence_not_loaded")
+            self._forget_everything()
+        self._user_id = user_id
+
+    def _forget_everything(self) -> None:
+        for room_id in list(self._rooms):
+            self.drop(room_id)
+        for room_id in list(self.invites):
+            self.settle_invite(room_id)
+        self.since = ""
 
     async def save(self) -> None:
         """Write what changed, together with the token that belongs to it. Returns when it is on disk, or is late."""

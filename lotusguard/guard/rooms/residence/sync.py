@@ -73,12 +73,13 @@ class SyncService(Service):
         return Deferred.fromCoroutine(self._residence.save())
 
     async def _run(self) -> None:
+        self._residence.load()
         await self._learn_account()
+        self._residence.belong_to(self._account.user_id)
         if self._account.invites is Invites.OFF:
             self._residence.turn_off(self._account.why_off)
             log.info("invitations are not accepted: {reason}", reason=self._account.why_off, event_name="invites_off")
             return
-        self._residence.load(self._account.user_id)
         for room_id in self._residence.room_ids():
             self._events.read_members(room_id)
         self._invites.resume()
