@@ -30,9 +30,9 @@ profile: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.profile
 
 soak: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS_OF_SOAK)
+	$(BIN)/python -m tests.soak --seconds $(SECONDS_OF_SOAK)
 
-# Byte for byte the same from the same commit: the archives' times are the commit's.
+# The same commit gives the same bytes: the times in the archives are the commit's.
 dist: $(VENV)/.installed
 	rm -rf dist build
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build
@@ -41,7 +41,7 @@ dist: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info
 
-# -e: so that tests see the checkout, and the plugin stands where twistd looks for it.
+# -e: tests run the checkout, and twistd finds the plugin in it.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

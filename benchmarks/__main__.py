@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks``: measures everything, leaves ``benchmarks/results.json`` and the chart. Benchmarks."""
+"""``python -m benchmarks``: measures everything; writes ``benchmarks/results.json`` and the chart."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     raise_file_limit()
     if cores()[0] == cores()[1]:
-        say("there is one core only: the load takes its time from what is measured")
+        say("there is only one core: the load takes processor time from what is measured")
     figures: list[Figure] = []
     with Dependencies() as dependencies, Callers() as callers:
         quick = options.quick
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def introduced(found: dict[str, Any], rounds: int) -> str:
-    """What the table was measured on, in a line."""
+    """The machine and the versions, in one line."""
     on, library = found["machine"], found["libraries"]
     loads = "/".join(str(load) for load in on["load_average_at_the_end"])
     return (
@@ -91,7 +91,7 @@ def say(text: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What this ran on, and how busy that was."""
+    """The machine, and how busy it was."""
     processor = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor: Twisted's own HTTP server and client with nothing between them. Benchmarks.
+"""A bare relay: Twisted's own HTTP server and client with nothing between them.
 
-Hands each request's body to upstream and the answer back; decides nothing, counts nothing, logs nothing. What the
-guard costs beyond this is the guard's; what this costs cannot be had cheaper inside Twisted.
+Sends the body of each request to upstream, and the answer back. It decides, counts and logs nothing. This is what any
+HTTP proxy in Twisted costs; the rest of what a join costs is the guard's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
 from lotusguard.clients.http import BytesBody, FixedAgent, connection_pool
-from lotusguard.tap import raise_file_limit
+from lotusguard.process import raise_file_limit
 
 _HEADERS = Headers({b"Content-Type": [b"application/json"]})
 
 
 class Relay(Resource):
-    """PeriodicService path, every method."""
+    """Every path, every method."""
 
     isLeaf = True
 

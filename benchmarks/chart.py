@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chart: pairs of bars, guard against peer, as plain SVG text. Benchmarks."""
+"""The chart: pairs of bars, guard against peer, as plain SVG text."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def chart(figures: Sequence[dict[str, Any]]) -> str:
         'aria-label="lotusguard against a thread-per-connection guard; shorter is better">',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
         '<text x="12" y="24" font-weight="600" fill="#222">shorter is better</text>',
-        _legend(LEFT, "guard", "lotusguard: cap and sources"),
-        _legend(LEFT + 230, "peer", "threaded peer: cap alone"),
+        _legend(LEFT, "guard", "lotusguard: limit and sources"),
+        _legend(LEFT + 230, "peer", "threaded peer: limit alone"),
     ]
     for number, (title, figure) in enumerate(shown):
         top = TOP + number * (2 * BAR + GAP)

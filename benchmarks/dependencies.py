@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three dependencies in one process of their own, fast enough never to be the bottleneck. Benchmarks.
+"""Stand-ins for the three dependencies, in one process, fast enough not to be the bottleneck.
 
-``python -m benchmarks.dependencies`` prints its ports as a JSON line and then takes a JSON line of changes to its
-`Scene` on standard input, answering each with a line of what it counted so far.
+``python -m benchmarks.dependencies`` prints its ports as a JSON line and then reads JSON lines with changes to its
+`Scene` from standard input; it answers each with a line of its counters.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from attrs import evolve
 from google.protobuf.json_format import MessageToDict
 from livekit.protocol.room import ListParticipantsRequest, RoomParticipantIdentity, UpdateParticipantRequest
 
-from benchmarks.standing_in import (
+from benchmarks.prepared_answers import (
     MATRIX_TOKEN,
     SERVER_NAME,
     Scene,
     SfuRooms,
     cached_state,
     cached_state_forget,
+    joined_rooms,
     room_id,
     token_answer,
 )
@@ -39,7 +40,7 @@ _CORS = (
 
 
 class World:
-    """What all three share: the scene, who is in the calls, and what has been counted."""
+    """What all three share: the scene, the participants and the counters."""
 
     def __init__(self) -> None:
         self.scene = Scene()
@@ -110,7 +111,7 @@ class Http(asyncio.Protocol):
 
 
 class Upstream(Http):
-    """lk-jwt-service: a signed token for whoever asks."""
+    """lk-jwt-service: a signed token for every caller."""
 
     name = "upstream"
     extra = _CORS
@@ -167,6 +168,8 @@ class Synapse(Http):
                 return
             room = unquote(path.split("/")[5])
             self.answer(cached_state(scene, room, asked["type"][0] if "type" in asked else None), head)
+        elif path.endswith("/joined_rooms"):
+            self.answer(joined_rooms(unquote(path.split("/")[5])), head)
         elif path == "/_synapse/admin/v1/rooms":
             self.answer(json.dumps({"rooms": [{"room_id": room_id(n)} for n in range(scene.rooms)]}).encode(), head)
         elif path.endswith("/whoami"):

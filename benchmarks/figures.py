@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is made of the measurements: percentiles, medians over rounds, ratios within a round, the table. Benchmarks."""
+"""From measurements to figures: percentiles, medians over rounds, ratios within a round, the table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def percentile(values: Iterable[float], part: float) -> float:
 
 @define
 class Figure:
-    """One line of the table: what was measured, in every round, of the guard and whom it is compared with.
+    """One line of the table: the values of every round, for the guard and for what it is compared with.
 
     :ivar aim: what the ratio (or, without a peer, the guard's value) must not exceed.
     """
@@ -29,7 +29,7 @@ class Figure:
     unit: str
     guard: list[float] = Factory(list)
     peer: list[float] = Factory(list)
-    floor: list[float] = Factory(list)
+    relay: list[float] = Factory(list)
     aim: float | None = None
     digits: int = 2
 
@@ -52,7 +52,7 @@ class Figure:
             "name": self.name, "unit": self.unit, "aim": self.aim, "met": self.met,
             "ratio": None if self.ratio is None else round(self.ratio, 3),
             **{who: {"median": _median(rounds), "rounds": [round(value, 4) for value in rounds]}
-               for who, rounds in (("guard", self.guard), ("peer", self.peer), ("bare_twisted", self.floor)) if rounds},
+               for who, rounds in (("guard", self.guard), ("peer", self.peer), ("bare_twisted", self.relay)) if rounds},
         }  # fmt: skip
 
     def cells(self) -> tuple[str, ...]:

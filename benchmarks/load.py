@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callers: token requests over kept-alive or fresh connections, timed one by one, in a process of its own. Benchmarks.
+"""Callers: token requests over kept-alive or fresh connections, timed one by one, in their own process.
 
-``python -m benchmarks.load`` takes one `Load` as a JSON line on standard input at a time and answers with a line of
-what came of it.
+``python -m benchmarks.load`` reads one `Load` at a time as a JSON line from standard input, and answers with a
+line with its `Outcome`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from typing import Any
 
 from attrs import asdict, define
 
-from benchmarks.standing_in import DEVICE, SERVER_NAME, user_id
+from benchmarks.prepared_answers import DEVICE, NEW_USERS, SERVER_NAME, USERS_A_ROOM, user_id
 
-USERS_A_ROOM = 20
-NEW_USERS = 10
-"""How many of them are not in the call yet."""
 PATIENCE = 90.0
-"""Seconds after which callers give up, all gather."""
+"""Seconds after which all callers give up."""
 
 
 @define
@@ -33,7 +30,7 @@ class Load:
 
     :ivar callers: how many ask at the same time. :ivar requests: how many requests they make altogether.
     :ivar rate: requests per second over all callers, sent whether or not answers came; 0 is as fast as answered.
-    :ivar fresh: a connection for each request, as nginx makes them unless it is told otherwise.
+    :ivar fresh: a connection for each request, as nginx does by default.
     :ivar room: the room IDs' part before their number. :ivar rooms: how many rooms, ``first`` the first's number.
     """
 
@@ -59,7 +56,7 @@ class Load:
 
 @define
 class Outcome:
-    """What came of it; seconds throughout."""
+    """The result; times are in seconds."""
 
     latencies: list[float]
     statuses: dict[str, int]
@@ -178,7 +175,7 @@ class Run:
         return Outcome(self.latencies, dict(self.statuses), time.perf_counter() - began, self.sample.decode())
 
     def again(self) -> None:
-        """The next request of a caller that takes a new connection each time."""
+        """The next request of a caller that opens a new connection each time."""
         calling = asyncio.ensure_future(self._call())
         self.calling.add(calling)
         calling.add_done_callback(self.calling.discard)

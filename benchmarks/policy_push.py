@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a forbidden screen share goes on: from the room admin's PUT at a real Synapse to the revoked track.
+"""How long a screen share lasts after it is forbidden: from the PUT at a real Synapse to the revoked track.
 
-``python -m benchmarks.policy_push`` prints the figures as JSON and then as a line; milliseconds. Benchmarks.
+``python -m benchmarks.policy_push`` prints the figures as JSON and then as a line; milliseconds.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from tests.synapse import Guarded, Synapse, User, free_port
 PATIENCE = 10.0
 """Seconds after which a round has failed."""
 POLLED = 0.0005
-"""Seconds between two looks at the call."""
+"""Seconds between two checks of the call."""
 AN_HOUR = 3600.0
-"""Whatever else would notice a change: kept out of the way."""
+"""Interval of everything else that would notice a change."""
 
 
 @frozen
 class PolicyPushed:
-    """What came of it; milliseconds.
+    """The result, in milliseconds.
 
-    :ivar put_median: of that, until Synapse had answered the PUT itself.
+    :ivar put_median: the part of it until Synapse had answered the PUT.
     """
 
     rounds: int
@@ -73,7 +73,7 @@ async def one_round(reactor: Any, guarded: Guarded, admin: User) -> tuple[float,
 
 
 async def measured(reactor: Any, rounds: int) -> PolicyPushed:
-    """Start Synapse and a guard, and play the rounds one after the other; one more before, to warm up."""
+    """Start Synapse and a guard, and run the rounds one after the other, after one to warm up."""
     with TemporaryDirectory() as directory:
         synapse = Synapse(Path(directory), guard_port=free_port())
         synapse.start()

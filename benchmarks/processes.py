@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a measurement: who runs on which core, what they used, how they end. Benchmarks."""
+"""The processes of a measurement: on which core they run, what they use, how they are stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Self
 from attrs import asdict
 
 from benchmarks.load import Load, Outcome
-from benchmarks.standing_in import KEY, MATRIX_TOKEN, SECRET, SERVER_NAME
+from benchmarks.prepared_answers import KEY, MATRIX_TOKEN, SECRET, SERVER_NAME
 
 TICK = os.sysconf("SC_CLK_TCK")
 TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile="]
@@ -26,13 +26,13 @@ ADMIN_TOKEN = "bench-operators"
 
 
 def cores() -> tuple[set[int], set[int]]:
-    """The core for what is measured, and those for the rest."""
+    """The core for the process that is measured, and the cores for all others."""
     own = sorted(os.sched_getaffinity(0))
     return {own[0]}, set(own[1:]) or {own[0]}
 
 
 def raise_file_limit() -> None:
-    """As many open files as we may have; what is started from here inherits it."""
+    """Allow as many open files as the system permits; child processes inherit it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -85,8 +85,8 @@ class Started:
         raise LookupError(field)
 
 
-class Spoken(Started):
-    """A process that is told things in JSON lines and answers each with one."""
+class Helper(Started):
+    """A process that reads JSON lines and answers each with one."""
 
     def __init__(self, module: str) -> None:
         super().__init__([sys.executable, "-m", module], cores()[1])
@@ -106,7 +106,7 @@ class Spoken(Started):
         return self._line()
 
 
-class Dependencies(Spoken):
+class Dependencies(Helper):
     """The stand-ins (see `benchmarks.dependencies`)."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class Dependencies(Spoken):
         }  # fmt: skip
 
 
-class Callers(Spoken):
+class Callers(Helper):
     """The load (see `benchmarks.load`)."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class Callers(Spoken):
 
 
 class Subject(Started):
-    """What is measured, alone on its core, started and answering.
+    """A process that is measured: alone on its core, started and answering.
 
     :ivar ready: seconds from starting the process to its first answer.
     """
@@ -167,13 +167,13 @@ class Subject(Started):
         self._directory.cleanup()
 
     def operator(self, path: str, body: bytes) -> int | None:
-        """A POST at the operators' door."""
+        """A POST to the operators' listener."""
         head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\nConnection: close\r\n"
         return _status(self.admin_port, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
 class GuardProcess(Subject):
-    """lotusguard, as it is run in production: under ``twistd``, with a state directory."""
+    """lotusguard as in production: under ``twistd``, with a state directory."""
 
     name = "lotusguard"
 
@@ -182,15 +182,15 @@ class GuardProcess(Subject):
 
 
 class PeerProcess(Subject):
-    """The threaded peer."""
+    """The guard with a thread for each connection (see `benchmarks.threaded_guard`)."""
 
     name = "peer"
 
     def command(self, twistd: list[str]) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.threaded_peer"]
+        return [sys.executable, "-m", "benchmarks.threaded_guard"]
 
 
-class FloorProcess(Subject):
+class RelayProcess(Subject):
     """Twisted's HTTP alone (see `benchmarks.bare_relay`)."""
 
     name = "bare Twisted relay"
@@ -200,7 +200,7 @@ class FloorProcess(Subject):
 
 
 def _status(port: int, request: bytes) -> int | None:
-    """The status of one answer; ``None`` when nobody answers."""
+    """The status of one answer; ``None`` if there is none."""
     try:
         with socket.create_connection(("127.0.0.1", port), 30) as connection:
             connection.sendall(request)

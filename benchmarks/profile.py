@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a join's CPU time goes: the guard under load with ``cProfile``, as a table by own time. Benchmarks.
+"""Where a join's CPU time goes: the guard under load with ``cProfile``, as a table by own time.
 
-``python -m benchmarks.profile`` leaves ``benchmarks/profile.txt``. The profiler makes many small calls look dearer
-than they are: take the order from here, and the milliseconds from ``python -m benchmarks``.
+``python -m benchmarks.profile`` writes ``benchmarks/profile.txt``. The profiler exaggerates the cost of many small
+calls: take the order from here, and the milliseconds from ``python -m benchmarks``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def table(stats: dict[Any, Any], joins: int, most: int) -> str:
 
 
 def profiled(joins: int, callers: int, most: int) -> str:
-    """Run the guard under load with a profiler in it and read what that saw."""
+    """Run the guard under load with a profiler, and read the profile."""
     raise_file_limit()
     with TemporaryDirectory(prefix="bench") as directory:
         saved = Path(directory) / "stats"

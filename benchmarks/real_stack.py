@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.real_stack``: figures from the real Synapse, lk-jwt-service and LiveKit. Benchmarks.
+"""``python -m benchmarks.real_stack``: figures from the real Synapse, lk-jwt-service and LiveKit.
 
-Wants what ``tests/real`` wants: LIVEKIT_SERVER and LK_JWT_SERVICE, or both on PATH. See ``docs/real-stack.md``.
+Needs what ``tests/real`` needs: LIVEKIT_SERVER and LK_JWT_SERVICE, or both on PATH. See ``docs/real-stack.md``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     livekit_server = executable("LIVEKIT_SERVER", "livekit-server")
     lk_jwt_service = executable("LK_JWT_SERVICE", "lk-jwt-service")
     if livekit_server is None or lk_jwt_service is None:
-        raise SystemExit("LIVEKIT_SERVER and LK_JWT_SERVICE have to name executables")
+        raise SystemExit("LIVEKIT_SERVER and LK_JWT_SERVICE must name executables")
     with TemporaryDirectory() as place:
         stack = Stack(Path(place), livekit_server, lk_jwt_service)
         try:
@@ -67,7 +67,7 @@ def joins(stack: Stack) -> None:
     asked: list[tuple[str, str, str, int]] = [
         ("token, straight from lk-jwt-service", stack.authorizer_url, free, 200),
         ("token through the guard, room without a policy", stack.guard_url, free, 200),
-        ("token through the guard, cap and sources", stack.guard_url, capped, 200),
+        ("token through the guard, limit and sources", stack.guard_url, capped, 200),
         ("refusal by the guard, full room", stack.guard_url, full, 403),
     ]
     taken: dict[str, list[float]] = {name: [] for name, *_ in asked}
@@ -86,12 +86,12 @@ def joins(stack: Stack) -> None:
 
 
 def changes(stack: Stack) -> None:
-    """How long after the homeserver took a new policy the others lose sight of a running screen share."""
+    """From a new policy in the homeserver until the others no longer receive a running screen share."""
     stack.run_guard(guard_reconcile_interval=3600, guard_policy_ttl=600)
     say("screen share gone after a change: told by the homeserver", [pushed(stack) for _ in range(CHANGES)])
     stack.run_guard(guard_reconcile_interval=3600, guard_policy_ttl=0.001)
     say("… at a webhook (somebody publishes a track), policy not cached", [by_webhook(stack) for _ in range(CHANGES)])
-    say("a wide token used for a new join narrowed, by webhook", [narrowed(stack) for _ in range(CHANGES)])
+    say("sources of an older token revoked when it joins, by webhook", [revoked_at_join(stack) for _ in range(CHANGES)])
     stack.run_guard(guard_reconcile_interval=3, guard_policy_ttl=0.001)
     say("… by reconciling every 3 s, policy not cached", [alone(stack) for _ in range(CHANGES)])
     stack.run_guard()
@@ -139,21 +139,21 @@ def alone(stack: Stack) -> float:
     return since(time.time(), here, there)
 
 
-def narrowed(stack: Stack) -> float:
+def revoked_at_join(stack: Stack) -> float:
     (alice,) = stack.users("alice")
     room_id = stack.room()
     wide = stack.ask_token(alice, room_id).content["jwt"]
     stack.set_state(room_id, "io.lotus.room_quality", FORBIDDEN)
     there = stack.connect(alice, wide)
     began = time.time()
-    eventually(lambda: there.look()["may_publish"] == ["CAMERA", "MICROPHONE"], 10.0, "narrowing")
+    eventually(lambda: there.look()["may_publish"] == ["CAMERA", "MICROPHONE"], 10.0, "revoking")
     took = time.time() - began
     there.leave()
     return took
 
 
 def call(stack: Stack) -> None:
-    """Processor time of the guard while nothing goes on, and during a call with microphones, policy in force."""
+    """Processor time of the guard when idle, and during a call with microphones in a room with a policy."""
     stack.run_guard()
     assert stack.guard is not None
     share: dict[str, list[float]] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured, one function a scenario; each fills the figures it is about. Benchmarks."""
+"""The scenarios: each function measures one and records its figures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Callable
 from statistics import median
+from threading import Event, Thread
 
 from attrs import define
 
 from benchmarks.figures import Figure, percentile
-from benchmarks.load import USERS_A_ROOM, Load, Outcome
-from benchmarks.processes import Callers, Dependencies, FloorProcess, GuardProcess, PeerProcess, Subject
-from benchmarks.standing_in import BIG_ROOM, SERVER_NAME, cached_alias, room_id, user_id
+from benchmarks.load import Load, Outcome
+from benchmarks.prepared_answers import BIG_ROOM, SERVER_NAME, USERS_A_ROOM, cached_alias, room_id, user_id
+from benchmarks.processes import Callers, Dependencies, GuardProcess, PeerProcess, RelayProcess, Subject
 from lotusguard.rules.tokens import read_unverified
 
 MS = 1000.0
@@ -24,7 +25,7 @@ Say = Callable[[str], None]
 
 @define
 class Bench:
-    """One run of the benchmarks: who helps, how thorough it is, what came out so far."""
+    """One run of the benchmarks: its helper processes, how thorough it is, and the figures so far."""
 
     dependencies: Dependencies
     callers: Callers
@@ -40,7 +41,7 @@ class Bench:
         return figure
 
     def load(self, subject: Subject, callers: int, requests: int, **how: object) -> Outcome:
-        """Make a load and see that every caller got a token. :raises RuntimeError: somebody did not."""
+        """Make a load. :raises RuntimeError: not every caller got a token."""
         outcome = self.callers.make(Load(subject.port, callers, requests, **how))  # type: ignore[arg-type]
         if outcome.statuses != {"200": requests}:
             raise RuntimeError(f"{subject.name}: {outcome.statuses}")
@@ -54,7 +55,7 @@ def sources_of(answer: str) -> list[str]:
 
 
 def joins(bench: Bench) -> None:
-    """CPU per join, joins per second and waiting times at 1, 32 and 500 callers. The guard enforces cap and sources."""
+    """CPU per join, joins per second and response times at 1, 32 and 500 callers, with limit and sources enforced."""
     loads = {1: bench.joins // 4, 32: bench.joins, 500: bench.joins}
     rows = {
         callers: (
@@ -69,9 +70,9 @@ def joins(bench: Bench) -> None:
     with (
         GuardProcess(bench.dependencies) as guard,
         PeerProcess(bench.dependencies) as peer,
-        FloorProcess(bench.dependencies) as floor,
+        RelayProcess(bench.dependencies) as relay,
     ):
-        subjects: tuple[Subject, ...] = (guard, peer, floor)
+        subjects: tuple[Subject, ...] = (guard, peer, relay)
         for subject in subjects:
             bench.load(subject, 32, bench.joins // 2)
         for number in range(bench.rounds):
@@ -86,22 +87,22 @@ def joins(bench: Bench) -> None:
                         percentile(outcome.latencies, 0.99) * MS,
                     )
                     for figure, value in zip(rows[callers], measured, strict=True):
-                        (figure.guard, figure.peer, figure.floor)[place].append(value)
+                        (figure.guard, figure.peer, figure.relay)[place].append(value)
                     if subject is guard and "screen_share" in sources_of(outcome.sample):
                         raise RuntimeError("the guard did not enforce the sources")
             for place, subject in enumerate(subjects):
                 before = subject.cpu()
                 bench.load(subject, 32, bench.joins // 2, fresh=True)
                 used = (subject.cpu() - before) / (bench.joins // 2) * MS
-                (fresh.guard, fresh.peer, fresh.floor)[place].append(used)
+                (fresh.guard, fresh.peer, fresh.relay)[place].append(used)
             cpu = rows[32][0]
             bench.say(f"round {number + 1}: CPU per join {cpu.guard[-1]:.2f} ms, the peer {cpu.peer[-1]:.2f} ms")
 
 
 def crowd(bench: Bench) -> None:
-    """So many callers at once, each with a connection of its own, on an upstream that takes a second.
+    """Many callers at once, each with its own connection; upstream takes a second.
 
-    Who got no answer at all counts with the time until the callers gave up.
+    Callers without an answer count with the time until they gave up.
     """
     name = f"{bench.crowd:,} callers at once"
     succeeded = bench.figure(f"{name}: succeeded", "", digits=0)
@@ -113,7 +114,7 @@ def crowd(bench: Bench) -> None:
     for _ in range(max(1, bench.rounds // 2)):
         for kind in (GuardProcess, PeerProcess):
             with kind(bench.dependencies) as subject:
-                bench.callers.make(Load(subject.port, 8, 50))  # the rooms' policies are known
+                bench.callers.make(Load(subject.port, 8, 50))  # the policies of the rooms are cached
                 watched = Watched(subject)
                 outcome = watched.during(
                     lambda: bench.callers.make(Load(subject.port, bench.crowd, bench.crowd, rooms=rooms))
@@ -132,32 +133,30 @@ def crowd(bench: Bench) -> None:
 
 
 class Watched:
-    """Looks at a process's threads while something is done to it."""
+    """Counts the threads of a process while something is done to it."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.threads = 0
 
     def during(self, work: Callable[[], Outcome]) -> Outcome:
-        from threading import Event, Thread
-
         done = Event()
 
-        def look() -> None:
+        def count() -> None:
             while not done.wait(0.1):
                 self.threads = max(self.threads, self.subject.status("Threads"))
 
-        looking = Thread(target=look)
-        looking.start()
+        counting = Thread(target=count)
+        counting.start()
         try:
             return work()
         finally:
             done.set()
-            looking.join()
+            counting.join()
 
 
 def hung(bench: Bench) -> None:
-    """SFU and homeserver take every request and answer none."""
+    """LiveKit and homeserver accept every request and answer none."""
     first = bench.figure("dependencies hung: slowest of the first 20 joins", "s", None)
     later = bench.figure("dependencies hung: later joins, p50", "ms", None, digits=1)
     added = bench.figure("dependencies hung: later joins' p50 over normal", "ms", 50.0, digits=1)
@@ -182,7 +181,7 @@ def hung(bench: Bench) -> None:
 
 
 def big_room(bench: Bench) -> None:
-    """The first join of rooms with 10,000 members, whose policy nobody knows yet."""
+    """The first join in rooms with 10,000 members, before the policy is in memory."""
     for honours in (True, False):
         name = f"10,000 members, homeserver {'honours' if honours else 'ignores'} type"
         size = bench.figure(f"{name}: policy lookup", "kB", digits=1)
@@ -194,8 +193,8 @@ def big_room(bench: Bench) -> None:
                 for number in range(max(2, bench.rounds)):
                     bench.dependencies.ask({"reset": True})
                     outcome = bench.load(subject, 1, 1, room=BIG_ROOM, first=number, rooms=1)
-                    told = bench.dependencies.ask({})
-                    (size.guard if kind is GuardProcess else size.peer).append(told["bytes"]["synapse"] / 1000)
+                    answer = bench.dependencies.ask({})
+                    (size.guard if kind is GuardProcess else size.peer).append(answer["bytes"]["synapse"] / 1000)
                     (waited.guard if kind is GuardProcess else waited.peer).append(outcome.latencies[0] * MS)
         bench.say(
             f"{name}: {median(size.guard):.1f} kB, {median(waited.guard):.0f} ms (peer {median(waited.peer):.0f})"
@@ -204,7 +203,7 @@ def big_room(bench: Bench) -> None:
 
 
 def reconciling(bench: Bench, seconds: float) -> None:
-    """300 rooms of 20 people, all with a policy, beside 50 joins a second."""
+    """300 rooms of 20 people, all with a policy, and 50 joins per second."""
     share = bench.figure("reconciling 300 rooms of 20: share of a core", "%", 25.0, digits=1)
     p99 = {
         interval: bench.figure(f"p99 of 50 joins/s, {label} reconciling 300 rooms", "ms", digits=1)
@@ -227,7 +226,7 @@ def reconciling(bench: Bench, seconds: float) -> None:
 
 
 def policy_change(bench: Bench) -> None:
-    """From ``POST /policy-changed`` until 20 people in the call have lost their camera."""
+    """From ``POST /policy-changed`` until the camera of 20 people in the call is revoked."""
     first = bench.figure("policy change to first revocation", "ms", digits=1)
     last = bench.figure("policy change to last of 20 revocations", "ms", digits=1)
     people = 20
@@ -239,7 +238,7 @@ def policy_change(bench: Bench) -> None:
             began = time.monotonic()
             status = guard.operator("/policy-changed", json.dumps({"room_id": room_id(number)}).encode())
             if status != 202:
-                raise RuntimeError(f"the operators' door answered {status}")
+                raise RuntimeError(f"the operators' listener answered {status}")
             while len(updated := bench.dependencies.ask({})["updated_at"]) < people:
                 if time.monotonic() > began + 10:
                     raise RuntimeError("nothing was revoked")
@@ -247,15 +246,15 @@ def policy_change(bench: Bench) -> None:
             first.guard.append((updated[0] - began) * MS)
             last.guard.append((updated[-1] - began) * MS)
             somebody = [cached_alias(room_id(number)), f"{user_id(number * people)}:PHONE"]
-            told = bench.dependencies.ask({"participant": somebody})["participant"]
-            if told["permission"]["canPublishSources"] != ["MICROPHONE"]:
-                raise RuntimeError("the camera was not taken")
+            answer = bench.dependencies.ask({"participant": somebody})["participant"]
+            if answer["permission"]["canPublishSources"] != ["MICROPHONE"]:
+                raise RuntimeError("the camera was not revoked")
     bench.dependencies.ask({"rooms": 50, "forbid": ["allow_screenshare"]})
     bench.say(f"policy change: last of {people} revocations after {median(last.guard):.0f} ms")
 
 
 def start_up(bench: Bench) -> None:
-    """From starting the process to its first answer, and what it needs when nothing happens."""
+    """From starting the process to its first answer, and its memory when idle."""
     ready = bench.figure("start-up to first answer", "s")
     memory = bench.figure("memory after start-up", "MB", digits=0)
     for _ in range(max(2, bench.rounds)):

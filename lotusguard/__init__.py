@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lotusguard: enforces a Matrix room's call policy for every client, at the token door and during the call."""
+"""lotusguard: enforces the call policy of Matrix rooms for every client, when a token is issued and during the call."""
 
 __version__ = "0.1.0"

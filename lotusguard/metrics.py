@@ -110,6 +110,9 @@ class Metrics:
         self.unidentified_participants = self._gauge(
             "unidentified_participants", "Participants whose Matrix user is not known"
         )
+        self.unissued_participants = self._gauge(
+            "unissued_participants", "Participants whose token this guard did not issue"
+        )
         self.seats_held = self._gauge("seats_held", "Seats that are held in rooms with a limit")
         sources = [(source,) for source in _SOURCES]
         self.revocations = self._counter("revocations", "Sources revoked in calls", "source", known=sources)

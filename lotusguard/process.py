@@ -25,8 +25,8 @@ def use_monotonic_time(reactor: Any) -> None:
 
 
 def tune_garbage_collector() -> None:
-    """Exclude what exists now, which stays for good, and collect less often: a join makes hundreds of objects, and
-    reference counting frees nearly all of them."""
+    """Exclude the objects that exist now, which are permanent, and collect less often: a join makes hundreds of
+    objects, and reference counting frees nearly all of them."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)

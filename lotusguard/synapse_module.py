@@ -47,7 +47,7 @@ GIVE_UP = 10.0
 ROOMS_AT_ONCE = 100
 """Rooms for which requests are in flight or waiting. Changes of more rooms are left for the guard to notice."""
 ROOMS_AT_ONCE_FOR_JOINS = 50
-"""The same for users who join. They are the least urgent: before the guard refuses anybody, it looks by itself."""
+"""The same for users who join. They are the least urgent: the guard reads a membership before it refuses somebody."""
 MOST_USERS = 5
 """Changed members of a room who are named one by one; for more the whole room is reported as changed."""
 JOINS_REMEMBERED = 10_000
@@ -134,7 +134,7 @@ class PolicyPush:
         """:raises ConfigError: one line that names the key, its fault and what is expected; never the token."""
         for key in config:
             if key not in ("url", "token", "token_path"):
-                raise ConfigError(f"{key}: there is no such key; expected url and token or token_path", (str(key),))
+                raise ConfigError(f"{key}: unknown key; expected url and token or token_path", (str(key),))
         if ("token" in config) == ("token_path" in config):
             fault = "both are set" if "token" in config else "neither is set"
             raise ConfigError(f"token, token_path: {fault}; expected one of them", ("token",))
@@ -179,7 +179,7 @@ class PolicyPush:
             logger.warning("the guard is not told of changes in some rooms: too many rooms change at once")
 
     async def _tell(self, room_id: str, changes: _Changes) -> None:
-        """Report every change of a room, those that come meanwhile too."""
+        """Report every change of a room, including those that arrive during a report."""
         try:
             while changes:
                 error = await self._report_all(room_id, changes)
@@ -282,7 +282,7 @@ def _base_url(url: object) -> str:
         usable = False
     plain = text.isascii() and text.isprintable() and " " not in text
     if not usable or not plain or parts.query or parts.fragment or parts.username is not None:
-        raise ConfigError(f"url: is no http(s) URL of a service; {expected}", ("url",))
+        raise ConfigError(f"url: is not an http(s) URL of a service; {expected}", ("url",))
     return text.rstrip("/")
 
 

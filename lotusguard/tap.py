@@ -13,12 +13,16 @@ from twisted.python.components import Componentized
 
 from lotusguard import wiring
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
 from lotusguard.logs import observer_for
 from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.routes import Console
+from lotusguard.web.console.sessions import Sessions
+from lotusguard.web.console.view import ConsoleView
 from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.listener import Listener
 from lotusguard.web.operators import OperatorApi
@@ -34,7 +38,7 @@ OPERATORS_GRACE = 1.0
 
 
 class Options(usage.Options):
-    """What can be given on the command line; everything else is in the environment (see docs/configuration.md)."""
+    """The command line options; everything else is in the environment (see docs/configuration.md)."""
 
     synopsis = "[options]"
     longdesc = "Enforces Matrix rooms' call policies in front of lk-jwt-service. Settings come from the environment."
@@ -45,7 +49,7 @@ class Options(usage.Options):
 
 
 def makeService(options: Options) -> Unbuilt:
-    """What ``twistd lotusguard`` runs. A wrong setting ends it with one line."""
+    """The service of ``twistd lotusguard``. A wrong setting ends it with one line."""
     from twisted.internet import reactor
 
     try:
@@ -112,7 +116,7 @@ class Guard(MultiService):
             self.syncing.setServiceParent(self)
 
         idle = settings.guard_upstream_timeout
-        webhooks = Webhooks(calls.changes, settings.sfu_key, wall, metrics)
+        webhooks = Webhooks(calls.changes, settings.sfu_key, clients.livekit.now, metrics)
         public = PublicApi(RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle), webhooks)
         site = public.site(reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))
@@ -128,15 +132,17 @@ class Guard(MultiService):
             self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
         if admin_listen or settings.guard_admin_port is not None:
+            token = settings.guard_admin_token.get_secret_value()
+            view = ConsoleView(health, state.seats, rooms.policies, joins.decision_log, reactor, wall)
             operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
                 policies=rooms.policies, sources=rooms.sources, seats=state.seats,
                 registry=state.registry, metrics=metrics,
-                token=settings.guard_admin_token.get_secret_value(),
+                console=Console(view, Sessions(token, reactor), None, calls.changes, reactor), token=token,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))
-        self._add_periodic_work()
+        self._add_periodic_work(health)
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
         self._systemd = SystemdNotifier(reactor)
         self._systemd.setServiceParent(self)
@@ -146,8 +152,8 @@ class Guard(MultiService):
         listener.setServiceParent(self)
         return listener
 
-    def _add_periodic_work(self) -> None:
-        """What happens every few seconds."""
+    def _add_periodic_work(self, health: Health) -> None:
+        """The periodic work."""
         homeserver, seats, lease = self._clients.homeserver, self._state.seats, self._state.lease
 
         async def learn_server_name() -> None:
@@ -166,6 +172,7 @@ class Guard(MultiService):
             PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
             PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
             PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
+            PeriodicService("watching what is enforced", 1.0, health.watch, self._reactor),
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
@@ -180,7 +187,7 @@ class Guard(MultiService):
         self._systemd.ready()
 
     def stopService(self) -> Deferred[None]:
-        """Accept nobody, finish what is in flight, then stop; what was issued is on disk."""
+        """Accept no more connections, answer the requests in flight, write the state, then stop."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:

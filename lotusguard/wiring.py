@@ -29,7 +29,7 @@ from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
-from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
@@ -51,6 +51,7 @@ from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_s
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.members_only import MembersOnly
 
 DISCOVERY_TIMEOUT = 10.0
 """Seconds for one page of the homeserver's list of rooms."""
@@ -60,14 +61,16 @@ MATRIX_TIMEOUT = 10.0
 
 @frozen
 class State:
-    """What survives a restart.
+    """The state that survives a restart.
 
     :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
+    :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
     """
 
     store: StateStore | None
     lease: StateLease | None
     error: str | None
+    guarding_since: float
     registry: MemoryTokenRegistry
     seats: MemorySeatBook
 
@@ -90,7 +93,7 @@ class Clients:
 
 @frozen
 class Rooms:
-    """What the rooms ask for, and who is in which call.
+    """Policies, memberships and the roster of each call.
 
     :ivar account: the guard's own. :ivar residence: what it hears in rooms. :ivar voice: how it speaks there.
     """
@@ -127,13 +130,13 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
             lease = StateLease(settings.state_dir)
         except StateUnusable as unusable:
             error = str(unusable)
-    since = wall() - store.guarding_since if store is not None else 0.0
+    guarding_since = reactor.seconds() - (wall() - store.guarding_since if store is not None else 0.0)
     registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
     registry.load()
-    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, reactor.seconds() - since)
+    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
     if store is not None:
         seats.load(store.holds())
-    return State(store, lease, error, registry, seats)
+    return State(store, lease, error, guarding_since, registry, seats)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
@@ -188,7 +191,14 @@ def rooms(
     members = Members(sources, reactor, metrics, settings.guard_policy_ttl, sources)
     voice = ResidentVoice(clients.matrix, residence, reactor, metrics)
     roster = Roster(
-        clients.livekit, state.seats, state.registry, policies, reactor, wall, metrics, settings.guard_lookup_timeout
+        clients.livekit,
+        state.seats,
+        state.registry,
+        policies,
+        reactor,
+        metrics,
+        settings.guard_lookup_timeout,
+        state.guarding_since,
     )
     return Rooms(account, residence, voice, sources, policies, members, roster)
 
@@ -221,7 +231,7 @@ def joins(
         start_homeservers=homeserver_list(settings.guard_start_homeservers),
         members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
     )  # fmt: skip
-    seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
+    seating = Seating(state.seats, given.roster, checks, reactor, metrics)
     issuer = TokenIssuer(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
@@ -262,9 +272,9 @@ def health(
     kept: Calls,
 ) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, given.sources, given.account, clients.upstream,
-        decided.decision_log, kept.changes, state.store, state.lease, state.error, reactor, metrics,
-        settings.guard_dry_run, enforces_membership=kept.entitlement.enforces_membership,
+        clients.livekit, clients.homeserver, given.sources, clients.upstream,
+        decided.decision_log, kept.changes, given.roster, state.store, state.lease, state.error, reactor, metrics,
+        settings.guard_dry_run, enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip
 

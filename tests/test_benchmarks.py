@@ -15,10 +15,10 @@ from benchmarks.__main__ import with_table
 from benchmarks.chart import SHOWN, chart
 from benchmarks.figures import Figure, markdown, percentile
 from benchmarks.load import Load
+from benchmarks.prepared_answers import SECRET, Scene, SfuRooms, cached_alias, issued_token, room_id, room_state
 from benchmarks.processes import Callers, Dependencies, GuardProcess, PeerProcess, Subject
 from benchmarks.profile import library_of, table
 from benchmarks.scenarios import sources_of
-from benchmarks.standing_in import SECRET, Scene, SfuRooms, cached_alias, issued_token, room_id, room_state
 
 
 def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed() -> None:
@@ -100,8 +100,8 @@ def test_a_small_round_runs(helpers: tuple[Dependencies, Callers], kind: type[Su
         assert outcome.statuses == {"200": 100}
         assert len(outcome.latencies) == 100
         assert subject.cpu() > before
-        narrowed = sources_of(outcome.sample)
-    assert narrowed == (["microphone", "camera"] if kind is GuardProcess else [])
+        sources = sources_of(outcome.sample)
+    assert sources == (["microphone", "camera"] if kind is GuardProcess else [])
 
 
 @pytest.mark.parametrize("kind", [GuardProcess, PeerProcess])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation is true: settings, events and links are compared, and commands are run.
+"""The documentation is true: settings, events and links are compared with the code, and commands are run.
 
-A code block that begins with ```` ```sh run ```` is run by bash, all of a page's in one go, in front of a sandbox: what
-the page's readers would put into the variables is in the environment.
+bash runs all code blocks of a page that begin with ```` ```sh run ````, as one script, with a sandbox behind it. The
+environment has the variables that readers of the page are told to set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
 from tests.calls import ALICE, room_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 EVENTS_PAGE = ROOT / "docs" / "metrics-and-logs.md"
 
@@ -36,7 +36,7 @@ def text_of(page: Path) -> str:
 
 
 def commands_of(page: Path) -> str:
-    """All that is to be run on a page, in order."""
+    """The commands of a page that are run, in order."""
     return "\n".join(re.findall(r"^ *```sh run\n(.*?)^ *```", text_of(page), re.M | re.S))
 
 
@@ -48,7 +48,7 @@ def names(page: Path) -> str:
 
 
 def written_default(name: str) -> str:
-    """A setting's default as people write it."""
+    """A setting's default as the documentation writes it."""
     value: Any = Settings.model_fields[name].default
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
@@ -68,7 +68,7 @@ def test_the_table_has_every_setting_with_its_default() -> None:
     assert len(rows) == len(wanted)
 
 
-def test_no_page_names_a_setting_that_there_is_not() -> None:
+def test_pages_name_only_settings_that_exist() -> None:
     known = {name.upper() for name in Settings.model_fields} | {"GUARD_CONFIG"}
     for page in PAGES:
         for name in re.findall(r"\b(?:GUARD|SYNAPSE_API|MATRIX_TOKEN)(?:_[A-Z]+)*\b", text_of(page)):
@@ -79,7 +79,7 @@ def test_no_page_names_a_setting_that_there_is_not() -> None:
 
 
 def logged_events() -> dict[str, set[str]]:
-    """The names of the events that the code logs, with their levels."""
+    """The names of all log events in the code, with their levels."""
     found: dict[str, set[str]] = {}
     for module in (ROOT / "lotusguard").rglob("*.py"):
         for call in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
@@ -100,17 +100,29 @@ def test_the_documentation_lists_every_event_with_its_levels() -> None:
     assert listed == logged_events()
 
 
-# -- links -----------------------------------------------------------------------------------------------
+# -- the report of /readyz --------------------------------------------------------------------------------
 
-OTHERS = {"SECURITY.md", "docs/real-stack.md", "docs/benchmarks.md"}
-"""Pages that are written elsewhere."""
+
+@pytest_twisted.ensureDeferred
+async def test_the_documentation_lists_every_key_of_the_readiness_report(sandbox: Sandbox) -> None:
+    report = json.loads((await sandbox.operator("GET", "/readyz")).body)
+    section = text_of(EVENTS_PAGE).partition("## What is enforced right now")[2].partition("## Logs")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(report)
+    for key in ("enforcing", "dependencies", "credentials", "webhooks", "state"):
+        (row,) = re.findall(rf"^\| `{key}` \| (.*) \|$", section, re.M)
+        values = report[key].values()
+        inner = {name for value in values if isinstance(value, dict) for name in value}
+        assert set(report[key]) | inner <= set(re.findall(r"`(\w+)`", row))
+
+
+# -- links -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_linked_files_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page)):
         path = (page.parent / target).resolve()
-        assert path.exists() or str(path.relative_to(ROOT)) in OTHERS, target
+        assert path.exists(), target
     for target in re.findall(r"`(deploy/[\w./-]+)`", text_of(page)):
         assert (ROOT / target).exists(), target
 

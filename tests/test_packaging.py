@@ -148,7 +148,7 @@ def test_an_installed_wheel_is_a_service_for_twistd_and_twist(installed: Path) -
     [
         ("GUARD_BIND_PORT", "eighty", "'eighty' is not valid"),
         ("GUARD_BIND_PORT", "70000", "'70000' is not valid"),
-        ("GUARD_UPSTREAM", "127.0.0.1:8071", "is no http(s) URL of a service"),
+        ("GUARD_UPSTREAM", "127.0.0.1:8071", "is not an http(s) URL of a service"),
         ("GUARD_SEAT_TTL", "0", "'0' is not valid"),
     ],
 )

@@ -98,7 +98,7 @@ async def collected(response: IResponse, limit: int) -> bytes:
 
 
 class _Abortable:
-    """A response whose delivery can be aborted. treq would go on reading a body that never ends."""
+    """A response whose delivery can be aborted. treq would read a body that never ends for ever."""
 
     def __init__(self, response: IResponse) -> None:
         self._response = response

@@ -41,7 +41,7 @@ class NoSuchParticipant(Exception):
 
 
 class NodeGone(NoSuchParticipant):
-    """The node of the participant does not answer. They may be gone with it, or come back in a moment."""
+    """The node of the participant does not answer. They may have left with it, or return in a moment."""
 
 
 _PARTICIPANT_GONE = {"not_found": NoSuchParticipant, "deadline_exceeded": NodeGone, "unavailable": NodeGone}
@@ -54,7 +54,7 @@ _NO_SUCH_ROOM = {"not_found": NoSuchParticipant}
 
 @define(eq=False)
 class LiveKitClient:
-    """What the guard asks of LiveKit. Every method raises `DependencyFailed` if there is no usable answer.
+    """The requests of the guard to LiveKit. Every method raises `DependencyFailed` if there is no usable answer.
 
     Calls for different rooms take turns. ``turn`` names the Matrix room, so that its slots share one turn; by default
     it is the alias.
@@ -69,6 +69,10 @@ class LiveKitClient:
 
     def __attrs_post_init__(self) -> None:
         self._dependency.probe = self.probe
+
+    def now(self) -> float:
+        """Seconds since the epoch by LiveKit's clock, as its answers showed it: it judges tokens by that."""
+        return self._wall() + (self._dependency.skew or 0.0)
 
     @property
     def available(self) -> bool:
@@ -137,7 +141,7 @@ class LiveKitClient:
         )
 
     def _request(self, method: str, alias: str | None) -> tuple[bytes, Headers]:
-        token = self._key.room_service_token(self._wall(), room=alias)
+        token = self._key.room_service_token(self.now(), room=alias)
         headers = Headers(
             {b"Content-Type": [b"application/protobuf"], b"Authorization": [b"Bearer " + token.encode("ascii")]}
         )

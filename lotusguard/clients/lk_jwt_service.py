@@ -29,7 +29,7 @@ PROBE_TIMEOUT = 2.0
 STALE_ATTEMPTS = 3
 """Attempts on kept-alive connections that may end without an answer before upstream counts as hanging up."""
 VIA = b"1.1 lotusguard"
-"""What every forwarded request carries in ``Via`` (RFC 9110 §7.6.3); a guard that receives it is part of a loop."""
+"""The ``Via`` of every forwarded request (RFC 9110 §7.6.3); a guard that receives it is part of a loop."""
 
 
 def came_through_a_guard(headers: Headers) -> bool:
@@ -44,7 +44,7 @@ def mark(headers: Headers) -> None:
 
 
 class UpstreamFailed(Exception):
-    """There is no answer. ``code`` is the status for the caller: 502 for not reachable, 504 for not in time."""
+    """There is no answer. ``code`` is the caller's status: 502 if upstream cannot be reached, 504 if it is late."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)

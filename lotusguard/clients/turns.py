@@ -15,7 +15,7 @@ _Queue = OrderedDict[Deferred[None], None]
 
 
 class QueueFull(Exception):
-    """Too many others are waiting for a turn."""
+    """Too many calls are waiting for a turn."""
 
 
 class FairSemaphore:
@@ -39,7 +39,7 @@ class FairSemaphore:
 
     @property
     def waiting(self) -> int:
-        """How many wait for a turn."""
+        """The number of calls that wait for a turn."""
         return self._waiting
 
     def acquire(self, key: Hashable = "") -> Deferred[None]:

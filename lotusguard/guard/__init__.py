@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What we do: the use cases over the clients and the rules."""
+"""The use cases of the guard, built on the clients and the rules."""

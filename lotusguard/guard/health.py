@@ -18,14 +18,16 @@ from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
-from lotusguard.guard.rooms.residence.account import GuardAccount
 from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
+from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore
 from lotusguard.metrics import Metrics
 
 log = Logger()
 
+WATCH_INTERVAL = 30.0
+"""Seconds between reports that nobody asks for, while nothing is known to have changed."""
 REMEMBERED = 600.0
 """Seconds for which a wrong secret or an internal error keeps the guard from calling itself ready."""
 CLOCK_TOLERANCE = 30.0
@@ -50,10 +52,10 @@ class Health:
     _livekit: LiveKitClient
     _homeserver: SynapseClient
     _sources: RoomSources
-    _account: GuardAccount
     _upstream: LkJwtService
     _decision_log: DecisionLog
     _changes: CallChanges
+    _roster: Roster
     _store: StateStore | None
     _lease: StateLease | None
     _store_error: str | None
@@ -65,10 +67,13 @@ class Health:
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
     _began: float = field(init=False)
     _enforced: dict[str, bool] = field(factory=dict, init=False)
+    _watched: tuple[object, ...] = field(init=False)
+    _watched_at: float = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._reports = SharedLookups(self._report)
-        self._began = self._clock.seconds()
+        self._began = self._watched_at = self._clock.seconds()
+        self._watched = self._seen()
         self._metrics.dry_run.set(1 if self._dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
@@ -76,8 +81,25 @@ class Health:
         return self._reports.get("")
 
     async def watch(self) -> None:
-        """Keep the metrics and the log up to date with what is enforced."""
-        await self.report()
+        """Keep the metrics and the log up to date with what is enforced.
+
+        Called every second. The dependencies are asked when `WATCH_INTERVAL` is over, and at once when a call of
+        somebody else has shown that something changed, such as a revoked access token.
+        """
+        now, seen = self._clock.seconds(), self._seen()
+        if seen != self._watched or now - self._watched_at >= WATCH_INTERVAL:
+            self._watched_at = now
+            await self.report()
+        self._watched = self._seen()
+
+    def _seen(self) -> tuple[object, ...]:
+        """What is known about enforcing without asking anybody."""
+        return (
+            self._livekit.refused, self._sources.refused, self._livekit.available, self._homeserver.available,
+            *self._sources.report().values(),
+            self._lately(self._decision_log.secret_mismatch_at), self._lately(self._decision_log.error_at),
+            self._lease is None or self._lease.held,
+        )  # fmt: skip
 
     async def not_enforced(self) -> list[str]:
         """What is not enforced in rooms that the guard is in, and why: for their moderators."""
@@ -97,6 +119,7 @@ class Health:
         round_at = self._changes.round_at
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
+        livekit, synapse = livekit or self._livekit.refused, synapse or self._sources.refused
         known = not livekit and not synapse and not self._dry_run
         enforcing = {
             "limit": known,
@@ -117,7 +140,7 @@ class Health:
             "rooms": self._sources.report(),
             "credentials": {
                 "livekit": livekit != "no_livekit_key",
-                "matrix": synapse not in ("no_matrix_token", "no_admin_and_no_invites") and not self._account.refused,
+                "matrix": synapse not in ("no_matrix_token", "no_admin_and_no_invites") and not self._sources.refused,
             },
             "secret_mismatch_seen": mismatch,
             "internal_errors_seen": errors,
@@ -147,8 +170,8 @@ class Health:
 
     def _reasons(self, *, mismatch: bool, errors: bool, late: bool, leased: bool) -> list[str]:
         reasons = []
-        if self._account.refused:
-            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._account.refused})")
+        if self._sources.refused:
+            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._sources.refused})")
         reasons += self._sources.shortcomings()
         if mismatch:
             reasons.append("upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign")
@@ -165,6 +188,11 @@ class Health:
         for name, skew in (("LiveKit", self._livekit.clock_skew), ("the homeserver", self._homeserver.clock_skew)):
             if skew is not None and abs(skew) > CLOCK_TOLERANCE:
                 reasons.append(f"our clock and the clock of {name} differ by {abs(skew):.0f} s")
+        if self._roster.unissued:
+            reasons.append(
+                f"{self._roster.unissued} participants have tokens that this guard did not issue: "
+                "lk-jwt-service can be reached past it, or another guard runs"
+            )
         if self._dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")
         return reasons

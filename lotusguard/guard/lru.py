@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 ENTRY_BYTES = 500
-"""What an entry takes besides its texts: the dictionary's place, the tuple, the object and its numbers."""
+"""Bytes of an entry besides its texts: the place in the dictionary, the tuple, the object and its numbers."""
 
 
 @define(eq=False)
@@ -22,7 +22,7 @@ class LruCache(Generic[K, V]):
     """
     :param limit: the most entries. :param byte_limit: the most bytes, as `text_bytes` and `ENTRY_BYTES` count them.
     :param texts: the texts that an entry keeps alive.
-    :param evicted: is told of each entry that is dropped because of a limit.
+    :param evicted: called with each entry that is dropped because of a limit.
     """
 
     limit: int
@@ -67,5 +67,5 @@ class LruCache(Generic[K, V]):
 
 
 def text_bytes(texts: tuple[str, ...]) -> int:
-    """What texts take in memory. A name of 255 bytes takes 300 bytes, or 1.1 kB if it holds an emoji."""
+    """Bytes that texts take in memory. A name of 255 bytes takes 300 bytes, or 1.1 kB if it holds an emoji."""
     return sum(map(getsizeof, texts))

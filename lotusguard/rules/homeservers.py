@@ -20,7 +20,7 @@ def _as_regex(patterns: frozenset[str]) -> re.Pattern[str]:
 
 
 def _glob(pattern: str) -> str:
-    """A glob as a regular expression. What stands between two stars is matched as early as it occurs, atomically, so
+    """A glob as a regular expression. The part between two stars is matched as early as it occurs, atomically, so
     that many stars do not lead to much backtracking."""
     head, *others = (re.escape(part).replace(r"\?", ".") for part in re.split(r"\*+", pattern))
     if not others:

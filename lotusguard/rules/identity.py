@@ -21,7 +21,7 @@ _GO_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def is_short_name(name: str) -> bool:
-    """Whether a name is no longer than 255 bytes."""
+    """Whether a name has at most 255 bytes."""
     return len(name) <= LONGEST_NAME and len(name.encode("utf-8", "replace")) <= LONGEST_NAME
 
 

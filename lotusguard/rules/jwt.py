@@ -89,7 +89,7 @@ _ATOB_SAFE = {ord(character): f"\\u{ord(character):04x}" for character in ">?~\x
 
 
 def read_unverified(token: str) -> dict[str, Any] | None:
-    """The claims of a token, whoever signed it; ``None`` if it has none that can be read."""
+    """The claims of a token, without checking its signature; ``None`` if they cannot be read."""
     try:
         claims = json.loads(base64url_decode(token.split(".")[1].encode("ascii")))
     except (IndexError, ValueError, RecursionError):

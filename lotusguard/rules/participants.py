@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a ``ParticipantInfo`` tells, whether it comes from a listing or from a webhook."""
+"""How a ``ParticipantInfo`` is read, from a listing or from a webhook."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ENDED_BY_CHOICE: Mapping[str, bool] = {
 def ended_by_choice(reason: int) -> bool:
     """Whether the participant or a moderator ended the session. After any other departure they may come right back.
 
-    :param reason: a ``DisconnectReason``. One that this release does not know is no choice.
+    :param reason: a ``DisconnectReason``. An unknown reason does not count as the client's choice.
     """
     if reason not in DisconnectReason.values():
         return False

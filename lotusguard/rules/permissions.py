@@ -96,7 +96,7 @@ class CallPermissions:
 class Lobby:
     """A lobby that is switched on.
 
-    :ivar message: what people who wait are shown, at most 500 characters.
+    :ivar message: a text for people who wait, at most 500 characters.
     """
 
     message: str = ""

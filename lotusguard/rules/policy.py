@@ -32,7 +32,7 @@ class LimitOrigin(Enum):
 
 @frozen
 class Policy:
-    """What one Matrix room asks of its calls.
+    """The policy of one Matrix room.
 
     :ivar max_users: how many distinct users may be in the room's call; ``None`` is no limit.
     :ivar forbidden: the sources that nobody may publish. The microphone is never among them.
@@ -104,7 +104,7 @@ class Malformed:
 
 
 def read_policy(events: Mapping[str, StateEvent]) -> tuple[Policy, frozenset[Malformed]]:
-    """Read a room's policy, key by key: what cannot be used is ignored, the rest holds.
+    """Read a room's policy, key by key: a value that cannot be used is ignored, the rest holds.
 
     :param events: the room's state events with the state key ``""``, by type. Types that are missing count as absent;
         power levels and the create event are read only if `needs_levels`.

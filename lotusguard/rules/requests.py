@@ -73,7 +73,7 @@ class TokenRequest:
 
 
 class Proof(Enum):
-    """What proves who the caller is."""
+    """The proof of who the caller is."""
 
     OPENID = "openid"
     """The OpenID token in the body; upstream verifies it."""
@@ -97,9 +97,9 @@ class Shape:
 
 @frozen
 class TokenRoute:
-    """A route that issues tokens; its shapes are told apart by their room key.
+    """A route that issues tokens. The key of the room tells the shapes of its bodies apart.
 
-    :ivar path: what logs call the route.
+    :ivar path: the name of the route in logs.
     :ivar cors: whether its answers carry CORS headers.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a seat is: the states of a hold, and one table of what each of them means.
+"""The states of a hold on a seat, and one table of what each of them means.
 
 A *hold* is a seat reserved for somebody. `TABLE` says for each state what it counts as and which event moves it where.
 `lotusguard.rules.room_seats` reads the table.
@@ -13,7 +13,7 @@ from attrs import define, frozen
 
 
 class HoldState(Enum):
-    """What a hold is."""
+    """The state of a hold."""
 
     PENDING = "pending"
     """The token request is in flight."""
@@ -34,7 +34,7 @@ class HoldState(Enum):
 
 
 class HoldEvent(Enum):
-    """What can happen to a hold."""
+    """An event that changes the state of a hold."""
 
     ISSUE = "issue"
     """A token was issued."""
@@ -58,7 +58,7 @@ class HoldEvent(Enum):
 
 @frozen
 class StateRules:
-    """What a state means.
+    """The meaning of a state.
 
     :ivar takes_seat: whether the user counts when somebody else looks for a seat.
     :ivar full: whether a room filled by such holds is full. If not, it is only busy: waiting may help.
@@ -141,6 +141,7 @@ class Arrival:
 class Hold:
     """A seat reserved for one user.
 
+    :ivar sid: the session, also after it has ended; "" before there was one.
     :ivar began: when it got here: the token's issue, or the arrival, or the departure.
     :ivar expires: when its state ends by itself, for states that `HoldEvent.EXPIRE` moves; when it ended, for those
         that a listing has to confirm.

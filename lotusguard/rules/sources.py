@@ -41,7 +41,7 @@ def source_of_claim(name: object) -> Source | None:
 
 
 def permitted_sources(permission: ParticipantPermission) -> tuple[Source, ...]:
-    """What a participant may publish now, in the order of their permission.
+    """The sources that a participant may publish now, in the order of their permission.
 
     UNKNOWN and numbers of later releases are dropped: no policy says anything about them.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Join tokens: whom they let in where, and how the guard rebuilds them.
+"""Join tokens: who may join which SFU room, and how the guard rebuilds them.
 
 LiveKit matches claim keys without case and reads an absent or empty ``canPublishSources`` as *all sources*.
 So a grant is rebuilt from the keys we know instead of patched.
@@ -26,7 +26,7 @@ LONGEST_UPSTREAM_LIFE = 86_400
 
 @frozen
 class Issued:
-    """Whom a token lets into which SFU room."""
+    """The user and the SFU room of a token."""
 
     alias: str
     identity: str
@@ -78,7 +78,7 @@ def _known(claims: Mapping[str, Any], exact: Mapping[str, str], *, others: bool)
 
 
 def granted_sources(video: Mapping[str, Any]) -> tuple[Source, ...]:
-    """What a video grant lets publish, in its order."""
+    """The sources that a video grant lets its user publish, in its order."""
     if video.get("canPublish") is False:
         return ()
     listed = video.get("canPublishSources")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard's own answers: always JSON. What each error is answered with is decided here, for every listener."""
+"""The guard's own answers: always JSON. The answer to each error is decided here, for every listener."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CORS = {
     b"Access-Control-Allow-Methods": b"POST",
     b"Access-Control-Allow-Headers": b"Accept, Content-Type, Content-Length, Accept-Encoding, X-CSRF-Token",
 }
-"""What lk-jwt-service puts on every answer of its JSON routes."""
+"""The headers that lk-jwt-service sends with every answer of its JSON routes."""
 RETRIED = frozenset((502, 503, 504))
 """Statuses without CORS headers: the browser then hides the answer from Element Call, which asks again for half a
 minute. With the headers any error is final."""

@@ -38,7 +38,7 @@ class AppServiceApi:
 
     @app.route("/_matrix", branch=True)
     async def relay(self, request: GuardRequest) -> None:
-        """What else a homeserver sends to an app service."""
+        """Other requests that a homeserver sends to an app service."""
         self._authorise(request)
         await self._handler.relay(request)
 

@@ -24,9 +24,9 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 """RFC 9110 §7.6.1, and what each hop frames anew: length and ``100-continue``."""
 _NOT_ON_TOKEN_ROUTES = frozenset((b"range", b"if-range"))
-"""What could get a token answered in a form that we cannot read."""
+"""Request headers that could get a token answered in a form that we cannot read."""
 _NOT_IN_A_HEAD = b"\0\r\n"
-"""What Twisted's client leaves in an answer's head although another reader could take it for the end of a line."""
+"""Characters that Twisted's client leaves in headers of answers, although others may read them as the end of a line."""
 _IDENTITY_PREFIX = b"x-matrix-"
 """Headers by which a homeserver names a user or itself; from anybody else they prove nothing."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the listeners for clients and for homeservers have in common: deciding token requests, relaying the rest."""
+"""Handling of requests for the public and the app-service listener: token requests are decided, others relayed."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.seats import HoldState
 from lotusguard.web.answers import BAD_ROOM, NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure, answer_json
 from lotusguard.web.bearer import has_bearer
+from lotusguard.web.console.routes import Console
 from lotusguard.web.site import GuardRequest, GuardSite
 
 MAX_BODY = 4096
@@ -50,7 +51,7 @@ def for_operators(handler: Handler) -> Handler:
 class OperatorApi:
     """The routes of the operators' listener; loopback by default.
 
-    :param token: what private routes want as bearer token; ``""`` admits nobody.
+    :param token: the bearer token of private routes; ``""`` admits nobody.
     """
 
     app = Klein()
@@ -64,6 +65,7 @@ class OperatorApi:
     _seats: SeatBook
     _registry: TokenRegistry
     _metrics: Metrics
+    _console: Console
     token: str = field(repr=False)
 
     def site(self, reactor: Any) -> GuardSite:
@@ -139,6 +141,16 @@ class OperatorApi:
             raise Rejected(BAD_ROOM)
         await self._changes.room_changed(room_id, user)
         answer_json(request, 202, {})
+
+    @app.route("/", methods=["GET"])
+    async def front_page(self, request: GuardRequest) -> None:
+        """The console, for people."""
+        await self._console.front_page(request)
+
+    @app.route("/console", branch=True)
+    def console(self, request: GuardRequest) -> Any:
+        """See ``web/console/``."""
+        return self._console.app.resource()
 
     @app.route("/", branch=True)
     def nothing(self, request: GuardRequest) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public listener: what clients, and LiveKit with its webhooks, reach through the reverse proxy."""
+"""The public listener, for clients through the reverse proxy and for LiveKit's webhooks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PublicApi:
     @app.route("/_matrix/<any(client, federation):api>/unstable/<prefix>/rtc/livekit", branch=True)
     @app.route("/_matrix/<any(client, federation):api>/<version>/rtc/livekit", branch=True)
     def proxied(self, request: GuardRequest, **_: Any) -> None:
-        """Not served here: on these routes a homeserver names the caller, and the public cannot be believed."""
+        """Not served here: on these routes a homeserver names the caller, and anybody could pretend to be one."""
         raise Rejected(NO_ROUTE)
 
     @app.route("/", branch=True)

@@ -28,11 +28,11 @@ DISCARDED = 64 * 1024 * 1024
 """Bytes of a refused body that are read and thrown away, so that its sender gets a proper answer, before the
 connection is closed."""
 _TARGET = re.compile(rb"/[!-\"$-~]*")
-"""What a request target looks like: a path, perhaps a query, no fragment."""
+"""A request target: a path, perhaps a query, no fragment."""
 
 
 def connection_options(headers: Headers) -> set[bytes]:
-    """What ``Connection`` names: options, and headers that are for the next hop only."""
+    """The names in ``Connection``: options, and headers that are for the next hop only."""
     values = headers.getRawHeaders(b"connection") or ()
     return {option.strip().lower() for value in values for option in value.split(b",")}
 
@@ -85,7 +85,7 @@ class GuardRequest(Request):
     """A request whose body is kept in memory, within the site's pool.
 
     :ivar token_route: the token route that its path is, on a listener that serves one there.
-    :ivar answering: what answers it, to be cancelled if its caller disconnects.
+    :ivar answering: the Deferred of its answer, cancelled if the caller disconnects.
     """
 
     site: GuardSite

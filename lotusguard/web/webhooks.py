@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/sfu_webhook``: what LiveKit tells upstream, and the guard beside it."""
+"""``/sfu_webhook``: LiveKit's webhooks are applied here and passed to upstream."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ log = Logger()
 class Webhooks:
     """Acts on webhooks. They are relayed to upstream in any case.
 
-    :param wall: seconds since the epoch.
-    :param key: what LiveKit signs them with; without it none can be verified.
+    :param now: seconds since the epoch by LiveKit's clock.
+    :param key: the key that LiveKit signs them with; without it none can be verified.
     """
 
     _changes: CallChanges
     _key: SfuKey | None
-    _wall: Callable[[], float]
+    _now: Callable[[], float]
     _metrics: Metrics
 
     def handle(self, request: GuardRequest, body: bytes) -> None:
@@ -41,7 +41,7 @@ class Webhooks:
             return
         given = request.requestHeaders.getRawHeaders(b"authorization") or [b""]
         try:
-            event = read_webhook(given[0].decode("latin-1"), body, self._key, self._wall())
+            event = read_webhook(given[0].decode("latin-1"), body, self._key, self._now())
         except NotOurs as forged:
             self._metrics.webhooks.labels("forged").inc()
             log.warn(

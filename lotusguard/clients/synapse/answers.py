@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading Synapse's answers. What is not as expected raises an exception: the answer is invalid then."""
+"""Reading Synapse's answers. An answer of an unexpected shape is invalid and raises an exception."""
 
 from __future__ import annotations
 

@@ -57,10 +57,10 @@ def _headers(token: str) -> Headers:
 
 @define(eq=False)
 class SynapseClient:
-    """What the guard asks Synapse. Every method raises `DependencyFailed` if there is no usable answer.
+    """The requests of the guard to Synapse. Every method raises `DependencyFailed` if there is no usable answer.
 
     :param token: an admin's access token.
-    :ivar server_name: the homeserver's name; ``""`` until `whoami` has told it, if it was not given.
+    :ivar server_name: the homeserver's name; ``""`` until `whoami` has answered, if it was not configured.
     """
 
     _dependency: Dependency
@@ -103,7 +103,7 @@ class SynapseClient:
         wanted = list(types)
         first = wanted[:1] if self._ignores_type else wanted
         answers = await gather(self._state(room_id, kind, wanted) for kind in first)
-        if not self._ignores_type and len(first) < len(wanted):  # the server has been upgraded meanwhile
+        if not self._ignores_type and len(first) < len(wanted):  # the server has been upgraded since then
             answers += await gather(self._state(room_id, kind, wanted) for kind in wanted[1:])
         if any(answer.broken for answer in answers):
             if await self.members(room_id) is None:  # Tuwunel answers 500 for the state of a room it does not know
@@ -207,7 +207,7 @@ class SynapseClient:
         return self.server_name
 
     async def local_user(self, openid: OpenID) -> str | None:
-        """The user whose OpenID token this is; None if the homeserver says that it is no valid token.
+        """The user whose OpenID token this is; None if the homeserver says that the token is not valid.
 
         Only for tokens that `is_local`: the configured address alone is asked, whatever server the token names, and
         for other servers the answer is None. The token is sent in the target, as the federation API wants it.

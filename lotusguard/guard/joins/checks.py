@@ -7,12 +7,12 @@ A refusal never rests on a lookup that began before the request arrived, and wha
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from enum import Enum
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, DeferredLock, TimeoutError
 
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.waiting import gather
 from lotusguard.guard.joins.decisions import Stage
 from lotusguard.guard.joins.join import Join
 from lotusguard.guard.rooms.members import Members
@@ -21,18 +21,11 @@ from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.permissions import Action
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.refusals import JoinRefused, Refusal
-
-
-class MembersOnly(Enum):
-    """``GUARD_MEMBERS_ONLY``."""
-
-    ON = "on"
-    LOG = "log"
-    OFF = "off"
 
 
 @define(eq=False)
@@ -95,8 +88,7 @@ class EntryChecks:
         if known.membership is not None and known.membership is not Membership.JOIN:
             with join.log.stage(join.decision, Stage.CHECK):
                 local = server_of(join.user) == self._server_name()
-                deadline = join.deadline.sooner(join.lookups.left())
-                known = await self._members.confirm(join.room_id, join.user, deadline, join.arrived, local=local)
+                known = await self._members.confirm(join.room_id, join.user, join.lookups, join.arrived, local=local)
         if known.membership is None:
             join.unenforced("membership", known.reason)
         elif known.membership is not Membership.JOIN:
@@ -115,16 +107,22 @@ class EntryChecks:
         if self.may_start(join.policy, join.user) or await self._seats.owns_seat(join.room_id, join.user):
             return
         lock = self._starting.setdefault(join.room_id, DeferredLock())
-        await join.deadline.wait(lock.acquire())
+        if lock.locked:
+            with join.log.stage(join.decision, Stage.CHECK):
+                await join.deadline.wait(lock.acquire())
+            join.renew_lookups()
+        else:
+            await lock.acquire()
         try:
-            await self.read_policy_again(join)
-            await self._roster.refresh(join.room_id, join.arrived, join.deadline.sooner(join.lookups.left()))
+            await gather((
+                self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
+            ))  # fmt: skip
             if not await self._is_started(join):
                 join.refuse(Refusal.NOT_STARTED)
         finally:
             lock.release()
-            if not lock.locked and not lock.waiting:
-                self._starting.pop(join.room_id, None)
+            if not lock.locked and self._starting.get(join.room_id) is lock:
+                del self._starting[join.room_id]
 
     async def _is_started(self, join: Join) -> bool:
         """Whether somebody who may start the call is in it or has a seat, or did so and it has not ended since."""
@@ -139,8 +137,7 @@ class EntryChecks:
     async def read_policy_again(self, join: Join) -> None:
         """Read the policy as it is now, before a refusal rests on it."""
         with join.log.stage(join.decision, Stage.CHECK):
-            known = await self._policies.get(join.room_id, join.deadline.sooner(join.lookups.left()), join.arrived)
-        join.known = known
+            join.known = await self._policies.get(join.room_id, join.lookups, join.arrived)
 
     def restricts_start(self, policy: Policy) -> bool:
         """Whether not everybody may start a call in a room with this policy."""

@@ -12,6 +12,7 @@ from attrs import Factory, define, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from lotusguard.guard.joins.history import JoinHistory
 from lotusguard.metrics import Metrics
 
 log = Logger()
@@ -82,7 +83,11 @@ class DecisionLog:
     decisions: deque[Decision] = field(factory=lambda: deque(maxlen=DECISIONS_KEPT), init=False)
     secret_mismatch_at: float | None = field(default=None, init=False)
     error_at: float | None = field(default=None, init=False)
+    history: JoinHistory = field(init=False)
     _stage_seconds: dict[str, object] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.history = JoinHistory(self._clock)
 
     def begin(self, request_id: str, route: str, room_id: str | None, user: str | None) -> Decision:
         return Decision(request_id, route, room_id, user, self._clock.seconds())
@@ -133,6 +138,7 @@ class DecisionLog:
         """A join is over."""
         total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
         self.decisions.append(decision)
+        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total)
         self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
         for name, seconds in decision.stages.items():
             self._metrics.observe_stage(name, seconds)

@@ -107,6 +107,8 @@ class TokenIssuer:
         if token is None:
             no_token(join, answer)
             return answer
+        if not join.user:
+            join.user = join.decision.user = self.named_user(join, token)
         if token.signer is Signer.OTHER_SFU:
             self._metrics.foreign_tokens.inc()
             join.decision.reason = "other_sfu"
@@ -133,6 +135,9 @@ class TokenIssuer:
         device = join.request.device_id or ""
         issued = Issued(token.alias, token.identity, device)
         policy = join.policy
+        if token.alias:
+            slot = Slot(join.room_id, join.request.slot_id)
+            await self._registry.learn(token.alias, slot, token.identity, join.user, device, granted, withheld)
         if hold_id is not None:
             durable = policy.max_users is not None or self._checks.restricts_start(policy)
             await self._seats.issue(join.room_id, hold_id, issued, durable=durable)
@@ -140,9 +145,6 @@ class TokenIssuer:
             await self._seats.issue_without_seat(join.room_id, join.user, issued)
         if self._checks.may_start(policy, join.user):
             await self._seats.start(join.room_id)
-        if token.alias:
-            slot = Slot(join.room_id, join.request.slot_id)
-            await self._registry.learn(token.alias, slot, token.identity, join.user, device, granted, withheld)
 
     def _rebuild(
         self, join: Join, answer: Answer, token: Token

@@ -6,7 +6,7 @@ from __future__ import annotations
 from attrs import define, field
 
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.joins.callers import Caller
+from lotusguard.guard.joins.callers import UNIDENTIFIED, Caller
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Verdict
 from lotusguard.guard.rooms.members import KnownMembership
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
@@ -24,6 +24,7 @@ class Join:
 
     :ivar deadline: for everything, upstream's answer included.
     :ivar lookups: for what is asked of the homeserver and LiveKit.
+    :ivar lookup_timeout: seconds that such lookups may take.
     :ivar user: who asks, once that is proven; "" before.
     """
 
@@ -33,8 +34,9 @@ class Join:
     log: DecisionLog
     deadline: Deadline
     lookups: Deadline
+    lookup_timeout: float
     dry_run: bool
-    caller: Caller | None = None
+    caller: Caller = UNIDENTIFIED
     known: KnownPolicy = field(default=NOT_LOOKED_UP)
     membership: KnownMembership | None = None
     user: str = ""
@@ -56,6 +58,10 @@ class Join:
     @property
     def is_main_slot(self) -> bool:
         return self.request.slot_id == ROOM_SLOT
+
+    def renew_lookups(self) -> None:
+        """Allow for new lookups, after a wait for something else."""
+        self.lookups = self.deadline.sooner(self.lookup_timeout)
 
     def refuse(self, refusal: Refusal, retry_after: float | None = None) -> None:
         """Refuse the join, or only say so in a dry run. :raises JoinRefused:"""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from attrs import define, field, frozen
 from cachetools import LRUCache
 from twisted.internet.defer import TimeoutError
@@ -61,10 +63,12 @@ class Members:
     _known: LRUCache[_Key, KnownMembership] = field(init=False)
     _changed: LRUCache[tuple[str, str], float] = field(factory=lambda: LRUCache(50_000), init=False)
     _lookups: FreshLookups[_Key, Membership] = field(init=False)
+    _lists: FreshLookups[str, Collection[str] | None] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._known = LRUCache(MEMBERSHIPS_KEPT, getsizeof=lambda entry: ENTRY_SIZE + 2 * 255)
         self._lookups = FreshLookups(self._look_up, self._clock, spacing=LOOKUP_SPACING)
+        self._lists = FreshLookups(self._source.members, self._clock, spacing=LOOKUP_SPACING)
         self._metrics.cache_limit.labels("memberships").set(MEMBERSHIPS_KEPT // (ENTRY_SIZE + 2 * 255))
         self._metrics.cache_entries.labels("memberships").set_function(self._known.__len__)
 
@@ -90,6 +94,18 @@ class Members:
         except DependencyFailed as failed:
             return KnownMembership(None, reason=failed.reason)
         return KnownMembership(fetched.value, fetched.began)
+
+    async def load_joined(self, room_id: str, users: Collection[str], deadline: Deadline) -> None:
+        """Learn with one request which of these users are joined. Of the others nothing is learnt: the list does not
+        tell why they are missing. Never fails, and never waits beyond the deadline.
+        """
+        try:
+            listed = await deadline.wait(self._lists.get(room_id, self._clock.seconds()))
+        except (TimeoutError, DependencyFailed):
+            return
+        joined = frozenset(listed.value or ())
+        for user in joined.intersection(users):
+            self._remember(_Key(room_id, user), Membership.JOIN, listed.began)
 
     async def confirm(
         self, room_id: str, user: str, deadline: Deadline, since: float, *, local: bool
@@ -139,7 +155,10 @@ class Members:
     async def _look_up(self, key: _Key) -> Membership:
         began = self._clock.seconds()
         membership = await self._source.membership(key.user, key.room_id)
+        self._remember(key, membership, began)
+        return membership
+
+    def _remember(self, key: _Key, membership: Membership, began: float) -> None:
         known = self._known.get(key)
         if known is None or known.began <= began:
             self._known[key] = KnownMembership(membership, began)
-        return membership

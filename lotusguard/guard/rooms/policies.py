@@ -61,9 +61,14 @@ class KnownPolicy:
 
 @frozen
 class _Entry:
-    """:ivar began: when the lookup began that returned it. :ivar pushed: the pushed events from which it was read."""
+    """
+    :ivar began: when the lookup began that returned it.
+    :ivar has_events: whether the room says anything itself, beside the operator's default limit.
+    :ivar pushed: the pushed events from which it was read.
+    """
 
     policy: Policy
+    has_events: bool
     room_exists: bool
     malformed: frozenset[Malformed]
     began: float
@@ -132,6 +137,9 @@ class Policies:
 
     def last_known(self, room_id: str) -> Policy:
         """The policy as it was last heard, however long ago; none if it never was."""
+        pushed = self._pushed.state_of(room_id)
+        if pushed is not None and pushed.live:
+            return self._read_pushed(room_id, pushed).policy
         entry = self._entry(room_id)
         return entry.policy if entry is not None else NO_POLICY
 
@@ -181,10 +189,10 @@ class Policies:
         return entry
 
     def _read(self, events: Mapping[str, StateEvent] | None, began: float) -> _Entry:
-        policy, malformed = read_policy(events or {})
-        policy = with_default_limit(policy, self._default_limit)
+        own, malformed = read_policy(events or {})
+        policy = with_default_limit(own, self._default_limit)
         size = ENTRY_SIZE + sum(len(str(event.content)) for event in (events or {}).values())
-        return _Entry(policy, events is not None, malformed, began, size)
+        return _Entry(policy, bool(own), events is not None, malformed, began, size)
 
     def _read_pushed(self, room_id: str, pushed: PushedState) -> _Entry:
         before = self._entry(room_id)
@@ -216,7 +224,7 @@ class Policies:
 
     def _remember(self, room_id: str, entry: _Entry) -> None:
         keep, other = self._with_policy, self._without_policy
-        if not entry.policy:
+        if not entry.has_events:
             keep, other = other, keep
         other.pop(room_id, None)
         if entry.size <= keep.maxsize:

@@ -90,6 +90,17 @@ class RoomSources:
         self._check_resident(room_id)
         return await self._client.membership(user_id, room_id)
 
+    async def members(self, room_id: str) -> Collection[str] | None:
+        """See `RoomStateSource`."""
+        if self._account.admin is not AdminAccess.NO:
+            try:
+                return await self._admin_api.members(room_id)
+            except DependencyRefused:
+                if not self._residence.is_resident(room_id):
+                    raise
+        self._check_resident(room_id)
+        return await self._client.joined_members(room_id)
+
     def _check_resident(self, room_id: str) -> None:
         """What the client API says of other rooms may be old, or of no member."""
         if not self._residence.is_resident(room_id):
@@ -109,6 +120,11 @@ class RoomSources:
             raise DependencyFailed("synapse", "no_admin_and_no_invites")
         if self._residence.status is SyncStatus.FAILING:
             raise DependencyFailed("synapse", f"sync_{self._residence.reason}")
+
+    @property
+    def refused(self) -> str | None:
+        """The status with which the homeserver refuses our access token, as far as the guard depends on it."""
+        return self._account.refused or (self._admin_api.refused if self._account.admin is not AdminAccess.NO else None)
 
     def report(self) -> dict[str, Any]:
         """For ``/readyz``."""

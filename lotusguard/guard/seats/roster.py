@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is in which call, as LiveKit says in listings and webhooks. Nothing else writes that into the seat book."""
+"""The roster of each call, from listings and webhooks. Nothing else writes arrivals and departures into the book."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from attrs import define, field
 from livekit.protocol.models import ParticipantInfo
@@ -23,14 +23,15 @@ from lotusguard.rules.seats import Arrival
 Listing = Fetched[Sequence[ParticipantInfo]]
 """Everybody in one SFU room, and when that was asked."""
 SLOTS_LISTED = 16
-"""SFU rooms of one Matrix room that are listed while LiveKit has not told which of them exist."""
+"""SFU rooms of one Matrix room that are listed while it is unknown which of them exist."""
 
 
 @define(eq=False)
 class Roster:
     """Keeps the seat book in step with LiveKit.
 
-    :param wall: seconds since the epoch. :param lookup_timeout: seconds to wait for a policy.
+    :param lookup_timeout: seconds to wait for a policy.
+    :param guarding_since: since when every token should have come from this guard, on its clock.
     :ivar sfu_rooms: the SFU rooms that LiveKit named lately; ``None`` while it has named none.
     """
 
@@ -39,14 +40,16 @@ class Roster:
     _registry: TokenRegistry
     _policies: Policies
     _clock: IReactorTime
-    _wall: Callable[[], float]
     _metrics: Metrics
     _lookup_timeout: float
+    _guarding_since: float
     sfu_rooms: set[str] | None = field(default=None, init=False)
     _listings: FreshLookups[str, Sequence[ParticipantInfo]] = field(init=False)
+    _unissued: dict[str, int] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._listings = FreshLookups(self._list, self._clock)
+        self._metrics.unissued_participants.set_function(lambda: self.unissued)
         self._metrics.cache_limit.labels("hashes").set(alias_cache_info().maxsize or 0)
         self._metrics.cache_entries.labels("hashes").set_function(lambda: alias_cache_info().currsize)
 
@@ -82,7 +85,10 @@ class Roster:
         participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
         if slot is not None:
             present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
-            await self._seats.apply_listing(slot.room_id, alias, present, await self._limit(slot.room_id), since)
+            await self._count_unissued(alias, present)
+            # Whoever asks for a listing has read the policy. It is not read again: the homeserver may be slow.
+            limit = self._policies.last_known(slot.room_id).max_users
+            await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
         return participants
 
     async def _aliases_to_list(self, room_id: str, requested: str) -> Collection[str]:
@@ -97,13 +103,16 @@ class Roster:
         alive = [*known][-SLOTS_LISTED:] if existing is None else [alias for alias in known if alias in existing]
         return {main, *alive, *await self._seats.aliases(room_id)}
 
+    @property
+    def unissued(self) -> int:
+        """Participants whose token this guard did not issue. Upstream is reached past it, or another guard runs."""
+        return sum(self._unissued.values())
+
     # -- webhooks ----------------------------------------------------------------------------------------
 
     async def handle(self, slot: Slot, event: WebhookEvent) -> None:
         """A participant of one SFU room joined or left. Idempotent."""
         participant, alias = event.participant, event.room.name
-        if self.sfu_rooms is not None:
-            self.sfu_rooms.add(alias)
         if event.event in DEPARTURES:
             left_by = min(self._clock.seconds(), self._on_our_clock(event.created_at + 1.0) or self._clock.seconds())
             await self._seats.leave(
@@ -114,18 +123,28 @@ class Roster:
             limit = await self._limit(slot.room_id)
             await self._seats.arrive(slot.room_id, alias, await self._arrival(alias, participant), limit)
 
+    def rooms_listed(self, aliases: Iterable[str]) -> None:
+        """These are all of LiveKit's SFU rooms."""
+        self.sfu_rooms = set(aliases)
+        self._unissued = {alias: count for alias, count in self._unissued.items() if alias in self.sfu_rooms}
+
+    def heard_of(self, alias: str, *, exists: bool) -> None:
+        """LiveKit named an SFU room in a webhook. :param exists: not if it said that the room is finished."""
+        if self.sfu_rooms is None:
+            return
+        if exists:
+            self.sfu_rooms.add(alias)
+        else:
+            self.sfu_rooms.discard(alias)
+
     async def removed(self, slot: Slot, alias: str, sid: str, identity: str) -> None:
         """We removed a participant, or LiveKit said that there is none of that name."""
         now = self._clock.seconds()
         await self._seats.leave(slot.room_id, alias, sid, identity, now, by_choice=True)
 
     def may_exist(self, alias: str) -> bool:
-        """Whether LiveKit may have this SFU room, as far as it told."""
+        """Whether this SFU room may exist, by what LiveKit has reported."""
         return self.sfu_rooms is None or alias in self.sfu_rooms
-
-    def livekit_now(self) -> float:
-        """Seconds since the epoch, by LiveKit's clock."""
-        return self._wall() + (self._livekit.clock_skew or 0.0)
 
     # -- how it is done ----------------------------------------------------------------------------------
 
@@ -140,11 +159,22 @@ class Roster:
             self._on_our_clock(joined_at(participant)),
         )  # fmt: skip
 
+    async def _count_unissued(self, alias: str, present: Sequence[Arrival]) -> None:
+        unissued = 0
+        for who in present:
+            ours = who.joined is None or who.joined <= self._guarding_since
+            if not ours and await self._registry.entry(alias, who.identity) is None:
+                unissued += 1
+        if unissued:
+            self._unissued[alias] = unissued
+        else:
+            self._unissued.pop(alias, None)
+
     def _on_our_clock(self, at: float | None) -> float | None:
         """A time that LiveKit gave, on the guard's clock."""
         if at is None or at <= 1.0:
             return None
-        ago = self.livekit_now() - at
+        ago = self._livekit.now() - at
         return self._clock.seconds() - ago
 
 

@@ -120,7 +120,7 @@ def _make_private(path: Path) -> None:
 
 
 def _check(connection: sqlite3.Connection) -> None:
-    """:raises sqlite3.DatabaseError: the file is corrupt, as far as can be told in `CHECK_TIMEOUT`."""
+    """:raises sqlite3.DatabaseError: the file is corrupt, as far as `CHECK_TIMEOUT` allows to find out."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise _NewerVersion(f"it has version {version} of the format, this release knows {SCHEMA_VERSION}")

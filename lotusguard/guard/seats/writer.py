@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes to an SQLite file from a thread of its own.
 
-Writes gather while a batch is being written. A batch that fails is written again, so that a locked file or a full disk
-loses nothing.
+Writes are collected while a batch is being written. A batch that fails is written again, so that a
+locked file or a full disk loses nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Key = tuple[str, ...]
 WRITE_BEHIND = 0.2
 """Batching delay for writes that nobody awaits, in seconds."""
 PATIENCE = 0.25
-"""Seconds after which a caller that awaits a write goes on without it, so that a slow disk delays no join for long."""
+"""Seconds after which a caller that awaits a write continues without it: a slow disk delays no join for long."""
 RETRY = 1.0
 """Seconds until a batch that failed is written again."""
 BATCH = 5_000

@@ -14,6 +14,7 @@ from twisted.internet.task import deferLater
 
 from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT
 from lotusguard.rules.tokens import read_unverified
+from lotusguard.sandbox.demo.members import MembersDemo
 from lotusguard.sandbox.demo.observer import Observer, expect
 from lotusguard.sandbox.demo.sandbox import SERVER_NAME, Refused, Sandbox
 from lotusguard.sandbox.livekit.participant import Participant
@@ -53,7 +54,8 @@ class Demo:
         await self._worker.start()
         self._sandbox.upstream.homeservers[SERVER_NAME] = self._worker.url
         try:
-            for part in (self._two_seats, self._a_screen_share, self._an_outage, self._recovery):
+            members = MembersDemo(self._sandbox, self._report)
+            for part in (self._two_seats, self._a_screen_share, self._an_outage, self._recovery, members.run):
                 await part()
         except StepFailed:
             pass

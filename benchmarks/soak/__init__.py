@@ -1,1 +1,0 @@
-"""The soak test: random users and faults against an oracle."""

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the console shows, gathered from the guard's parts as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from attrs import define, field, frozen
+from twisted.internet.interfaces import IReactorTime
+
+from lotusguard.guard.health import Health
+from lotusguard.guard.joins.decisions import Decision, DecisionLog
+from lotusguard.guard.joins.history import Minute
+from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
+
+DECISIONS_SHOWN = 20
+REPORT_AGE = 10.0
+"""Seconds for which a health report is shown again: making one asks every dependency."""
+
+
+@frozen
+class Waiting:
+    """Somebody in a lobby. :ivar since: seconds since the epoch."""
+
+    room_id: str
+    user: str
+    since: float
+    color: str
+
+
+@frozen
+class RoomRow:
+    """One live call. :ivar limit: its seats, ``None`` for no limit."""
+
+    room_id: str
+    seats_taken: int
+    limit: int | None
+    present: Sequence[Presence]
+    awaited: Sequence[str]
+
+
+@frozen
+class Overview:
+    """Everything on the front page."""
+
+    report: dict[str, Any]
+    rooms: Sequence[RoomRow]
+    waiting: Sequence[Waiting]
+    decisions: Sequence[Decision]
+    minutes: Sequence[Minute]
+    began: Callable[[float], float]
+    """turns a time on the guard's clock into seconds since the epoch"""
+
+
+async def nobody_waits() -> Sequence[Waiting]:
+    """Without a lobby."""
+    return ()
+
+
+@define(eq=False)
+class ConsoleView:
+    """Gathers what the console shows."""
+
+    _health: Health
+    _seats: SeatBook
+    _policies: Policies
+    _decision_log: DecisionLog
+    _clock: IReactorTime
+    _wall: Callable[[], float]
+    _waiting: Callable[[], Awaitable[Sequence[Waiting]]] = nobody_waits
+    _report: dict[str, Any] = field(factory=dict, init=False)
+    _reported_at: float | None = field(default=None, init=False)
+
+    async def overview(self) -> Overview:
+        now = self._clock.seconds()
+        if self._reported_at is None or now - self._reported_at >= REPORT_AGE:
+            self._report = await self._health.report()
+            self._reported_at = self._clock.seconds()
+        rooms = sorted((self._row(s) for s in await self._seats.snapshots()), key=lambda row: -len(row.present))
+        decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
+        return Overview(
+            self._report, rooms, await self._waiting(), decisions, self._decision_log.history.last_hour(),
+            self._since_epoch,
+        )  # fmt: skip
+
+    def _since_epoch(self, at: float) -> float:
+        return self._wall() - (self._clock.seconds() - at)
+
+    async def room(self, room_id: str) -> RoomRow | None:
+        """One call; ``None`` if there is none."""
+        for snapshot in await self._seats.snapshots():
+            if snapshot.room_id == room_id:
+                return self._row(snapshot)
+        return None
+
+    def allowed(self, room_id: str, user: str) -> list[str]:
+        """What a user may publish in a room, by the names that people know."""
+        return sorted(
+            source.claim.replace("_", " ") for source in self._policies.last_known(room_id).allowed_sources(user)
+        )
+
+    def _row(self, snapshot: RoomSnapshot) -> RoomRow:
+        policy = self._policies.last_known(snapshot.room_id)
+        return RoomRow(snapshot.room_id, snapshot.seats_taken, policy.max_users, snapshot.present, snapshot.awaited)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard of a soak, in a process of its own: started, stopped, killed and measured; and its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from attrs import Factory, define
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
+
+TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "lotusguard"]
+
+
+class _Process(ProcessProtocol):
+    def __init__(self) -> None:
+        self.ended: Deferred[int] = Deferred()
+
+    def processEnded(self, reason: Any) -> None:
+        status = reason.value
+        self.ended.callback(-status.signal if status.signal else status.exitCode)
+
+
+class GuardUnderSoak:
+    """One guard at a time on the same ports, as a supervisor would run it.
+
+    :ivar usage: by process id, seconds since its start, descriptors and resident memory (kB), once a second.
+    """
+
+    def __init__(self, reactor: Any, environment: dict[str, str], log: Path, url: str) -> None:
+        self._reactor = reactor
+        self._environment = {**os.environ, **environment}
+        self._log = log
+        self._process: Any = None
+        self._protocol = _Process()
+        self._started = 0.0
+        self.url = url
+        self.usage: dict[int, list[tuple[float, int, int]]] = defaultdict(list)
+
+    async def start(self, answers: Any) -> None:
+        """Start it and wait until ``answers()`` does not raise."""
+        self._protocol = _Process()
+        output = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        root = str(Path(__file__).parents[2])
+        self._process = self._reactor.spawnProcess(
+            self._protocol, TWISTD[0], TWISTD, self._environment, root, childFDs={0: "w", 1: output, 2: output}
+        )
+        os.close(output)
+        self._started = self._reactor.seconds()
+        for _ in range(600):
+            if self._protocol.ended.called:
+                break
+            try:
+                await answers()
+            except Exception:
+                await deferLater(self._reactor, 0.05)
+            else:
+                return
+        raise RuntimeError(f"the guard does not start; see {self._log}")
+
+    async def end(self, how: signal.Signals) -> int:
+        """Send a signal and wait for the end. :return: the exit status; negative for a signal."""
+        self._process.signalProcess(how.name.removeprefix("SIG"))
+        return await self._protocol.ended
+
+    def measure(self) -> None:
+        """Record its open descriptors and its memory."""
+        if self._protocol.ended.called or self._process is None or not self._process.pid:
+            return
+        proc = Path(f"/proc/{self._process.pid}")
+        try:
+            descriptors = len(list((proc / "fd").iterdir()))
+            resident = next(line for line in (proc / "status").read_text().splitlines() if line.startswith("VmRSS:"))
+        except (OSError, StopIteration):
+            return
+        age = self._reactor.seconds() - self._started
+        self.usage[self._process.pid].append((age, descriptors, int(resident.split()[1])))
+
+    def growth(self, warm: float = 15.0) -> tuple[float, int, int, int]:
+        """Of the process that lived longest: seconds measured, most descriptors, memory when warm and at the end (kB).
+
+        Both memories are medians, of the first and the last fifth of its time after warming up.
+        """
+        lived = max(self.usage.values(), key=lambda samples: samples[-1][0])
+        samples = [sample for sample in lived if sample[0] > warm] or lived
+        fifth = max(1, len(samples) // 5)
+        first, last = (sorted(sample[2] for sample in part)[fifth // 2] for part in (samples[:fifth], samples[-fifth:]))
+        return samples[-1][0] - samples[0][0], max(sample[1] for sample in lived), first, last
+
+    def descriptors(self) -> int:
+        """How many it has open now."""
+        self.measure()
+        return self.usage[self._process.pid][-1][1]
+
+
+@define
+class GuardLog:
+    """The guard's log, as far as a soak judges it.
+
+    :ivar unenforced: the checks that could not be enforced, by request ID.
+    :ivar fail_open: time, check and reason of each of them.
+    :ivar tracebacks: errors that nobody expected; there should be none.
+    """
+
+    unenforced: dict[str, list[str]] = Factory(lambda: defaultdict(list))
+    fail_open: list[tuple[float, str, str]] = Factory(list)
+    tracebacks: list[str] = Factory(list)
+    events: Counter[str] = Factory(Counter)
+
+    @classmethod
+    def read(cls, path: Path) -> GuardLog:
+        found = cls()
+        for line in _lines(path):
+            if line is None:
+                continue
+            found.events[line["event"]] += 1
+            if "traceback" in line or line["level"] == "critical":
+                found.tracebacks.append(f"{line['message']}\n{line.get('traceback', '')}")
+            if line["event"] == "fail_open":
+                at = datetime.fromisoformat(line["time"]).timestamp()
+                found.unenforced[line["request_id"]].append(line["check"])
+                found.fail_open.append((at, line["check"], line["reason"]))
+        return found
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            yield None  # cut off by kill -9
