@@ -112,8 +112,8 @@ class Guard(MultiService):
         self.enforcement, self.changes = calls.enforcement, calls.changes
         self.residence, self.voice = rooms.residence, rooms.voice
         if settings.matrix_token.get_secret_value():
-            self.syncing = wiring.syncing(reactor, metrics, clients, state, rooms, calls, health)
-            self.syncing.setServiceParent(self)
+            syncing, self.commands = wiring.syncing(reactor, metrics, clients, state, rooms, calls, health)
+            syncing.setServiceParent(self)
 
         idle = settings.guard_upstream_timeout
         webhooks = Webhooks(calls.changes, settings.sfu_key, clients.livekit.now, metrics)

@@ -20,6 +20,7 @@ from lotusguard.clients.synapse.matrix import FIRST_SYNC, LARGEST_SYNC
 from lotusguard.clients.unconfigured import UnconfiguredDependency
 from lotusguard.config import Settings
 from lotusguard.guard.calls.changes import CallChanges
+from lotusguard.guard.calls.commands import Commands
 from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.ending import CallEnder
 from lotusguard.guard.calls.enforcement import Enforcement
@@ -33,7 +34,6 @@ from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
-from lotusguard.guard.rooms.commands import Commands
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
@@ -206,7 +206,7 @@ def rooms(
 def syncing(
     reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, kept: Calls, health: Health,
     moderation: Moderation | None = None, waiting: Callable[[str], Sequence[str]] = lambda room_id: (),
-) -> SyncService:  # fmt: skip
+) -> tuple[SyncService, Commands]:  # fmt: skip
     """What listens in the rooms that the guard's account was invited to, and answers commands there.
 
     :param waiting: the users who wait in a room's lobby.
@@ -217,7 +217,8 @@ def syncing(
         given.voice, clients.matrix, given.account, given.residence, given.policies, state.seats, kept.ender,
         moderation, waiting, health.not_enforced, reactor, metrics,
     )  # fmt: skip
-    return SyncService(clients.matrix, given.account, given.residence, events, invites, commands, reactor)
+    events.commands = commands
+    return SyncService(clients.matrix, given.account, given.residence, events, invites, reactor), commands
 
 
 def joins(

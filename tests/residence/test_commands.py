@@ -190,8 +190,8 @@ async def test_people_are_removed_muted_admitted_and_denied(start_sandbox: Start
     sandbox = await resident_sandbox(start_sandbox)
     room_id = await invited_room(sandbox)
     moderation = RecordedModeration()
-    sandbox.guard.syncing.commands.moderation = moderation
-    sandbox.guard.syncing.commands.waiting = lambda room_id: (BOB, CAROL)
+    sandbox.guard.commands.moderation = moderation
+    sandbox.guard.commands.waiting = lambda room_id: (BOB, CAROL)
     for body in (f"!call remove {BOB}", f"!call mute {CAROL}", f"!call admit {BOB}", "!call deny all"):
         await answer_to(sandbox, room_id, ALICE, body)
     assert moderation.done == [
@@ -245,5 +245,5 @@ async def test_flood_of_commands_is_answered_ten_times(start_sandbox: StartSandb
     for _ in range(40):
         sandbox.homeserver.send_message(room_id, CAROL, "!call")
     await until(lambda: counted(sandbox, "commands_total", outcome="dropped") >= 29)
-    await sandbox.guard.syncing.commands.worker.idle()
+    await sandbox.guard.commands.worker.idle()
     assert len(notices(sandbox, room_id)) <= 12

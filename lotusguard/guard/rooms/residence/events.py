@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from attrs import define, field
@@ -23,7 +23,7 @@ from lotusguard.guard.rooms.residence.residence import Residence
 from lotusguard.guard.rooms.residence.room import MESSAGE, REACTION, RoomChange
 from lotusguard.guard.rooms.residence.voice import ResidentVoice
 from lotusguard.guard.rooms.voice import Reaction
-from lotusguard.rules import commands
+from lotusguard.rules.commands import is_command as begins_as_command
 from lotusguard.rules.state import StateEvent
 
 log = Logger()
@@ -52,11 +52,21 @@ class RoomListener(Protocol):
         """The account is not in the room any more."""
 
 
+class CommandListener(Protocol):
+    """Who answers commands (`Commands`)."""
+
+    def received(self, room_id: str, event: RoomEvent) -> None:
+        """Somebody wrote a command. Returns at once."""
+
+    def stop(self) -> None:
+        """Answer no more."""
+
+
 @define(eq=False)
 class RoomEvents:
     """Passes on what happens in rooms that the account is in.
 
-    :ivar on_command: called with the room and a message that is a command.
+    :ivar commands: answers commands; ``None`` if nobody does.
     """
 
     _client: MatrixClient
@@ -65,7 +75,7 @@ class RoomEvents:
     _voice: ResidentVoice
     _listener: RoomListener
     _clock: IReactorTime
-    on_command: Callable[[str, RoomEvent], None] | None = field(default=None, init=False)
+    commands: CommandListener | None = field(default=None, init=False)
     _due: dict[str, set[str]] = field(factory=dict, init=False)
     _left: set[str] = field(factory=set, init=False)
     _recent: dict[str, dict[str, bool]] = field(factory=dict, init=False)
@@ -86,6 +96,8 @@ class RoomEvents:
     def stop(self) -> None:
         self._tellers.stop()
         self._readers.stop()
+        if self.commands is not None:
+            self.commands.stop()
         for work in list(self._background):
             work.cancel()
 
@@ -123,8 +135,8 @@ class RoomEvents:
                 continue
             if event.type == REACTION:
                 self._hear(room_id, event)
-            elif is_command(event) and self.on_command is not None:
-                self.on_command(room_id, event)
+            elif is_command(event) and self.commands is not None:
+                self.commands.received(room_id, event)
 
     def holds_commands(self, news: JoinedRoom) -> bool:
         """Whether there is a command, or a reaction, in it."""
@@ -203,7 +215,7 @@ def is_command(event: RoomEvent) -> bool:
         return False
     relation = content.get("m.relates_to")
     edited = isinstance(relation, dict) and relation.get("rel_type") == "m.replace"
-    return not edited and commands.is_command(body)
+    return not edited and begins_as_command(body)
 
 
 def _log_failure(failure: Failure) -> None:

@@ -6,15 +6,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from enum import Enum
+from typing import Protocol
 
 from attrs import define, field
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.synapse.sync_answer import SyncAnswer
 from lotusguard.guard.rooms.residence.room import ResidentRoom, RoomChange
 from lotusguard.guard.rooms.source import PushedState
-from lotusguard.guard.seats.store import StateStore
 from lotusguard.metrics import Metrics
 from lotusguard.rules.state import CREATE, StateEvent
 
@@ -27,6 +28,16 @@ STATE_KEPT = 64 * 1024 * 1024
 MEMBERS_KEPT = 500_000
 """User IDs of all rooms; in rooms that do not fit, memberships are looked up."""
 _SYNC, _ROOM, _INVITE = "sync", "room ", "invite "
+
+
+class ResidenceStore(Protocol):
+    """What must survive a restart (`StateStore`)."""
+
+    def residence(self) -> dict[str, str]:
+        """What `put_residence` wrote."""
+
+    def put_residence(self, rows: Mapping[str, str | None]) -> Deferred[bool]:
+        """Write all of these rows, or none. :return: whether they are on disk."""
 
 
 class SyncStatus(Enum):
@@ -50,7 +61,7 @@ class Residence:
     :ivar invites: who invited the account, by the ID of a room whose invitation is not settled.
     """
 
-    _store: StateStore | None
+    _store: ResidenceStore | None
     _clock: IReactorTime
     _wall: Callable[[], float]
     _metrics: Metrics

@@ -19,7 +19,6 @@ from lotusguard.clients.synapse import MatrixClient
 from lotusguard.clients.synapse.matrix import FIRST_SYNC, POLL, SYNC_GRACE, TokenUnknown, sync_filter
 from lotusguard.clients.synapse.sync_answer import SyncAnswer
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.rooms.commands import Commands
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
 from lotusguard.guard.rooms.residence.events import RoomEvents
 from lotusguard.guard.rooms.residence.invites import InviteHandler
@@ -48,14 +47,10 @@ class SyncService(Service):
     _residence: Residence
     _events: RoomEvents
     _invites: InviteHandler
-    commands: Commands
     _clock: IReactorTime
     _pause: Callable[[int], float] = _BACKOFF
     _running: Deferred[None] | None = field(default=None, init=False)
     _saved_at: float = field(default=0.0, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._events.on_command = self.commands.received
 
     def startService(self) -> None:
         super().startService()
@@ -69,7 +64,6 @@ class SyncService(Service):
             self._running.cancel()
         self._invites.stop()
         self._events.stop()
-        self.commands.stop()
         return Deferred.fromCoroutine(self._residence.save())
 
     async def _run(self) -> None:
