@@ -100,6 +100,24 @@ class Metrics:
             "malformed_policies", "State events whose value cannot be used", "event",
             known=[(event,) for event in POLICY_TYPES],
         )  # fmt: skip
+        self.resident_rooms = self._gauge("resident_rooms", "Rooms that the guard's account is in")
+        self.sync_alive = self._gauge("sync_alive", "1 while changes in those rooms reach the guard at once")
+        self.invites = self._counter(
+            "invites", "Invitations of the guard's account by outcome", "outcome",
+            known=[("accepted",), ("declined",), ("failed",), ("dropped",)],
+        )  # fmt: skip
+        self.residence_overflow = self._counter(
+            "residence_overflow", "Rooms, states or member lists that found no room in memory", "what",
+            known=[("room",), ("state",), ("members",)],
+        )  # fmt: skip
+        self.notices = self._counter(
+            "notices", "Events that the guard sent into rooms", "outcome",
+            known=[("sent",), ("failed",), ("rate_limited",)],
+        )  # fmt: skip
+        self.commands = self._counter(
+            "commands", "!call commands by outcome", "outcome",
+            known=[("done",), ("refused",), ("failed",), ("dropped",)],
+        )  # fmt: skip
         self.memberships_unknown = self._counter(
             "memberships_unknown", "Membership checks that no answer of the homeserver decided"
         )

@@ -143,11 +143,10 @@ class Guard(MultiService):
         metrics = self.metrics = Metrics()
         state = self._state = wiring.open_state(settings, reactor, metrics, wall)
         clients = self._clients = wiring.connect(settings, reactor, metrics, wall)
-        rooms = wiring.rooms(settings, reactor, metrics, clients, state)
+        rooms = wiring.rooms(settings, reactor, metrics, wall, clients, state)
         has_operators = bool(admin_listen) or settings.guard_admin_port is not None
-        voice = wiring.voice(settings, clients)
         waiting = self._waiting = wiring.waiting(
-            settings, reactor, metrics, wall, clients, state, rooms, voice, operators=has_operators
+            settings, reactor, metrics, wall, clients, state, rooms, operators=has_operators
         )
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms, waiting)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms, waiting, joins.decision_log)
@@ -155,6 +154,12 @@ class Guard(MultiService):
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
+        self.residence, self.voice = rooms.residence, rooms.voice
+        if settings.matrix_token.get_secret_value():
+            syncing, self.commands = wiring.syncing(
+                reactor, metrics, clients, state, rooms, calls, health, calls.moderator, waiting.lobby.waiting_in
+            )
+            syncing.setServiceParent(self)
 
         idle = settings.guard_upstream_timeout
         webhooks = Webhooks(calls.changes, settings.sfu_key, clients.livekit.now, metrics)
@@ -190,7 +195,8 @@ class Guard(MultiService):
             sessions = self._reloader.sessions = Sessions(token, reactor)
             operators = self._reloader.operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
-                policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
+                policies=rooms.policies, sources=rooms.sources, seats=state.seats, registry=state.registry,
+                metrics=metrics,
                 lobby=waiting.lobby, moderation=calls.moderator,
                 console=Console(view, sessions, calls.moderator, calls.changes, reactor), token=token,
             )  # fmt: skip
@@ -271,7 +277,8 @@ class Guard(MultiService):
         stopping = super().stopService()
         if isinstance(stopping, Deferred):
             await stopping
-        await self._clients.pool.closeCachedConnections()
+        for pool in self._clients.pools:
+            await pool.closeCachedConnections()
         await self._state.history.close()
         if self._state.store is not None:
             await self._state.store.close()

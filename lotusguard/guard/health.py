@@ -19,6 +19,7 @@ from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.lobby.switching import LobbySwitch
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore
@@ -36,6 +37,9 @@ RULES = ("limit", "sources", "membership", "in_call")
 MISSING = {
     "no_livekit_key": "LIVEKIT_KEY and LIVEKIT_SECRET are not set",
     "no_matrix_token": "MATRIX_TOKEN is not set",
+    "no_admin_and_no_invites": (
+        "MATRIX_TOKEN is not an admin's, and its account accepts no invitations (GUARD_INVITES): no room can be read"
+    ),
 }
 
 
@@ -48,6 +52,7 @@ class Health:
 
     _livekit: LiveKitClient
     _homeserver: SynapseClient
+    _sources: RoomSources
     _upstream: LkJwtService
     _decision_log: DecisionLog
     _changes: CallChanges
@@ -92,22 +97,31 @@ class Health:
     def _seen(self) -> tuple[object, ...]:
         """What is known about enforcing without asking anybody."""
         return (
-            self._livekit.refused, self._homeserver.refused, self._livekit.available, self._homeserver.available,
+            self._livekit.refused, self._sources.refused, self._livekit.available, self._homeserver.available,
+            *self._sources.report().values(),
             self._lately(self._decision_log.secret_mismatch_at), self._lately(self._decision_log.error_at),
             self._lease is None or self._lease.held,
         )  # fmt: skip
 
+    async def not_enforced(self) -> list[str]:
+        """What is not enforced in rooms that the guard is in, and why: for their moderators."""
+        report = await self.report()
+        if all(report["enforcing"].values()):
+            return []
+        off = [rule for rule, on in report["enforcing"].items() if not on]
+        return [f"{', '.join(off)} ({'; '.join(report['reasons']) or 'switched off'})"]
+
     async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
         livekit, synapse, upstream = await gather(
-            (_fault(self._livekit.probe), _fault(self._homeserver.probe), _fault(self._upstream.probe))
+            (_fault(self._livekit.probe), _fault(self._sources.probe), _fault(self._upstream.probe))
         )
         mismatch = self._lately(self._decision_log.secret_mismatch_at)
         errors = self._lately(self._decision_log.error_at)
         round_at = self._changes.round_at
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
-        livekit, synapse = livekit or self._livekit.refused, synapse or self._homeserver.refused
+        livekit, synapse = livekit or self._livekit.refused, synapse or self._sources.refused
         known = not livekit and not synapse and not self.dry_run
         enforcing = {
             "limit": known,
@@ -125,9 +139,10 @@ class Health:
             "enforcing": enforcing,
             "reasons": reasons,
             "dependencies": self._dependencies(faults),
+            "rooms": self._sources.report(),
             "credentials": {
                 "livekit": livekit != "no_livekit_key",
-                "matrix": synapse != "no_matrix_token" and not self._homeserver.refused,
+                "matrix": synapse not in ("no_matrix_token", "no_admin_and_no_invites") and not self._sources.refused,
             },
             "secret_mismatch_seen": mismatch,
             "internal_errors_seen": errors,
@@ -157,8 +172,9 @@ class Health:
 
     def _reasons(self, *, mismatch: bool, errors: bool, late: bool, leased: bool) -> list[str]:
         reasons = []
-        if self._homeserver.refused:
-            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._homeserver.refused})")
+        if self._sources.refused:
+            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._sources.refused})")
+        reasons += self._sources.shortcomings()
         if mismatch:
             reasons.append("upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign")
         if errors:

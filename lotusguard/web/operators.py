@@ -25,6 +25,7 @@ from lotusguard.guard.joins.decision_store import Question, RecordKind
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.joins.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
@@ -80,6 +81,7 @@ class OperatorApi:
     _enforcement: Enforcement
     _changes: CallChanges
     _policies: Policies
+    _sources: RoomSources
     _seats: SeatBook
     _registry: TokenRegistry
     _metrics: Metrics
@@ -135,6 +137,7 @@ class OperatorApi:
         ]
         return {
             "room_id": snapshot.room_id,
+            "source": self._sources.source_of(snapshot.room_id).value,
             "policy": {
                 "max_users": policy.max_users,
                 "forbidden": sorted(source.claim for source in policy.forbidden),
