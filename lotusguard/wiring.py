@@ -35,10 +35,10 @@ from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decision_store import DecisionHistory, open_history
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
-from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.lobby.notices import LobbyNotices
-from lotusguard.guard.joins.lobby.switching import LobbySwitch
 from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.notices import LobbyNotices
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites

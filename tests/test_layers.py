@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("clients", "supervision"),
     ("guard", "guard.lru", "guard.periodic", "guard.rooms"),
     ("guard.seats",),
+    ("guard.lobby",),
     ("guard.joins", "guard.calls"),  # a reader who follows a join opens no file about running calls, and vice versa
     ("guard.health",),
     ("web",),

@@ -18,7 +18,7 @@ from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
-from lotusguard.guard.joins.lobby.switching import LobbySwitch
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.roster import Roster

@@ -12,8 +12,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.lk_jwt_service import VIA, UpstreamFailed
-from lotusguard.guard.joins.lobby import LobbyStopped
 from lotusguard.guard.joins.patience import InLobby
+from lotusguard.guard.lobby import LobbyStopped
 from lotusguard.rules.refusals import JoinRefused, Refusal
 from lotusguard.rules.requests import Unreadable, WrongOrigin
 

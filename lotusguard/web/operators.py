@@ -23,7 +23,7 @@ from lotusguard.guard.calls.moderation import Moderation, ModerationAction
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.decision_store import Question, RecordKind
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
-from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.book import RoomSnapshot, SeatBook

@@ -21,10 +21,10 @@ from lotusguard.guard.joins.checks import EntryChecks, MustWait
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Stage, Verdict
 from lotusguard.guard.joins.issuing import TokenIssuer, no_token
 from lotusguard.guard.joins.join import Join
-from lotusguard.guard.joins.lobby import POLL_AGAIN, Lobby, LobbyStopped
-from lotusguard.guard.joins.lobby.colours import colour_of
 from lotusguard.guard.joins.patience import SILENT, InLobby, Patience
 from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.lobby import POLL_AGAIN, Lobby, LobbyStopped
+from lotusguard.guard.lobby.colours import colour_of
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, Policies
 from lotusguard.rules.lobby import TABLE, LobbyEntry
