@@ -68,7 +68,7 @@ class Guard:
         self.roster = SimpleNamespace(unissued=0)
         self.lease = SimpleNamespace(held=leased)
         self.sources = Sources(self.homeserver)
-        self.switch = SimpleNamespace(unattended=list)
+        self.switch = SimpleNamespace(undecidable_rooms=0)
         parts: tuple[Any, ...] = (
             self.livekit, self.homeserver, self.sources, self.upstream, self.decisions, self.changes, self.roster,
         )  # fmt: skip
