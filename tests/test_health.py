@@ -37,6 +37,26 @@ class Service:
             raise DependencyFailed("it", self.fault)
 
 
+class Sources:
+    """Where room state comes from: the homeserver's admin API."""
+
+    def __init__(self, homeserver: Service) -> None:
+        self._homeserver = homeserver
+
+    @property
+    def refused(self) -> str | None:
+        return self._homeserver.refused
+
+    async def probe(self) -> None:
+        await self._homeserver.probe()
+
+    def report(self) -> dict[str, Any]:
+        return {"admin_api": True}
+
+    def shortcomings(self) -> list[str]:
+        return []
+
+
 class Guard:
     """Health with the parts that it looks at, on a clock."""
 
@@ -47,19 +67,17 @@ class Guard:
         self.changes = SimpleNamespace(round_at=None, webhook_at=None)
         self.roster = SimpleNamespace(unissued=0)
         self.lease = SimpleNamespace(held=leased)
+        self.sources = Sources(self.homeserver)
+        self.switch = SimpleNamespace(undecidable_rooms=0)
         parts: tuple[Any, ...] = (
-            self.livekit,
-            self.homeserver,
-            self.upstream,
-            self.decisions,
-            self.changes,
-            self.roster,
-        )
-        livekit, homeserver, upstream, decisions, changes, roster = parts
+            self.livekit, self.homeserver, self.sources, self.upstream, self.decisions, self.changes, self.roster,
+        )  # fmt: skip
+        livekit, homeserver, sources, upstream, decisions, changes, roster = parts
         lease: Any = self.lease
+        switch: Any = self.switch
         self.health = Health(
-            livekit, homeserver, upstream, decisions, changes, roster, None, lease, None, self.clock, self.metrics,
-            dry_run, enforces_membership=enforces_membership, reconcile_interval=3,
+            livekit, homeserver, sources, upstream, decisions, changes, roster, None, lease, None, switch, self.clock,
+            self.metrics, dry_run, enforces_membership=enforces_membership, reconcile_interval=3,
         )  # fmt: skip
 
     def report(self) -> dict[str, Any]:

@@ -13,23 +13,27 @@ import lotusguard
 
 ROOT = Path(lotusguard.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lotusguard", "synapse_module", "terminal", "logs", "process"),  # they import nothing of ours but the version
+    # these import nothing of ours but the version
+    ("lotusguard", "synapse_module", "terminal", "logs", "process", "environment"),
     ("rules",),
     ("metrics", "config"),
     ("clients", "supervision"),
     ("guard", "guard.lru", "guard.periodic", "guard.rooms"),
     ("guard.seats",),
+    ("guard.lobby",),
     ("guard.joins", "guard.calls"),  # a reader who follows a join opens no file about running calls, and vice versa
     ("guard.health",),
     ("web",),
-    ("wiring",),
+    ("wiring", "commanding"),
+    ("reload",),
     ("tap",),
     ("check", "sandbox"),
+    ("history",),
     ("cli",),
 )
 """Packages and root modules, lowest first. Those in one row do not import each other."""
 RANKS = {part: rank for rank, row in enumerate(LAYERS) for part in row}
-GLOBAL_REACTOR = {"tap.py", "cli.py", "synapse_module.py"}
+GLOBAL_REACTOR = {"tap.py", "commanding.py", "synapse_module.py"}
 """Entry points. The last one is Synapse's, which hands out no reactor."""
 
 MODULES = sorted(ROOT.rglob("*.py"))

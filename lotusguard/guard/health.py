@@ -18,7 +18,8 @@ from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
-from lotusguard.guard.joins.lobby.switching import LobbySwitch
+from lotusguard.guard.lobby.switching import LobbySwitch
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore
@@ -36,6 +37,9 @@ RULES = ("limit", "sources", "membership", "in_call")
 MISSING = {
     "no_livekit_key": "LIVEKIT_KEY and LIVEKIT_SECRET are not set",
     "no_matrix_token": "MATRIX_TOKEN is not set",
+    "no_admin_and_no_invites": (
+        "MATRIX_TOKEN is not an admin's, and its account accepts no invitations (GUARD_INVITES): no room can be read"
+    ),
 }
 
 
@@ -49,6 +53,7 @@ class Health:
 
     _livekit: LiveKitClient
     _homeserver: SynapseClient
+    _sources: RoomSources
     _upstream: LkJwtService
     _decision_log: DecisionLog
     _changes: CallChanges
@@ -59,7 +64,7 @@ class Health:
     _lobbies: LobbySwitch
     _clock: IReactorTime
     _metrics: Metrics
-    _dry_run: bool
+    dry_run: bool
     _enforces_membership: bool
     _reconcile_interval: float
     _redis_fault: Callable[[], str] | None = None
@@ -73,7 +78,7 @@ class Health:
         self._reports = SharedLookups(self._report)
         self._began = self._watched_at = self._clock.seconds()
         self._watched = self._seen()
-        self._metrics.dry_run.set(1 if self._dry_run else 0)
+        self._metrics.dry_run.set(1 if self.dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
         """The report, as JSON. However many ask at once, the dependencies are asked once."""
@@ -94,43 +99,53 @@ class Health:
     def _seen(self) -> tuple[object, ...]:
         """What is known about enforcing without asking anybody."""
         return (
-            self._livekit.refused, self._homeserver.refused, self._livekit.available, self._homeserver.available,
+            self._livekit.refused, self._sources.refused, self._livekit.available, self._homeserver.available,
+            *self._sources.report().values(),
             self._lately(self._decision_log.secret_mismatch_at), self._lately(self._decision_log.error_at),
             self._lease is None or self._lease.held,
         )  # fmt: skip
 
+    async def not_enforced(self) -> list[str]:
+        """What is not enforced in rooms that the guard is in, and why: for their moderators."""
+        report = await self.report()
+        if all(report["enforcing"].values()):
+            return []
+        off = [rule for rule, on in report["enforcing"].items() if not on]
+        return [f"{', '.join(off)} ({'; '.join(report['reasons']) or 'switched off'})"]
+
     async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
         livekit, synapse, upstream = await gather(
-            (_fault(self._livekit.probe), _fault(self._homeserver.probe), _fault(self._upstream.probe))
+            (_fault(self._livekit.probe), _fault(self._sources.probe), _fault(self._upstream.probe))
         )
         mismatch = self._lately(self._decision_log.secret_mismatch_at)
         errors = self._lately(self._decision_log.error_at)
         round_at = self._changes.round_at
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
-        livekit, synapse = livekit or self._livekit.refused, synapse or self._homeserver.refused
-        known = not livekit and not synapse and not self._dry_run
+        livekit, synapse = livekit or self._livekit.refused, synapse or self._sources.refused
+        known = not livekit and not synapse and not self.dry_run
         shared = self._redis_fault is None or not self._redis_fault()
         enforcing = {
             "limit": known and shared,
             "sources": known and not mismatch,
-            "membership": not synapse and not self._dry_run and self._enforces_membership,
+            "membership": not synapse and not self.dry_run and self._enforces_membership,
             "in_call": known and not late and leased,
         }
         faults = {"livekit": livekit, "synapse": synapse, "upstream": upstream}
         reasons = [f"{name}: {MISSING.get(fault, fault)}" for name, fault in faults.items() if fault]
         reasons += self._reasons(mismatch=mismatch, errors=errors, late=late and not livekit, leased=leased)
-        self._tell(enforcing, reasons)
         wanted = {rule: on for rule, on in enforcing.items() if rule != "membership" or self._enforces_membership}
+        self._tell(wanted, reasons)
         return {
             "ready": all(wanted.values()) and not upstream and not errors,
             "enforcing": enforcing,
             "reasons": reasons,
             "dependencies": self._dependencies(faults),
+            "rooms": self._sources.report(),
             "credentials": {
                 "livekit": livekit != "no_livekit_key",
-                "matrix": synapse != "no_matrix_token" and not self._homeserver.refused,
+                "matrix": synapse not in ("no_matrix_token", "no_admin_and_no_invites") and not self._sources.refused,
             },
             "secret_mismatch_seen": mismatch,
             "internal_errors_seen": errors,
@@ -141,7 +156,7 @@ class Health:
                 "waiting_writes": self._store.pending if self._store is not None else 0,
                 "error": self._store_error,
             },
-            "dry_run": self._dry_run,
+            "dry_run": self.dry_run,
         }
 
     def _dependencies(self, faults: dict[str, str | None]) -> dict[str, Any]:
@@ -160,8 +175,9 @@ class Health:
 
     def _reasons(self, *, mismatch: bool, errors: bool, late: bool, leased: bool) -> list[str]:
         reasons = []
-        if self._homeserver.refused:
-            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._homeserver.refused})")
+        if self._sources.refused:
+            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._sources.refused})")
+        reasons += self._sources.shortcomings()
         if mismatch:
             reasons.append("upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign")
         if errors:
@@ -189,7 +205,7 @@ class Health:
                 f"{self._roster.unissued} participants have tokens that this guard did not issue: "
                 "lk-jwt-service can be reached past it, or another guard runs"
             )
-        if self._dry_run:
+        if self.dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")
         return reasons
 

@@ -12,8 +12,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.lk_jwt_service import VIA, UpstreamFailed
-from lotusguard.guard.joins.lobby import LobbyStopped
 from lotusguard.guard.joins.patience import InLobby
+from lotusguard.guard.lobby import LobbyStopped
 from lotusguard.rules.refusals import JoinRefused, Refusal
 from lotusguard.rules.requests import Unreadable, WrongOrigin
 
@@ -68,6 +68,9 @@ BAD_MODERATION = Reply(
     400,
     "M_BAD_JSON",
     'A JSON object {"room_id": "!…", "user": "@…", "action": "admit", "deny", "remove" or "mute"} is expected.',
+)
+BAD_QUESTION = Reply(
+    400, "M_INVALID_PARAM", "`since` and `until` are seconds since the epoch; `kind` is join or removal."
 )
 NO_BEARER = Reply(401, "M_UNAUTHORIZED", "The bearer token is missing or wrong.")
 OPERATORS_ONLY = Reply(403, "M_FORBIDDEN", "The operators' token is needed here.")

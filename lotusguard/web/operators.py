@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from urllib.parse import parse_qsl
 
 from attrs import asdict, define, field
 from klein import Klein
@@ -20,15 +21,18 @@ from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction
 from lotusguard.guard.health import Health
+from lotusguard.guard.joins.decision_store import Question, RecordKind
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
-from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.seats import HoldState
 from lotusguard.web.answers import (
     BAD_MODERATION,
+    BAD_QUESTION,
     BAD_ROOM,
     NO_ROUTE,
     NOBODY_TO_MODERATE,
@@ -44,6 +48,9 @@ from lotusguard.web.site import GuardRequest, GuardSite
 
 MAX_BODY = 4096
 """Bytes that the body of an operator's request may have, times `RELAYED_FACTOR`."""
+
+FOREVER = 1e12
+"""A time in seconds since the epoch that nobody will see."""
 
 Handler = Callable[["OperatorApi", GuardRequest], Any]
 
@@ -74,6 +81,7 @@ class OperatorApi:
     _enforcement: Enforcement
     _changes: CallChanges
     _policies: Policies
+    _sources: RoomSources
     _seats: SeatBook
     _registry: TokenRegistry
     _metrics: Metrics
@@ -129,6 +137,7 @@ class OperatorApi:
         ]
         return {
             "room_id": snapshot.room_id,
+            "source": self._sources.source_of(snapshot.room_id).value,
             "policy": {
                 "max_users": policy.max_users,
                 "forbidden": sorted(source.claim for source in policy.forbidden),
@@ -140,6 +149,13 @@ class OperatorApi:
             "awaited": list(snapshot.awaited),
             "present": present,
         }
+
+    @app.route("/decisions")
+    @for_operators
+    async def decisions(self, request: GuardRequest) -> None:
+        """What became of joins, and who was removed: ``?user=&room=&kind=&since=&until=``, oldest first."""
+        found = await self._decision_log.kept.find(_question(request))
+        answer_json(request, 200, {"decisions": [record.as_json() for record in found]})
 
     @app.route("/policy-changed", methods=["POST"])
     @for_operators
@@ -206,6 +222,18 @@ class OperatorApi:
     def failed(self, request: GuardRequest, failure: Failure) -> None:
         """See ``web/answers.py``."""
         answer_failure(request, failure)
+
+
+def _question(request: GuardRequest) -> Question:
+    """:raises Rejected: a parameter is not what it should be."""
+    query = request.uri.partition(b"?")[2].decode("ascii", "replace")
+    given = dict(parse_qsl(query, errors="replace"))
+    try:
+        kind = RecordKind(given["kind"]) if given.get("kind") else None
+        since, until = float(given.get("since") or 0.0), float(given.get("until") or FOREVER)
+    except ValueError:
+        raise Rejected(BAD_QUESTION) from None
+    return Question(since, until, given.get("user", ""), given.get("room", ""), kind)
 
 
 def _as_json(decision: Decision) -> dict[str, Any]:

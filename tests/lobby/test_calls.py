@@ -12,8 +12,8 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.task import Clock
 
-from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.lobby.switching import LobbySwitch
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
 from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import LobbyState

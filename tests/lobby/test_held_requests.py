@@ -14,8 +14,8 @@ from twisted.internet.testing import StringTransport
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.http import Answer
-from lotusguard.guard.joins.lobby import LobbyStopped
 from lotusguard.guard.joins.patience import Patience
+from lotusguard.guard.lobby import LobbyStopped
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import JoinRefused, Refusal
 from lotusguard.web.handlers import RequestHandler

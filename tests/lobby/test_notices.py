@@ -13,8 +13,8 @@ from twisted.internet.task import Clock
 
 from lotusguard import wiring
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.lobby.notices import LobbyNotices
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import LobbyState
@@ -48,6 +48,9 @@ class Room:
 
     async def membership(self, user_id: str, room_id: str) -> Membership:
         return Membership.JOIN
+
+    async def members(self, room_id: str) -> frozenset[str] | None:
+        return None
 
 
 @define(eq=False)
@@ -202,7 +205,7 @@ def test_a_notice_that_cannot_be_sent_leaves_nobody_waiting_whom_nobody_could_ad
 @pytest_twisted.ensureDeferred
 async def test_a_reaction_admits_over_the_wire(start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     voice = FakeVoice()
-    monkeypatch.setattr(wiring, "voice", lambda *_: voice)
+    monkeypatch.setattr(wiring, "ResidentVoice", lambda *_: voice)
     sandbox = await start_sandbox(guard_admin_token="")
     room_id = lobby_room(sandbox, message="Please say who you are.")
     answer = asking(sandbox, SANDBOX_BOB, room_id)

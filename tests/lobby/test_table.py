@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotusguard.guard.joins.lobby.colours import colour_of
+from lotusguard.guard.lobby.colours import colour_of
 from lotusguard.rules.lobby import TABLE, LobbyEntry, LobbyEvent, LobbyState
 from lotusguard.rules.lobby_book import HELD_PER_USER, WAITING_IN_ALL, WAITING_PER_ROOM, LobbyBook
 from lotusguard.rules.refusals import Refusal

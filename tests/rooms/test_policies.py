@@ -49,6 +49,9 @@ class Rooms:
     async def membership(self, user_id: str, room_id: str) -> Membership:
         raise NotImplementedError
 
+    async def members(self, room_id: str) -> frozenset[str] | None:
+        return None
+
     def answer(self, limit: int | None, at: int = -1) -> None:
         events = {CREATE: StateEvent(CREATE, {"room_version": "10"}, "@alice:x")}
         if limit is not None:

@@ -22,12 +22,13 @@ from lotusguard.guard.calls.entitlement import (
     PUSHES_LAPSE,
     Entitlement,
 )
-from lotusguard.guard.joins.checks import MembersOnly
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
+from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.policy import NO_POLICY
 from lotusguard.rules.state import StateEvent
@@ -75,6 +76,13 @@ class Homeserver:
             raise DependencyFailed("synapse", "status_500")
 
 
+class NoLobby:
+    """The lobby is switched off."""
+
+    async def is_on(self, room_id: str, known: KnownPolicy) -> bool:
+        return False
+
+
 class Call:
     """A call and the guard's part that is tested."""
 
@@ -83,9 +91,11 @@ class Call:
         self.clock.advance(1000)
         self.members = Members(self.homeserver, self.clock, self.metrics, TTL)
         registry = MemoryTokenRegistry(None, self.clock, self.metrics)
+        lobby = Lobby(None, self.clock, self.clock.seconds, self.metrics, 600.0)
+        switch: Any = NoLobby()
         self.entitlement = Entitlement(
-            self.members, registry, HomeserverList.parse(homeservers), members_only, lambda: name, self.clock,
-            self.metrics, TIMEOUT, interval=INTERVAL, arrival_age=TTL,
+            self.members, registry, lobby, switch, HomeserverList.parse(homeservers), members_only, lambda: name,
+            self.clock, self.metrics, TIMEOUT, interval=INTERVAL, arrival_age=TTL,
         )  # fmt: skip
 
     def join(self, *users: str) -> None:

@@ -36,6 +36,9 @@ class Homeserver:
     async def membership(self, user_id: str, room_id: str) -> Membership:
         return Membership.JOIN
 
+    async def members(self, room_id: str) -> frozenset[str] | None:
+        return None
+
 
 class LiveKit:
     """Nobody is in any SFU room."""

@@ -79,23 +79,32 @@ class CallChanges:
             self._enforcement.enforce(alias)
 
     async def room_changed(self, room_id: str, user: str = "", *, from_guard: bool = False) -> None:
-        """The homeserver says that a room's state or memberships changed: read them again and enforce at once.
+        """The homeserver's module says that a room's state or memberships changed: read them again and enforce at once.
 
         :param user: whose membership changed, if only one did.
         :param from_guard: another guard says so; the others know.
         """
         if user:
             self._entitlement.membership_pushed()
-        self._policies.forget_freshness(room_id)
-        self._members.forget_freshness(room_id, user)
         if self._tell_others is not None and not from_guard:
             await self._tell_others(room_id, user)
+        await self.resident_room_changed(room_id, user)
+
+    async def resident_room_changed(self, room_id: str, user: str = "") -> None:
+        """The same, heard by our account in the room. It says nothing about other rooms."""
+        self._policies.forget_freshness(room_id)
+        self._members.forget_freshness(room_id, user)
         main = room_alias(room_id, ROOM_SLOT)
         if self._roster.may_exist(main):  # the call may be older than the guard
             await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
         issued = [alias for alias in await self._registry.aliases_of(room_id) if self._roster.may_exist(alias)]
         for alias in {*issued, *await self._seats.aliases(room_id)}:  # none without a call
             self._enforcement.enforce(alias)
+
+    async def resident_room_left(self, room_id: str) -> None:
+        """Our account is no longer in the room: what it heard there holds no longer."""
+        self._policies.forget(room_id)
+        await self.resident_room_changed(room_id)
 
     async def reconcile(self) -> None:
         """One round: what webhooks missed.

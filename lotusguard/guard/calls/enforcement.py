@@ -59,7 +59,7 @@ class Enforcement:
     _clock: IReactorTime
     _metrics: Metrics
     _lookup_timeout: float
-    _eject: bool
+    eject: bool
     _leases: RoomLease | None = None
     watched: dict[str, int] = field(factory=dict, init=False)
     _unrestricted: LRUCache[str, None] = field(factory=lambda: LRUCache(UNRESTRICTED_KEPT), init=False)
@@ -164,13 +164,13 @@ class Enforcement:
             return
         await self._roster.refresh(room_id, since, self._deadline(), slot.slot_id)
         for hold in await self._seats.overflow(room_id, policy.max_users):
-            if not self._eject or not self._participants.acts:
+            if not self.eject or not self._participants.acts:
                 self._participants.skipped("remove", room_id, hold.alias, hold.identity, Refusal.FULL.value, hold.sid)
             elif hold in await self._seats.overflow(room_id, policy.max_users) and await self._participants.remove(
                 room_id, hold.alias, hold.identity, hold.user, Refusal.FULL.value
             ):  # asked again for each: while others were removed a seat may have become free
                 await self._roster.removed(slot, hold.alias, hold.sid, hold.identity)
-        if not self._eject or not self._participants.acts:
+        if not self.eject or not self._participants.acts:
             await self._seats.seat_everybody(room_id)
 
     def _watch(self, alias: str, participants: int) -> None:

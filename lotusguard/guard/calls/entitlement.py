@@ -12,8 +12,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.waiting import Deadline, gather_in_turns
-from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.lobby.switching import LobbySwitch
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import KnownMembership, Members
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry

@@ -15,7 +15,7 @@ from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import ModerationAction
 from lotusguard.guard.calls.participants import ParticipantEnforcer
-from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import Roster

@@ -56,20 +56,22 @@ class ParticipantEnforcer:
     :param restore: give back what the guard withheld or revoked, once it is allowed again.
     :param dry_run: decide, log and count, change nothing.
     :param may_act: whether this guard may change participants; not while another one runs on its state directory.
+    :param removed: is told of each removal: user, room and reason.
     """
 
     _livekit: LiveKitClient
     _registry: TokenRegistry
     _metrics: Metrics
-    _restore: bool
-    _dry_run: bool
+    restore: bool
+    dry_run: bool
     _may_act: Callable[[], bool]
+    _removed: Callable[[str, str, str], None] = lambda user, room_id, reason: None
     _logged: LRUCache[tuple[str, ...], None] = field(factory=lambda: LRUCache(LOGGED_KEPT), init=False)
 
     @property
     def acts(self) -> bool:
         """Whether participants are changed at all."""
-        return not self._dry_run and self._may_act()
+        return not self.dry_run and self._may_act()
 
     async def remove(self, room_id: str, alias: str, identity: str, user: str, reason: str) -> bool:
         """Disconnect a participant. Their token stays valid. :return: whether they are gone."""
@@ -84,6 +86,7 @@ class ParticipantEnforcer:
             except NoSuchParticipant:
                 return True
             self._metrics.removals.labels(reason).inc()
+            self._removed(user or identity, room_id, reason)
             log.info(
                 "removed {user} from the call of {room_id}: {reason}",
                 user=user, identity=identity, room_id=room_id, alias=alias, reason=reason, event_name="removed",
@@ -111,7 +114,7 @@ class ParticipantEnforcer:
     async def _due(self, alias: str, participant: ParticipantInfo, known: KnownPolicy) -> _Adjustment | None:
         """What has to change for a participant, as the listing shows them; ``None`` if nothing has to."""
         policy = known.policy
-        owed = await self._owed(alias, participant.identity) if self._restore and known.is_certain else NO_SOURCE
+        owed = await self._owed(alias, participant.identity) if self.restore and known.is_certain else NO_SOURCE
         if not owed and not policy:
             return None
         user = await self._registry.user_behind(alias, participant.identity)

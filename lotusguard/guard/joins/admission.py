@@ -21,10 +21,10 @@ from lotusguard.guard.joins.checks import EntryChecks, MustWait
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Stage, Verdict
 from lotusguard.guard.joins.issuing import TokenIssuer, no_token
 from lotusguard.guard.joins.join import Join
-from lotusguard.guard.joins.lobby import POLL_AGAIN, Lobby, LobbyStopped
-from lotusguard.guard.joins.lobby.colours import colour_of
 from lotusguard.guard.joins.patience import SILENT, InLobby, Patience
 from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.lobby import POLL_AGAIN, Lobby, LobbyStopped
+from lotusguard.guard.lobby.colours import colour_of
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, Policies
 from lotusguard.rules.lobby import TABLE, LobbyEntry
@@ -60,7 +60,7 @@ class Admission:
     _clock: IReactorTime
     _lookup_timeout: float
     _upstream_timeout: float
-    _dry_run: bool
+    dry_run: bool
     _lobby: Lobby
     _longest_wait: float
 
@@ -103,7 +103,7 @@ class Admission:
             return await forward(request.body, deadline.at)
         lookups = Deadline(self._clock, arrived + self._lookup_timeout)
         join = Join(
-            request, request.room_id, decision, self._log, deadline, lookups, self._lookup_timeout, self._dry_run
+            request, request.room_id, decision, self._log, deadline, lookups, self._lookup_timeout, self.dry_run
         )
         try:
             if request.openid is not None:
@@ -112,9 +112,19 @@ class Admission:
             return await self._admit_after_waiting(join, forward, patience)
         except (JoinRefused, UpstreamFailed, CancelledError, InLobby, LobbyStopped):
             raise
-        except Exception:  # of our own: the token is still rebuilt
+        except Exception:
             self._log.failure(decision, "join")
-            return await self._issuer.issue(join, await self._forward(join, forward, request.body), None)
+        return await self._admit_unchecked(join, forward)
+
+    async def _admit_unchecked(self, join: Join, forward: Forward) -> Answer:
+        """Our own code failed: the join goes on without a seat, and its token is rebuilt as far as that is possible."""
+        answer = await self._forward(join, forward, join.request.body)
+        token = self._issuer.read(join, answer)
+        if token is not None and not join.user:
+            join.user = join.decision.user = self._issuer.named_user(join, token)
+        if join.known.freshness is Freshness.UNKNOWN:
+            await self._look_up_policy(join, join.deadline.sooner(self._lookup_timeout))
+        return await self._issuer.issue(join, answer, None)
 
     # -- waiting in the lobby ------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import gather
 from lotusguard.guard.joins.decisions import Stage, Verdict
 from lotusguard.guard.joins.join import Join
-from lotusguard.guard.joins.lobby import Lobby
-from lotusguard.guard.joins.lobby.switching import LobbySwitch
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook

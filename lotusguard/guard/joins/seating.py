@@ -79,7 +79,7 @@ class Seating:
                         return None
                     waited = unused = True
                 elif not await self._has_new_policy(join, taken):
-                    self._refuse(join, taken)
+                    await self._refuse(join, taken)
                     return None
         finally:
             if unused:  # others may find a seat that this join was woken for
@@ -161,11 +161,13 @@ class Seating:
         await self._checks.read_policy_again(join)
         return join.policy != before
 
-    def _refuse(self, join: Join, refusal: Refusal) -> None:
+    async def _refuse(self, join: Join, refusal: Refusal) -> None:
         """:raises JoinRefused: except in a dry run."""
         if refusal is Refusal.TOO_MANY_SLOTS:
             self._metrics.slots_rejected.inc()
             join.refuse(refusal, SLOTS_RETRY)
             return
-        join.decision.seats = f"all {join.policy.max_users} seats are taken"
+        holders = sorted(await self._seats.occupants(join.room_id))
+        join.decision.holders = holders
+        join.decision.seats = f"limit {join.policy.max_users}, {len(holders)} users in the call or about to join"
         join.refuse(refusal)

@@ -13,7 +13,7 @@ from twisted.internet.task import deferLater
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline, FreshLookups
-from lotusguard.guard.rooms.source import RoomStateSource
+from lotusguard.guard.rooms.source import NOTHING_PUSHED, PushedRooms, RoomStateSource
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
 
@@ -52,12 +52,14 @@ class Members:
     """Memberships of users of whatever homeserver, as far as ours knows.
 
     :param ttl: seconds for which a membership is believed.
+    :param pushed: rooms whose memberships are pushed. There, "joined" is believed without a TTL.
     """
 
     _source: RoomStateSource
     _clock: IReactorTime
     _metrics: Metrics
     _ttl: float
+    _pushed: PushedRooms = NOTHING_PUSHED
     _known: LRUCache[_Key, KnownMembership] = field(init=False)
     _changed: LRUCache[tuple[str, str], float] = field(factory=lambda: LRUCache(50_000), init=False)
     _lookups: FreshLookups[_Key, Membership] = field(init=False)
@@ -78,6 +80,8 @@ class Members:
         :param since: the lookup must have begun at this time or later.
         :param max_age: seconds for which a membership is believed here, instead of the TTL.
         """
+        if since is None and self._pushed.is_joined(room_id, user):
+            return KnownMembership(Membership.JOIN, self._clock.seconds())
         key = _Key(room_id, user)
         needed = max(self._oldest(key, self._ttl if max_age is None else max_age), since or 0.0)
         known = self._known.get(key)
@@ -139,6 +143,9 @@ class Members:
         )
 
     def last_known(self, room_id: str, user: str) -> KnownMembership | None:
+        """The membership as it was last heard, however long ago; ``None`` if it never was."""
+        if self._pushed.is_joined(room_id, user):
+            return KnownMembership(Membership.JOIN, self._clock.seconds())
         return self._known.get(_Key(room_id, user))
 
     def forget_freshness(self, room_id: str, user: str = "") -> None:

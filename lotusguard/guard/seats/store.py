@@ -7,9 +7,10 @@ that was committed; a machine that loses its power may.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ _PUT_LOBBY = """INSERT OR REPLACE INTO lobby (room_id, user, id, state, began, e
 _DROP_LOBBY = "DELETE FROM lobby WHERE room_id = ? AND user = ?"
 _LOBBY = """SELECT room_id, user, id, state, began, expires, notice FROM lobby
     WHERE expires > ? ORDER BY expires DESC LIMIT ?"""
+_PUT_RESIDENCE = """INSERT OR REPLACE INTO residence (name, value)
+    SELECT json_extract(row.value, '$[0]'), json_extract(row.value, '$[1]') FROM json_each(?) AS row"""
+_DROP_RESIDENCE = "DELETE FROM residence WHERE value IS NULL"
 _PUT_CLOCK = "INSERT OR REPLACE INTO clock (name, at) VALUES (?, ?)"
 _ALIASES = """SELECT alias, room_id, slot_id FROM
     (SELECT rowid AS written, * FROM aliases ORDER BY rowid DESC LIMIT ?) ORDER BY written"""
@@ -197,6 +201,10 @@ class StateStore:
         rows = self._rows(_LOBBY, (self._wall(), LOBBY_READ), str, str, str, str, float, float, str)
         return [StoredLobbyEntry(*row) for row in rows]
 
+    def residence(self) -> dict[str, str]:
+        """What `put_residence` wrote: values by name."""
+        return dict(self._rows("SELECT name, value FROM residence WHERE value IS NOT NULL", (), str, str))
+
     def _rows(self, query: str, values: tuple[object, ...], *types: Any) -> Iterator[tuple[Any, ...]]:
         """The rows whose values have these types. Others are counted, and the rest of a damaged table counts as one."""
         try:
@@ -255,6 +263,16 @@ class StateStore:
         """A lobby entry has ended."""
         self._writer.put(("lobby", room_id, user), _DROP_LOBBY, (room_id, user))
 
+    def put_residence(self, rows: Mapping[str, str | None]) -> Deferred[bool]:
+        """Write what is known by being in rooms: all of these rows or none.
+
+        A newer call replaces one that is not on disk yet, so its rows must include those of the older one.
+
+        :param rows: values by name; ``None`` deletes. :return: as `put_hold`.
+        """
+        statement = json.dumps(list(rows.items()))
+        return self._writer.put_now(("residence",), _PUT_RESIDENCE, (statement,))
+
     async def close(self) -> None:
         """Write what is left, as far as it can be written, and close the file."""
         if self._heartbeat.active():
@@ -272,6 +290,7 @@ class StateStore:
         self._put_clock("last_alive", now)
         self._writer.clean_up(
             [
+                (_DROP_RESIDENCE, ()),
                 ("DELETE FROM holds WHERE present = 0 AND expires < ?", (now,)),
                 ("DELETE FROM holds WHERE present = 1 AND expires < ?", (now - PRESENT_KEPT,)),
                 ("DELETE FROM lobby WHERE expires < ?", (now,)),

@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IReactorTime
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.joins.history import Minute
-from lotusguard.guard.joins.lobby import Waiting
+from lotusguard.guard.lobby import Waiting
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
 

@@ -14,7 +14,7 @@ from twisted.logger import Logger
 
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry

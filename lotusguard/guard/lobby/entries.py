@@ -11,8 +11,8 @@ from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.waiting import Deadline, fire_all
-from lotusguard.guard.joins.lobby.colours import colour_of
-from lotusguard.guard.joins.lobby.log import LobbyLog
+from lotusguard.guard.lobby.colours import colour_of
+from lotusguard.guard.lobby.log import LobbyLog
 from lotusguard.guard.seats.store import StateStore, StoredLobbyEntry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import TABLE, LobbyEntry, LobbyEvent, LobbyState

@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline, run_in_background
-from lotusguard.guard.joins.lobby import Lobby
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.voice import Reaction, RoomVoice
 from lotusguard.rules.lobby import LobbyEntry, LobbyState
@@ -27,6 +27,8 @@ ADMIT, DENY = "✅", "❌"
 _DECISIONS: Mapping[str, bool] = {ADMIT: True, DENY: False}
 _EMOJI_STYLE = "\ufe0f"
 """The variation selector that some clients put after an emoji."""
+BUSY = frozenset(("rate_limited", "queue_full", "status_429"))
+"""Why a notice is not sent for now; people wait on, as long as they may."""
 NOTICE_EVERY = 60.0
 """Seconds between two notices about the same person in the same room. A notice about somebody who stopped waiting stays
 for as long, in case they ask again."""
@@ -140,7 +142,9 @@ class LobbyNotices:
             "could not ask {room_id} about {user}: {reason}",
             room_id=notice.room_id, user=notice.user, reason=reason, event_name="lobby_notice_failed",
         )  # fmt: skip
-        if not self._operators_can_decide:  # nobody knows that they wait
+        if reason in BUSY:  # a flood must not open the lobby: tried again
+            self._last.pop((notice.room_id, notice.user), None)
+        elif not self._operators_can_decide:  # nobody knows that they wait
             self._lobby.decide(notice.room_id, notice.user, admit=True, by="nobody can be asked, so the guard")
 
     def _redact(self, notice: _Notice) -> None:
