@@ -19,7 +19,7 @@ _RUN = """
 local call = cjson.decode(ARGV[1])
 local stored = redis.call('GET', KEYS[1])
 local room = stored and cmsgpack.unpack(stored)
-  or {unlimited_at = call.unlimited_at, touched = 0, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {}}
+  or {unlimited_at = call.unlimited_at, touched = 0, vacated = 0, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {}}
 Seats.open(room)
 if call.now ~= cjson.null then Seats.advance(call.now) end
 local now = call.now ~= cjson.null and call.now or 0
@@ -48,7 +48,8 @@ end
 local closed = Seats.close()
 redis.call('SET', KEYS[1], cmsgpack.pack(closed), 'EX', 600)
 if answer == nil then answer = cjson.null end
-return cjson.encode({answer = precise(answer), holds = precise(closed.holds), listed = precise(closed.listed)})
+return cjson.encode({answer = precise(answer), holds = precise(closed.holds), listed = precise(closed.listed),
+                      vacated = precise(closed.vacated)})
 """
 RUN = with_rules(_RUN)
 _rooms = count(1)
@@ -87,6 +88,7 @@ class ValkeySeats:
         self._unlimited_at = unlimited_at
         self._sha = shared_client().script_load(RUN.text)
         self.holds: list[Hold] = []
+        self.vacated = 0.0
         self._listed: dict[str, float] = {}
 
     def _run(self, name: str, now: float | None, *arguments: object) -> Any:
@@ -96,6 +98,7 @@ class ValkeySeats:
         }  # fmt: skip
         told = json.loads(shared_client().evalsha(self._sha, 1, self._key, json.dumps(call)))
         self.holds = [_hold(hold) for hold in _plain(told["holds"])]
+        self.vacated = _plain(told["vacated"])
         listed = _plain(told["listed"])
         self._listed = dict(listed) if listed else {}
         return _plain(told["answer"])
@@ -177,6 +180,15 @@ class ValkeySeats:
     def awaited(self, now: float) -> set[str]:
         return set(self._run("awaited", now))
 
+    def occupants(self, now: float) -> set[str]:
+        return set(self._run("occupants", now))
+
+    def is_occupied(self, now: float) -> bool:
+        return bool(self._run("is_occupied", now))
+
+    def forget_old(self, now: float, ttl: float) -> None:
+        self._run("forget_old", now, ttl, 0.0)
+
     def aliases(self) -> set[str]:
         return set(self._run("aliases", None))
 
@@ -210,6 +222,7 @@ class ComparedSeats:
             other = getattr(self.valkey, name)(*args, **kwargs)
             assert _comparable(other) == _comparable(answer), name
             assert _comparable(self.valkey.holds) == _comparable(_holds(self.memory)), name
+            assert self.valkey.vacated == self.memory.vacated, name
             return answer
 
         return call

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import RECONNECT_WINDOW, RoomSeats
+from lotusguard.rules.room_seats import RECONNECT_WINDOW, UNCONFIRMED_KEPT, RoomSeats
 from lotusguard.rules.seats import TABLE, Arrival, HoldEvent, HoldState, IdentityKey
 from tests.redis.rooms import ComparedSeats
 
@@ -476,3 +476,31 @@ def test_a_participant_who_becomes_exempt_frees_the_seat_and_keeps_the_place() -
     leave(seats, "a", 3)
     listing(seats, 1, 4, "b")
     assert refused(seats, "a", 1, 4) is Refusal.FULL
+
+
+def test_an_ended_hold_that_no_listing_confirms_is_forgotten_after_a_while() -> None:
+    seats = room()
+    issue(seats, "a", 1)
+    seats.forget_old(TTL + UNCONFIRMED_KEPT - 1, TTL)
+    assert refused(seats, "b", 1, TTL + UNCONFIRMED_KEPT - 1) is Refusal.FULL
+    seats.forget_old(TTL + UNCONFIRMED_KEPT, TTL)
+    assert refused(seats, "b", 1, TTL + UNCONFIRMED_KEPT) is None
+
+
+def test_a_room_is_occupied_by_tokens_in_time_and_participants_but_not_by_requests() -> None:
+    seats = room()
+    take(seats, "a", None)
+    assert not seats.is_occupied(0.0)
+    assert seats.occupants(0.0) == {"a"}
+    issue(seats, "b", None)
+    assert seats.is_occupied(TTL - 1)
+    assert seats.occupants(TTL - 1) == {"a", "b"}
+    assert not seats.is_occupied(TTL)
+    assert seats.occupants(TTL) == {"a"}
+
+
+def test_tokens_that_cannot_be_read_do_not_replace_each_other() -> None:
+    seats = room()
+    for user in ("a", "b"):
+        seats.issue(take(seats, user, 2), ALIAS, "", 0.0, TTL)
+    assert refused(seats, "c", 2) is Refusal.FULL

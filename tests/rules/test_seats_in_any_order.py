@@ -190,13 +190,16 @@ class Calls(RuleBasedStateMachine):
         holds = [*self.seats.pending.values(), *self.seats.reserved.values(), *self.seats.sessions.values()]
         assert self.seats.seats_taken(self.now) == len({hold.user for hold in holds if hold.rules.takes_seat})
         assert self.seats.aliases() == {hold.alias for hold in holds}
+        assert self.seats.occupants(self.now) == {hold.user for hold in holds if not hold.rules.unconfirmed}
+        occupies = [hold for hold in holds if hold.state is not HoldState.PENDING and not hold.rules.unconfirmed]
+        assert self.seats.is_occupied(self.now) == bool(occupies)
 
 
 class CallsCompared(Calls):
     make = ComparedSeats
 
 
-Calls.TestCase.settings = settings(max_examples=400, stateful_step_count=30, deadline=None)
-CallsCompared.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+Calls.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+CallsCompared.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestCalls = Calls.TestCase
 TestCallsCompared = CallsCompared.TestCase

@@ -2,15 +2,19 @@
 -- The seats of one Matrix room: the rules of lotusguard/rules/room_seats.py, step by step, on the table TABLE that is
 -- generated from lotusguard/rules/seats.py. Tests run both side by side. Times are seconds.
 --
--- A room is {unlimited_at, touched, holds = {hold…}, listed = {alias → time}, ended = {session → time},
+-- A room is {unlimited_at, touched, vacated, holds = {hold…}, listed = {alias → time}, ended = {session → time},
 -- chains = {user → {expires, asked}}, exempt = {user → true}}. A hold has the fields of lotusguard.rules.seats.Hold, and
 -- for a pending one "lease": when it ends unless its guard renews it.
 
 local COUNTED = {'takes_seat', 'full', 'owns_seat', 'removes', 'in_call'}
+local ENDINGS = {leave = true, vanish = true, expire = true}
 local NOBODY = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0, in_call = 0, exempt = false}
 local Seats = {}
 
 local function key_of(alias, name) return alias .. '\0' .. name end
+
+-- The identity of a token. One that cannot be read gets one of its own, so that it replaces no other hold.
+local function identity_of(identity, hold_id) return identity ~= '' and identity or hold_id end
 
 -- What is derived from the holds. "list" has holes: it keeps the order in which the holds got where they are.
 local room, list, last, users, total, sessions, sessions_of, reserved, pending, aliases, alias_count
@@ -128,6 +132,7 @@ function move(hold, event, at)
   if after == nil then error('a hold that is ' .. hold.state .. ' cannot ' .. event) end
   take_out(hold)
   uncount(hold)
+  if ENDINGS[event] then room.vacated = math.max(room.vacated, at) end
   if after then
     hold.state = after
     local key = key_of(hold.alias, hold.identity)
@@ -137,7 +142,7 @@ function move(hold, event, at)
     elseif not (rules.in_call and (reserved[key] or sessions_of[key])) then
       -- else the identity has a newer token or session, which keeps the seat
       if event == 'leave' or event == 'vanish' then
-        hold.began, hold.sid = at, ''
+        hold.began = at
         hold.expires = event == 'leave' and at or at + RECONNECT_WINDOW
       end
       put_reserved(key, hold)
@@ -245,12 +250,13 @@ function Seats.issue(now, hold_id, alias, identity, ttl)
   if not hold then return known(hold_id) end
   take_out(hold)
   uncount(hold)
-  return reserve(hold, alias, identity, now, ttl)
+  return reserve(hold, alias, identity_of(identity, hold_id), now, ttl)
 end
 
 function Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl)
   local hold = known(hold_id)
   if hold then return hold end
+  identity = identity_of(identity, hold_id)
   hold = {id = hold_id, user = user, state = 'pending', alias = alias, identity = identity, sid = '', began = now,
           expires = 0}
   if owns_seat(user) then return reserve(hold, alias, identity, now, ttl) end
@@ -304,7 +310,7 @@ function Seats.leave(now, alias, sid, identity, left_by, by_choice)
   local at = key_of(alias, sid)
   room.ended[at] = now
   local issued = reserved[key_of(alias, identity)]
-  if by_choice and issued and issued.began <= left_by then move(issued, 'leave', now) end
+  if by_choice and issued and (issued.began <= left_by or sid ~= '' and issued.sid == sid) then move(issued, 'leave', now) end
   local hold = sessions[at]
   if hold then move(hold, by_choice and 'leave' or 'vanish', now) end
 end
@@ -404,6 +410,7 @@ function Seats.restore(now, hold_id, user, alias, identity, present, expires)
     id = hold_id, user = user, state = present and 'left' or 'issued', alias = alias, identity = identity, sid = '',
     began = now, expires = present and now or expires,
   })
+  room.vacated = math.max(room.vacated, now)
 end
 
 function Seats.knows(alias, identity)
@@ -459,9 +466,10 @@ function Seats.awaited(now)
   end))
 end
 
+-- Users who are in the call, have a token in time, or have a request in flight.
 function Seats.occupants(now)
   return names_of(holds_where(function(hold)
-    return TABLE[hold.state].in_call or hold.state ~= 'pending' and TABLE[hold.state].owns_seat
+    return not TABLE[hold.state].unconfirmed
   end))
 end
 
@@ -482,11 +490,21 @@ function Seats.listing_required_since(now)
 end
 
 function Seats.is_idle(now) return next(users) == nil end
-function Seats.is_occupied(now) return next(sessions) ~= nil or next(reserved) ~= nil end
+
+-- Whether anybody is in the call or has a token in time, as far as we know; requests in flight do not count.
+function Seats.is_occupied(now)
+  for i = 1, last do
+    if list[i] and list[i].state ~= 'pending' and not TABLE[list[i].state].unconfirmed then return true end
+  end
+  return false
+end
 
 -- Drop what no delayed event can refer to any more.
 function Seats.forget_old(now, ttl, listing_kept)
   forget_ended(now)
+  for _, hold in ipairs(holds_where(function(hold)
+    return TABLE[hold.state].unconfirmed and hold.expires + UNCONFIRMED_KEPT <= now
+  end)) do move(hold, 'confirm', now) end
   for user, chain in pairs(room.chains) do
     if chain.asked + ttl < now then room.chains[user] = nil end
   end

@@ -1,6 +1,6 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- One step on one room: read it, let everything expire that has, do what is asked, write it.
--- KEYS[1]: the room. ARGV[1]: JSON {epoch, guarding_since, room_id, operations = [[name, arguments…]…]}.
+-- KEYS[1]: the room. ARGV[1]: JSON {epoch, guarding_since, remembered_since, room_id, operations = [[name, arguments…]…]}.
 -- The answer is JSON {now, listed = {alias → time}, aliases, results}. Times are text, because cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
@@ -21,7 +21,7 @@ end
 local stored = redis.call('GET', KEYS[1])
 local room = stored and cmsgpack.unpack(stored) or {
   unlimited_at = request.guarding_since, touched = now, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {},
-  devices = {}, empty_since = now, epoch = request.epoch,
+  vacated = now, epoch = request.epoch,
 }
 Seats.open(room)
 local ended = Seats.advance(now)  -- whether a request in flight has ended: somebody who waits may find a seat
@@ -30,7 +30,7 @@ if room.epoch ~= request.epoch then
   room.epoch = request.epoch
 end
 
-local function has_ended() return room.empty_since ~= nil and now - room.empty_since >= CALL_ENDED_AFTER end
+local function has_ended() return not Seats.is_occupied(now) and now - room.vacated >= CALL_ENDED_AFTER end
 
 local Writing = {}
 
@@ -42,6 +42,7 @@ end
 
 function Writing.issue(hold_id, user, alias, identity, device, ttl)
   local hold = Seats.issue(now, hold_id, alias, identity, ttl)
+  Seats.forget_old(now, ttl, LISTING_KEPT)  -- where nothing is enforced nobody lists
   ended = true
   -- its guard could not renew it in time, or the data set was lost: the token is sent all the same
   if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl) end
@@ -93,9 +94,13 @@ end
 
 function Writing.apply_listing(alias, present, limit, since, ttl)
   local arrivals = {}
-  for place, who in ipairs(present) do arrivals[place] = arrival(who) end
-  -- the call is older than our memory of it, and somebody must have started it
-  if not room.listed[alias] and #arrivals > 0 then room.started = true end
+  for place, who in ipairs(present) do
+    local arrived = arrival(who)
+    arrivals[place] = arrived
+    if not room.listed[alias] and (not arrived.joined or arrived.joined <= request.remembered_since) then
+      room.started = true  -- the call is older than our memory of it, and somebody must have started it
+    end
+  end
   Seats.apply_listing(now, alias, arrivals, given(limit), since)
   Seats.forget_old(now, ttl, LISTING_KEPT)
   return true
@@ -116,6 +121,7 @@ end
 
 function Writing.start()
   room.started = true
+  room.vacated = math.max(room.vacated, now)  -- whoever starts it is about to be given a token
   return true
 end
 
@@ -144,11 +150,6 @@ for place, operation in ipairs(request.operations) do
 end
 
 if writes then
-  if Seats.is_occupied(now) then
-    room.empty_since = nil
-  elseif not room.empty_since then
-    room.empty_since = now
-  end
   if has_ended() then room.started = nil end
   if room.waited_until and room.waited_until <= now then room.waited_until = nil end
   local kept = Seats.is_idle(now) and IDLE_ROOM or OCCUPIED_ROOM

@@ -46,13 +46,21 @@ class RoomSteps:
     _clock: IReactorTime
     _guarding_since: float
     clock: ServerClock = field(init=False, factory=ServerClock)
+    _epoch: str = field(init=False, default="")
+    _remembered_since: float = field(init=False)
     _listed: OrderedDict[str, Listed] = field(init=False, factory=OrderedDict)
     _first: OrderedDict[str, list[Operation]] = field(init=False, factory=OrderedDict)
 
+    def __attrs_post_init__(self) -> None:
+        self._remembered_since = self._guarding_since
+
     def forget(self) -> None:
-        """The server may be another one, or have another data set."""
+        """The server may be another one, or have another data set. Calls may be older than what it remembers."""
         self.clock.reset()
         self._listed.clear()
+        if self._epoch and self._epoch != self._redis.epoch:
+            self._remembered_since = self._clock.seconds()
+        self._epoch = self._redis.epoch
 
     def first(self, room_id: str, operation: Operation) -> None:
         """Do this at the beginning of the next step on a room. It saves a script of its own."""
@@ -81,6 +89,7 @@ class RoomSteps:
         request = {
             "epoch": self._redis.epoch,
             "guarding_since": self.clock.to_server(self._guarding_since),
+            "remembered_since": self.clock.to_server(self._remembered_since),
             "room_id": room_id,
             "operations": operations,
         }
