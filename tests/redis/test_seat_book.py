@@ -15,7 +15,7 @@ from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seats import Arrival
 from tests.conftest import until
 
-from .guards import GuardSeats, guards, reactor
+from .guards import LEASE, GuardSeats, guards, reactor
 
 ALIAS = "alias"
 
@@ -140,7 +140,7 @@ async def test_a_killed_guard_keeps_what_it_issued_and_loses_what_was_in_flight(
         began = reactor.seconds()
         assert await other.book.take(room, "new", 2, ALIAS) is Refusal.SEAT_PENDING
         await Deferred.fromCoroutine(join(other, room, "new", 2)).addTimeout(30, reactor)
-        assert reactor.seconds() - began >= 2.0, "a request in flight ended before its time"
+        assert reactor.seconds() - began >= LEASE / 2, "a request in flight ended before its time"
         assert await other.book.owns_seat(room, "issued")
         assert await other.book.take(room, "third", 2, ALIAS) is Refusal.FULL
 
@@ -151,7 +151,7 @@ async def test_a_request_in_flight_lasts_as_long_as_its_guard(url: str, room: st
         await listed(first, room, 1)
         hold_id = await first.book.take(room, "a", 1, ALIAS)
         assert isinstance(hold_id, str)
-        end = reactor.seconds() + 6.0
+        end = reactor.seconds() + 1.2 * LEASE
         await until(lambda: reactor.seconds() > end)
         assert await second.book.take(room, "b", 1, ALIAS) is Refusal.SEAT_PENDING
         await first.book.issue(room, hold_id, Issued(ALIAS, "a"), durable=True)

@@ -37,6 +37,7 @@ class RedisSeatBook:
 
     :param guarding_since: see `MemorySeatBook`.
     :param own: gets what this guard issues.
+    :param lease: seconds after which a request in flight ends unless its guard renews it.
     """
 
     _redis: RedisClient
@@ -46,6 +47,7 @@ class RedisSeatBook:
     _guarding_since: float
     _rebuilding: Rebuilding
     _own: OwnHolds
+    _lease: float = PENDING_LEASE
     unshared: bool = field(init=False, default=False)
     _steps: RoomSteps = field(init=False)
     _waiting: WaitingJoins = field(init=False)
@@ -69,7 +71,7 @@ class RedisSeatBook:
         self._pending[hold_id] = (room_id, user)  # renewed from now on: the answer may take long
         taken = False
         try:
-            refusal = await self._step(room_id, "take", hold_id, user, limit, alias, exempt, slots, PENDING_LEASE)
+            refusal = await self._step(room_id, "take", hold_id, user, limit, alias, exempt, slots, self._lease)
             taken = not refusal
         finally:
             if not taken:
@@ -198,7 +200,7 @@ class RedisSeatBook:
         rooms: dict[str, list[str]] = {}
         for hold_id, (room_id, _) in self._pending.items():
             rooms.setdefault(room_id, []).append(hold_id)
-        await gather(self._step(room_id, "renew", held, PENDING_LEASE) for room_id, held in rooms.items())
+        await gather(self._step(room_id, "renew", held, self._lease) for room_id, held in rooms.items())
 
     async def give_back(self, holds: Collection[tuple[str, OwnHold]]) -> None:
         """Give holds to a Redis that may have lost them."""

@@ -31,9 +31,10 @@ GUARD_SEEN = 30.0
 REBUILD_LONGEST = 5.0
 """Seconds for which the holds of other guards are waited for."""
 _POLL = 0.1
-_KEYS = (f"{PREFIX}{{guards}}:seen", f"{PREFIX}{{guards}}:epoch")
+SEEN, RECORD = f"{PREFIX}{{guards}}:seen", f"{PREFIX}{{guards}}:epoch"
+"""Keys: the guards by the time they were last seen; what is known of the data set."""
 
-HEARTBEAT = Script(f"local GUARD_SEEN, REBUILD_LONGEST = {GUARD_SEEN}, {REBUILD_LONGEST}\n" + lua("heartbeat"))
+HEARTBEAT = Script(f"local GUARD_SEEN = {GUARD_SEEN}\n" + lua("heartbeat"))
 
 
 @define(eq=False)
@@ -41,6 +42,7 @@ class Rebuilding:
     """Whether the data set can be relied on.
 
     :param guard: this guard's name, which no other has.
+    :param longest: seconds for which the holds of other guards are waited for.
     :ivar give_back: gives this guard's holds to Redis. Set before the client is started.
     :ivar guards: the guards seen lately.
     """
@@ -48,6 +50,7 @@ class Rebuilding:
     _redis: RedisClient
     _guard: str
     _reactor: Any
+    _longest: float = REBUILD_LONGEST
     give_back: Callable[[], Awaitable[None]] = field(init=False)
     guards: list[str] = field(init=False, factory=list)
     complete: bool = field(init=False, default=False)
@@ -66,7 +69,7 @@ class Rebuilding:
         waiting: Deferred[None] = Deferred()
         self._waiting.append(waiting)
         try:
-            await waiting.addTimeout(REBUILD_LONGEST + 1.0, self._reactor)
+            await waiting.addTimeout(self._longest + 1.0, self._reactor)
         except TimeoutError:
             raise DependencyFailed("redis", "rebuilding") from None
 
@@ -130,8 +133,9 @@ class Rebuilding:
             "seen": self.guards if not self.complete else [],
             "given_back": given_back,
             "fresh": self._fresh,
+            "longest": self._longest,
         }
-        answer = await self._redis.run(HEARTBEAT, _KEYS, json.dumps(request))
+        answer = await self._redis.run(HEARTBEAT, (SEEN, RECORD), json.dumps(request))
         known, complete, guards = json.loads(answer)
         self.guards = list(guards) if known or self.complete else sorted({*self.guards, *guards})
         if not known:

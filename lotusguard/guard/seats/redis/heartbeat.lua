@@ -2,7 +2,7 @@
 -- A guard says that it is alive, and asks whether this data set is complete.
 -- KEYS: the guards by the time they were last seen; the record of the data set: its epoch, when a guard first saw it,
 -- and for each guard of the last seconds whether it has given back its holds.
--- ARGV[1]: JSON {epoch, guard, seen = guards that this one knows of, given_back, fresh}.
+-- ARGV[1]: JSON {epoch, guard, seen = guards that this one knows of, given_back, fresh, longest}.
 -- The answer is JSON {known, complete, guards}.
 
 local request = cjson.decode(ARGV[1])
@@ -30,7 +30,7 @@ end
 redis.call('ZADD', guards, now, request.guard)
 redis.call('ZREMRANGEBYSCORE', guards, '-inf', now - GUARD_SEEN)
 
-local complete = now - tonumber(redis.call('HGET', record, 'began')) >= REBUILD_LONGEST
+local complete = now - tonumber(redis.call('HGET', record, 'began')) >= request.longest
 if not complete then
   complete = request.given_back
   for _, name in ipairs(redis.call('HKEYS', record)) do
