@@ -178,10 +178,7 @@ def share_seats(
         return None
     from lotusguard.guard.seats.sharing import Sharing
 
-    try:
-        return Sharing.create(url, reactor, metrics, wall, settings.guard_seat_ttl, guarding_since)
-    except ValueError as error:
-        raise SystemExit(f"lotusguard: GUARD_REDIS_URL {error}") from None
+    return Sharing.create(url, reactor, metrics, wall, settings.guard_seat_ttl, guarding_since)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:

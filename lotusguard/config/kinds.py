@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
+from lotusguard.rules.redis_address import parse_address
+
 
 def _base_url(url: str) -> str:
     url = url.strip()
@@ -24,21 +26,9 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
-REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel")
-
-
 def _redis_url(secret: SecretStr) -> SecretStr:
-    url = secret.get_secret_value()
-    if not url:
-        return secret
-    try:
-        parts = urlsplit(url)
-        port_known = parts.scheme == "redis+sentinel" or parts.port is None or parts.port > 0
-    except ValueError:
-        raise ValueError("is not a URL") from None
-    place = parts.path if parts.scheme == "unix" else parts.netloc
-    if parts.scheme not in REDIS_SCHEMES or not place or not port_known or not url.isprintable() or " " in url:
-        raise ValueError("is not the URL of a Redis server")
+    if url := secret.get_secret_value():
+        parse_address(url)
     return secret
 
 

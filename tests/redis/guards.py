@@ -13,7 +13,6 @@ from twisted.internet import reactor as default_reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall, deferLater
 
-from lotusguard.clients.redis.address import parse_address
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
 from lotusguard.guard.seats.memory import MemorySeatBook
@@ -21,6 +20,7 @@ from lotusguard.guard.seats.redis.book import RedisSeatBook
 from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.own import OwnHolds
 from lotusguard.metrics import Metrics
+from lotusguard.rules.redis_address import parse_address
 
 reactor: Any = default_reactor
 LEASE, REBUILD = 2.5, 1.0

@@ -19,7 +19,8 @@ _RUN = """
 local call = cjson.decode(ARGV[1])
 local stored = redis.call('GET', KEYS[1])
 local room = stored and cmsgpack.unpack(stored)
-  or {unlimited_at = call.unlimited_at, touched = 0, vacated = 0, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {}}
+  or {unlimited_at = call.unlimited_at, touched = 0, vacated = 0, holds = {}, listed = {}, ended = {}, chains = {},
+      exempt = {}}
 Seats.open(room)
 if call.now ~= cjson.null then Seats.advance(call.now) end
 local now = call.now ~= cjson.null and call.now or 0

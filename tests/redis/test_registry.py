@@ -9,11 +9,11 @@ from secrets import token_hex
 import pytest_twisted
 from twisted.internet.task import deferLater
 
-from lotusguard.clients.redis.address import parse_address
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.guard.seats.redis.registry import RedisTokenRegistry
 from lotusguard.guard.seats.registry import MemoryTokenRegistry, Slot, TokenRegistry
 from lotusguard.metrics import Metrics
+from lotusguard.rules.redis_address import parse_address
 from lotusguard.rules.sources import Source
 from tests.conftest import until
 

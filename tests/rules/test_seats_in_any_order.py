@@ -199,7 +199,7 @@ class CallsCompared(Calls):
     make = ComparedSeats
 
 
-Calls.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
-CallsCompared.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Calls.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+CallsCompared.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestCalls = Calls.TestCase
 TestCallsCompared = CallsCompared.TestCase

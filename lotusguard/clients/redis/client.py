@@ -15,9 +15,9 @@ from twisted.logger import Logger
 
 from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
 from lotusguard.clients.failures import CircuitOpen, DependencyFailed
-from lotusguard.clients.redis.address import RedisAddress
 from lotusguard.clients.redis.link import NAME, CommandProtocol, Link, ServerInfo, SubscriberProtocol, reason_of
 from lotusguard.metrics import Metrics
+from lotusguard.rules.redis_address import RedisAddress
 
 log = Logger()
 

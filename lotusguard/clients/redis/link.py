@@ -21,8 +21,9 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from lotusguard.clients.failures import DependencyFailed
-from lotusguard.clients.redis.address import HostPort, RedisAddress, endpoint_for
+from lotusguard.clients.redis.address import endpoint_for
 from lotusguard.clients.waiting import Deadline, fire_all
+from lotusguard.rules.redis_address import HostPort, RedisAddress
 
 log = Logger()
 

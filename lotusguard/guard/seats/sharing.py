@@ -9,7 +9,6 @@ from typing import Any
 from attrs import frozen
 from twisted.internet.interfaces import IReactorTime
 
-from lotusguard.clients.redis.address import parse_address
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.clients.redis.link import ADVICE
 from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
@@ -21,6 +20,7 @@ from lotusguard.guard.seats.redis.own import OwnHolds
 from lotusguard.guard.seats.redis.registry import RedisTokenRegistry
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.metrics import Metrics
+from lotusguard.rules.redis_address import parse_address
 
 
 @frozen
