@@ -37,6 +37,9 @@ class RoomLease(Protocol):
     async def acquire(self, room_id: str) -> bool:
         """Whether this guard enforces the room for the next seconds."""
 
+    async def confirms(self, room_id: str) -> bool:
+        """Whether it still does, as its fencing token says."""
+
     async def ask_holder(self, alias: str) -> None:
         """Let the guard that does so enforce an SFU room at once."""
 
@@ -141,7 +144,9 @@ class Enforcement:
 
         async def remove(found: Unentitled) -> None:
             identity = found.participant.identity
-            if await self._participants.remove(slot.room_id, alias, identity, found.user, found.reason.value):
+            if await self._may_remove(slot.room_id) and await self._participants.remove(
+                slot.room_id, alias, identity, found.user, found.reason.value
+            ):
                 removed.add(identity)
                 await self._roster.removed(slot, alias, found.participant.sid, identity)
 
@@ -166,12 +171,18 @@ class Enforcement:
         for hold in await self._seats.overflow(room_id, policy.max_users):
             if not self.eject or not self._participants.acts:
                 self._participants.skipped("remove", room_id, hold.alias, hold.identity, Refusal.FULL.value, hold.sid)
-            elif hold in await self._seats.overflow(room_id, policy.max_users) and await self._participants.remove(
-                room_id, hold.alias, hold.identity, hold.user, Refusal.FULL.value
+            elif (
+                hold in await self._seats.overflow(room_id, policy.max_users)
+                and await self._may_remove(room_id)
+                and await self._participants.remove(room_id, hold.alias, hold.identity, hold.user, Refusal.FULL.value)
             ):  # asked again for each: while others were removed a seat may have become free
                 await self._roster.removed(slot, hold.alias, hold.sid, hold.identity)
         if not self.eject or not self._participants.acts:
             await self._seats.seat_everybody(room_id)
+
+    async def _may_remove(self, room_id: str) -> bool:
+        """Whether no other guard reconciles the room by now. It may have removed somebody else."""
+        return self._leases is None or await self._leases.confirms(room_id)
 
     def _watch(self, alias: str, participants: int) -> None:
         if participants:

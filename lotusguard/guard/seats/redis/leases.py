@@ -19,6 +19,9 @@ LEASE_SECONDS = 8.0
 LEASES_KEPT = 20_000
 ENFORCE_CHANNEL, CHANGED_CHANNEL = PREFIX + "enforce", PREFIX + "changed"
 LEASE = Script(lua("lease"))
+CONFIRM = Script(
+    "return redis.call('HGET', KEYS[1], 'guard') == ARGV[1] and redis.call('HGET', KEYS[1], 'token') == ARGV[2]"
+)
 
 
 @define(eq=False)
@@ -26,6 +29,7 @@ class RoomLeases:
     """The leases of one guard, and what guards tell each other about rooms.
 
     :param guard: this guard's name.
+    :param seconds: for which an acquired lease lasts.
     :ivar enforce: called with an SFU room that another guard wants to be enforced at once.
     :ivar changed: called with a room, and a user or "", whose state another guard was told to have changed.
     :ivar held: the fencing tokens of the leases that this guard had last. They grow each time a lease changes hands.
@@ -33,6 +37,7 @@ class RoomLeases:
 
     _redis: RedisClient
     _guard: str
+    _seconds: float = LEASE_SECONDS
     enforce: Callable[[str], None] = field(init=False, default=lambda alias: None)
     changed: Callable[[str, str], object] = field(init=False, default=lambda room_id, user: None)
     held: OrderedDict[str, int] = field(init=False, factory=OrderedDict)
@@ -44,7 +49,7 @@ class RoomLeases:
     async def acquire(self, room_id: str) -> bool:
         """Get or renew the lease of a room. Without Redis, every guard acts for itself."""
         try:
-            token = int(await self._redis.run(LEASE, _keys(room_id), self._guard, str(int(LEASE_SECONDS * 1000))))
+            token = int(await self._redis.run(LEASE, _keys(room_id), self._guard, str(int(self._seconds * 1000))))
         except DependencyFailed:
             return True
         if not token:
@@ -55,6 +60,16 @@ class RoomLeases:
         while len(self.held) > LEASES_KEPT:
             self.held.popitem(last=False)
         return True
+
+    async def confirms(self, room_id: str) -> bool:
+        """Whether the lease that was acquired last still counts. It is asked before somebody is removed: since the pass
+        began, the lease may have expired and gone to another guard. Without Redis, every guard acts for itself.
+        """
+        token = self.held.get(room_id)
+        try:
+            return bool(await self._redis.run(CONFIRM, _keys(room_id), self._guard, str(token)))
+        except DependencyFailed:
+            return True
 
     async def hand_over(self) -> None:
         """Give up all leases: this guard stops."""
