@@ -67,7 +67,7 @@ def test_the_unit_confines_the_service() -> None:
 
 
 @pytest.mark.parametrize("unit", [UNITS / "lotusguard.service", UNITS / "lotusguard.service.d" / "socket.conf"])
-def test_units_start_twistd_with_options_that_it_knows(unit: Path) -> None:
+def test_units_use_options_that_twistd_accepts(unit: Path) -> None:
     words = shlex.split(_Unit(unit)["Service"]["ExecStart"])
     assert words[0] == "/opt/lotusguard/current/bin/twistd", "deploy/upgrade puts it there"
     assert words[1:4] == ["-n", "--pidfile=", "lotusguard"]
@@ -90,12 +90,12 @@ def test_systemd_supervises_and_reloads_the_service() -> None:
     assert section["SyslogIdentifier"] == "lotusguard"
 
 
-def test_a_wrong_setting_is_not_tried_every_second() -> None:
+def test_wrong_setting_does_not_cause_restarts() -> None:
     assert service()["Service"]["RestartPreventExitStatus"] == str(WRONG_SETTING)
     assert service()["Service"]["Restart"] == "always"
 
 
-def test_lk_jwt_service_is_moved_to_where_the_guard_expects_it() -> None:
+def test_lk_jwt_service_listens_where_the_guard_expects_it() -> None:
     drop_in = _Unit(UNITS / "lk-jwt-service.service.d" / "lotusguard.conf")["Service"]
     file = Path(drop_in["EnvironmentFile"])
     assert "Environment" not in drop_in, "an environment file of lk-jwt-service's would win over it"

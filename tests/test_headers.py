@@ -164,7 +164,7 @@ async def test_chunked_body_is_forwarded_with_a_length(start_sandbox: StartSandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_answers_other_methods_than_post_on_token_routes(sandbox: Sandbox) -> None:
+async def test_other_methods_on_token_routes_are_answered_by_upstream(sandbox: Sandbox) -> None:
     for method, code in (("OPTIONS", 200), ("GET", 405), ("HEAD", 405), ("PUT", 405)):
         answer = await sandbox.request(method, sandbox.url + "/sfu/get", b"not json" if method == "PUT" else None)
         assert (method, answer.code, answer.body) == (method, code, b"")
@@ -241,9 +241,7 @@ async def test_malformed_answer_cannot_inject_a_header(start_sandbox: StartSandb
 @BOTH
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED)
 @pytest_twisted.ensureDeferred
-async def test_answer_that_cannot_be_parsed_becomes_502(
-    start_sandbox: StartSandbox, raw: bytes, payload: bytes
-) -> None:
+async def test_unparsable_answer_becomes_502(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> None:
     (answer,) = await injected(start_sandbox, raw, payload)
     assert (answer.code, answer.json()["errcode"]) == (502, "M_UNKNOWN")
     assert answer.all("access-control-allow-origin") == []
@@ -272,7 +270,7 @@ async def injected(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> l
 
 @pytest.mark.parametrize("value", [b"a%0d%0aSet-Cookie:%20evil=1", b"%E5%98%8A%E5%98%8DSet-Cookie:evil"])
 @pytest_twisted.ensureDeferred
-async def test_line_ends_in_reflected_values_stay_encoded(sandbox: Sandbox, value: bytes) -> None:
+async def test_line_breaks_in_reflected_values_stay_encoded(sandbox: Sandbox, value: bytes) -> None:
     """Upstream reflects paths in its redirects; the guard reflects request IDs."""
     payload = request(CLOSE, b"X-Request-ID: a%0d%0ab", target=b"//x/" + value)
     (answer,) = await exchange(sandbox.url, payload)
@@ -348,7 +346,7 @@ async def test_answers_without_a_body_have_none(start_sandbox: StartSandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_caller_can_tell_that_an_answer_ended_too_early(start_sandbox: StartSandbox) -> None:
+async def test_caller_can_tell_that_an_answer_was_truncated(start_sandbox: StartSandbox) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     async with recorder(raw) as upstream:
         sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
@@ -362,7 +360,7 @@ async def test_caller_can_tell_that_an_answer_ended_too_early(start_sandbox: Sta
 
 @pytest.mark.parametrize("first", ["caller", "upstream"])
 @pytest_twisted.ensureDeferred
-async def test_broken_off_answer_is_not_logged_as_an_error(start_sandbox: StartSandbox, first: str) -> None:
+async def test_truncated_answer_is_not_logged_as_an_error(start_sandbox: StartSandbox, first: str) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     async with recorder(raw) as upstream:
         sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
@@ -410,7 +408,7 @@ async def test_forwarded_requests_name_the_guard_in_via(start_sandbox: StartSand
 
 
 @pytest_twisted.ensureDeferred
-async def test_request_that_a_guard_has_forwarded_is_refused_at_once(sandbox: Sandbox) -> None:
+async def test_request_forwarded_by_a_guard_is_refused_at_once(sandbox: Sandbox) -> None:
     via = b"Via: 1.1 proxy, 1.1 lotusguard"
     with logged() as events:
         for target, method, body in (
@@ -427,7 +425,7 @@ async def test_request_that_a_guard_has_forwarded_is_refused_at_once(sandbox: Sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_guard_whose_upstream_leads_back_to_it_answers_once_and_is_not_ready(
+async def test_forwarding_loop_is_answered_once_and_the_guard_is_not_ready(
     start_sandbox: StartSandbox,
 ) -> None:
     first = await start_sandbox(guard_reconcile_interval=3600)

@@ -182,7 +182,7 @@ def test_ambiguous_bodies_are_unreadable(route: Route) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-def test_bodies_that_are_not_requests_are_unreadable_to_both(route: Route) -> None:
+def test_bodies_that_are_not_requests_are_unreadable_for_guard_and_upstream(route: Route) -> None:
     for name, pattern in REFUSED_BY_ALL.items():
         body = written(pattern, route)
         with pytest.raises(NotDecodable):
@@ -198,7 +198,7 @@ def unreadable(name: str, route: Route, body: bytes) -> None:
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
-async def test_unreadable_body_gets_upstreams_own_400_and_nothing_is_forwarded(sandbox: Sandbox, route: Route) -> None:
+async def test_unreadable_body_gets_the_400_of_upstream_and_is_not_forwarded(sandbox: Sandbox, route: Route) -> None:
     bodies = {name: written(pattern, route) for name, (pattern, _) in PATTERNS.items()}
     bodies |= {name: written(pattern, route) for name, pattern in REFUSED_BY_ALL.items()}
     bodies |= {name: body for name, (body, _, _) in hidden_elsewhere(route).items()}
@@ -214,7 +214,7 @@ async def test_unreadable_body_gets_upstreams_own_400_and_nothing_is_forwarded(s
 
 
 @pytest_twisted.ensureDeferred
-async def test_body_of_two_shapes_is_refused(sandbox: Sandbox) -> None:
+async def test_body_with_keys_of_both_routes_is_refused(sandbox: Sandbox) -> None:
     """``/sfu/get`` takes either body; upstream's release decides which of the two rooms counts."""
     body = f'{{"room":"{OPEN}","device_id":"D","room_id":"{FULL}","slot_id":"s",{MEMBER},{OPENID}}}'.encode()
     answer = await sandbox.request("POST", sandbox.url + "/sfu/get", body)
@@ -236,7 +236,7 @@ async def test_duplicate_user_header_is_refused(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 @pytest_twisted.ensureDeferred
-async def test_forwarded_body_is_our_own_serialisation_and_means_the_same_to_a_lax_parser(
+async def test_forwarded_body_is_serialised_anew_and_read_alike_by_a_lax_parser(
     start_sandbox: StartSandbox, route: Route
 ) -> None:
     """Odd but unambiguous bodies: upstream reads from our serialisation what we read."""

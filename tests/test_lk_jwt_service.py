@@ -198,7 +198,7 @@ def probed(code: int, headers: dict[str, list[str]]) -> list[str]:
     return failures
 
 
-def test_probe_wants_the_preflight_headers_of_the_token_route() -> None:
+def test_probe_requires_the_preflight_headers_of_the_token_route() -> None:
     assert probed(200, PREFLIGHT) == []
     for code, headers in (
         (200, {}),
@@ -209,7 +209,7 @@ def test_probe_wants_the_preflight_headers_of_the_token_route() -> None:
         assert probed(code, headers) == ["upstream: not_lk_jwt_service"]
 
 
-def test_probe_tells_a_loop_from_a_wrong_service() -> None:
+def test_probe_distinguishes_a_loop_from_a_wrong_service() -> None:
     assert probed(502, {"Via": ["1.1 lotusguard"]}) == ["upstream: loop"]
     assert probed(200, PREFLIGHT | {"Via": ["1.1 proxy, 1.1 lotusguard"]}) == ["upstream: loop"]
     assert probed(200, PREFLIGHT | {"Via": ["1.1 proxy"]}) == []

@@ -118,7 +118,9 @@ def nothing_of(secrets: dict[str, str], text: str) -> None:
 
 @pytest.mark.parametrize("format_", ["text", "json"])
 @pytest_twisted.ensureDeferred
-async def test_no_secret_in_logs_and_answers_while_everything_fails(start_sandbox: StartSandbox, format_: str) -> None:
+async def test_logs_and_answers_contain_no_secret_when_everything_fails(
+    start_sandbox: StartSandbox, format_: str
+) -> None:
     with logged(format_) as log:
         sandbox = await start_sandbox(guard_log_level="debug", guard_reconcile_interval=0.2)
         answers = await a_bad_day(sandbox)
@@ -137,7 +139,7 @@ async def test_no_secret_in_logs_and_answers_while_everything_fails(start_sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_secret_in_the_repr_of_anything(sandbox: Sandbox) -> None:
+async def test_no_repr_contains_a_secret(sandbox: Sandbox) -> None:
     await a_bad_day(sandbox)
     secrets = secrets_of(sandbox)
     guard = sandbox.guard
@@ -165,7 +167,7 @@ async def test_no_secret_in_the_repr_of_anything(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     "name", ["livekit_secret", "matrix_token", "guard_admin_token", "livekit_key_file", "guard_config"]
 )
-def test_no_secret_in_the_message_about_a_wrong_setting(
+def test_message_about_a_wrong_setting_contains_no_secret(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file"
@@ -182,7 +184,7 @@ def test_no_secret_in_the_message_about_a_wrong_setting(
     assert wrong.value.__suppress_context__
 
 
-def test_a_secret_in_the_wrong_place_of_the_file_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misplaced_secret_in_the_file_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "guard.yaml"
     monkeypatch.setenv("GUARD_CONFIG", str(path))
     for text in (
@@ -197,7 +199,7 @@ def test_a_secret_in_the_wrong_place_of_the_file_is_not_shown(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)])
-def test_files_with_secrets_that_others_can_read_are_warned_about(tmp_path: Path, mode: int, warned: bool) -> None:
+def test_secret_files_open_to_others_are_warned_about(tmp_path: Path, mode: int, warned: bool) -> None:
     for name in (
         "livekit_secret_from_file",
         "matrix_token_from_file",
@@ -212,7 +214,7 @@ def test_files_with_secrets_that_others_can_read_are_warned_about(tmp_path: Path
 
 
 @pytest.mark.parametrize("loose", [True, False])
-def test_a_configuration_with_secrets_that_others_can_read_is_warned_about(
+def test_configuration_file_open_to_others_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loose: bool
 ) -> None:
     path = tmp_path / "guard.yaml"
@@ -249,7 +251,7 @@ def test_the_operators_listener_is_on_loopback_by_default() -> None:
 
 @pytest.mark.parametrize("configured", [ADMIN_TOKEN, ""], ids=["a token", "no token"])
 @pytest_twisted.ensureDeferred
-async def test_nothing_private_without_the_operators_token(start_sandbox: StartSandbox, configured: str) -> None:
+async def test_private_routes_require_the_operators_token(start_sandbox: StartSandbox, configured: str) -> None:
     sandbox = await start_sandbox(guard_admin_token=configured, guard_reconcile_interval=3600)
     room_id = room_of(sandbox, 3)
     await sandbox.enter(ALICE, room_id)
@@ -307,7 +309,7 @@ async def test_tokens_are_compared_in_constant_time(sandbox: Sandbox, monkeypatc
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_caller_cannot_make_the_guard_ask_anybody_else(sandbox: Sandbox) -> None:
+async def test_caller_cannot_make_the_guard_contact_other_hosts(sandbox: Sandbox) -> None:
     async with recorder() as canary:
         where = canary.url.removeprefix("http://")
         full = room_of(sandbox, 1)

@@ -228,7 +228,9 @@ async def test_upstream_sees_one_well_formed_request_or_none(sandbox: Sandbox, t
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest_twisted.ensureDeferred
-async def test_bytes_that_reach_upstream_are_our_own(start_sandbox: StartSandbox, table: dict[str, Attack]) -> None:
+async def test_forwarded_requests_are_well_formed_on_the_wire(
+    start_sandbox: StartSandbox, table: dict[str, Attack]
+) -> None:
     """The same on the wire, for an upstream that parses differently from the stand-in."""
     async with recorder() as upstream:
         sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)

@@ -34,7 +34,7 @@ def told(end: socket.socket) -> list[bytes]:
         return messages
 
 
-def test_systemd_is_told_when_the_guard_is_ready_and_when_it_stops(systemd: socket.socket) -> None:
+def test_systemd_is_notified_when_the_guard_is_ready_and_when_it_stops(systemd: socket.socket) -> None:
     supervised = SystemdNotifier(Clock())
     supervised.startService()
     assert told(systemd) == []

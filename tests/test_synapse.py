@@ -123,7 +123,7 @@ async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_verifie
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_server_name_is_asked_of_the_homeserver_unless_it_is_set(set_guarded: MakeGuarded) -> None:
+async def test_server_name_is_read_from_the_homeserver_unless_it_is_set(set_guarded: MakeGuarded) -> None:
     """Users of the server whose name we know can be refused before upstream is asked."""
     synapse = (await set_guarded()).synapse
     alice, bob, _ = await users_of(synapse)
@@ -138,7 +138,7 @@ async def test_the_server_name_is_asked_of_the_homeserver_unless_it_is_set(set_g
 
 
 @pytest_twisted.ensureDeferred
-async def test_with_an_admins_token_the_guard_is_ready(guarded: Guarded) -> None:
+async def test_guard_with_an_admins_token_is_ready(guarded: Guarded) -> None:
     code, report = await ready(guarded)
     assert (code, report["ready"], report["reasons"]) == (200, True, [])
 

@@ -156,7 +156,7 @@ def test_a_failed_search_is_repeated_after_a_pause_that_grows() -> None:
     assert searching.found == [ALIAS]
 
 
-def test_a_slow_search_is_followed_by_a_rest() -> None:
+def test_a_slow_search_is_followed_by_a_pause() -> None:
     searching = Searching(ROOM)
     searching.homeserver.clock, searching.homeserver.seconds = searching.clock, 3.0
     searching.want("nobody's")

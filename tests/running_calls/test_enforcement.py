@@ -200,7 +200,7 @@ async def test_sources_are_revoked_at_each_arrival_with_an_old_token(sandbox: Sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_participants_of_unknown_ceiling_are_given_nothing(sandbox: Sandbox) -> None:
+async def test_nothing_is_granted_to_participants_of_unknown_ceiling(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_SCREEN)
     await sandbox.ask_token(CAROL, room_id)
     mute = sandbox.livekit.connect(old_token(ALICE, room_id, canPublish=False))
@@ -251,7 +251,7 @@ async def test_video_under_any_label_is_left_alone_where_all_video_is_allowed(sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_update_that_changed_nothing_is_noticed_and_tried_again(start_sandbox: StartSandbox) -> None:
+async def test_an_update_without_effect_is_detected_and_retried(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.1)
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
@@ -268,7 +268,7 @@ async def test_an_update_that_changed_nothing_is_noticed_and_tried_again(start_s
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_failed_update_is_counted_and_tried_again(start_sandbox: StartSandbox) -> None:
+async def test_a_failed_update_is_counted_and_retried(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.1)
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
@@ -349,7 +349,7 @@ async def test_a_lookup_that_began_before_a_push_is_not_believed(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_push_while_a_room_is_being_worked_on_is_worked_on_next(sandbox: Sandbox) -> None:
+async def test_a_push_during_a_pass_leads_to_another_pass(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_CAMERA)
     alice = await sandbox.enter(ALICE, room_id)
     await sandbox.livekit.drained()

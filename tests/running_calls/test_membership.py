@@ -241,7 +241,7 @@ async def test_a_ban_while_the_homeserver_is_down_takes_effect_when_it_is_back(s
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_missing_entry_removes_only_after_a_second_look(
+async def test_a_missing_entry_removes_only_after_a_second_lookup(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entitlement, "ABSENT_FOR", 0.3)
@@ -362,7 +362,7 @@ async def test_a_guard_without_the_lease_changes_nobody_until_it_gets_it(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_call_of_many_is_checked_with_few_requests(sandbox: Sandbox) -> None:
+async def test_a_large_call_is_checked_with_few_requests(sandbox: Sandbox) -> None:
     people = 60
     room_id = room_of(sandbox)
     users = [f"@person{number}:sandbox.local" for number in range(people)]

@@ -92,7 +92,7 @@ async def test_an_arrival_with_an_old_token_takes_a_free_seat(sandbox: Sandbox) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_issued_hold_is_not_for_somebody_with_an_old_token(sandbox: Sandbox) -> None:
+async def test_an_old_token_does_not_use_the_hold_of_an_issued_one(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     answer = await sandbox.ask_token(ALICE, room_id)
     bob = sandbox.livekit.connect(old_token(BOB, room_id))
@@ -245,7 +245,7 @@ async def test_nobody_is_removed_while_participants_cannot_be_listed(sandbox: Sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_arrivals_while_the_policy_was_unknown_stay_when_it_is_known_again(
+async def test_participants_who_arrived_while_the_policy_was_unknown_stay(
     start_sandbox: StartSandbox,
 ) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1)
@@ -354,7 +354,7 @@ async def test_an_issued_hold_removes_an_arrival_without_a_seat(sandbox: Sandbox
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_failed_removal_is_tried_again(sandbox: Sandbox, fault: Fault, reason: str) -> None:
+async def test_a_failed_removal_is_retried(sandbox: Sandbox, fault: Fault, reason: str) -> None:
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)
@@ -386,7 +386,7 @@ async def test_a_404_of_a_proxy_empties_no_room_and_ends_no_hold(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_stale_entry_is_no_failure_and_keeps_nobody_else_in(sandbox: Sandbox) -> None:
+async def test_a_stale_entry_is_not_a_failure_and_does_not_stop_other_removals(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)

@@ -197,7 +197,7 @@ async def test_a_room_that_fails_does_not_delay_the_others(start_sandbox: StartS
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_round_leaves_alone_a_room_that_is_still_being_worked_on(sandbox: Sandbox) -> None:
+async def test_a_round_skips_a_room_whose_pass_is_still_running(sandbox: Sandbox) -> None:
     failing, other = await calls_where_sharing_ends(sandbox, 2)
     sandbox.livekit.room_faults[failing.room.name] = Fault.hang()
     sandbox.livekit.seen.clear()
@@ -209,7 +209,7 @@ async def test_a_round_leaves_alone_a_room_that_is_still_being_worked_on(sandbox
 
 
 @pytest_twisted.ensureDeferred
-async def test_only_so_many_rooms_are_worked_on_at_once(sandbox: Sandbox) -> None:
+async def test_number_of_simultaneous_passes_is_limited(sandbox: Sandbox) -> None:
     everybody = await calls_where_sharing_ends(sandbox, 3 * ROOMS_AT_ONCE)
     sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.02)
     at_once = 0
@@ -247,7 +247,7 @@ async def test_webhooks_and_joins_are_handled_while_many_rooms_hang(start_sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_urgent_work_on_a_room_takes_it_out_of_the_queue(sandbox: Sandbox) -> None:
+async def test_urgent_work_on_a_room_removes_it_from_the_queue(sandbox: Sandbox) -> None:
     everybody = await calls_where_sharing_ends(sandbox, ROOMS_AT_ONCE + 1)
     sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.1, times=ROOMS_AT_ONCE)
     sandbox.livekit.seen.clear()

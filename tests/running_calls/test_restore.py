@@ -49,7 +49,7 @@ async def set_policy(sandbox: Sandbox, room_id: str, **quality: bool) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_nothing_is_given_back_if_restoring_is_switched_off(start_sandbox: StartSandbox) -> None:
+async def test_nothing_is_restored_if_restoring_is_switched_off(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_restore=False)
     room_id = room_of(sandbox)
     alice = await connected(sandbox, room_id)
@@ -82,7 +82,7 @@ async def test_exactly_the_revoked_sources_are_restored(giving: Sandbox) -> None
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_participant_without_any_source_gets_back_what_was_revoked(giving: Sandbox) -> None:
+async def test_revoked_sources_are_restored_to_a_participant_without_any_source(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id, canPublishSources=["camera"])
     await set_policy(giving, room_id, **NO_CAMERA)
@@ -92,7 +92,7 @@ async def test_a_participant_without_any_source_gets_back_what_was_revoked(givin
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_session_with_a_refreshed_token_gets_back_what_an_earlier_one_lost(giving: Sandbox) -> None:
+async def test_sources_revoked_in_an_earlier_session_are_restored_with_a_refreshed_token(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     await set_policy(giving, room_id, **NO_SCREEN)
@@ -106,7 +106,7 @@ async def test_a_session_with_a_refreshed_token_gets_back_what_an_earlier_one_lo
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_the_token_withheld_is_given(giving: Sandbox) -> None:
+async def test_sources_withheld_in_the_token_are_restored(giving: Sandbox) -> None:
     room_id = room_of(giving, **NO_SCREEN)
     alice = await giving.enter(ALICE, room_id)
     assert may_publish(alice) == {"MICROPHONE", "CAMERA"}
@@ -115,7 +115,7 @@ async def test_what_the_token_withheld_is_given(giving: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_participant_of_unknown_ceiling_is_given_nothing(giving: Sandbox) -> None:
+async def test_nothing_is_restored_to_a_participant_of_unknown_ceiling(giving: Sandbox) -> None:
     room_id = room_of(giving)
     assert (await giving.ask_token(BOB, room_id)).code == 200
     alice = giving.livekit.connect(old_token(ALICE, room_id))
@@ -125,7 +125,7 @@ async def test_a_participant_of_unknown_ceiling_is_given_nothing(giving: Sandbox
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_somebody_else_revoked_is_not_restored(giving: Sandbox) -> None:
+async def test_sources_revoked_by_others_are_not_restored(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     await set_policy(giving, room_id, **NO_SCREEN)
@@ -151,7 +151,7 @@ async def test_sources_are_restored_only_once(giving: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_after_a_restart_what_the_earlier_run_revoked_is_restored(giving: Sandbox) -> None:
+async def test_sources_revoked_before_a_restart_are_restored_after_it(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     alice.room.refresh_listed()
@@ -182,7 +182,7 @@ async def test_nothing_is_restored_while_the_policy_is_unknown(giving: Sandbox) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_restoration_that_changed_nothing_is_tried_again(giving: Sandbox) -> None:
+async def test_a_restoration_without_effect_is_retried(giving: Sandbox) -> None:
     room_id = room_of(giving)
     alice = await connected(giving, room_id)
     await set_policy(giving, room_id, **NO_SCREEN)

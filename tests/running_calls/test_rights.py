@@ -106,7 +106,7 @@ async def test_what_the_room_forbids_everybody_is_not_restored_by_a_promotion(sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_promotion_gives_nothing_that_upstream_did_not_grant(start_sandbox: StartSandbox) -> None:
+async def test_a_promotion_grants_nothing_beyond_what_upstream_granted(start_sandbox: StartSandbox) -> None:
     granted = {"video": {"canPublishSources": ["microphone", "camera"]}}
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     room_id = room_of(sandbox)
@@ -124,7 +124,7 @@ async def test_a_promotion_gives_nothing_that_upstream_did_not_grant(start_sandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_promotion_gives_nothing_to_a_participant_of_unknown_ceiling(sandbox: Sandbox) -> None:
+async def test_a_promotion_grants_nothing_to_a_participant_of_unknown_ceiling(sandbox: Sandbox) -> None:
     room_id, _, _ = await stage_room(sandbox)
     carol = sandbox.livekit.connect(old_token(CAROL, room_id))
     await enforced(sandbox)
@@ -159,7 +159,7 @@ async def test_a_promotion_that_is_not_pushed_takes_effect_when_the_policy_is_re
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_withheld_is_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
+async def test_withheld_sources_are_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
     room_id, _, bob = await stage_room(sandbox)
     await sandbox.guard.stopService()
@@ -186,7 +186,7 @@ async def test_a_promotion_while_the_homeserver_is_down_takes_effect_when_it_is_
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_bypasses_the_limit_takes_no_seat_and_stays_when_demoted(sandbox: Sandbox) -> None:
+async def test_a_user_who_bypasses_the_limit_takes_no_seat_and_stays_when_demoted(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     set_permissions(sandbox, room_id, {"bypass_limit": 50})
     set_levels(sandbox, room_id, carol=50)
@@ -203,7 +203,7 @@ async def test_who_bypasses_the_limit_takes_no_seat_and_stays_when_demoted(sandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_arrival_past_the_limit_stays_if_the_user_bypasses_it_by_now(sandbox: Sandbox) -> None:
+async def test_an_arrival_over_the_limit_stays_if_the_user_may_now_bypass_it(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     bob = await sandbox.enter(BOB, room_id)
     set_permissions(sandbox, room_id, {"bypass_limit": 50})

@@ -98,7 +98,7 @@ async def test_tokens_asked_for_after_the_arrival_keep_no_seat_after_hanging_up(
 
 
 @pytest_twisted.ensureDeferred
-async def test_arrivals_while_the_guard_was_down_were_not_there_before_it(
+async def test_participants_who_arrived_during_a_restart_have_no_prior_claim_to_a_seat(
     start_sandbox: StartSandbox, tmp_path: Any
 ) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)

@@ -57,7 +57,7 @@ async def at_rest(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("body", [b"", b"{}", b' {"event" :\t"x"}\r\n\x00', b"\xff\xfe\x00 no json", b"x" * 70_000])
 @pytest.mark.parametrize("authorization", ["a.b.c", "Bearer xyz", None])
 @pytest_twisted.ensureDeferred
-async def test_every_request_is_passed_on_to_upstream_unchanged(
+async def test_every_request_is_forwarded_to_upstream_unchanged(
     deaf: Sandbox, body: bytes, authorization: str | None
 ) -> None:
     headers = {"Content-Type": "application/webhook+json", "X-Other": "kept"}
@@ -74,7 +74,7 @@ async def test_every_request_is_passed_on_to_upstream_unchanged(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_genuine_webhook_is_genuine_for_upstream_too(sandbox: Sandbox) -> None:
+async def test_upstream_can_verify_a_forwarded_webhook(sandbox: Sandbox) -> None:
     await sandbox.enter(ALICE, room_of(sandbox, 2))
     await sandbox.livekit.drained()
     assert [json.loads(seen.body)["event"] for seen in sandbox.upstream.webhooks][-1] == "participant_joined"
@@ -84,7 +84,7 @@ async def test_a_genuine_webhook_is_genuine_for_upstream_too(sandbox: Sandbox) -
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_answer_is_upstream_s(deaf: Sandbox) -> None:
+async def test_the_answer_comes_from_upstream(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
     deaf.upstream.faults["sfu_webhook"] = Fault.status(503, b"not now", times=1)
     event = event_about("participant_joined", alice)
@@ -107,7 +107,7 @@ async def test_the_answer_does_not_wait_for_our_work(deaf: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_a_key_webhooks_are_passed_on_and_not_read(start_sandbox: StartSandbox) -> None:
+async def test_without_a_key_webhooks_are_forwarded_and_not_read(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_key="", livekit_secret="")
     assert (await tell(sandbox, b"{}", authorization="a.b.c")).code == 200
     assert sandbox.upstream.webhooks[-1].body == b"{}"
@@ -144,7 +144,7 @@ def forgeries(sandbox: Sandbox, body: bytes) -> dict[str, str]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_forged_webhook_changes_nothing_and_is_passed_on(deaf: Sandbox) -> None:
+async def test_a_forged_webhook_changes_nothing_and_is_forwarded(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 1)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
@@ -189,7 +189,7 @@ async def test_events_without_an_id_are_no_duplicates_of_each_other(deaf: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_replayed_arrival_brings_nobody_back(deaf: Sandbox) -> None:
+async def test_a_replayed_arrival_adds_no_participant(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     joined = event_about("participant_joined", alice)
@@ -234,7 +234,7 @@ async def test_strange_events_are_answered_and_break_nothing(deaf: Sandbox, stra
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"not json", b"\xff", b"[" * 100_000])
 @pytest_twisted.ensureDeferred
-async def test_a_signed_body_that_is_not_an_event_is_passed_on(deaf: Sandbox, body: bytes) -> None:
+async def test_a_signed_body_that_is_not_an_event_is_forwarded(deaf: Sandbox, body: bytes) -> None:
     with logged() as events:
         assert (await tell(deaf, body)).code == 200
     assert crashes(events) == []
@@ -372,7 +372,7 @@ async def test_a_listing_between_two_sessions_ends_no_seat(deaf: Sandbox) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_listing_that_began_before_a_departure_brings_nobody_back(deaf: Sandbox) -> None:
+async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
