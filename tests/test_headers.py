@@ -377,8 +377,9 @@ async def test_truncated_answer_is_not_logged_as_an_error(start_sandbox: StartSa
 
 
 @pytest_twisted.ensureDeferred
-async def test_answer_for_a_caller_who_disconnected_reaches_nobody_else(sandbox: Sandbox) -> None:
+async def test_answer_for_a_caller_who_disconnected_reaches_nobody_else(start_sandbox: StartSandbox) -> None:
     """A caller disconnects; the next one, on a new connection, gets the answer to their own request."""
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_tokens="policy")
     sandbox.upstream.faults["sfu_get"] = Fault.delay(0.05, times=1)
     leaving = await connect(sandbox.url)
     leaving.send(request(method=b"POST", target=b"/sfu/get", body=TOKEN_BODY))

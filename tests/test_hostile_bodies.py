@@ -76,8 +76,8 @@ ROUTES = {
 
 @pytest_twisted.async_yield_fixture
 async def sandbox(start_sandbox: StartSandbox) -> AsyncIterator[Sandbox]:
-    """A sandbox with an app-service listener."""
-    yield await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0)
+    """A sandbox with an app-service listener. It accepts bodies of a megabyte, so that none is refused for its size."""
+    yield await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0, guard_max_body=1 << 20)
 
 
 PATTERNS: dict[str, tuple[str, str]] = {
@@ -243,7 +243,10 @@ async def test_forwarded_body_is_serialised_anew_and_read_alike_by_a_lax_parser(
     rooms = ("!a:b", "!\U0001f600:b", "!\u2028<>&:b", '!"\\/:b', "!\x7f\u0000:b", "!ſK:b", "!" + "x" * 254)
     async with recorder() as upstream:
         sandbox = await start_sandbox(
-            guard_upstream=upstream.url, guard_reconcile_interval=3600, guard_appservice_port=0
+            guard_upstream=upstream.url,
+            guard_reconcile_interval=3600,
+            guard_appservice_port=0,
+            guard_members_only="off",
         )
         for room in rooms:
             for ascii_only in (True, False):

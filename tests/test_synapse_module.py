@@ -397,7 +397,7 @@ def test_joins_leave_room_for_more_urgent_changes(inside: Inside) -> None:
 async def sharing(guarded: Guarded) -> tuple[User, str, Participant]:
     """A room's admin who shares their screen in its call."""
     alice = await guarded.synapse.user("alice")
-    room_id = await guarded.synapse.create_room(alice)
+    room_id = await guarded.synapse.room_of(alice)
     alices: Participant = await guarded.enter(alice, room_id)
     assert alices.publish("MICROPHONE")
     assert alices.publish("SCREEN_SHARE")
@@ -427,11 +427,12 @@ async def test_a_new_limit_applies_to_the_next_join(set_guarded: MakeGuarded, sy
     guarded = await pushed(set_guarded, synapse)
     alice, room_id, _ = await sharing(guarded)
     bob = await synapse.user("bob")
+    await synapse.change_membership(bob, room_id, "join")
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
-    await guarded.cap_becomes(room_id, 1)
+    await guarded.limit_becomes(room_id, 1)
     assert (await guarded.ask_token(bob, room_id)).code == 403
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
-    await guarded.cap_becomes(room_id, 2)
+    await guarded.limit_becomes(room_id, 2)
     assert (await guarded.ask_token(bob, room_id)).code == 200
 
 
