@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard as operators run it: a `twistd` process in front of the stand-ins, to be killed and restarted."""
+"""The guard as operators run it: a `twistd` process in front of the stand-ins, which tests kill and restart."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ProcessSandbox(Sandbox):
             await deferLater(reactor, 0.01)
 
     async def end(self, name: str) -> int | str:
-        """Send the guard a signal and wait until it has ended; tells how."""
+        """Send the guard a signal and wait until it has ended. :return: as `GuardProcess.ended`."""
         self.process.signal(name)
         return await self.process.ended
 

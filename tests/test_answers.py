@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each error is answered with, and which answers browsers may read."""
+"""The answer to each error, and which answers browsers can read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks can be believed: their arithmetic, their peer, and that a small round of them runs."""
+"""The benchmarks: their arithmetic, the guard that they compare with, and a small round."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ OTHER_SECRET = "another-secret-of-the-same-length-1"
 
 
 async def checked(sandbox: Sandbox, *, longest: Any = 15.0, ahead: Any = 0.0, **settings: Any) -> Report:
-    """Check with the settings of the sandbox's guard, and these over them. :param ahead: seconds our clock is."""
+    """Check with the settings of the sandbox's guard and these changes. :param ahead: seconds our clock is ahead."""
     assert sandbox.guard.public.port is not None
     assert sandbox.guard.admin is not None
     assert sandbox.guard.admin.port is not None
@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 def no_guard() -> dict[str, int]:
-    """Settings with which no guard runs."""
+    """Ports on which no guard listens."""
     return {"guard_admin_port": free_port(), "guard_bind_port": free_port()}
 
 
@@ -70,7 +70,7 @@ def open_to_all(directory: Path) -> None:
 
 @pytest.fixture
 def state_dir(tmp_path: Path) -> Path:
-    """A state directory as it should be."""
+    """A private state directory."""
     tmp_path.chmod(0o700)
     return tmp_path
 
@@ -279,7 +279,7 @@ async def test_old_lk_jwt_service_is_recognised_by_its_routes_and_names(sandbox:
 )
 async def test_tokens_signed_with_another_key_are_wrong(sandbox: Sandbox, name: str, value: str, said: str) -> None:
     setattr(sandbox.upstream, name, value)
-    # LiveKit knows both, so that upstream can make the room
+    # LiveKit accepts both keys, so that upstream can create the room
     sandbox.livekit.keys["theirkey"] = SECRET
     if name == "secret":
         sandbox.upstream.full_access = ["another.homeserver"]
@@ -332,7 +332,7 @@ async def test_address_where_nothing_listens_is_wrong(sandbox: Sandbox, name: st
     finding = found(report, about, "reachable")
     assert (finding.state, finding.reason) == ("wrong", f"nothing listens on 127.0.0.1:{port}")
     assert name.upper() in finding.remedy
-    assert {what for what, _ in wrong(report)} == {about}, "the other services were checked all the same"
+    assert {what for what, _ in wrong(report)} == {about}, "the other services were checked as well"
 
 
 @pytest_twisted.ensureDeferred
@@ -388,14 +388,14 @@ async def test_unexpected_answers_are_reported_as_wrong(sandbox: Sandbox, fault:
         standin.fault = fault
     report = await checked(sandbox, guard_admin_port=None)
     surprised = {about for about, _ in wrong(report)}
-    if fault.kind == "wrong_types":  # to protobuf a field of another type is only one it does not know
+    if fault.kind == "wrong_types":  # protobuf ignores fields of another type as unknown ones
         assert "synapse" in surprised
     else:
         assert surprised >= {"synapse", "livekit", "lk-jwt-service"}
     assert all(finding.remedy for finding in report.findings if finding.state == "wrong")
 
 
-# -- what others can reach --
+# -- exposure --
 
 
 def listening(address: str) -> str:
@@ -670,7 +670,7 @@ def test_report_shows_mark_reason_and_remedy_of_each_finding() -> None:
     assert not report.fine
 
 
-# -- the running guard and the way to it -----------------------------------------------------------------------------
+# -- the running guard and its public address --------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred

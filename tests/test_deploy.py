@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files in ``deploy/`` agree with the service: settings, endpoints and metrics have their real names."""
+"""The files in ``deploy/`` match the service: settings, endpoints and metrics exist under these names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def service() -> _Unit:
 
 
 def variables(path: Path) -> dict[str, str]:
-    """The variables of an environment file, those included that are commented out."""
+    """The variables of an environment file, including those that are commented out."""
     return dict(re.findall(r"^#?([A-Z][A-Z_]*)=(.*)$", path.read_text(encoding="utf-8"), re.M))
 
 
@@ -54,7 +54,7 @@ def default(name: str) -> float:
 # -- systemd ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_the_unit_confines_the_service() -> None:
     unit = UNITS / "lotusguard.service"
     told = subprocess.run(
@@ -119,7 +119,7 @@ def test_the_drop_in_listens_on_every_socket_that_systemd_holds() -> None:
     assert options["listen"] == ["systemd:domain=INET:index=0", "systemd:domain=INET6:index=1"]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_understands_the_units(tmp_path: Path) -> None:
     for name in ("lotusguard.service", "lotusguard.socket"):
         text = (UNITS / name).read_text(encoding="utf-8").replace("/opt/lotusguard/current/bin/twistd", "/bin/true")

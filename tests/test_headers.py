@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Headers and bodies in both directions: what is forwarded unchanged, what stays on its hop, and header injection."""
+"""Headers and bodies in both directions: forwarded unchanged, or dropped as hop-by-hop; and header injection."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ async def test_cookies_of_one_caller_never_reach_another(start_sandbox: StartSan
                 connection.requests.clear()
             cookies = [(b"Cookie: who=%d" % n,) if n % 2 else () for n in range(6)]
             payloads = [request(CLOSE, *cookie, method=method, target=target, body=body) for cookie in cookies]
-            for again in range(2):  # the second time on connections that others' answers came on
+            for again in range(2):  # the second time on connections that have carried others' answers
                 await gatherResults([Deferred.fromCoroutine(exchange(sandbox.url, payload)) for payload in payloads])
                 seen = [header(sent, b"cookie") for sent in upstream.requests]
                 wanted = sorted([[b"who=1"], [b"who=3"], [b"who=5"], [], [], []] * (again + 1))
@@ -313,7 +313,9 @@ async def test_redirect_of_a_dependency_is_not_followed_with_our_credentials(san
         sandbox.homeserver.fault = Fault.redirect(f"{elsewhere.url}/steal")
         sandbox.livekit.fault = Fault.redirect(f"{elsewhere.url}/steal", code=307)
         room_id = sandbox.homeserver.create_room(joined=["alice"])
-        assert (await sandbox.ask_token("@alice:sandbox.local", room_id)).code == 401  # nor does upstream follow
+        assert (
+            await sandbox.ask_token("@alice:sandbox.local", room_id)
+        ).code == 401  # upstream does not follow them either
         assert (await sandbox.operator("GET", "/readyz")).code == 503
         assert elsewhere.connections == []
 
@@ -330,7 +332,9 @@ async def test_compressed_answer_is_relayed_unchanged(start_sandbox: StartSandbo
         await one(
             sandbox.url, request(CLOSE, b"Accept-Encoding: gzip", method=b"POST", target=b"/sfu/get", body=TOKEN_BODY)
         )
-        assert header(upstream.requests[1], b"accept-encoding") == [b"identity"]  # else a token we could not read
+        assert header(upstream.requests[1], b"accept-encoding") == [
+            b"identity"
+        ]  # otherwise upstream could send a token that the guard cannot read
 
 
 @pytest_twisted.ensureDeferred

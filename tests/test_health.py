@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guard says about itself: `/readyz`, the gauges, and one log line when what is enforced changes."""
+"""The guard's report about itself: `/readyz`, gauges, and one log line for each change of what is enforced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Service:
 
 
 class Sources:
-    """Where room state comes from: the homeserver's admin API."""
+    """The source of room state: the homeserver's admin API."""
 
     def __init__(self, homeserver: Service) -> None:
         self._homeserver = homeserver
@@ -58,7 +58,7 @@ class Sources:
 
 
 class Guard:
-    """Health with the parts that it looks at, on a clock."""
+    """Health with stand-ins for the parts that it reads, on a clock."""
 
     def __init__(self, *, dry_run: bool = False, enforces_membership: bool = True, leased: bool = True) -> None:
         self.clock, self.metrics = Clock(), Metrics()
@@ -84,7 +84,7 @@ class Guard:
         return self.health.report().result  # type: ignore[return-value]
 
     def watch(self, seconds: int) -> None:
-        """What the service does every second."""
+        """Watch once a second, as the service does."""
         for _ in range(seconds):
             self.changes.round_at = self.clock.seconds()
             assert Deferred.fromCoroutine(self.health.watch()).called
@@ -187,7 +187,7 @@ def test_participants_whose_tokens_came_from_elsewhere_are_reported() -> None:
     assert "2 participants have tokens that this guard did not issue" in report["reasons"][0]
 
 
-# -- watched -----------------------------------------------------------------------------------------------
+# -- watching ----------------------------------------------------------------------------------------------
 
 
 def test_dependencies_are_probed_at_every_interval_without_a_request() -> None:
@@ -240,7 +240,7 @@ def test_the_log_has_one_line_for_each_change_and_the_gauges_follow() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_revoked_access_token_is_reported_at_once(start_sandbox: StartSandbox) -> None:
-    """A known policy still serves then, and nobody asks for a report."""
+    """The cached policy is still used then, and nobody asks for a report."""
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.1)
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators ask why: decisions are kept, on disk for seven days, and told by ``why`` and ``ejected``."""
+"""The history of decisions: kept on disk for seven days, and shown by ``why`` and ``ejected``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def history(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 
 async def eventually(history: DecisionHistory, question: Question, n: int) -> list[Record]:
-    """What is found, once it is this much: records are written behind."""
+    """The records found, once there are this many: they are written in the background."""
     for _ in range(1000):
         found = await history.find(question)
         if len(found) >= n:
@@ -165,7 +165,7 @@ async def test_memory_keeps_a_bounded_number() -> None:
 async def full_room(sandbox: Sandbox) -> str:
     """A room with one seat: Alice has it, Bob was refused, and Carol got in with an old token and was removed."""
     while "another guard" in str((await sandbox.operator("GET", "/readyz")).body):
-        await deferLater(reactor, 0.05)  # until it has the lease of its state directory
+        await deferLater(reactor, 0.05)  # until the guard holds the lease of its state directory
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     assert (await sandbox.ask_token(BOB, room_id)).code == 403

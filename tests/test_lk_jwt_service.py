@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long upstream has for an answer, what counts towards that, and how upstream is recognised."""
+"""Timeouts of requests to upstream, and how the probe recognises lk-jwt-service."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ PREFLIGHT = {"Access-Control-Allow-Methods": ["POST"]}
 
 
 def probed(code: int, headers: dict[str, list[str]]) -> list[str]:
-    """Why a probe failed that was answered like this; nothing if it did not fail."""
+    """The failure of a probe that got this answer; None if it passed."""
     guard, upstream, _ = service()
     probing, response = Deferred.fromCoroutine(guard.probe()), _Response()
     response.code, response.headers = code, Headers(headers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log lines: one event one line, for people or for machines, whatever callers write into it."""
+"""Log lines: one line per event, as text or JSON, whatever callers put into its fields."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lines(format_: str, level: str = "info", **event: Any) -> list[str]:
     stream = io.StringIO()
     log = Logger(namespace=event.pop("namespace", "lotusguard"), observer=observer_for(format_, level, stream))
     log.emit(event.pop("at", LogLevel.info), "refused in {room_id}", **event)
-    stream.getvalue().encode("utf-8")  # it can be written wherever it goes
+    stream.getvalue().encode("utf-8")  # it can be encoded for any output
     return stream.getvalue().splitlines()
 
 
@@ -91,7 +91,7 @@ async def test_join_is_one_line_with_the_whole_decision(sandbox: Sandbox) -> Non
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     sandbox.livekit.fault = Fault.status(500)
-    sandbox.upstream.full_access = ["nobody"]  # else it wants to make a room
+    sandbox.upstream.full_access = ["nobody"]  # otherwise upstream would create a room
     stream = io.StringIO()
     observer = observer_for("json", "info", stream)
     with logged() as events:

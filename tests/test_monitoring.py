@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alerts, dashboard and documentation name metrics and labels that there are; the documentation names all of them."""
+"""Alerts, dashboard and documentation name only existing metrics and labels; the documentation names all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_s
 
 
 def families() -> list[Metric]:
-    """All metrics there are."""
+    """All metrics of the guard."""
     return list(Metrics().registry.collect())
 
 
@@ -35,7 +35,7 @@ def test_every_metric_name_begins_with_lotusguard() -> None:
 
 
 def samples() -> dict[str, set[str]]:
-    """Names as they stand in ``/metrics``, with their labels."""
+    """Names of samples as in ``/metrics``, with their labels."""
     registry = Metrics().registry
     found = {}
     for family in families():
@@ -68,7 +68,7 @@ def test_expressions_use_existing_metrics_and_labels(expression: str) -> None:
     assert grouped <= set().union(*(known[name] for name, _ in named), {"instance"})
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_prometheus_accepts_the_expressions(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m")}

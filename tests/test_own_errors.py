@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A failure of the guard's own code: the join goes on, its token is still rebuilt, and everybody who looks is told."""
+"""A failure of the guard's own code: the join goes on, its token is still rebuilt, and operators are told."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The archives: what is in them, that they come out the same each time, and that an installed wheel is a service."""
+"""The archives: their contents, reproducible builds, and an installed wheel that provides the service."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 def build(sources: Path, folder: Path, version: str = __version__) -> Path:
     """Archives of a copy of the sources, built as ``make dist`` does but without the network."""
     copy = folder / "sources"
-    shutil.copytree(sources, copy, copy_function=shutil.copy)  # its files' times are other ones
+    shutil.copytree(sources, copy, copy_function=shutil.copy)  # the copies have other times
     about = copy / "lotusguard" / "__init__.py"
     about.write_text(about.read_text(encoding="utf-8").replace(__version__, version), encoding="utf-8")
     done = run(
@@ -64,7 +64,7 @@ def build(sources: Path, folder: Path, version: str = __version__) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the archives are made of, without what lies around in a checkout."""
+    """The sources of the archives, without other files of the checkout."""
     folder = tmp_path_factory.mktemp("sources")
     for name in IN_THE_ARCHIVE:
         if (ROOT / name).exists():
@@ -136,7 +136,7 @@ def test_constraints_pin_every_dependency_to_an_allowed_version() -> None:
 
 @pytest.fixture(scope="module")
 def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A venv in which the wheel is installed; what it depends on is borrowed from ours."""
+    """A venv with the installed wheel. The dependencies come from the tests' own environment."""
     venv = tmp_path_factory.mktemp("installed") / "venv"
     folder = venv.parent
     assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=folder).returncode == 0
@@ -157,12 +157,15 @@ def test_installed_wheel_provides_the_service_to_twistd_and_twist(installed: Pat
     assert "lotusguard" in twistd(installed, "--help").stdout
     told = twistd(installed, "lotusguard", "--help")
     assert "--admin-listen" in told.stdout
-    twist = "from twisted.application.twist._twist import Twist; Twist.main()"
+    twist = (
+        "from importlib.metadata import entry_points as find; "
+        "(script,) = find(group='console_scripts', name='twist'); script.load()()"
+    )
     listed = run(installed / "bin" / "python", "-c", twist, "--help", cwd=installed, PYTHONPATH=SITE)
     assert "lotusguard" in listed.stdout
     where = "import lotusguard; print(lotusguard.__file__)"
     found = run(installed / "bin" / "python", "-c", where, cwd=installed, PYTHONPATH=SITE)
-    assert found.stdout.startswith(str(installed)), "it was the checkout that was tested"
+    assert found.stdout.startswith(str(installed)), "the checkout was tested instead of the wheel"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_port_in_use_stops_the_start_with_a_line_that_names_the_setting(installe
     assert done.returncode != 0
     assert "lotusguard: GUARD_BIND_PORT: cannot listen on" in done.stdout.splitlines()[-1]
     assert done.stdout.count("MATRIX_TOKEN is not set") == 1
-    assert not done.stderr, "what is in the log is said once"
+    assert not done.stderr, "the log has it already"
 
 
 def test_installed_wheel_runs_the_demo(installed: Path) -> None:
@@ -203,7 +206,7 @@ def test_installed_wheel_runs_the_demo(installed: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# -- put in place ----------------------------------------------------------------------------------------
+# -- upgraded --------------------------------------------------------------------------------------------
 
 TWISTD = """#!{venv}/bin/python
 from twisted.scripts.twistd import run
@@ -212,7 +215,7 @@ run()
 
 
 class RealHost(Host):
-    """A host with the real thing installed; what that depends on is borrowed from our venv, ``twistd`` included."""
+    """A host with real releases. The dependencies come from the tests' own environment, ``twistd`` included."""
 
     def __init__(self, folder: Path, sandbox: Sandbox) -> None:
         super().__init__(folder)

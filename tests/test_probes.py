@@ -135,7 +135,7 @@ def test_probing_starts_again_after_a_call_closed_the_circuit(setting: Setting, 
         setting.service.waiting.pop().callback(Response())
         assert outcome(in_flight) == 200
         assert not setting.dependency.breaker.open
-        setting.clock.advance(3)  # the probe that was due has nothing to do
+        setting.clock.advance(3)  # the pending probe finds the circuit closed
     setting.open_circuit()
     setting.service.state = "up"
     setting.clock.advance(3)

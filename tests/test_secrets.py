@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets reach nobody: not the log at any level, no answer, no metric, no repr, no message about a wrong setting.
+"""Secrets appear nowhere: not in logs of any level, answers, metrics, reprs or messages about wrong settings.
 
-And a caller cannot make the guard ask anybody but its configured dependencies anything.
+A caller cannot make the guard contact any host but its configured dependencies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPERATORS_BAD_TOKEN = "a-wrong-token-of-an-operator"
 
 @contextmanager
 def logged(format_: str) -> Iterator[io.StringIO]:
-    """All that is logged meanwhile, at the lowest level."""
+    """Everything that is logged in the ``with`` block, at the lowest level."""
     stream = io.StringIO()
     observer: ILogObserver = observer_for(format_, "debug", stream)
     globalLogPublisher.addObserver(observer)
@@ -49,8 +49,8 @@ def logged(format_: str) -> Iterator[io.StringIO]:
         globalLogPublisher.removeObserver(observer)
 
 
-async def a_bad_day(sandbox: Sandbox) -> list[str]:
-    """Joins, refusals, forgeries, failures of every dependency. :return: what was answered, but for tokens."""
+async def every_failure(sandbox: Sandbox) -> list[str]:
+    """Joins, refusals, forgeries, failures of every dependency. :return: all answers that contain no token."""
     answers = []
     room_id = room_of(sandbox, 1, allow_camera=False)
 
@@ -93,7 +93,7 @@ async def a_bad_day(sandbox: Sandbox) -> list[str]:
 
 
 def secrets_of(sandbox: Sandbox) -> dict[str, str]:
-    """What must not be seen anywhere, by name. The API key is no secret: it is the ``iss`` of every token."""
+    """Secrets that must not appear anywhere, by name. The API key is not secret: it is the ``iss`` of every token."""
     found = {
         "the LiveKit secret": SECRET,
         "the admin's access token": sandbox.admin_token,
@@ -123,12 +123,12 @@ async def test_logs_and_answers_contain_no_secret_when_everything_fails(
 ) -> None:
     with logged(format_) as log:
         sandbox = await start_sandbox(guard_log_level="debug", guard_reconcile_interval=0.2)
-        answers = await a_bad_day(sandbox)
+        answers = await every_failure(sandbox)
         await sandbox.guard.stopService()
         secrets = secrets_of(sandbox)
     text = log.getvalue()
     for event in ("refused", "ignored a webhook", "not enforced", "unreadable", "did not sign", "is not called"):
-        assert event in text, f"the day was not bad enough: nothing {event}"
+        assert event in text, f"the scenario caused no {event!r}"
     assert len(secrets) > 20
     nothing_of(secrets, text)
     for answer in answers:
@@ -140,7 +140,7 @@ async def test_logs_and_answers_contain_no_secret_when_everything_fails(
 
 @pytest_twisted.ensureDeferred
 async def test_no_repr_contains_a_secret(sandbox: Sandbox) -> None:
-    await a_bad_day(sandbox)
+    await every_failure(sandbox)
     secrets = secrets_of(sandbox)
     guard = sandbox.guard
     seen: set[int] = set()
@@ -242,7 +242,7 @@ async def test_the_state_directory_is_readable_by_its_owner_only(tmp_path: Path)
         await store.close()
 
 
-# -- the operators' door -------------------------------------------------------------------------------------
+# -- the operators' listener ---------------------------------------------------------------------------------
 
 
 def test_the_operators_listener_is_on_loopback_by_default() -> None:
@@ -305,7 +305,7 @@ async def test_tokens_are_compared_in_constant_time(sandbox: Sandbox, monkeypatc
     assert len(compared) >= 2  # the signature's, and the body's hash
 
 
-# -- whom the guard asks ---------------------------------------------------------------------------------------
+# -- hosts that the guard contacts ------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -342,7 +342,7 @@ async def test_caller_cannot_make_the_guard_contact_other_hosts(sandbox: Sandbox
         note = json.dumps({"room_id": f"!x:{where}"}).encode()
         assert (await sandbox.operator("POST", "/policy-changed", note)).code == 202
         assert canary.connections == []
-        # and our homeserver was asked for no server's user but its own
+        # our homeserver was not asked about users of other servers either
         assert all(
             where not in asked.target.decode() for asked in sandbox.homeserver.seen if "openid" in str(asked.target)
         )

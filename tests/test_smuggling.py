@@ -153,7 +153,7 @@ NOT_A_PATH = {
         "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: x\r\n\r\n",
         "asterisk form": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
         "a fragment": post(LENGTH, target=b"/sfu/get#x"),
-        "a byte that is no ASCII": post(LENGTH, target=b"/sfu/get\xa0"),
+        "a byte outside ASCII": post(LENGTH, target=b"/sfu/get\xa0"),
         "two Hosts": post(LENGTH, b"Host: y"),
         "two Hosts, equal": post(LENGTH, b"Host: x"),
     }.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state store: a restart reads what was written last, whatever happened to the disk or the file."""
+"""The state store: a restart reads what was written last, despite faults of the disk or the file."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ async def test_old_rows_are_deleted_and_rows_beyond_the_limit(tmp_path: Path, mo
         assert file.execute("SELECT count(*) FROM holds").fetchone() == (0,)
 
 
-# -- a disk that does not work ---------------------------------------------------------------------------------
+# -- faults of the disk -------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -318,7 +318,7 @@ async def test_million_identities_do_not_delay_the_start(tmp_path: Path) -> None
     assert spent < 1.5
 
 
-# -- how long there has been a guard -----------------------------------------------------------------------------
+# -- since when a guard has been running --------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred

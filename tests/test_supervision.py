@@ -25,7 +25,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 
 
 def told(end: socket.socket) -> list[bytes]:
-    """The messages that have arrived since the last call."""
+    """The messages since the last call."""
     messages = []
     try:
         while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``deploy/upgrade`` with real venvs, pip and processes. Only the releases are tiny, and fail when they are told to."""
+"""``deploy/upgrade`` with real venvs, pip and processes. The releases are tiny stand-ins that fail on request."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def main():
 
 
 def wheel(folder: Path, version: str, fault: str = "") -> Path:
-    """A release of lotusguard that is as small as can be."""
+    """A minimal release of lotusguard."""
     path = folder / f"lotusguard-{version}-py3-none-any.whl"
     about = f"lotusguard-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
@@ -94,7 +94,7 @@ def wheel(folder: Path, version: str, fault: str = "") -> Path:
 
 
 class Host:
-    """A machine that the guard is installed on, in a folder, with a restart command instead of systemd."""
+    """A host in a folder, with a restart command instead of systemd."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class Host:
             f'"{folder}/prefix/current/bin/twistd" -n --pidfile= lotusguard </dev/null >"{folder}/log" 2>&1 &\n'
             f'echo $! >"{self.pidfile}"',
         )
-        # venvs without a pip of their own are made in a moment; they get the one we run with
+        # a venv without pip is created faster; the tests' own pip installs into it
         python = self._script("python", f'exec "{sys.executable}" "$@" --without-pip')
         self.environment = os.environ | {
             "PORT": str(self.port),
@@ -141,7 +141,7 @@ class Host:
         )  # fmt: skip
 
     def running(self) -> str:
-        """The version that answers."""
+        """What the running release says about itself."""
         with urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=5) as answer:
             return str(answer.read())
 
@@ -171,7 +171,7 @@ def guarded(host: Host) -> Host:
     """A host with release 1.0 running."""
     done = host.upgrade(wheel(host.folder, "1.0"), LOTUSGUARD_RESTART="false")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not host.pidfile.exists(), "it was started before anybody had configured it"
+    assert not host.pidfile.exists(), "it was started before it was configured"
     subprocess.run([str(host.restart)], env=host.environment, check=True)
     for _ in range(200):
         with contextlib.suppress(URLError):
@@ -206,7 +206,7 @@ def test_release_that_fails_before_the_switch_changes_nothing(guarded: Host, fau
     assert said in done.stderr
     assert guarded.current() == "1.0"
     assert "1.0" in guarded.running()
-    assert guarded.pidfile.read_text() == before, "it was restarted for nothing"
+    assert guarded.pidfile.read_text() == before, "it was restarted without need"
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_an_interrupted_upgrade_leaves_the_old_release_running(guarded: Host, na
 
 
 def default_signals() -> None:
-    """A shell ignores signals that were ignored when it was started."""
+    """A shell keeps ignoring signals that were ignored when it started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiveKit's webhooks: all are passed on to upstream; only genuine ones are acted on, and only once."""
+"""LiveKit's webhooks: all are forwarded to upstream; the guard acts on genuine ones only, and once."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ async def deaf(start_sandbox: StartSandbox) -> Any:
 
 
 async def at_rest(sandbox: Sandbox) -> None:
-    """Everything that was reported has been worked on."""
+    """Wait until everything that was reported has been enforced."""
     await sandbox.guard.enforcement.worker.idle()
 
 
-# -- passed on ---------------------------------------------------------------------------------------
+# -- forwarded ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b' {"event" :\t"x"}\r\n\x00', b"\xff\xfe\x00 no json", b"x" * 70_000])
@@ -90,7 +90,7 @@ async def test_the_answer_comes_from_upstream(deaf: Sandbox) -> None:
     event = event_about("participant_joined", alice)
     answer = await tell(deaf, event)
     assert (answer.code, answer.body) == (503, b"not now")
-    assert (await tell(deaf, event)).code == 200  # the SFU tries again
+    assert (await tell(deaf, event)).code == 200  # the SFU retries
     assert counted(deaf, "webhooks_total", outcome="accepted") == 1
     assert counted(deaf, "webhooks_total", outcome="duplicate") == 1
 
@@ -99,10 +99,10 @@ async def test_the_answer_comes_from_upstream(deaf: Sandbox) -> None:
 async def test_the_answer_does_not_wait_for_our_work(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
     deaf.livekit.room_faults[alice.room.name] = Fault.hang()
-    looks = deaf.livekit.asked["ListParticipants"]
+    listings = deaf.livekit.asked["ListParticipants"]
     answer = await tell(deaf, event_about("participant_joined", alice))
     assert answer.code == 200
-    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
     assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
 
 
@@ -160,7 +160,7 @@ async def test_a_forged_webhook_changes_nothing_and_is_forwarded(deaf: Sandbox) 
         assert counted(deaf, "webhooks_total", outcome="forged") == number, name
         assert len(named(events, "webhook_forged")) == 1, name
     assert dict(deaf.livekit.asked) == before
-    await tell(deaf, body)  # while the true one does
+    await tell(deaf, body)  # the genuine one does
     assert await seen_in(deaf, room_id) == []
 
 
@@ -170,11 +170,11 @@ async def test_a_webhook_that_is_delivered_twice_is_acted_on_once(deaf: Sandbox)
     event = event_about("track_published", alice)
     await tell(deaf, event)
     await at_rest(deaf)
-    looks = deaf.livekit.asked["ListParticipants"]
+    listings = deaf.livekit.asked["ListParticipants"]
     for _ in range(3):
         await tell(deaf, event)
     await at_rest(deaf)
-    assert deaf.livekit.asked["ListParticipants"] == looks
+    assert deaf.livekit.asked["ListParticipants"] == listings
     assert counted(deaf, "webhooks_total", outcome="duplicate") == 3
 
 
@@ -256,7 +256,7 @@ async def test_unknown_fields_and_absent_zero_values_are_accepted(deaf: Sandbox)
     await until(lambda: published(alice) == [])
 
 
-# -- who is there ------------------------------------------------------------------------------------
+# -- participants -----------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -277,7 +277,7 @@ async def test_a_session_that_never_became_active_frees_the_seat_too(sandbox: Sa
     room_id = room_of(sandbox, 1)
     answer = await sandbox.ask_token(ALICE, room_id)
     alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"], activate=False)
-    assert (await sandbox.ask_token(BOB, room_id)).code == 403  # that look saw Alice arrive
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403  # that listing contains Alice
     assert await seen_in(sandbox, room_id) == [(ALICE, True)]
     sandbox.livekit.disconnect(alice.room.name, alice.identity)
     await sandbox.livekit.drained()
@@ -350,7 +350,7 @@ async def test_a_reconnect_keeps_the_seat_in_a_room_whose_limit_was_lowered(sand
 
 @pytest_twisted.ensureDeferred
 async def test_a_listing_between_two_sessions_ends_no_seat(deaf: Sandbox) -> None:
-    """The SFU ends the old one first, and lists nobody for a moment."""
+    """The SFU ends the old session first, and lists no participant for a moment."""
     room_id = room_of(deaf, 2)
     alice, bob = await deaf.enter(ALICE, room_id), await deaf.enter(BOB, room_id)
     for who in (alice, bob):
@@ -377,11 +377,12 @@ async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf:
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
-    looks = deaf.livekit.asked["ListParticipants"]
-    deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)  # what it tells is what it was when asked
+    listings = deaf.livekit.asked["ListParticipants"]
+    # a slow answer, with the state at the time of the request
+    deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
     await tell(deaf, event_about("track_published", alice))
-    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
-    await deferLater(reactor, 0.02)  # it has begun to answer
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
+    await deferLater(reactor, 0.02)  # LiveKit has begun to answer
     deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
     assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
@@ -395,13 +396,13 @@ async def test_a_listing_that_began_before_an_arrival_ends_no_seat(deaf: Sandbox
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
-    looks = deaf.livekit.asked["ListParticipants"]
+    listings = deaf.livekit.asked["ListParticipants"]
     deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
     await tell(deaf, event_about("track_published", alice))
-    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
     await deferLater(reactor, 0.02)
-    deaf.livekit.room_faults[alice.room.name] = Fault.hang()  # the next look tells nothing
+    deaf.livekit.room_faults[alice.room.name] = Fault.hang()  # the next listing gets no answer
     bob = deaf.livekit.connect(old_token(BOB, room_id))
     await tell(deaf, event_about("participant_joined", bob))
-    await until(lambda: deaf.livekit.asked["ListParticipants"] == looks + 2)  # the first is over
+    await until(lambda: deaf.livekit.asked["ListParticipants"] == listings + 2)  # the first listing has ended
     assert await seen_in(deaf, room_id) == [(ALICE, True), (BOB, True)]
