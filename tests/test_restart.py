@@ -73,7 +73,7 @@ async def test_exactly_10_of_200_users_get_seats_despite_a_kill(process: Process
         return answer.code if answer is not None else None
 
     first = gatherResults([Deferred.fromCoroutine(ask(user, n % 2 == 0)) for n, user in enumerate(users)])
-    await until(lambda: len(let_in) >= 3, seconds=20)
+    await until(lambda: len(let_in) >= 3, seconds=60)
     assert await process.end("KILL") == "SIGKILL"
     await first
     already = len(let_in)

@@ -251,16 +251,16 @@ async def test_a_missing_entry_removes_only_after_a_second_lookup(
     await push(sandbox, room_id, BOB)
     await enforced(sandbox)
     assert bob.connected
-    looks = 0
+    lookups = 0
 
     def removed() -> bool:
-        nonlocal looks
-        looks += 1
+        nonlocal lookups
+        lookups += 1
         sandbox.guard.enforcement.enforce(bob.room.name)
         return not bob.connected
 
     await until(removed)
-    assert looks > 1
+    assert lookups > 1
     assert alice.connected
 
 
