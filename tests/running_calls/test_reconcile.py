@@ -119,6 +119,7 @@ async def test_a_round_lists_the_rooms_and_then_participants_where_something_is_
 async def test_without_calls_a_round_lists_the_rooms_and_nothing_else(sandbox: Sandbox) -> None:
     await until(lambda: sandbox.guard.changes.round_at is not None)
     sandbox.livekit.asked.clear()
+    sandbox.homeserver.asked.clear()
     await sandbox.guard.changes.reconcile()
     assert sandbox.livekit.asked == {"ListRooms": 1}
     assert not sandbox.homeserver.asked["room_state"]
