@@ -92,7 +92,7 @@ def test_urgent_work_does_not_wait_for_a_turn(work: Work) -> None:
     assert work.begun == ["a", "b", "d"]
 
 
-def test_an_urgent_request_takes_the_key_out_of_the_queue(work: Work) -> None:
+def test_urgent_request_removes_the_key_from_the_queue(work: Work) -> None:
     for key in "abc":
         work.worker.run(key, urgent=False)
     work.worker.run("c")
