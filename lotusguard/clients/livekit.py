@@ -31,7 +31,7 @@ from twisted.web.http_headers import Headers
 
 from lotusguard.clients.dependency import Dependency
 from lotusguard.clients.http import Answer, json_object
-from lotusguard.rules.tokens import SfuKey
+from lotusguard.rules.jwt import SfuKey
 
 M = TypeVar("M", bound=Message)
 
@@ -78,8 +78,6 @@ class LiveKitClient:
     def available(self) -> bool:
         """Whether its circuit is closed."""
         return not self._dependency.breaker.open
-
-    well = available  # the former name
 
     @property
     def refused(self) -> str | None:

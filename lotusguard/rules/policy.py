@@ -147,18 +147,6 @@ def with_default_limit(policy: Policy, default: int | None) -> Policy:
     return evolve(policy, max_users=default, limit_origin=LimitOrigin.DEFAULT)
 
 
-def max_users(content: object) -> tuple[int | None, bool]:
-    """The limit in an ``io.lotus.voice_limit`` event, and whether its value cannot be used."""
-    limit, _, malformed = _read_limit(content)
-    return limit, bool(malformed)
-
-
-def forbidden_sources(content: object) -> tuple[frozenset[Source], bool]:
-    """The sources that an ``io.lotus.room_quality`` event forbids, and whether a value in it cannot be used."""
-    forbidden, malformed = _read_quality(content)
-    return forbidden, bool(malformed)
-
-
 def _read_limit(content: object) -> tuple[int | None, LimitOrigin, frozenset[str]]:
     if not isinstance(content, Mapping):
         return None, LimitOrigin.UNSET, frozenset({""})

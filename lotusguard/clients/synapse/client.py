@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from attrs import define, field, frozen
@@ -25,7 +25,7 @@ from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.rules.identity import server_of
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.requests import OpenID
-from lotusguard.rules.state import ROOM_QUALITY, VOICE_LIMIT, StateEvent
+from lotusguard.rules.state import VOICE_LIMIT, StateEvent
 
 T = TypeVar("T")
 
@@ -79,8 +79,6 @@ class SynapseClient:
         """Whether its circuit is closed."""
         return not self._dependency.breaker.open
 
-    well = available  # the former name
-
     @property
     def refused(self) -> str | None:
         """``status_401`` or ``status_403`` if it refused our access token and has not accepted it since."""
@@ -115,11 +113,6 @@ class SynapseClient:
                 return None
             events.update(answer.events)
         return events
-
-    async def policy_events(self, room_id: str) -> dict[str, Any]:
-        """The contents of the room's policy events, by type; none if it does not know the room."""
-        events = await self.room_state(room_id, (VOICE_LIMIT, ROOM_QUALITY))
-        return {kind: event.content for kind, event in (events or {}).items()}
 
     async def _state(self, room_id: str, kind: str, wanted: Collection[str]) -> _StateAnswer:
         def read(answer: Answer) -> _StateAnswer:
