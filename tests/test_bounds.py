@@ -14,14 +14,14 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from lotusguard.guard.calls import enforcement
+from lotusguard.guard.calls import changes
 from lotusguard.guard.rooms import policies
-from lotusguard.guard.seats import book, registry
+from lotusguard.guard.seats import memory, registry
 from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
 from lotusguard.web.site import DISCARDED, RECEIVE_TIMEOUT, GuardSite
-from tests.calls import ALICE, BOB, CAROL, room_of
+from tests.calls import ALICE, BOB, CAROL, counted, room_of
 from tests.conftest import StartSandbox, until
 from tests.raw_http import connect, exchange
 
@@ -108,6 +108,7 @@ async def test_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox: 
         assert (path, refused.code, refused.json()["errcode"]) == (path, 413, "M_TOO_LARGE")
         assert (path, refused.all("access-control-allow-origin")) == (path, ["*"] if token else [])
         assert next_one.code == 200
+    assert counted(sandbox, "bodies_rejected_total", reason="too_large") == len(TOKEN_ROUTES) + 2
     assert {asked.path for asked in sandbox.upstream.seen} == {"/healthz"}
 
 
@@ -154,6 +155,7 @@ async def test_body_that_does_not_fit_gets_503_and_nothing_of_it_is_forwarded(st
         (answer,) = await exchange(sandbox.url, payload)
         assert (answer.code, answer.json()["errcode"]) == (503, "M_LIMIT_EXCEEDED")
         assert answer.all("access-control-allow-origin") == []
+    assert counted(sandbox, "bodies_rejected_total", reason="no_room") == 2
     assert list(sandbox.upstream.seen) == []
     for caller in holding:
         caller.drop()
@@ -254,11 +256,12 @@ async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in (
-        (policies, "ROOMS_REMEMBERED"), (book, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"),
-        (registry, "IDENTITIES_KEPT"), (enforcement, "EVENTS_REMEMBERED"),
+        (memory, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"), (registry, "IDENTITIES_KEPT"),
+        (changes, "EVENTS_REMEMBERED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 40)
-    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    monkeypatch.setattr(policies, "POLICIES_KEPT", 40 * policies.ENTRY_SIZE)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_members_only="off")
     kept = room_of(sandbox, 1)
     await sandbox.enter(ALICE, kept)
     small = [sandbox.homeserver.create_room() for _ in range(60)]
@@ -278,8 +281,9 @@ async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept
             headers = {"Authorization": sandbox.livekit.webhooks.authorization(event)}
             await sandbox.request("POST", sandbox.url + "/sfu_webhook", event, headers)
     caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
-    assert caches["policies"] == (40, 40)
-    assert caches["aliases"] == (40, 40)
+    assert caches["policies"][1] == caches["aliases"][1] == 40
+    assert caches["policies"][0] > 30  # it was filled
+    assert caches["aliases"][0] == 40
     assert [cache for cache, (has, may) in caches.items() if has > may] == []
 
 
@@ -288,14 +292,15 @@ async def test_flood_of_slots_neither_lifts_a_rooms_limit_nor_grows_without_boun
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client chooses the slot, and each slot is an SFU room of its own."""
-    monkeypatch.setattr(registry, "ALIASES_KEPT", 30)
-    monkeypatch.setattr(registry, "IDENTITIES_KEPT", 30)
+    monkeypatch.setattr(registry, "ALIASES_KEPT", 8)
+    monkeypatch.setattr(registry, "IDENTITIES_KEPT", 8)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
-    for n in range(50):
-        body = {"slot_id": f"slot{n}"}
-        assert (await sandbox.ask_token(ALICE, room_id, new=True, **body)).code == 200
-    assert (await sandbox.ask_token(BOB, room_id, new=True, slot_id="another")).code == 403
+    slots = [f"slot{n}" for n in range(50)]
+    codes = [(await sandbox.ask_token(ALICE, room_id, new=True, slot_id=slot)).code for slot in slots]
+    assert codes == [200] * (memory.SLOTS_PER_ROOM - 1) + [429] * (len(slots) - memory.SLOTS_PER_ROOM + 1)
+    assert (await sandbox.ask_token(BOB, room_id, new=True, slot_id="another")).code == 429
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
     caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
     assert [cache for cache, (has, may) in caches.items() if has > may] == []

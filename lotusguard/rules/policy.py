@@ -12,9 +12,7 @@ from attrs import evolve, frozen
 from lotusguard.rules.permissions import SOURCES_OF, Action, CallPermissions, Lobby, read_lobby, read_permissions
 from lotusguard.rules.power_levels import PowerLevels, read_power_levels
 from lotusguard.rules.sources import CAMERA, EVERY_SOURCE, SCREEN_SHARE, SCREEN_SHARE_AUDIO, Source
-from lotusguard.rules.state import CALL_PERMISSIONS, CREATE, LOBBY, POWER_LEVELS, StateEvent
-from lotusguard.rules.state import ROOM_QUALITY as ROOM_QUALITY
-from lotusguard.rules.state import VOICE_LIMIT as VOICE_LIMIT
+from lotusguard.rules.state import CALL_PERMISSIONS, CREATE, LOBBY, POWER_LEVELS, ROOM_QUALITY, VOICE_LIMIT, StateEvent
 
 _NO_PERMISSIONS = CallPermissions()
 
