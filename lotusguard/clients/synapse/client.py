@@ -10,7 +10,8 @@ from urllib.parse import quote
 from attrs import define, field, frozen
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.dependency import Dependency, DependencyFailed
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.dependency_client import DependencyClient
 from lotusguard.clients.http import Answer
 from lotusguard.clients.synapse.answers import (
     joined_rooms,
@@ -56,14 +57,13 @@ def _headers(token: str) -> Headers:
 
 
 @define(eq=False)
-class SynapseClient:
+class SynapseClient(DependencyClient):
     """The requests of the guard to Synapse. Every method raises `DependencyFailed` if there is no usable answer.
 
     :param token: an admin's access token.
     :ivar server_name: the homeserver's name; ``""`` until `whoami` has answered, if it was not configured.
     """
 
-    _dependency: Dependency
     _headers: Headers = field(alias="token", converter=_headers, repr=False)
     server_name: str = ""
     _ignores_type: bool = field(init=False, default=False)
@@ -73,21 +73,6 @@ class SynapseClient:
     def __attrs_post_init__(self) -> None:
         self._naming = SharedLookups(lambda _: self.whoami())
         self._dependency.probe = self.probe
-
-    @property
-    def available(self) -> bool:
-        """Whether its circuit is closed."""
-        return not self._dependency.breaker.open
-
-    @property
-    def refused(self) -> str | None:
-        """``status_401`` or ``status_403`` if it refused our access token and has not accepted it since."""
-        return self._dependency.refused
-
-    @property
-    def clock_skew(self) -> float | None:
-        """Seconds by which its clock is ahead of ours; None while unknown."""
-        return self._dependency.skew
 
     # -- rooms ---------------------------------------------------------------------------------------------
 
