@@ -240,7 +240,7 @@ async def test_the_state_directory_is_readable_by_its_owner_only(tmp_path: Path)
         await store.close()
 
 
-# -- the operators' door -------------------------------------------------------------------------------------
+# -- the operators' listener -------------------------------------------------------------------------------------
 
 
 def test_the_operators_listener_is_on_loopback_by_default() -> None:
