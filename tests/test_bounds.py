@@ -21,7 +21,7 @@ from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
 from lotusguard.web.site import DISCARDED, RECEIVE_TIMEOUT, GuardSite
-from tests.calls import ALICE, BOB, CAROL, room_of
+from tests.calls import ALICE, BOB, CAROL, counted, room_of
 from tests.conftest import StartSandbox, until
 from tests.raw_http import connect, exchange
 
@@ -108,6 +108,7 @@ async def test_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox: 
         assert (path, refused.code, refused.json()["errcode"]) == (path, 413, "M_TOO_LARGE")
         assert (path, refused.all("access-control-allow-origin")) == (path, ["*"] if token else [])
         assert next_one.code == 200
+    assert counted(sandbox, "bodies_rejected_total", reason="too_large") == len(TOKEN_ROUTES) + 2
     assert {asked.path for asked in sandbox.upstream.seen} == {"/healthz"}
 
 
@@ -154,6 +155,7 @@ async def test_body_that_does_not_fit_the_pool_gets_503_and_is_not_forwarded(sta
         (answer,) = await exchange(sandbox.url, payload)
         assert (answer.code, answer.json()["errcode"]) == (503, "M_LIMIT_EXCEEDED")
         assert answer.all("access-control-allow-origin") == []
+    assert counted(sandbox, "bodies_rejected_total", reason="no_room") == 2
     assert list(sandbox.upstream.seen) == []
     for caller in holding:
         caller.drop()
@@ -292,8 +294,8 @@ async def test_flood_of_slots_keeps_the_limit_enforced_and_memory_bounded(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client chooses the slot, and each slot is an SFU room of its own."""
-    monkeypatch.setattr(registry, "ALIASES_KEPT", 30)
-    monkeypatch.setattr(registry, "IDENTITIES_KEPT", 30)
+    monkeypatch.setattr(registry, "ALIASES_KEPT", 8)
+    monkeypatch.setattr(registry, "IDENTITIES_KEPT", 8)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)

@@ -22,8 +22,8 @@ from twisted.internet.threads import blockingCallFromThread, deferToThread
 from twisted.logger import globalLogPublisher
 
 from lotusguard.rules.identity import room_alias
+from lotusguard.rules.jwt import read_unverified
 from lotusguard.rules.requests import TOKEN_ROUTES
-from lotusguard.rules.tokens import read_unverified
 from lotusguard.sandbox.demo.sandbox import SERVER_NAME, Sandbox
 from tests.raw_http import Response, exchange, reactor
 

@@ -25,8 +25,8 @@ from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.store import StoredHold, open_state_store
 from lotusguard.logs import observer_for
 from lotusguard.metrics import Metrics
+from lotusguard.rules.jwt import SfuKey
 from lotusguard.rules.requests import OpenID
-from lotusguard.rules.tokens import SfuKey
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, SERVER_NAME, Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, room_of

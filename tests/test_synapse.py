@@ -10,7 +10,7 @@ import pytest
 import pytest_twisted
 
 from lotusguard.clients.http import Answer
-from lotusguard.rules.tokens import read_unverified
+from lotusguard.rules.jwt import read_unverified
 from tests.conftest import until
 from tests.synapse import Guarded, MakeGuarded, Synapse, User
 

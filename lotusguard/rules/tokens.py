@@ -12,11 +12,6 @@ from typing import Any
 
 from attrs import frozen
 
-from lotusguard.rules.jwt import SFU_LEEWAY as SFU_LEEWAY
-from lotusguard.rules.jwt import NotOurs as NotOurs
-from lotusguard.rules.jwt import SfuKey as SfuKey
-from lotusguard.rules.jwt import compact as compact
-from lotusguard.rules.jwt import read_unverified as read_unverified
 from lotusguard.rules.requests import folded
 from lotusguard.rules.sources import ALL_SOURCES, EVERY_SOURCE, Source, source_of_claim
 

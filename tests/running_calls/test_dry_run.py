@@ -9,7 +9,7 @@ from typing import Any
 import pytest_twisted
 from livekit.protocol.models import TrackSource
 
-from lotusguard.rules.tokens import read_unverified
+from lotusguard.rules.jwt import read_unverified
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.livekit.participant import Participant
 from tests.calls import ALICE, BOB, CAROL, change_policy, counted, logged, named, old_token, published, room_of

@@ -11,7 +11,7 @@ import pytest
 import pytest_twisted
 
 from lotusguard.guard.calls import entitlement
-from lotusguard.rules.tokens import SfuKey
+from lotusguard.rules.jwt import SfuKey
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.livekit.participant import Participant

@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from lotusguard.clients.http import Answer
-from lotusguard.rules.tokens import SfuKey
+from lotusguard.rules.jwt import SfuKey
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.livekit.participant import Participant
