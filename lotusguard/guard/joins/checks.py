@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from attrs import define, field
-from twisted.internet.defer import CancelledError, DeferredLock, TimeoutError
+from attrs import define
+from twisted.internet.defer import CancelledError, TimeoutError
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import gather
@@ -57,7 +57,6 @@ class EntryChecks:
     _server_name: Callable[[], str]
     _lobby: Lobby
     _switch: LobbySwitch
-    _starting: dict[str, DeferredLock] = field(factory=dict, init=False)
 
     @property
     def asks_membership(self) -> bool:
@@ -122,23 +121,11 @@ class EntryChecks:
     async def _start(self, join: Join) -> None:
         if self.may_start(join.policy, join.user) or await self._seats.owns_seat(join.room_id, join.user):
             return
-        lock = self._starting.setdefault(join.room_id, DeferredLock())
-        if lock.locked:
-            with join.log.stage(join.decision, Stage.CHECK):
-                await join.deadline.wait(lock.acquire())
-            join.renew_lookups()
-        else:
-            await lock.acquire()
-        try:
-            await gather((
-                self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
-            ))  # fmt: skip
-            if not await self._is_started(join):
-                join.refuse(Refusal.NOT_STARTED)
-        finally:
-            lock.release()
-            if not lock.locked and self._starting.get(join.room_id) is lock:
-                del self._starting[join.room_id]
+        await gather((
+            self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
+        ))  # fmt: skip
+        if not await self._is_started(join):
+            join.refuse(Refusal.NOT_STARTED)
 
     async def _is_started(self, join: Join) -> bool:
         """Whether somebody who may start the call is in it or has a seat, or did so and it has not ended since."""
