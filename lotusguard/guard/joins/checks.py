@@ -145,7 +145,7 @@ class EntryChecks:
         if not await self._switch.is_on(join.room_id, join.known):
             return
         state = self._lobby.state_of(join.room_id, join.user)
-        if state is None and not join.policy.bypasses_lobby(join.user):
+        if state not in (LobbyState.ACCEPTED, LobbyState.WAITING) and not join.policy.bypasses_lobby(join.user):
             await self.read_policy_again(join)
             if not await self._switch.is_on(join.room_id, join.known):
                 return
