@@ -118,5 +118,6 @@ def test_thousands_of_waiters_may_end_their_turns_at_once() -> None:
         turn.addCallback(lambda _: turns.release())
     turns.release()
     assert all(turn.called for turn in others)
-    assert turns.waiting == 0
+    assert turns.idle
     assert turns.acquire("room").called
+    assert not turns.idle

@@ -32,7 +32,7 @@ class FairSemaphore:
     """
 
     def __init__(self, limit: int, queue_limit: int | None = None) -> None:
-        self._free = limit
+        self._limit = self._free = limit
         self._queue_limit = queue_limit
         self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
         self._waiting = 0
@@ -42,6 +42,11 @@ class FairSemaphore:
     def waiting(self) -> int:
         """The number of calls that wait for a turn."""
         return self._waiting
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has a turn or waits for one."""
+        return self._free == self._limit and not self._queues
 
     def acquire(self, key: Hashable = "") -> Deferred[None]:
         """A turn, which `release` must give back. Cancelling the Deferred leaves the queue.

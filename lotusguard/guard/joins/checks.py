@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from attrs import define
+from attrs import define, field
 from twisted.internet.defer import CancelledError, TimeoutError
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import gather
+from lotusguard.clients.waiting import FairSemaphore, gather
 from lotusguard.guard.joins.decisions import Stage, Verdict
 from lotusguard.guard.joins.join import Join
 from lotusguard.guard.lobby import Lobby
@@ -57,6 +57,7 @@ class EntryChecks:
     _server_name: Callable[[], str]
     _lobby: Lobby
     _switch: LobbySwitch
+    _starting: dict[str, FairSemaphore] = field(factory=dict, init=False)
 
     @property
     def asks_membership(self) -> bool:
@@ -121,11 +122,22 @@ class EntryChecks:
     async def _start(self, join: Join) -> None:
         if self.may_start(join.policy, join.user) or await self._seats.owns_seat(join.room_id, join.user):
             return
-        await gather((
-            self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
-        ))  # fmt: skip
-        if not await self._is_started(join):
-            join.refuse(Refusal.NOT_STARTED)
+        turns = self._starting.setdefault(join.room_id, FairSemaphore(1))
+        acquiring = turns.acquire()
+        if not acquiring.called:
+            with join.log.stage(join.decision, Stage.CHECK):
+                await join.deadline.wait(acquiring)
+            join.renew_lookups()
+        try:
+            await gather((
+                self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
+            ))  # fmt: skip
+            if not await self._is_started(join):
+                join.refuse(Refusal.NOT_STARTED)
+        finally:
+            turns.release()
+            if turns.idle and self._starting.get(join.room_id) is turns:
+                del self._starting[join.room_id]
 
     async def _is_started(self, join: Join) -> bool:
         """Whether somebody who may start the call is in it or has a seat, or did so and it has not ended since."""
