@@ -108,3 +108,16 @@ def test_queue_limit_of_zero_refuses_every_waiter() -> None:
     work = Work(FairSemaphore(1, queue_limit=0))
     work.begin("a1")
     assert isinstance(outcome(work.begin("b1")), QueueFull)
+
+
+def test_thousands_of_waiters_may_end_their_turns_at_once() -> None:
+    turns = FairSemaphore(1)
+    first, others = turns.acquire("room"), [turns.acquire(f"room {number % 7}") for number in range(2000)]
+    assert first.called
+    for turn in others:
+        turn.addCallback(lambda _: turns.release())
+    turns.release()
+    assert all(turn.called for turn in others)
+    assert turns.idle
+    assert turns.acquire("room").called
+    assert not turns.idle

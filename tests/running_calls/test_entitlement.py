@@ -265,7 +265,7 @@ def test_members_only_off_asks_nothing() -> None:
     call.set(BOB, Membership.BAN)
     assert call.removed(session(BOB)) == []
     assert not call.homeserver.asked
-    assert not call.entitlement.checks_everybody
+    assert not call.entitlement.checks(ROOM)
 
 
 # -- how often memberships are read ------------------------------------------------------------------------

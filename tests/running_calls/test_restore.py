@@ -209,3 +209,17 @@ async def test_a_call_without_a_policy_is_listed_once_if_memberships_are_not_che
         await sandbox.guard.changes.reconcile()
         await at_rest(sandbox)
     assert sandbox.livekit.asked["ListParticipants"] == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_revoked_is_restored_although_the_token_was_passed_on_as_it_came(
+    start_sandbox: StartSandbox,
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_tokens="policy")
+    room_id = room_of(sandbox)
+    alice = await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    await set_policy(sandbox, room_id, **NO_CAMERA)
+    assert may_publish(alice) == ALL - {"CAMERA"}
+    await set_policy(sandbox, room_id)
+    assert may_publish(alice) == ALL
