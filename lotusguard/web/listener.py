@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +50,15 @@ class Listener(Service):
     def port(self) -> IListeningPort | None:
         """The first port; ``None`` while it does not listen."""
         return self.ports[0] if self.ports else None
+
+    @property
+    def place(self) -> str:
+        """The host's name and the port, or the socket's path: it tells several guards apart. "" while it is closed."""
+        if self.port is None:
+            return ""
+        address = self.port.getHost()
+        where = address.port if hasattr(address, "port") else os.fsdecode(getattr(address, "name", None) or b"")
+        return f"{socket.gethostname()}:{where}"
 
     def privilegedStartService(self) -> None:
         """Listen while the process may still have the privilege to."""

@@ -71,6 +71,7 @@ def for_operators(handler: Handler) -> Handler:
 class OperatorApi:
     """The routes of the operators' listener; loopback by default.
 
+    :param guard: the name of this guard among several: its host and port.
     :param token: the bearer token of private routes; ``""`` admits nobody.
     """
 
@@ -88,6 +89,7 @@ class OperatorApi:
     _lobby: Lobby
     _moderation: Moderation
     _console: Console
+    _guard: Callable[[], str]
     token: str = field(repr=False)
 
     def site(self, reactor: Any) -> GuardSite:
@@ -103,7 +105,7 @@ class OperatorApi:
     async def readyz(self, request: GuardRequest) -> None:
         """What is and is not enforced: 200 if everything is, else 503."""
         report = await self._health.report()
-        answer_json(request, 200 if report["ready"] else 503, report)
+        answer_json(request, 200 if report["ready"] else 503, {"guard": self._guard(), **report})
 
     @app.route("/metrics")
     def metrics(self, request: GuardRequest) -> bytes:
@@ -114,14 +116,15 @@ class OperatorApi:
     @app.route("/rooms")
     @for_operators
     async def rooms(self, request: GuardRequest) -> None:
-        """Live rooms: policy, participants, seats, the latest decisions."""
+        """Live rooms of all guards; the SFU rooms that this guard enforces, and its latest decisions."""
         listed = [self._room(snapshot) for snapshot in await self._seats.snapshots()]
         watched = {}
         for alias, participants in self._enforcement.watched.items():
             slot = await self._registry.slot_of(alias)
             watched[alias] = {"participants": participants, "room_id": slot.room_id if slot else None}
         decisions = [_as_json(decision) for decision in list(self._decision_log.decisions)[-100:]]
-        answer_json(request, 200, {"rooms": listed, "sfu_rooms": watched, "decisions": decisions})
+        shown = {"guard": self._guard(), "rooms": listed, "sfu_rooms": watched, "decisions": decisions}
+        answer_json(request, 200, shown)
 
     def _room(self, snapshot: RoomSnapshot) -> dict[str, Any]:
         policy = self._policies.last_known(snapshot.room_id)

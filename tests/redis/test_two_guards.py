@@ -136,6 +136,24 @@ async def test_without_redis_both_guards_answer_and_say_so(two: Two, own_server:
 
 
 @pytest_twisted.ensureDeferred
+async def test_operators_see_which_guard_answers(two: Two) -> None:
+    room_id = room_of(two.sandbox)
+    await two.enter(0, ALICE, room_id)
+    names = set()
+    for number in (0, 1):
+        two.use(number)
+        port = two.guards[number].public.port
+        assert port is not None
+        name = (await two.ready())["guard"]
+        assert name.endswith(f":{port.getHost().port}")
+        shown = json.loads((await two.sandbox.operator("GET", "/rooms")).body)
+        assert shown["guard"] == name
+        assert [room["room_id"] for room in shown["rooms"]] == [room_id], "each guard shows the rooms of all"
+        names.add(name)
+    assert len(names) == 2
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_guard_that_stops_hands_its_rooms_over(two: Two) -> None:
     room_id = room_of(two.sandbox, 1)
     await two.enter(1, ALICE, room_id)
