@@ -74,6 +74,10 @@ class CallPermissions:
         """Whether the event says anything at all."""
         return bool(self.needed or self.users)
 
+    def names(self, action: Action) -> bool:
+        """Whether the event says who may do something, by level or by an exception."""
+        return action in self.needed or any(action in exceptions for exceptions in self.users.values())
+
     def allows(self, action: Action, user: str, levels: PowerLevels | None) -> bool:
         """Whether a user may do something.
 

@@ -91,6 +91,7 @@ class Seating:
         exempt = policy.max_users is not None and policy.bypasses_limit(join.user)
         if policy.max_users is not None and not exempt and not await self._seats.owns_seat(join.room_id, join.user):
             await self._refresh(join, self._clock.seconds() - ROSTER_AGE)
+            await self._roster.exempt(join.room_id, policy)
         refreshed: float | None = None
         while True:
             taken = await self._seats.take(
