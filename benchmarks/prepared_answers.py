@@ -20,7 +20,7 @@ from livekit.protocol.models import ParticipantInfo, ParticipantPermission, Trac
 from livekit.protocol.room import ListParticipantsResponse, ListRoomsResponse
 
 from lotusguard.rules.identity import room_alias
-from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT
+from lotusguard.rules.state import ROOM_QUALITY, VOICE_LIMIT
 
 KEY, SECRET = "benchkey", "a-secret-for-benchmarks-and-nothing-else"
 MATRIX_TOKEN = "bench-admin"

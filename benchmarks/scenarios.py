@@ -15,7 +15,7 @@ from benchmarks.figures import Figure, percentile
 from benchmarks.load import Load, Outcome
 from benchmarks.prepared_answers import BIG_ROOM, SERVER_NAME, USERS_A_ROOM, cached_alias, room_id, user_id
 from benchmarks.processes import Callers, Dependencies, GuardProcess, PeerProcess, RelayProcess, Subject
-from lotusguard.rules.tokens import read_unverified
+from lotusguard.rules.jwt import read_unverified
 
 MS = 1000.0
 UPSTREAM_SECOND = 1.0

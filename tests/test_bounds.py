@@ -14,21 +14,21 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from lotusguard.guard.calls import enforcement
+from lotusguard.guard.calls import changes
 from lotusguard.guard.rooms import policies
-from lotusguard.guard.seats import book, registry
+from lotusguard.guard.seats import memory, registry
 from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
 from lotusguard.web.site import DISCARDED, RECEIVE_TIMEOUT, GuardSite
-from tests.calls import ALICE, BOB, CAROL, room_of
+from tests.calls import ALICE, BOB, CAROL, counted, room_of
 from tests.conftest import StartSandbox, until
 from tests.raw_http import connect, exchange
 
 HEAD = b"POST /sfu/get HTTP/1.1\r\nHost: x\r\n"
 
 
-# -- time, on a clock of its own ---------------------------------------------------------------------------------
+# -- time, on a clock that the tests advance ------------------------------------------------------------------------
 
 
 class Wire:
@@ -55,7 +55,7 @@ class Wire:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /never", HEAD, HEAD + b"Content-Length: 500\r\n\r\n{", b"\r\n"])
-def test_connection_of_an_incomplete_request_is_closed_in_time(sent: bytes) -> None:
+def test_incomplete_request_times_out(sent: bytes) -> None:
     wire = Wire()
     wire.channel.dataReceived(sent)
     wire.clock.advance(RECEIVE_TIMEOUT - 1)
@@ -65,7 +65,7 @@ def test_connection_of_an_incomplete_request_is_closed_in_time(sent: bytes) -> N
 
 
 @pytest.mark.parametrize("start", [b"GET /never HTTP/1.1\r\nX-A: ", HEAD + b"Content-Length: 900\r\n\r\n"])
-def test_each_byte_that_arrives_extends_no_timeout(start: bytes) -> None:
+def test_arriving_bytes_do_not_extend_the_timeout(start: bytes) -> None:
     wire = Wire()
     wire.channel.dataReceived(start)
     for _ in range(RECEIVE_TIMEOUT - 1):
@@ -76,7 +76,7 @@ def test_each_byte_that_arrives_extends_no_timeout(start: bytes) -> None:
     assert wire.hung_up
 
 
-def test_timeout_pauses_while_a_request_is_answered_and_starts_anew_for_the_next() -> None:
+def test_timeout_pauses_during_an_answer_and_restarts_for_the_next_request() -> None:
     wire = Wire()
     wire.channel.dataReceived(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
     wire.clock.advance(RECEIVE_TIMEOUT * 10)
@@ -108,11 +108,12 @@ async def test_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox: 
         assert (path, refused.code, refused.json()["errcode"]) == (path, 413, "M_TOO_LARGE")
         assert (path, refused.all("access-control-allow-origin")) == (path, ["*"] if token else [])
         assert next_one.code == 200
+    assert counted(sandbox, "bodies_rejected_total", reason="too_large") == len(TOKEN_ROUTES) + 2
     assert {asked.path for asked in sandbox.upstream.seen} == {"/healthz"}
 
 
 @pytest_twisted.ensureDeferred
-async def test_relayed_request_may_have_16_times_what_a_token_request_may_have(start_sandbox: StartSandbox) -> None:
+async def test_relayed_body_may_be_16_times_as_large_as_a_token_request(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=2048, guard_reconcile_interval=3600)
     for size, code in ((2048, 404), (2048 * 16, 404), (2048 * 16 + 1, 413), (500_000, 413)):
         assert (await sandbox.request("POST", sandbox.url + "/other", b"x" * size)).code == code
@@ -123,7 +124,7 @@ async def test_relayed_request_may_have_16_times_what_a_token_request_may_have(s
     assert (await sandbox.request("PUT", sandbox.url + "/sfu/get", b"x" * 4096)).code == 405
 
 
-def test_body_far_over_the_limit_is_never_held_and_its_connection_is_closed_in_the_end() -> None:
+def test_huge_body_is_not_kept_in_memory_and_its_connection_is_closed() -> None:
     wire = Wire(max_body=1000)
     wire.channel.dataReceived(HEAD + b"Content-Length: 999999999\r\n\r\n")
     piece = b"x" * 1024 * 1024
@@ -141,7 +142,7 @@ def post(size: int, *headers: bytes) -> bytes:
 
 
 @pytest_twisted.ensureDeferred
-async def test_body_that_does_not_fit_gets_503_and_nothing_of_it_is_forwarded(start_sandbox: StartSandbox) -> None:
+async def test_body_that_does_not_fit_the_pool_gets_503_and_is_not_forwarded(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
     pool = sandbox.guard.public.site.pool
     pool.limit = pool.share = 200_000
@@ -154,6 +155,7 @@ async def test_body_that_does_not_fit_gets_503_and_nothing_of_it_is_forwarded(st
         (answer,) = await exchange(sandbox.url, payload)
         assert (answer.code, answer.json()["errcode"]) == (503, "M_LIMIT_EXCEEDED")
         assert answer.all("access-control-allow-origin") == []
+    assert counted(sandbox, "bodies_rejected_total", reason="no_room") == 2
     assert list(sandbox.upstream.seen) == []
     for caller in holding:
         caller.drop()
@@ -163,7 +165,7 @@ async def test_body_that_does_not_fit_gets_503_and_nothing_of_it_is_forwarded(st
 
 
 @pytest_twisted.ensureDeferred
-async def test_small_bodies_fit_while_the_pool_is_used_up(start_sandbox: StartSandbox) -> None:
+async def test_small_bodies_are_accepted_while_the_pool_is_full(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
     pool = sandbox.guard.public.site.pool
     assert pool.take("192.0.2.1", pool.share)
@@ -174,7 +176,7 @@ async def test_small_bodies_fit_while_the_pool_is_used_up(start_sandbox: StartSa
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_caller_behind_the_reverse_proxy_uses_no_more_than_a_share(start_sandbox: StartSandbox) -> None:
+async def test_one_caller_behind_the_reverse_proxy_gets_only_a_share_of_the_pool(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
     pool = sandbox.guard.public.site.pool
     pool.share = 150_000
@@ -190,7 +192,7 @@ async def test_one_caller_behind_the_reverse_proxy_uses_no_more_than_a_share(sta
     await until(lambda: pool.held == 0)
 
 
-def test_pool_counts_what_all_and_what_each_caller_hold() -> None:
+def test_pool_counts_bytes_in_total_and_per_caller() -> None:
     pool = BodyPool(largest=100, limit=300, share=200)
     assert pool.take("a", 150)
     assert not pool.take("a", 51)
@@ -217,15 +219,17 @@ def test_pool_counts_what_all_and_what_each_caller_hold() -> None:
         ("127.0.0.1", b"2a00:1450:4001:82a::1", "2a00:1450:4001:82a::"),
     ],
 )
-def test_caller_is_the_peer_or_who_the_reverse_proxy_names(peer: str | None, forwarded_for: bytes, caller: str) -> None:
+def test_caller_is_the_peer_or_the_address_named_by_the_reverse_proxy(
+    peer: str | None, forwarded_for: bytes, caller: str
+) -> None:
     assert caller_of(peer, forwarded_for) == caller
 
 
-# -- many at once --------------------------------------------------------------------------------------------------
+# -- floods --------------------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_callers_are_served_beside_hundreds_of_silent_connections(sandbox: Sandbox) -> None:
+async def test_hundreds_of_silent_connections_do_not_block_callers(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     silent = [await connect(sandbox.url) for _ in range(300)]
     for n, caller in enumerate(silent):
@@ -250,15 +254,16 @@ def entries(metrics: str) -> dict[str, tuple[float, float]]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept(
+async def test_flood_of_rooms_keeps_caches_bounded_and_seats_held(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in (
-        (policies, "ROOMS_REMEMBERED"), (book, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"),
-        (registry, "IDENTITIES_KEPT"), (enforcement, "EVENTS_REMEMBERED"),
+        (memory, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"), (registry, "IDENTITIES_KEPT"),
+        (changes, "EVENTS_REMEMBERED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 40)
-    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    monkeypatch.setattr(policies, "POLICIES_KEPT", 40 * policies.ENTRY_SIZE)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_members_only="off")
     kept = room_of(sandbox, 1)
     await sandbox.enter(ALICE, kept)
     small = [sandbox.homeserver.create_room() for _ in range(60)]
@@ -278,24 +283,26 @@ async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept
             headers = {"Authorization": sandbox.livekit.webhooks.authorization(event)}
             await sandbox.request("POST", sandbox.url + "/sfu_webhook", event, headers)
     caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
-    assert caches["policies"] == (40, 40)
+    known, limit = caches["policies"]  # in bytes: the limit in entries holds for policies of the usual size
+    assert 30 <= known <= limit == 40
     assert caches["aliases"] == (40, 40)
     assert [cache for cache, (has, may) in caches.items() if has > may] == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_flood_of_slots_neither_lifts_a_rooms_limit_nor_grows_without_bound(
+async def test_flood_of_slots_keeps_the_limit_enforced_and_memory_bounded(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client chooses the slot, and each slot is an SFU room of its own."""
-    monkeypatch.setattr(registry, "ALIASES_KEPT", 30)
-    monkeypatch.setattr(registry, "IDENTITIES_KEPT", 30)
+    monkeypatch.setattr(registry, "ALIASES_KEPT", 8)
+    monkeypatch.setattr(registry, "IDENTITIES_KEPT", 8)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
-    for n in range(50):
-        body = {"slot_id": f"slot{n}"}
-        assert (await sandbox.ask_token(ALICE, room_id, new=True, **body)).code == 200
-    assert (await sandbox.ask_token(BOB, room_id, new=True, slot_id="another")).code == 403
+    slots = [f"slot{n}" for n in range(50)]
+    codes = [(await sandbox.ask_token(ALICE, room_id, new=True, slot_id=slot)).code for slot in slots]
+    further = memory.SLOTS_PER_ROOM - 1
+    assert codes == [200] * further + [429] * (50 - further)
+    assert (await sandbox.ask_token(BOB, room_id, new=True, slot_id=slots[0])).code == 403
     caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
     assert [cache for cache, (has, may) in caches.items() if has > may] == []

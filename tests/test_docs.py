@@ -22,7 +22,9 @@ from pydantic import SecretStr
 from twisted.internet.threads import deferToThread
 
 from lotusguard.config import Settings
+from lotusguard.rules.refusals import Refusal
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
+from lotusguard.web.answers import REFUSALS
 from tests.calls import ALICE, room_of
 
 ROOT = Path(__file__).parent.parent
@@ -125,6 +127,32 @@ def test_linked_files_exist(page: Path) -> None:
         assert path.exists(), target
     for target in re.findall(r"`(deploy/[\w./-]+)`", text_of(page)):
         assert (ROOT / target).exists(), target
+
+
+# -- tests that are named, and answers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_named_tests_and_make_targets_exist(page: Path) -> None:
+    for path in re.findall(r"\btests/[\w/.]*\w", text_of(page)):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.M))
+    for command in re.findall(r"`make ([a-z ]+)`", text_of(page)):
+        assert set(command.split()) <= targets, command
+
+
+def test_every_threat_names_a_test() -> None:
+    section = text_of(ROOT / "SECURITY.md").partition("## Threats and tests")[2].partition("###")[0]
+    rows = re.findall(r"^\| (.*) \|$", section, re.M)[1:]
+    assert len(rows) > 20
+    for row in rows:
+        assert re.search(r"`tests/[\w/]+\.py`", row.split(" | ")[-1]), row
+
+
+def test_the_clients_page_explains_every_refusal() -> None:
+    listed = set(re.findall(r"^\| (.*?) \| ", text_of(ROOT / "docs" / "clients.md"), re.M))
+    wanted = {reply.error for refusal, reply in REFUSALS.items() if refusal is not Refusal.SEAT_PENDING}
+    assert wanted <= listed
 
 
 # -- commands --------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from lotusguard.rules.permissions import Action, CallPermissions, Lobby
 from lotusguard.rules.policy import (
     NO_POLICY,
     Policy,
-    forbidden_sources,
-    max_users,
     read_policy,
     with_default_limit,
 )
@@ -42,7 +40,8 @@ from lotusguard.rules.state import ROOM_QUALITY, VOICE_LIMIT, StateEvent
     ],
 )
 def test_a_limit_is_a_number_above_zero(content: Any, limit: int | None, malformed: bool) -> None:
-    assert max_users(content) == (limit, malformed)
+    policy, unusable = read_policy({VOICE_LIMIT: StateEvent(VOICE_LIMIT, content)})
+    assert (policy.max_users, bool(unusable)) == (limit, malformed)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,8 @@ def test_a_limit_is_a_number_above_zero(content: Any, limit: int | None, malform
     ],
 )
 def test_only_json_false_forbids(content: Any, forbidden: set[Any], malformed: bool) -> None:
-    assert forbidden_sources(content) == (frozenset(forbidden), malformed)
+    policy, unusable = read_policy({ROOM_QUALITY: StateEvent(ROOM_QUALITY, content)})
+    assert (policy.forbidden, bool(unusable)) == (frozenset(forbidden), malformed)
 
 
 def test_policy_is_true_if_it_enforces_something() -> None:

@@ -20,7 +20,7 @@ from lotusguard.check.asking import NoAnswer, Service
 from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
-from lotusguard.rules.tokens import SfuKey
+from lotusguard.rules.jwt import SfuKey
 
 M = TypeVar("M", bound=Message)
 

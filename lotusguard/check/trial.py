@@ -15,7 +15,8 @@ from lotusguard.check.report import Findings, Report
 from lotusguard.clients.http import Answer, connection_pool
 from lotusguard.config import Settings
 from lotusguard.rules.identity import server_of
-from lotusguard.rules.tokens import NotOurs, issued_to
+from lotusguard.rules.jwt import NotOurs
+from lotusguard.rules.tokens import issued_to
 
 PATIENCE = 30.0
 """Seconds for one answer: a join may be held for GUARD_UPSTREAM_GRACE and GUARD_UPSTREAM_TIMEOUT."""

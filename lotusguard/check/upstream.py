@@ -19,7 +19,8 @@ from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
 from lotusguard.rules.identity import room_alias, server_of
-from lotusguard.rules.tokens import NotOurs, SfuKey, issued_to, read_unverified
+from lotusguard.rules.jwt import NotOurs, SfuKey, read_unverified
+from lotusguard.rules.tokens import issued_to
 
 DEVICE = "LOTUSGUARD_CHECK"
 ADDRESS = "correct GUARD_UPSTREAM: lk-jwt-service's own address, usually http://127.0.0.1:8071"

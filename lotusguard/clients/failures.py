@@ -7,8 +7,13 @@ from __future__ import annotations
 class DependencyFailed(Exception):
     """A dependency gave no usable answer.
 
-    :ivar reason: one of a few words that fit a metric's label: ``timeout``, ``unreachable``, ``truncated``,
-        ``too_large``, ``invalid_response``, ``status_500``, ``circuit_open``, ``queue_full``.
+    :ivar reason: one of the words below. They are in log lines (``not enforced: policy:circuit_open``), in labels of
+        metrics and in ``/readyz``; docs/metrics-and-logs.md explains them to operators.
+
+        - ``timeout``: no answer in time. ``unreachable``: no connection. ``truncated``: half an answer.
+        - ``too_large``, ``invalid_response``: an answer that cannot be used. ``status_500``: an unexpected status.
+        - ``circuit_open``: it was not called, because it had failed five times in a row (`CircuitOpen`).
+        - ``queue_full``: it was not called, because too many calls wait for a turn (`TooManyCalls`).
     :ivar error: what was raised while calling; None if the answer came and was not usable.
     """
 
@@ -20,7 +25,10 @@ class DependencyFailed(Exception):
 
 
 class CircuitOpen(DependencyFailed):
-    """The dependency failed so often that it is not called until a probe succeeds."""
+    """The dependency failed five times in a row (``circuit_breaker``), so it is not called until a probe succeeds.
+
+    Joins go on without what it would have told, and without waiting for it.
+    """
 
     def __init__(self, dependency: str) -> None:
         super().__init__(dependency, "circuit_open")

@@ -29,9 +29,9 @@ from livekit.protocol.room import (
 )
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.dependency import Dependency
+from lotusguard.clients.dependency_client import DependencyClient
 from lotusguard.clients.http import Answer, json_object
-from lotusguard.rules.tokens import SfuKey
+from lotusguard.rules.jwt import SfuKey
 
 M = TypeVar("M", bound=Message)
 
@@ -53,7 +53,7 @@ _NO_SUCH_ROOM = {"not_found": NoSuchParticipant}
 
 
 @define(eq=False)
-class LiveKitClient:
+class LiveKitClient(DependencyClient):
     """The requests of the guard to LiveKit. Every method raises `DependencyFailed` if there is no usable answer.
 
     Calls for different rooms take turns. ``turn`` names the Matrix room, so that its slots share one turn; by default
@@ -63,7 +63,6 @@ class LiveKitClient:
     :param wall: seconds since the epoch, for those tokens.
     """
 
-    _dependency: Dependency
     key: SfuKey
     _wall: Callable[[], float] = time.time
 
@@ -73,23 +72,6 @@ class LiveKitClient:
     def now(self) -> float:
         """Seconds since the epoch by LiveKit's clock, as its answers showed it: it judges tokens by that."""
         return self._wall() + (self._dependency.skew or 0.0)
-
-    @property
-    def available(self) -> bool:
-        """Whether its circuit is closed."""
-        return not self._dependency.breaker.open
-
-    well = available  # the former name
-
-    @property
-    def refused(self) -> str | None:
-        """``status_401`` or ``status_403`` if it refused our key and has not accepted it since."""
-        return self._dependency.refused
-
-    @property
-    def clock_skew(self) -> float | None:
-        """Seconds by which its clock is ahead of ours; None while unknown."""
-        return self._dependency.skew
 
     async def list_rooms(self, names: Iterable[str] = ()) -> Sequence[Room]:
         """The SFU rooms, or those of them that are named. ``num_participants`` lags by seconds."""

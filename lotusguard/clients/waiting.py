@@ -15,7 +15,6 @@ from lotusguard.clients.lookups import Fetched, FreshLookups, SharedLookups, fir
 from lotusguard.clients.turns import FairSemaphore, QueueFull
 
 __all__ = [
-    "Budget",
     "Deadline",
     "FairSemaphore",
     "Fetched",
@@ -26,13 +25,10 @@ __all__ = [
     "gather",
     "gather_in_turns",
     "run_in_background",
-    "tell",
 ]
 
 T = TypeVar("T")
 S = TypeVar("S")
-
-tell = fire_all  # the former name
 
 
 @frozen
@@ -75,26 +71,6 @@ class Deadline:
         if outcome.called and not outcome.paused:
             return outcome
         return outcome.addTimeout(self.left(), self.clock)
-
-
-class Budget:
-    """Seconds that may be spent waiting, all waits together; other work in between is free. `Deadline` replaces it."""
-
-    def __init__(self, clock: IReactorTime, seconds: float) -> None:
-        self._clock = clock
-        self._left = seconds
-
-    def wait(self, outcome: Deferred[T]) -> Deferred[T]:
-        """The same outcome, or `TimeoutError` once the budget is used up. Cancels the Deferred then."""
-        if outcome.called and not outcome.paused:
-            return outcome
-        began = self._clock.seconds()
-
-        def spent(result: T) -> T:
-            self._left -= self._clock.seconds() - began
-            return result
-
-        return outcome.addTimeout(max(0.0, self._left), self._clock).addBoth(spent)
 
 
 async def gather(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -12,9 +12,7 @@ from attrs import evolve, frozen
 from lotusguard.rules.permissions import SOURCES_OF, Action, CallPermissions, Lobby, read_lobby, read_permissions
 from lotusguard.rules.power_levels import PowerLevels, read_power_levels
 from lotusguard.rules.sources import CAMERA, EVERY_SOURCE, SCREEN_SHARE, SCREEN_SHARE_AUDIO, Source
-from lotusguard.rules.state import CALL_PERMISSIONS, CREATE, LOBBY, POWER_LEVELS, StateEvent
-from lotusguard.rules.state import ROOM_QUALITY as ROOM_QUALITY
-from lotusguard.rules.state import VOICE_LIMIT as VOICE_LIMIT
+from lotusguard.rules.state import CALL_PERMISSIONS, CREATE, LOBBY, POWER_LEVELS, ROOM_QUALITY, VOICE_LIMIT, StateEvent
 
 _NO_PERMISSIONS = CallPermissions()
 
@@ -150,18 +148,6 @@ def with_default_limit(policy: Policy, default: int | None) -> Policy:
     if default is None or policy.max_users is not None or policy.limit_origin is LimitOrigin.ROOM:
         return policy
     return evolve(policy, max_users=default, limit_origin=LimitOrigin.DEFAULT)
-
-
-def max_users(content: object) -> tuple[int | None, bool]:
-    """The limit in an ``io.lotus.voice_limit`` event, and whether its value cannot be used."""
-    limit, _, malformed = _read_limit(content)
-    return limit, bool(malformed)
-
-
-def forbidden_sources(content: object) -> tuple[frozenset[Source], bool]:
-    """The sources that an ``io.lotus.room_quality`` event forbids, and whether a value in it cannot be used."""
-    forbidden, malformed = _read_quality(content)
-    return forbidden, bool(malformed)
 
 
 def _read_limit(content: object) -> tuple[int | None, LimitOrigin, frozenset[str]]:

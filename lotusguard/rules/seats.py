@@ -2,7 +2,21 @@
 """The states of a hold on a seat, and one table of what each of them means.
 
 A *hold* is a seat reserved for somebody. `TABLE` says for each state what it counts as and which event moves it where.
-`lotusguard.rules.room_seats` reads the table.
+`lotusguard.rules.room_seats` reads the table; it also makes the holds, so the first state of each is in the list below.
+
+The life of a seat:
+
+- A token request takes it (PENDING, made by ``RoomSeats.take``). Without a token it is released.
+- A token is issued (ISSUED). Its user has ``GUARD_SEAT_TTL`` to arrive, and then is PRESENT.
+- *A token was issued and nobody came*: when that time is over the hold is ISSUED_EXPIRED. It still takes a seat,
+  because the user may have arrived unnoticed, but nobody is removed for it. The next listing that shows nobody of that
+  identity confirms the end, and the seat is free. A join that finds the room full asks for such a listing at once.
+  Asking for further tokens does not extend the time (ISSUE_LATE). Where nobody lists, the hold ends after
+  ``room_seats.UNCONFIRMED_KEPT``.
+- The user hangs up (LEFT, until a listing confirms it), or the session is lost (RECONNECTING for
+  ``room_seats.RECONNECT_WINDOW``, then LEFT).
+- A participant whose token did not come with a seat is UNSEATED (``RoomSeats.arrive``), and a token that was issued
+  while nobody could tell is ISSUED_UNSEATED (``RoomSeats.issue_without_seat``), until a seat turns out to be free.
 """
 
 from __future__ import annotations
@@ -85,10 +99,10 @@ TABLE: dict[HoldState, StateRules] = {
         _E.ISSUE: _S.ISSUED, _E.ISSUE_LATE: _S.ISSUED_EXPIRED, _E.RELEASE: None,
     }),
     _S.ISSUED: StateRules(             True,  True,  True,  True,  False, False, {
-        _E.ARRIVE: _S.PRESENT, _E.EXPIRE: _S.ISSUED_EXPIRED, _E.REPLACE: None, _E.LEAVE: None,
+        _E.ARRIVE: _S.PRESENT, _E.EXPIRE: _S.ISSUED_EXPIRED, _E.REPLACE: None, _E.LEAVE: _S.LEFT,
     }),
     _S.ISSUED_EXPIRED: StateRules(     True,  True,  True,  False, True,  False, {
-        _E.ARRIVE: _S.PRESENT, _E.CONFIRM: None, _E.REPLACE: None, _E.LEAVE: None,
+        _E.ARRIVE: _S.PRESENT, _E.CONFIRM: None, _E.REPLACE: None, _E.LEAVE: _S.LEFT,
     }),
     _S.ISSUED_UNSEATED: StateRules(    False, False, False, False, False, False, {
         _E.SEAT: _S.ISSUED, _E.ARRIVE: _S.UNSEATED, _E.EXPIRE: None, _E.REPLACE: None, _E.LEAVE: None,

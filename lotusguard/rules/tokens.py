@@ -12,11 +12,6 @@ from typing import Any
 
 from attrs import frozen
 
-from lotusguard.rules.jwt import SFU_LEEWAY as SFU_LEEWAY
-from lotusguard.rules.jwt import NotOurs as NotOurs
-from lotusguard.rules.jwt import SfuKey as SfuKey
-from lotusguard.rules.jwt import compact as compact
-from lotusguard.rules.jwt import read_unverified as read_unverified
 from lotusguard.rules.requests import folded
 from lotusguard.rules.sources import ALL_SOURCES, EVERY_SOURCE, Source, source_of_claim
 
@@ -87,6 +82,12 @@ def granted_sources(video: Mapping[str, Any]) -> tuple[Source, ...]:
     if not isinstance(listed, list):
         return ()
     return tuple(source for source in map(source_of_claim, listed) if source is not None)
+
+
+def ceiling_of(claims: Mapping[str, Any]) -> frozenset[Source]:
+    """The sources that a join token lets its user publish."""
+    video = _known(claims, _TOP_EXACT, others=False).get("video")
+    return frozenset(granted_sources(_known(video, _VIDEO_EXACT, others=False) if isinstance(video, Mapping) else {}))
 
 
 @frozen

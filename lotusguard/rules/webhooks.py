@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import json
-from typing import Any
 
 from google.protobuf import json_format
 from livekit.protocol.webhook import WebhookEvent
@@ -52,15 +50,3 @@ def read_webhook(authorization: str, body: bytes, key: SfuKey, now: float) -> We
         return json_format.Parse(body, WebhookEvent(), ignore_unknown_fields=True)
     except (json_format.ParseError, ValueError, RecursionError) as error:
         raise NotOurs(f"the body is not an event ({type(error).__name__})") from None
-
-
-def verified_webhook(authorization: str, body: bytes, key: SfuKey, now: float) -> dict[str, Any]:
-    """As `read_webhook`, for callers that read the JSON themselves."""
-    verify_webhook(authorization, body, key, now)
-    try:
-        event = json.loads(body)
-    except (ValueError, RecursionError):
-        raise NotOurs("the body is not JSON") from None
-    if not isinstance(event, dict):
-        raise NotOurs("the body is not an event")
-    return event

@@ -60,4 +60,7 @@ class AppServiceApi:
 
     def site(self, reactor: Any, *, max_body: int) -> GuardSite:
         """The listener's site."""
-        return GuardSite(self.app, reactor, max_body=max_body, token_route=proxied_route)
+        return GuardSite(
+            self.app, reactor, max_body=max_body, token_route=proxied_route,
+            rejected=self._handler.count_rejected_body,
+        )  # fmt: skip

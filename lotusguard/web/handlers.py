@@ -50,6 +50,10 @@ class RequestHandler:
     def __attrs_post_init__(self) -> None:
         self._counts = {kind: self._metrics.requests.labels(kind) for kind in ("token", "relay")}
 
+    def count_rejected_body(self, reason: str) -> None:
+        """A body was refused as ``too_large``, or because there was ``no_room`` for it."""
+        self._metrics.bodies_rejected.labels(reason).inc()
+
     async def token(self, request: GuardRequest) -> None:
         """A request to a token route: read strictly, decided, forwarded as we read it. Methods other than POST are
         upstream's to answer."""

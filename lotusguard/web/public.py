@@ -62,5 +62,6 @@ class PublicApi:
     def site(self, reactor: Any, *, max_body: int) -> GuardSite:
         """The listener's site."""
         return GuardSite(
-            self.app, reactor, max_body=max_body, token_route=TOKEN_ROUTES.get, answer_token=self.answer_token
-        )
+            self.app, reactor, max_body=max_body, token_route=TOKEN_ROUTES.get, answer_token=self.answer_token,
+            rejected=self._handler.count_rejected_body,
+        )  # fmt: skip

@@ -171,6 +171,8 @@ class GuardRequest(Request):
             self.site.dispatch(self)
         else:
             self._drop_body()
+            if reply in _REJECTED_BODIES:
+                self.site.rejected(_REJECTED_BODIES[reply])
             refuse(self, reply)
 
     def _malformed(self) -> Reply | None:
@@ -195,6 +197,9 @@ class GuardRequest(Request):
         return getattr(self.getClientAddress(), "host", None)
 
 
+_REJECTED_BODIES = {TOO_LARGE: "too_large", NO_ROOM_FOR_BODY: "no_room"}
+
+
 def _no_token_route(path: str) -> TokenRoute | None:
     return None
 
@@ -204,6 +209,7 @@ class GuardSite(Site):
 
     :param max_body: bytes that the body of a token request may have; any other may have `RELAYED_FACTOR` times that.
     :param token_route: finds the token route of a path in its one spelling.
+    :param rejected: counts refused bodies, by ``too_large`` or ``no_room``.
     :param answer_token: answers token requests without Klein, whose routing costs 17 % of a join. It must call the
         handler that Klein has for the same route.
     """
@@ -219,10 +225,12 @@ class GuardSite(Site):
         max_body: int,
         token_route: Callable[[str], TokenRoute | None] = _no_token_route,
         answer_token: Callable[[GuardRequest], None] | None = None,
+        rejected: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(app.resource(), requestFactory=GuardRequest, timeout=RECEIVE_TIMEOUT, reactor=reactor)
         self.max_body = max_body
         self.token_route = token_route
+        self.rejected = rejected
         self.pool = BodyPool(max_body * RELAYED_FACTOR)
         self.channels: set[Channel] = set()
         self.in_flight: set[GuardRequest] = set()

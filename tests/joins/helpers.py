@@ -12,7 +12,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from lotusguard.clients.http import Answer
-from lotusguard.rules.tokens import read_unverified
+from lotusguard.rules.jwt import read_unverified
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
 

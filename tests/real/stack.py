@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
-from lotusguard.rules.tokens import SfuKey
+from lotusguard.rules.jwt import SfuKey
 from tests.real.callers import Call, MediaClients
 from tests.real.processes import HttpAnswer, Program, http
 from tests.real.recorder import Recorder

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import pytest
 
+from lotusguard.rules.jwt import SfuKey
 from lotusguard.rules.participants import ended_by_choice
-from lotusguard.rules.tokens import SfuKey
 from lotusguard.rules.webhooks import read_webhook
 from tests.real.callers import Call, MediaClients
 from tests.real.processes import eventually, http

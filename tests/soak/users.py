@@ -16,7 +16,7 @@ from twisted.web.http_headers import Headers
 
 from lotusguard.clients.http import Answer, BytesBody, FixedAgent, collected
 from lotusguard.rules.identity import room_alias
-from lotusguard.rules.tokens import read_unverified
+from lotusguard.rules.jwt import read_unverified
 from lotusguard.sandbox.livekit.participant import JoinRefused, Participant
 from lotusguard.sandbox.livekit.server import FakeLiveKit
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from attrs import define, field, frozen
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.dependency import Dependency, DependencyFailed
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.dependency_client import DependencyClient
 from lotusguard.clients.http import Answer
 from lotusguard.clients.synapse.answers import (
     joined_rooms,
@@ -25,7 +26,7 @@ from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.rules.identity import server_of
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.requests import OpenID
-from lotusguard.rules.state import ROOM_QUALITY, VOICE_LIMIT, StateEvent
+from lotusguard.rules.state import VOICE_LIMIT, StateEvent
 
 T = TypeVar("T")
 
@@ -56,14 +57,13 @@ def _headers(token: str) -> Headers:
 
 
 @define(eq=False)
-class SynapseClient:
+class SynapseClient(DependencyClient):
     """The requests of the guard to Synapse. Every method raises `DependencyFailed` if there is no usable answer.
 
     :param token: an admin's access token.
     :ivar server_name: the homeserver's name; ``""`` until `whoami` has answered, if it was not configured.
     """
 
-    _dependency: Dependency
     _headers: Headers = field(alias="token", converter=_headers, repr=False)
     server_name: str = ""
     _ignores_type: bool = field(init=False, default=False)
@@ -73,23 +73,6 @@ class SynapseClient:
     def __attrs_post_init__(self) -> None:
         self._naming = SharedLookups(lambda _: self.whoami())
         self._dependency.probe = self.probe
-
-    @property
-    def available(self) -> bool:
-        """Whether its circuit is closed."""
-        return not self._dependency.breaker.open
-
-    well = available  # the former name
-
-    @property
-    def refused(self) -> str | None:
-        """``status_401`` or ``status_403`` if it refused our access token and has not accepted it since."""
-        return self._dependency.refused
-
-    @property
-    def clock_skew(self) -> float | None:
-        """Seconds by which its clock is ahead of ours; None while unknown."""
-        return self._dependency.skew
 
     # -- rooms ---------------------------------------------------------------------------------------------
 
@@ -115,11 +98,6 @@ class SynapseClient:
                 return None
             events.update(answer.events)
         return events
-
-    async def policy_events(self, room_id: str) -> dict[str, Any]:
-        """The contents of the room's policy events, by type; none if it does not know the room."""
-        events = await self.room_state(room_id, (VOICE_LIMIT, ROOM_QUALITY))
-        return {kind: event.content for kind, event in (events or {}).items()}
 
     async def _state(self, room_id: str, kind: str, wanted: Collection[str]) -> _StateAnswer:
         def read(answer: Answer) -> _StateAnswer:

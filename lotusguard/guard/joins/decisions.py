@@ -21,8 +21,6 @@ log = Logger()
 DECISIONS_KEPT = 500
 LONGEST_NAME = 255
 """Bytes of a room's or user's name that are kept; longer ones are refused before they get here."""
-SAID_AGAIN_AFTER = 60.0
-"""Seconds for which the same failure of our own is not logged with its traceback again."""
 
 
 class Stage(Enum):

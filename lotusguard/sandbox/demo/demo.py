@@ -12,8 +12,8 @@ from typing import Any
 from livekit.protocol.models import TrackSource
 from twisted.internet.task import deferLater
 
-from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT
-from lotusguard.rules.tokens import read_unverified
+from lotusguard.rules.jwt import read_unverified
+from lotusguard.rules.state import ROOM_QUALITY, VOICE_LIMIT
 from lotusguard.sandbox.demo.lobby import LobbyDemo
 from lotusguard.sandbox.demo.members import MembersDemo
 from lotusguard.sandbox.demo.observer import Observer, expect

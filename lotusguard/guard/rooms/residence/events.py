@@ -88,11 +88,6 @@ class RoomEvents:
         self._tellers = KeyedWorker(self._tell, ROOMS_AT_ONCE, _failed)
         self._readers = KeyedWorker(self._read_members, ROOMS_AT_ONCE, _failed)
 
-    @property
-    def reading(self) -> KeyedWorker:
-        """Reads member lists."""
-        return self._readers
-
     def stop(self) -> None:
         self._tellers.stop()
         self._readers.stop()
