@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests' end of the media clients: starts `participant` and tells its participants what to do. Tests."""
+"""Media clients that the tests control: `participant` in a process of its own. Tests."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -16,12 +17,12 @@ from attrs import frozen
 from tests.real.processes import eventually
 
 
-class CouldNot(Exception):
-    """A media client was refused something; the text is its SDK's."""
+class Refused(Exception):
+    """LiveKit refused something; the text is the SDK's."""
 
 
 class MediaClients:
-    """One process full of participants."""
+    """One process with many participants."""
 
     def __init__(self, output: Path) -> None:
         with output.open("ab") as errors:
@@ -49,7 +50,7 @@ class MediaClients:
                 self._news.notify_all()
 
     def tell(self, do: str, **what: Any) -> Any:
-        """One command and its answer. :raises CouldNot:"""
+        """One command and its answer. :raises Refused:"""
         return self.told(self.begin(do, **what))
 
     def begin(self, do: str, **what: Any) -> int:
@@ -66,8 +67,17 @@ class MediaClients:
             told = self._told.pop(number)
         assert "error" not in told, told["error"]
         if "refused" in told:
-            raise CouldNot(told["refused"])
+            raise Refused(told["refused"])
         return told["told"]
+
+    def signal(self, how: signal.Signals) -> None:
+        """Kill or stop the process of the clients."""
+        self._process.send_signal(how)
+
+    def kill(self) -> None:
+        """End the process at once: its participants do not leave their calls first."""
+        self._process.kill()
+        self.close()
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -84,10 +94,14 @@ class MediaClients:
 
 @frozen
 class Call:
-    """One participant in a call, as the one who holds the device sees it."""
+    """One participant in a call, as their own client sees it.
+
+    :ivar connected_at: in seconds since the epoch.
+    """
 
     clients: MediaClients
     who: str
+    connected_at: float
 
     def look(self) -> dict[str, Any]:
         seen: dict[str, Any] = self.clients.tell("look", who=self.who)
@@ -98,33 +112,42 @@ class Call:
         return str(self.look()["identity"])
 
     def tracks_of(self, other: Call) -> list[str]:
-        """Sources of somebody's live tracks, as they are announced here. (Who loses a track is not told by the SDK.)"""
+        """Sources of another participant's live tracks, as announced here. (The SDK does not tell the publisher.)"""
         return list(self.look()["others"].get(other.identity, ()))
 
     @property
     def ended(self) -> str | None:
-        """Why the call ended, if it did."""
+        """Why the participant is no longer in the call; ``None`` while they are."""
         reason: str | None = self.look()["ended"]
         return reason
 
     def frames(self, other: Call, source: str) -> int:
-        """How many frames of somebody's track arrived here so far."""
+        """How many frames of another participant's track have arrived here."""
         return int(self.look()["frames"].get(f"{other.identity}/{source}", 0))
 
     def hears(self, other: Call, source: str, seconds: float = 10.0) -> None:
-        """Wait until new frames of somebody's track arrive."""
+        """Wait until new frames of another participant's track arrive."""
         before = self.frames(other, source)
         eventually(lambda: self.frames(other, source) > before + 5, seconds, f"{source} of {other.who}")
 
+    def may_publish(self, source: str) -> bool:
+        """Whether the client believes that it may publish a source."""
+        return source in self.look()["may_publish"]
+
+    def removed(self, seconds: float = 10.0) -> float:
+        """Wait until a moderator's action ends the session. :return: when that was."""
+        assert eventually(lambda: self.ended, seconds, f"the removal of {self.who}") == "PARTICIPANT_REMOVED"
+        return float(self.look()["ended_at"])
+
     def publish(self, source: str, **how: Any) -> None:
-        """:raises CouldNot: it was not taken."""
+        """:raises Refused:"""
         self.clients.tell("publish", who=self.who, source=source, **how)
 
     def cannot_publish(self, source: str) -> None:
-        """Try to publish something that has to be refused. The SFU says nothing then: the SDK waits in vain."""
+        """Try to publish a source that must be refused. LiveKit sends no refusal: the SDK waits until its timeout."""
         try:
             self.publish(source, patience=1.5)
-        except CouldNot:
+        except Refused:
             return
         raise AssertionError(f"{self.who} could publish {source}")
 

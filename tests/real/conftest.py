@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One real stack for all tests in this folder; skipped where its programs are not at hand."""
+"""One real stack for all tests in this folder; they are skipped where its programs are not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from tests.real.stack import Stack, executable
 
-RECONCILE_SELDOM = 3600.0
+RECONCILE_NEVER = 3600.0
+"""Seconds: longer than any test."""
 RunStack = Callable[..., Stack]
 
 
@@ -35,10 +36,10 @@ def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 def run_stack(dependencies: Stack) -> Iterator[RunStack]:
-    """Gives the stack with the guard running, its settings by lower-case name. Calls end with the test."""
+    """Gives the stack with a running guard; its settings by lower-case name. Calls end with the test."""
 
-    def run(**settings: object) -> Stack:
-        dependencies.run_guard(**settings)
+    def run(*, pushed: bool = False, **settings: object) -> Stack:
+        dependencies.run_guard(pushed=pushed, **settings)
         return dependencies
 
     yield run
@@ -47,5 +48,11 @@ def run_stack(dependencies: Stack) -> Iterator[RunStack]:
 
 @pytest.fixture
 def stack(run_stack: RunStack) -> Stack:
-    """The stack with a guard that acts on webhooks alone, and asks for the policy every time it needs it."""
-    return run_stack(guard_reconcile_interval=RECONCILE_SELDOM, guard_policy_ttl=0.001)
+    """The stack with a guard that acts on webhooks only, and reads the policy whenever it needs it."""
+    return run_stack(guard_reconcile_interval=RECONCILE_NEVER, guard_policy_ttl=0.001)
+
+
+@pytest.fixture
+def pushed_stack(run_stack: RunStack) -> Stack:
+    """The stack with a guard that learns of changes from webhooks and from the module inside Synapse only."""
+    return run_stack(pushed=True, guard_reconcile_interval=RECONCILE_NEVER, guard_policy_ttl=600)

@@ -25,7 +25,7 @@ SOURCES = {
     "SCREEN_SHARE": rtc.TrackSource.SOURCE_SCREENSHARE,
     "SCREEN_SHARE_AUDIO": rtc.TrackSource.SOURCE_SCREENSHARE_AUDIO,
 }
-"""The SDK's sources by the names the SFU has for them."""
+"""The SDK's sources by LiveKit's names for them."""
 NAMES = {number: name for name, number in SOURCES.items()}
 
 
@@ -36,15 +36,20 @@ class Caller:
         self.room = rtc.Room()
         self.listen = listen
         self.gone: dict[str, float] = {}
-        """When a track of somebody else's ended, by ``identity/SOURCE``."""
+        """When a track of another participant ended, by ``identity/SOURCE``."""
         self.frames: Counter[str] = Counter()
         """Frames received, by ``identity/SOURCE``."""
+        self.last_frame: dict[str, float] = {}
+        """When the last frame was received, by ``identity/SOURCE``."""
         self.ended: str | None = None
+        self.ended_at: float | None = None
+        self.rights_changed_at: float | None = None
         self.reconnects = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.room.on("track_unpublished", self._unpublished)
         self.room.on("disconnected", self._disconnected)
         self.room.on("reconnecting", self._reconnecting)
+        self.room.on("participant_permissions_changed", self._rights_changed)
         self.room.on("track_subscribed", self._subscribed)
 
     def _unpublished(self, publication: rtc.RemoteTrackPublication, participant: rtc.RemoteParticipant) -> None:
@@ -52,6 +57,11 @@ class Caller:
 
     def _disconnected(self, reason: int) -> None:
         self.ended = rtc.DisconnectReason.Name(reason)  # type: ignore[arg-type]
+        self.ended_at = time.time()
+
+    def _rights_changed(self, participant: rtc.Participant, *_: Any) -> None:
+        if participant is self.room.local_participant:
+            self.rights_changed_at = time.time()
 
     def _reconnecting(self) -> None:
         self.reconnects += 1
@@ -64,6 +74,7 @@ class Caller:
         stream: Any = (rtc.AudioStream if track.kind == rtc.TrackKind.KIND_AUDIO else rtc.VideoStream)(track)
         async for _ in stream:
             self.frames[name] += 1
+            self.last_frame[name] = time.time()
         await stream.aclose()
 
     def run(self, work: Awaitable[None]) -> None:
@@ -76,8 +87,8 @@ class Caller:
     async def publish(self, source: str, video: bool | None = None, patience: float = 10.0) -> None:
         """Publish synthetic frames under a source's label.
 
-        :param video: of what kind the track really is; by default of its label's.
-        :param patience: seconds to wait for the SFU to take it.
+        :param video: whether the track really is video; by default what its label says.
+        :param patience: seconds to wait for LiveKit to accept it.
         """
         track: Any
         if source in AUDIBLE and not video:
@@ -105,21 +116,27 @@ class Caller:
             await asyncio.sleep(1 / FRAMES_PER_SECOND)
 
     def look(self) -> dict[str, Any]:
-        permissions = self.room.local_participant.permissions if self.room.isconnected() else None
         return {
             "identity": self.room.local_participant.identity,
             "ended": self.ended,
+            "ended_at": self.ended_at,
+            "rights_changed_at": self.rights_changed_at,
             "reconnects": self.reconnects,
             "gone": self.gone,
             "frames": self.frames,
+            "last_frame": self.last_frame,
             "others": {
                 identity: sorted(NAMES[track.source] for track in other.track_publications.values())
                 for identity, other in self.room.remote_participants.items()
             },
-            "may_publish": sorted(NAMES[number] for number in permissions.can_publish_sources)
-            if permissions is not None
-            else [],
+            "may_publish": self._may_publish(),
         }
+
+    def _may_publish(self) -> list[str]:
+        permissions = self.room.local_participant.permissions if self.room.isconnected() else None
+        if permissions is None or not permissions.can_publish:
+            return []
+        return sorted(NAMES[number] for number in permissions.can_publish_sources or NAMES)
 
     async def leave(self) -> None:
         if self.ended is None:
@@ -129,8 +146,8 @@ class Caller:
             task.cancel()
 
 
-class Sandbox:
-    """All participants of this process, by the name the test gave them."""
+class Participants:
+    """All participants of this process, by the names that the test gave them."""
 
     def __init__(self) -> None:
         self.callers: dict[str, Caller] = {}
@@ -140,7 +157,8 @@ class Sandbox:
         began = time.time()
         await caller.room.connect(url, token, rtc.RoomOptions(auto_subscribe=listen, connect_timeout=10.0))
         self.callers[who] = caller
-        return {**caller.look(), "seconds": time.time() - began}
+        now = time.time()
+        return {**caller.look(), "seconds": now - began, "connected_at": now}
 
     async def publish(self, who: str, source: str, **how: Any) -> dict[str, Any]:
         await self.callers[who].publish(source, **how)
@@ -159,26 +177,26 @@ class Sandbox:
 
 
 async def main() -> None:
-    sandbox = Sandbox()
+    participants = Participants()
     lines: asyncio.StreamReader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     at_work: set[asyncio.Task[None]] = set()
     while line := await lines.readline():
-        task = asyncio.ensure_future(answer(sandbox, json.loads(line)))
+        task = asyncio.ensure_future(answer(participants, json.loads(line)))
         at_work.add(task)
         task.add_done_callback(at_work.discard)
-    await sandbox.all_leave()
+    await participants.all_leave()
 
 
-async def answer(sandbox: Sandbox, asked: dict[str, Any]) -> None:
+async def answer(participants: Participants, asked: dict[str, Any]) -> None:
     number = asked.pop("id")
-    do: Callable[..., Awaitable[dict[str, Any]]] = getattr(sandbox, asked.pop("do"))
+    do: Callable[..., Awaitable[dict[str, Any]]] = getattr(participants, asked.pop("do"))
     try:
         told = {"id": number, "told": await do(**asked)}
     except (rtc.ConnectError, rtc.participant.PublishTrackError, TimeoutError) as refused:
         told = {"id": number, "refused": f"{type(refused).__name__}: {refused}"}
-    except Exception as error:  # the test is told, whatever it was
+    except Exception as error:  # the test gets every error
         told = {"id": number, "error": f"{type(error).__name__}: {error}"}
     sys.stdout.write(json.dumps(told) + "\n")
     sys.stdout.flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that the tests run beside themselves on loopback, each ended by its own process id. Tests."""
+"""The programs that the tests run on loopback, each ended by its own process ID. Tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -19,17 +20,17 @@ from attrs import define, field
 
 
 def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
-    """A port of loopback that nobody had a moment ago."""
+    """A port of loopback that is not in use."""
     with socket.socket(socket.AF_INET, kind) as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 10.0, what: str = "it") -> Any:
-    """Wait until something holds that other processes bring about, and give its value back."""
+def eventually(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the condition") -> Any:
+    """Wait until a condition holds that depends on other processes. :return: its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"{what} did not come about in {seconds:g} s"
+        assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
         time.sleep(0.02)
     return value
 
@@ -73,9 +74,9 @@ def http(
 
 @define
 class Program:
-    """One program, its environment and where its output goes.
+    """A program, its environment and the file for its output.
 
-    :ivar ready: a URL that answers 200 when it is up.
+    :ivar ready: a URL that answers 200 when the program is ready.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Program:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> None:
-        assert self.process is None, f"{self.name} runs already"
+        assert self.process is None, f"{self.name} is running already"
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
@@ -101,7 +102,7 @@ class Program:
             self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        eventually(self._answers, 60.0, f"{self.name} answering at {self.ready}")
+        eventually(self._answers, 60.0, f"{self.name} has to answer at {self.ready}")
 
     def _answers(self) -> bool:
         assert self.process is not None
@@ -112,7 +113,7 @@ class Program:
             return False
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """End it, if it runs, and wait until it is gone."""
+        """End the program, if it is running, and wait for its end."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -123,12 +124,29 @@ class Program:
             process.kill()
             process.wait()
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The program does nothing during the ``with`` block; requests to it wait."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def interrupt(self, times: int = 1) -> None:
+        """Ask the program to end, as often as it needs, and do not wait for it."""
+        assert self.process is not None
+        for _ in range(times):
+            self.process.terminate()
+            time.sleep(0.2)  # two signals at once are one
+
     def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
         self.stop(how)
         self.start()
 
     def cpu_seconds(self) -> float:
-        """Processor time that it has used so far."""
+        """Processor time that the program has used so far."""
         assert self.process is not None
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real dependencies on loopback with the guard between them: Synapse, lk-jwt-service, livekit-server. Tests."""
+"""The real services on loopback and the guard between them: Synapse, lk-jwt-service, livekit-server. Tests."""
 
 from __future__ import annotations
 
@@ -29,43 +29,50 @@ from tests.real.recorder import Recorder
 KEY, SECRET = "realkey", "a-real-secret-for-loopback-only-000"
 OPERATORS = "operators-of-the-real-stack"
 REGISTRATION = "registration-of-the-real-stack"
+PUSHED, UNPUSHED = OPERATORS_PORTS = ("pushed", "unpushed")
+"""Ports of the guard's operators' listener; the module inside Synapse reports to the first."""
 CHECKOUT = Path(__file__).parents[2]
 TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "lotusguard")
 
 
 def executable(variable: str, name: str) -> str | None:
-    """Where a dependency's program is: what the variable says, else what is on PATH."""
+    """The path of a service's program: the value of the variable, or what is on PATH."""
     given = os.environ.get(variable)
     return given if given and os.access(given, os.X_OK) else None if given else shutil.which(name)
 
 
 class Stack:
-    """Everything real, each program on free ports of loopback.
+    """All services, each on free ports of loopback.
+
+    Synapse runs the guard's module. It reports to a port where the guard listens only if a test asks for that: other
+    tests need a guard that learns of changes in another way.
 
     :param place: a directory for configurations, databases and output.
     """
 
     def __init__(self, place: Path, livekit_server: str, lk_jwt_service: str) -> None:
         self.place = place
-        self._ports = {name: free_port() for name in ("client", "openid", "sfu", "authorizer", "guard", "operators")}
+        self._ports = {name: free_port() for name in ("client", "openid", "sfu", "upstream", "guard", *OPERATORS_PORTS)}
         self.server_name = f"127.0.0.1:{self._ports['openid']}"
         self.homeserver_url = self._url("client")
         self.sfu_url = self._url("sfu")
-        self.authorizer_url = self._url("authorizer")
+        self.upstream_url = self._url("upstream")
         self.guard_url = self._url("guard")
-        self.operators_url = self._url("operators")
+        self.operators_url = self._url(UNPUSHED)
         self.recorder = Recorder()
         self.synapse = self._synapse()
         self.sfu = self._sfu(livekit_server)
-        self.upstream = self._authorizer(lk_jwt_service)
+        self.upstream = self._upstream(lk_jwt_service)
         self.guard: Program | None = None
         self._guard_settings: dict[str, object] | None = None
         self.tokens: dict[str, str] = {}
         """Access tokens by user ID."""
+        self._joined: set[tuple[str, str]] = set()
+        """Users and rooms that they were made members of."""
         self.clients: MediaClients
 
     def start(self) -> None:
-        """Start all but the guard, whose settings each test chooses."""
+        """Start all but the guard: each test chooses its settings."""
         for program in (self.synapse, self.sfu, self.upstream):
             program.start(wait=False)
         for program in (self.sfu, self.upstream, self.synapse):
@@ -73,8 +80,8 @@ class Stack:
         self.server_admin = self.register("server_admin", admin=True)
         self.moderator = self.register("moderator")
         self.clients = MediaClients(self.place / "clients.log")
-        self.delegates = http("OPTIONS", f"{self.authorizer_url}/delegate_delayed_leave").status == 200
-        """Whether this lk-jwt-service delegates leaves: 0.5.0 does not, its main branch does."""
+        self.delegates = http("OPTIONS", f"{self.upstream_url}/delegate_delayed_leave").status == 200
+        """Whether this lk-jwt-service takes delegated leaves: its main branch does, 0.5.0 does not."""
 
     def stop(self) -> None:
         if hasattr(self, "clients"):
@@ -130,13 +137,21 @@ class Stack:
                 "rc_message": plenty,
                 "rc_registration": plenty,
                 "rc_room_creation": plenty,
+                "rc_joins": {"local": plenty, "remote": plenty},
+                "rc_joins_per_room": plenty,
+                "modules": [
+                    {
+                        "module": "lotusguard.synapse_module.PolicyPush",
+                        "config": {"url": self._url(PUSHED), "token": OPERATORS},
+                    }
+                ],
                 "rc_login": {"address": plenty, "account": plenty, "failed_attempts": plenty},
             },
         )
         return Program(
             "synapse",
             [sys.executable, "-m", "synapse.app.homeserver", "-c", config],
-            {},
+            {"PYTHONPATH": str(CHECKOUT)},
             place / "synapse.log",
             f"{self.homeserver_url}/_matrix/client/versions",
         )
@@ -166,7 +181,7 @@ class Stack:
         )
         return Program("livekit-server", [livekit_server, "--config", config], {}, self.place / "sfu.log", self.sfu_url)
 
-    def _authorizer(self, lk_jwt_service: str) -> Program:
+    def _upstream(self, lk_jwt_service: str) -> Program:
         return Program(
             "lk-jwt-service",
             [lk_jwt_service],
@@ -174,17 +189,22 @@ class Stack:
                 "LIVEKIT_URL": self.sfu_url.replace("http", "ws"),
                 "LIVEKIT_KEY": KEY,
                 "LIVEKIT_SECRET": SECRET,
-                "LIVEKIT_JWT_BIND": self.authorizer_url.removeprefix("http://"),
+                "LIVEKIT_JWT_BIND": self.upstream_url.removeprefix("http://"),
                 "LIVEKIT_FULL_ACCESS_HOMESERVERS": self.server_name,
                 "LIVEKIT_CS_API_URL_OVERRIDES": f"{self.server_name}={self.homeserver_url}",
                 "SSL_CERT_FILE": str(self.place / "tls.crt"),
             },
-            self.place / "authorizer.log",
-            f"{self.authorizer_url}/healthz",
+            self.place / "upstream.log",
+            f"{self.upstream_url}/healthz",
         )
 
-    def run_guard(self, **settings: object) -> None:
-        """See to it that the guard runs with these settings (by lower-case name); what it knew, it still knows."""
+    def run_guard(self, *, pushed: bool = False, **settings: object) -> None:
+        """Run the guard with these settings (by lower-case name). Its state directory stays from one run to the next.
+
+        :param pushed: the module inside Synapse reports changes to it.
+        """
+        port = self._ports[PUSHED if pushed else UNPUSHED]
+        settings = {"guard_admin_port": port, **settings}
         if self.guard is not None and self.guard.process is not None and settings == self._guard_settings:
             return
         if self.guard is not None:
@@ -194,13 +214,12 @@ class Stack:
         given = {
             "guard_bind_host": "127.0.0.1",
             "guard_bind_port": self._ports["guard"],
-            "guard_upstream": self.authorizer_url,
+            "guard_upstream": self.upstream_url,
             "livekit_api": self.sfu_url,
             "livekit_key": KEY,
             "livekit_secret": SECRET,
             "synapse_api": self.homeserver_url,
             "matrix_token": self.tokens[self.server_admin],
-            "guard_admin_port": self._ports["operators"],
             "guard_admin_token": OPERATORS,
             "guard_state_dir": state,
             **settings,
@@ -209,16 +228,17 @@ class Stack:
         log = self.place / "guard.log"
         self.guard = Program("lotusguard", TWISTD, environment, log, f"{self.guard_url}/healthz")
         self._guard_settings = settings
+        self.operators_url = f"http://127.0.0.1:{port}"
         self.guard.start()
 
     def kill_guard(self) -> None:
         assert self.guard is not None
         self.guard.stop(signal.SIGKILL)
 
-    # -- what people do ----------------------------------------------------------------------------------
+    # -- what users do ----------------------------------------------------------------------------------
 
     def matrix(self, method: str, path: str, content: Any = None, *, user: str = "") -> Any:
-        """A request to the homeserver that has to succeed."""
+        """A request to the homeserver that must succeed."""
         answer = http(method, self.homeserver_url + path, content, bearer=self.tokens.get(user, ""))
         assert answer.status == 200, (method, path, answer.status, answer.body)
         return answer.content
@@ -243,8 +263,9 @@ class Stack:
         return [self.register(f"{name}-{uuid4().hex[:8]}") for name in names]
 
     def room(self, max_users: int | None = None, **quality: bool) -> str:
-        """A new room of the moderator's, with its policy."""
-        created = self.matrix("POST", "/_matrix/client/v3/createRoom", {}, user=self.moderator)
+        """A new room, created by the moderator, that everybody may join; with its policy."""
+        content = {"preset": "public_chat"}
+        created = self.matrix("POST", "/_matrix/client/v3/createRoom", content, user=self.moderator)
         room_id = str(created["room_id"])
         if max_users is not None:
             self.set_state(room_id, "io.lotus.voice_limit", {"max_users": max_users})
@@ -255,23 +276,56 @@ class Stack:
     def set_state(self, room_id: str, kind: str, content: dict[str, Any]) -> None:
         self.matrix("PUT", f"/_matrix/client/v3/rooms/{room_id}/state/{kind}", content, user=self.moderator)
 
+    def set_level(self, room_id: str, user: str, level: int) -> None:
+        """Give a user a power level."""
+        path = f"/_matrix/client/v3/rooms/{room_id}/state/m.room.power_levels"
+        levels = self.matrix("GET", path, user=self.moderator)
+        levels.setdefault("users", {})[user] = level
+        self.set_state(room_id, "m.room.power_levels", levels)
+
+    def join(self, user: str, room_id: str) -> None:
+        """Make a user a member of the room, unless this was done before."""
+        if user != self.moderator and (user, room_id) not in self._joined:
+            self.matrix("POST", f"/_matrix/client/v3/rooms/{room_id}/join", {}, user=user)
+            self._joined.add((user, room_id))
+
+    def leave(self, user: str, room_id: str) -> None:
+        self.matrix("POST", f"/_matrix/client/v3/rooms/{room_id}/leave", {}, user=user)
+
+    def moderate(self, action: str, user: str, room_id: str) -> None:
+        """``ban``, ``unban`` or ``kick`` a user, as the moderator."""
+        self.matrix("POST", f"/_matrix/client/v3/rooms/{room_id}/{action}", {"user_id": user}, user=self.moderator)
+        if action == "unban":
+            self._joined.discard((user, room_id))
+
     def openid_token(self, user: str) -> dict[str, Any]:
         path = f"/_matrix/client/v3/user/{user}/openid/request_token"
         token: dict[str, Any] = self.matrix("POST", path, {}, user=user)
         return token
 
     def ask_token(
-        self, user: str, room_id: str, *, device: str = "PHONE", new: bool = False, at: str = "", **extra: Any
+        self,
+        user: str,
+        room_id: str,
+        *,
+        device: str = "PHONE",
+        new: bool = False,
+        at: str = "",
+        member: bool = True,
+        **extra: Any,
     ) -> HttpAnswer:
-        """Ask for a token as Element Call does, with a fresh OpenID token of the homeserver's.
+        """Ask for a token as Element Call does, with a fresh OpenID token from the homeserver.
 
         :param new: at ``/get_token`` instead of ``/sfu/get``.
         :param at: another base URL than the guard's.
+        :param member: first make the user a member of the room, unless this was done before.
         """
+        if member:
+            self.join(user, room_id)
         content: dict[str, Any] = {"openid_token": self.openid_token(user), **extra}
         if new:
-            member = {"id": str(uuid4()), "claimed_user_id": user, "claimed_device_id": device}
-            content = {"room_id": room_id, "slot_id": "m.call#ROOM", "member": member} | content
+            device_of = {"id": str(uuid4()), "claimed_user_id": user, "claimed_device_id": device}
+            content = {"room_id": room_id, "slot_id": "m.call#ROOM", "member": device_of} | content
         else:
             content = {"room": room_id, "device_id": device} | content
         return http("POST", (at or self.guard_url) + ("/get_token" if new else "/sfu/get"), content)
@@ -282,43 +336,53 @@ class Stack:
         assert answer.status == 200, answer.body
         return self.connect(user, answer.content["jwt"], listen=listen)
 
-    def connect(self, user: str, token: str, *, listen: bool = False) -> Call:
-        """Join a call with a token. :raises CouldNot: the SFU does not take it."""
-        call = Call(self.clients, f"{user} {uuid4().hex[:8]}")
-        self.clients.tell("join", who=call.who, url=self.sfu_url.replace("http", "ws"), token=token, listen=listen)
-        return call
+    def connect(self, user: str, token: str, *, listen: bool = False, clients: MediaClients | None = None) -> Call:
+        """Join a call with a token.
+
+        :param clients: another process than the common one.
+        :raises Refused: LiveKit refuses it.
+        """
+        clients = clients or self.clients
+        who = f"{user} {uuid4().hex[:8]}"
+        joined = clients.tell("join", who=who, url=self.sfu_url.replace("http", "ws"), token=token, listen=listen)
+        return Call(clients, who, joined["connected_at"])
 
     def sfu_call(self, method: str, content: dict[str, Any]) -> HttpAnswer:
-        """A RoomService call as JSON, with every right in the room it names."""
+        """A RoomService call as JSON, with every right in the room that it names."""
         token = self.sfu_token(roomAdmin=True, roomList=True, roomCreate=True, room=content.get("room", ""))
         return http("POST", f"{self.sfu_url}/twirp/livekit.RoomService/{method}", content, bearer=token)
 
     def sfu_token(self, claims: dict[str, Any] | None = None, **video: object) -> str:
-        """A token for the SFU that says what a test wants it to; claims that are ``None`` are left out."""
+        """A token for LiveKit with any content; claims that are ``None`` are left out."""
         said: dict[str, Any] = {"iss": KEY, "sub": "somebody", "exp": int(time.time()) + 600, "video": video}
         said.update(claims or {})
         return SfuKey(KEY, SECRET).sign({name: value for name, value in said.items() if value is not None})
 
     def participants(self, room_id: str) -> list[dict[str, Any]]:
-        """Who is in the call, as the SFU has it."""
+        """Who is in the call, as LiveKit lists them."""
         answer = self.sfu_call("ListParticipants", {"room": room_alias(room_id, ROOM_SLOT)})
         assert answer.status == 200, answer.body
         return list(answer.content["participants"])
 
     def policy_changed(self, room_id: str) -> None:
-        """What the homeserver's module does when a policy changes."""
+        """Tell the guard that a policy changed, as the module inside Synapse does."""
         answer = http("POST", f"{self.operators_url}/policy-changed", {"room_id": room_id}, bearer=OPERATORS)
         assert answer.status == 202
 
     def metrics(self) -> dict[str, float]:
-        """The guard's own figures, by name and labels as they stand there."""
+        """The guard's metrics, by name with labels."""
         text = http("GET", f"{self.operators_url}/metrics").body.decode()
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
 
 def claims_of(answer: HttpAnswer) -> dict[str, Any]:
-    """What stands in the token of an answer."""
-    body = answer.content["jwt"].split(".")[1]
+    """The claims of the token in an answer."""
+    return claims_in(answer.content["jwt"])
+
+
+def claims_in(token: str) -> dict[str, Any]:
+    """The claims of a token, unverified."""
+    body = token.split(".")[1]
     claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
     return claims

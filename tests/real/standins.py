@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our stand-ins for lk-jwt-service and LiveKit as programs of their own, to be held against the real ones. Tests.
+"""Our stand-ins for lk-jwt-service and LiveKit as a program, to compare them with the real ones. Tests.
 
-Arguments: key, secret, port of the authorizer, port of the SFU, address of the SFU that the authorizer uses, the
-homeserver's name and its address.
+Arguments: key, secret, port of lk-jwt-service, port of LiveKit, LiveKit's URL for lk-jwt-service, the homeserver's
+name and its URL.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ async def run(reactor: Any) -> None:
         reactor, key=key, secret=secret, sfu_url=sfu_url, homeservers=homeservers, full_access=(server_name,),
         port=int(port),
     ).start()  # fmt: skip
-    await Deferred()  # until somebody ends us
+    await Deferred()  # until the process is ended
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check`` asks the real programs: what it makes of their own words."""
+"""What ``lotusguard check`` finds with the real services."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHER_SECRET = "another-secret-of-the-same-length-1"
 
 
 def checked(stack: Stack, **settings: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
-    """Exit status and findings of a check with the running guard's settings, and these over them."""
+    """Exit status and findings of a check with the settings of the running guard, some of them replaced."""
     assert stack.guard is not None
     environment = os.environ | stack.guard.environment | settings
     asked = subprocess.run(
@@ -28,13 +28,13 @@ def checked(stack: Stack, **settings: str) -> tuple[int, dict[tuple[str, str], d
     return asked.returncode, {(one["about"], one["asked"]): one for one in json.loads(asked.stdout)["findings"]}
 
 
-def test_nothing_is_wrong_and_no_room_is_left(stack: Stack) -> None:
+def test_a_correct_configuration_has_no_findings_and_leaves_no_room(stack: Stack) -> None:
     stack.room(2)
     before = stack.sfu_call("ListRooms", {}).content["rooms"]
     status, findings = checked(stack)
     assert {name: one for name, one in findings.items() if one["state"] != "fine"} == {}
     assert status == 0
-    assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("carries our key and secret")
+    assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("is signed with our key and secret")
     assert findings["lk-jwt-service", "the trial's room"]["reason"] == "was created at LIVEKIT_API and deleted again"
     assert findings["webhooks", "arrive"]["reason"].endswith("on the trial's room")
     assert findings["synapse", "state by type"]["reason"] == "only what is asked for is sent"
@@ -52,14 +52,16 @@ def test_nothing_is_wrong_and_no_room_is_left(stack: Stack) -> None:
         ({"GUARD_SERVER_NAME": "example.org"}, ("synapse", "server name"), "'example.org'"),
     ],
 )
-def test_wrong_credentials(stack: Stack, settings: dict[str, str], finding: tuple[str, str], said: str) -> None:
+def test_wrong_credentials_are_found(
+    stack: Stack, settings: dict[str, str], finding: tuple[str, str], said: str
+) -> None:
     status, findings = checked(stack, **settings)
     assert status == 1
     assert findings[finding]["state"] == "wrong"
     assert said in findings[finding]["reason"]
 
 
-def test_a_token_of_somebody_who_is_no_admin(stack: Stack) -> None:
+def test_a_token_of_a_user_who_is_not_a_server_admin_is_found(stack: Stack) -> None:
     status, findings = checked(stack, MATRIX_TOKEN=stack.tokens[stack.moderator])
     assert status == 1
     assert "who is not a server admin" in findings["synapse", "access token"]["reason"]
@@ -69,16 +71,16 @@ def test_a_token_of_somebody_who_is_no_admin(stack: Stack) -> None:
     ("setting", "other", "about"),
     [
         ("SYNAPSE_API", "sfu_url", "synapse"),
-        ("SYNAPSE_API", "authorizer_url", "synapse"),
+        ("SYNAPSE_API", "upstream_url", "synapse"),
         ("LIVEKIT_API", "homeserver_url", "livekit"),
-        ("LIVEKIT_API", "authorizer_url", "livekit"),
+        ("LIVEKIT_API", "upstream_url", "livekit"),
         ("GUARD_UPSTREAM", "homeserver_url", "lk-jwt-service"),
         ("GUARD_UPSTREAM", "sfu_url", "lk-jwt-service"),
         ("GUARD_UPSTREAM", "guard_url", "lk-jwt-service"),
         ("GUARD_UPSTREAM", "operators_url", "lk-jwt-service"),
     ],
 )
-def test_mistaken_addresses(stack: Stack, setting: str, other: str, about: str) -> None:
+def test_an_address_of_another_service_is_found(stack: Stack, setting: str, other: str, about: str) -> None:
     status, findings = checked(stack, **{setting: getattr(stack, other)})
     assert status == 1
     wrong = {name for name, one in findings.items() if one["state"] == "wrong"}

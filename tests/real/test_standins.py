@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stand-ins that all other tests trust, asked the same things as the real programs."""
+"""The stand-ins that all other tests rely on, compared with the real services."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.real.stack import CHECKOUT, KEY, SECRET, Stack, claims_of
 
 @frozen
 class StandIns:
-    """Where they listen."""
+    """Their URLs."""
 
-    authorizer_url: str
+    upstream_url: str
     sfu_url: str
 
 
@@ -41,7 +41,7 @@ def stand_ins(dependencies: Stack) -> Iterator[StandIns]:
 
 
 def comparable(answer: HttpAnswer) -> tuple[int, dict[str, str], Any]:
-    """An answer without what differs from one second to the next."""
+    """An answer without what depends on the time."""
     headers = {name: value for name, value in answer.headers.items() if name not in ("Date", "Content-Length")}
     body: Any = answer.body
     if answer.status == 200 and answer.body.startswith(b"{"):
@@ -102,8 +102,8 @@ PATHS = [
 
 
 @pytest.fixture
-def whose(run_stack: RunStack) -> Stack:
-    """The stack, whose release of lk-jwt-service has to be the one that the stand-in imitates."""
+def same_release(run_stack: RunStack) -> Stack:
+    """The stack, if its lk-jwt-service is the release that the stand-in imitates."""
     stack = run_stack()
     if not stack.delegates:
         pytest.skip("this lk-jwt-service is older than the one that the stand-in imitates")
@@ -111,24 +111,28 @@ def whose(run_stack: RunStack) -> Stack:
 
 
 @pytest.mark.parametrize(("path", "bodies"), [("/sfu/get", LEGACY), ("/get_token", NEW)])
-def test_the_authorizer_reads_bodies_as_the_real_one(
-    whose: Stack, stand_ins: StandIns, path: str, bodies: list[str]
+def test_lk_jwt_service_reads_bodies_alike(
+    same_release: Stack, stand_ins: StandIns, path: str, bodies: list[str]
 ) -> None:
-    (alice,) = whose.users("alice")
-    token = whose.openid_token(alice)["access_token"]
+    (alice,) = same_release.users("alice")
+    token = same_release.openid_token(alice)["access_token"]
     for body in bodies:
-        filled = body.replace("OPENID", OPENID % (token, whose.server_name)).replace("MEMBER", MEMBER % alice).encode()
+        filled = (
+            body.replace("OPENID", OPENID % (token, same_release.server_name))
+            .replace("MEMBER", MEMBER % alice)
+            .encode()
+        )
         real, ours = (
-            comparable(http("POST", url + path, filled)) for url in (whose.authorizer_url, stand_ins.authorizer_url)
+            comparable(http("POST", url + path, filled)) for url in (same_release.upstream_url, stand_ins.upstream_url)
         )
         assert ours == real, body
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS"])
-def test_the_authorizer_finds_its_routes_as_the_real_one(whose: Stack, stand_ins: StandIns, method: str) -> None:
+def test_lk_jwt_service_routes_alike(same_release: Stack, stand_ins: StandIns, method: str) -> None:
     for path in PATHS:
         real, ours = (
-            comparable(http(method, url + path, b"")) for url in (whose.authorizer_url, stand_ins.authorizer_url)
+            comparable(http(method, url + path, b"")) for url in (same_release.upstream_url, stand_ins.upstream_url)
         )
         assert ours == real, path
 
@@ -148,7 +152,7 @@ ROOM_SERVICE = [
 ]  # fmt: skip
 
 
-def test_the_sfu_answers_room_service_as_the_real_one(run_stack: RunStack, stand_ins: StandIns) -> None:
+def test_livekit_answers_room_service_alike(run_stack: RunStack, stand_ins: StandIns) -> None:
     stack = run_stack()
     for method, content, grant in ROOM_SERVICE:
         token = stack.sfu_token(**grant)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guard relies on in LiveKit, asked of the real server. The same is held of its stand-in elsewhere."""
+"""Facts about tokens and the room service of LiveKit that the guard relies on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import pytest
 from lotusguard.rules.jwt import SfuKey
 from lotusguard.rules.webhooks import read_webhook
 from tests.real.processes import eventually, http
-from tests.real.signalling import at_the_door
+from tests.real.signalling import signalling
 from tests.real.stack import KEY, SECRET, Stack
 
 
 @pytest.fixture
 def room(stack: Stack) -> str:
-    """An SFU room that exists."""
+    """An SFU room that was created."""
     name = f"room-{uuid4().hex}"
     assert stack.sfu_call("CreateRoom", {"name": name}).status == 200
     return name
 
 
 def participant(stack: Stack, room: str, identity: str = "somebody") -> dict[str, Any]:
-    """What the SFU says of somebody, as soon as it knows them."""
+    """A participant as LiveKit describes them; waits until they are speaker."""
 
     def known() -> dict[str, Any] | None:
         answer = stack.sfu_call("GetParticipant", {"room": room, "identity": identity})
@@ -38,7 +38,7 @@ def participant(stack: Stack, room: str, identity: str = "somebody") -> dict[str
 
 
 @pytest.mark.parametrize(
-    ("claims", "lets_in"),
+    ("claims", "accepted"),
     [
         ({}, True),
         ({"exp": -50}, True),
@@ -54,12 +54,12 @@ def participant(stack: Stack, room: str, identity: str = "somebody") -> dict[str
         ({"video": None}, False),
     ],
 )
-def test_which_tokens_let_in(stack: Stack, room: str, claims: dict[str, Any], lets_in: bool) -> None:
+def test_which_tokens_are_accepted(stack: Stack, room: str, claims: dict[str, Any], accepted: bool) -> None:
     now = int(time.time())
     said = {k: v + now if k in ("exp", "nbf", "iat") and v is not None else v for k, v in claims.items()}
     token = stack.sfu_token(said, roomJoin=True, room=room)
     answer = http("GET", f"{stack.sfu_url}/rtc/validate?access_token={token}")
-    assert (answer.status == 200) is lets_in, answer.body
+    assert (answer.status == 200) is accepted, answer.body
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_which_tokens_let_in(stack: Stack, room: str, claims: dict[str, Any], le
         ({"canPublishSources": None}, True, True, []),
         ({"canPublishSources": []}, True, True, []),
         ({"canPublishSources": ["microphone", "camera"]}, True, True, ["MICROPHONE", "CAMERA"]),
-        ({"canPublishSources": ["CAMERA"]}, True, True, ["CAMERA"]),  # listed, and yet not let: see below
+        ({"canPublishSources": ["CAMERA"]}, True, True, ["CAMERA"]),  # listed, but not permitted: see below
         ({"CANPUBLISHSOURCES": ["camera"]}, True, True, ["CAMERA"]),
         ({"canPubli\u017fhSources": ["camera"]}, True, True, ["CAMERA"]),
         ({"canPublishSources": ["microphone"], "CanPublishSources": []}, True, True, []),
@@ -78,18 +78,18 @@ def test_which_tokens_let_in(stack: Stack, room: str, claims: dict[str, Any], le
         ({"canPublish": False, "canPublishData": True}, False, True, []),
     ],
 )
-def test_what_a_token_lets_publish(
+def test_what_a_token_permits(
     stack: Stack, room: str, video: dict[str, Any], publish: bool, data: bool, sources: list[str]
 ) -> None:
     token = stack.sfu_token(roomJoin=True, room=room, **video)
-    with at_the_door(stack.sfu_url, token) as status:
-        assert status == 101
+    with signalling(stack.sfu_url, token) as connection:
+        assert connection.status == 101
         permission = participant(stack, room)["permission"]
     assert (permission["can_publish"], permission["can_publish_data"]) == (publish, data)
     assert permission["can_publish_sources"] == sources
 
 
-def test_a_source_in_capitals_is_listed_and_may_not_be_published(stack: Stack, room: str) -> None:
+def test_a_source_in_capitals_is_listed_and_cannot_be_published(stack: Stack, room: str) -> None:
     call = stack.connect("somebody", stack.sfu_token(roomJoin=True, room=room, canPublishSources=["CAMERA"]))
     assert call.look()["may_publish"] == ["CAMERA"]
     call.cannot_publish("CAMERA")
@@ -99,10 +99,10 @@ def test_a_source_in_capitals_is_listed_and_may_not_be_published(stack: Stack, r
     exact.publish("CAMERA")
 
 
-def test_publish_makes_a_second_participant_of_one_token(stack: Stack, room: str) -> None:
+def test_the_publish_parameter_makes_a_second_participant_with_one_token(stack: Stack, room: str) -> None:
     token = stack.sfu_token(roomJoin=True, room=room)
-    with at_the_door(stack.sfu_url, token, publish="xyz") as status:
-        assert status == 101
+    with signalling(stack.sfu_url, token, publish="xyz") as connection:
+        assert connection.status == 101
         permission = participant(stack, room, "somebody#xyz")["permission"]
     assert permission["can_publish"]
     assert permission["can_publish_sources"] == []
@@ -110,7 +110,7 @@ def test_publish_makes_a_second_participant_of_one_token(stack: Stack, room: str
 
 
 def test_an_update_replaces_the_whole_permission(stack: Stack, room: str) -> None:
-    with at_the_door(stack.sfu_url, stack.sfu_token(roomJoin=True, room=room)):
+    with signalling(stack.sfu_url, stack.sfu_token(roomJoin=True, room=room)):
         before = participant(stack, room)["permission"]
         change = {"room": room, "identity": "somebody", "permission": {"can_publish_sources": ["MICROPHONE"]}}
         after = stack.sfu_call("UpdateParticipant", change).content["permission"]
@@ -121,27 +121,27 @@ def test_an_update_replaces_the_whole_permission(stack: Stack, room: str) -> Non
     assert after["can_publish_sources"] == ["MICROPHONE"]
 
 
-def test_json_with_a_wrong_source_name_opens_all_sources(stack: Stack, room: str) -> None:
+def test_an_update_with_a_wrong_source_name_permits_all_sources(stack: Stack, room: str) -> None:
     token = stack.sfu_token(roomJoin=True, room=room, canPublishSources=["microphone"])
-    with at_the_door(stack.sfu_url, token):
+    with signalling(stack.sfu_url, token):
         assert participant(stack, room)["permission"]["can_publish_sources"] == ["MICROPHONE"]
         wanted = {"can_publish": True, "can_publish_sources": ["camera"]}
         change = {"room": room, "identity": "somebody", "permission": wanted}
         assert stack.sfu_call("UpdateParticipant", change).content["permission"]["can_publish_sources"] == []
 
 
-def test_who_was_removed_comes_back_with_the_same_token(stack: Stack, room: str) -> None:
+def test_a_removed_participant_can_join_again_with_the_same_token(stack: Stack, room: str) -> None:
     token = stack.sfu_token(roomJoin=True, room=room)
-    with at_the_door(stack.sfu_url, token):
+    with signalling(stack.sfu_url, token):
         first = participant(stack, room)["sid"]
         assert stack.sfu_call("RemoveParticipant", {"room": room, "identity": "somebody"}).status == 200
         assert stack.sfu_call("ListParticipants", {"room": room}).content["participants"] == []
-    with at_the_door(stack.sfu_url, token) as status:
-        assert status == 101
+    with signalling(stack.sfu_url, token) as connection:
+        assert connection.status == 101
         assert participant(stack, room)["sid"] != first
 
 
-def test_who_may_call_what(stack: Stack, room: str) -> None:
+def test_which_grants_the_room_service_requires(stack: Stack, room: str) -> None:
     denied = 401, {"code": "unauthenticated", "msg": "permissions denied"}
     for method, grant in (
         ("ListRooms", {"roomAdmin": True}),
@@ -159,7 +159,7 @@ def test_who_may_call_what(stack: Stack, room: str) -> None:
     assert not answer.body.startswith(b"{")
 
 
-def test_what_is_not_there(stack: Stack, room: str) -> None:
+def test_answers_about_missing_rooms_and_participants(stack: Stack, room: str) -> None:
     nobody = {"room": room, "identity": "nobody"}
     calls: dict[str, dict[str, Any]] = {
         "GetParticipant": {},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guard relies on in lk-jwt-service, asked of the real one; and that the guard answers as it does."""
+"""Facts about lk-jwt-service that the guard relies on; and that the guard answers alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import json
 from typing import Any
 
 import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.web.client import HTTPConnectionPool
 
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.fixed_agent import FixedAgent
+from lotusguard.clients.lk_jwt_service import LkJwtService
+from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
 from tests.real.processes import HttpAnswer, http
 from tests.real.stack import Stack, claims_of
@@ -44,7 +51,7 @@ def known_headers(answer: HttpAnswer) -> dict[str, str]:
 def test_answers_without_a_token_are_the_same_through_the_guard(
     stack: Stack, method: str, path: str, status: int
 ) -> None:
-    straight = http(method, stack.authorizer_url + path, b"")
+    straight = http(method, stack.upstream_url + path, b"")
     through = http(method, stack.guard_url + path, b"")
     assert (through.status, through.body) == (straight.status, straight.body)
     assert known_headers(through) == known_headers(straight)
@@ -87,7 +94,7 @@ def test_refusals_are_the_same_through_the_guard(
     else:
         content.update(change)
         content = {name: value for name, value in content.items() if value is not None}
-    straight, through = (http("POST", base + path, content) for base in (stack.authorizer_url, stack.guard_url))
+    straight, through = (http("POST", base + path, content) for base in (stack.upstream_url, stack.guard_url))
     if stack.delegates:
         assert (straight.status, straight.content["errcode"]) == (status, errcode)
     elif straight.status == 200:
@@ -98,20 +105,46 @@ def test_refusals_are_the_same_through_the_guard(
     )  # fmt: skip
 
 
-def test_a_route_with_a_slash_too_many_is_none_for_both(stack: Stack) -> None:
+@pytest_twisted.ensureDeferred
+async def test_the_guards_probe_recognises_it_and_nothing_else(stack: Stack) -> None:
+    pool = HTTPConnectionPool(reactor)
+
+    async def probed(url: str) -> str:
+        try:
+            await LkJwtService(FixedAgent(reactor, url, pool), reactor, Metrics(), timeout=5, grace=0).probe()
+        except DependencyFailed as failed:
+            return failed.reason
+        return "recognised"
+
+    try:
+        assert await probed(stack.upstream_url) == "recognised"
+        assert await probed(stack.guard_url) == "loop"
+        for url in (stack.sfu_url, stack.homeserver_url, stack.operators_url):
+            assert await probed(url) == "not_lk_jwt_service"
+    finally:
+        await pool.closeCachedConnections()
+
+
+def test_a_trailing_slash_is_another_path_for_both(stack: Stack) -> None:
     (alice,) = stack.users("alice")
     content = body_for(stack, alice, stack.room(5), "/sfu/get")
-    straight, through = (http("POST", base + "/sfu/get/", content) for base in (stack.authorizer_url, stack.guard_url))
+    straight, through = (http("POST", base + "/sfu/get/", content) for base in (stack.upstream_url, stack.guard_url))
     assert (straight.status, straight.body) == (404, b"404 page not found\n")
     assert (through.status, through.body) == (straight.status, straight.body)
 
 
-def body_for(stack: Stack, user: str, room_id: str, path: str) -> dict[str, Any]:
+def body_for(stack: Stack, user: str, room_id: str, path: str, *, member: bool = True) -> dict[str, Any]:
+    """A complete token request.
+
+    :param member: make the user a member of the room.
+    """
+    if member:
+        stack.join(user, room_id)
     token = stack.openid_token(user)
     if path == "/sfu/get":
         return {"room": room_id, "openid_token": token, "device_id": "PHONE"}
-    member = {"id": "member", "claimed_user_id": user, "claimed_device_id": "PHONE"}
-    return {"room_id": room_id, "slot_id": ROOM_SLOT, "openid_token": token, "member": member}
+    device = {"id": "member", "claimed_user_id": user, "claimed_device_id": "PHONE"}
+    return {"room_id": room_id, "slot_id": ROOM_SLOT, "openid_token": token, "member": device}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +162,7 @@ def test_what_it_reads_in_two_ways_the_guard_does_not_let_through(stack: Stack, 
     (alice,) = stack.users("alice")
     rest = f'"openid_token":{json.dumps(stack.openid_token(alice))},"device_id":"PHONE"'
     body = (how % rest).encode()
-    straight = http("POST", f"{stack.authorizer_url}/sfu/get", body)
+    straight = http("POST", f"{stack.upstream_url}/sfu/get", body)
     assert straight.status == 200
     assert claims_of(straight)["video"]["room"] == room_alias(meant)
     through = http("POST", f"{stack.guard_url}/sfu/get", body)
@@ -137,20 +170,20 @@ def test_what_it_reads_in_two_ways_the_guard_does_not_let_through(stack: Stack, 
     assert CORS.items() <= through.headers.items()
 
 
-def test_a_kelvin_sign_is_a_k(stack: Stack) -> None:
+def test_a_kelvin_sign_in_a_key_is_a_k(stack: Stack) -> None:
     (alice,) = stack.users("alice")
     body = {"room": "!r", "device_id": "PHONE", "openid_to\u212aen": stack.openid_token(alice)}
-    assert http("POST", f"{stack.authorizer_url}/sfu/get", body).status == 200
+    assert http("POST", f"{stack.upstream_url}/sfu/get", body).status == 200
     assert http("POST", f"{stack.guard_url}/sfu/get", body).status == 400
 
 
-def test_a_written_out_path_is_the_route_and_the_cap_holds_there(stack: Stack) -> None:
+def test_an_escaped_path_is_the_same_route_and_has_the_same_limit(stack: Stack) -> None:
     alice, bob = stack.users("alice", "bob")
     room_id = stack.room(1)
     stack.enter(alice, room_id)
     content = body_for(stack, bob, room_id, "/sfu/get")
     for path in ("/sfu/%67et", "/sfu/get?x=/get_token"):
-        assert http("POST", stack.authorizer_url + path, content).status == 200
+        assert http("POST", stack.upstream_url + path, content).status == 200
         assert http("POST", stack.guard_url + path, content).status == 403
 
 
@@ -162,17 +195,19 @@ def hashed(*parts: str) -> str:
 
 
 @pytest.mark.parametrize("room_id", ["!plain:example.org", "!a<b>&c\u2028\u2029é:example.org", "!withoutaserver"])
-def test_names_are_made_as_we_make_them(stack: Stack, room_id: str) -> None:
+def test_names_are_derived_as_the_guard_derives_them(stack: Stack, room_id: str) -> None:
     (alice,) = stack.users("alice")
-    legacy = claims_of(http("POST", f"{stack.authorizer_url}/sfu/get", body_for(stack, alice, room_id, "/sfu/get")))
-    new = claims_of(http("POST", f"{stack.authorizer_url}/get_token", body_for(stack, alice, room_id, "/get_token")))
+    legacy, new = (
+        claims_of(http("POST", stack.upstream_url + path, body_for(stack, alice, room_id, path, member=False)))
+        for path in TOKEN_ROUTES
+    )
     assert legacy["video"]["room"] == new["video"]["room"] == room_alias(room_id) == hashed(room_id, ROOM_SLOT)
     assert legacy["sub"] == f"{alice}:PHONE"
     assert new["sub"] == hashed(alice, "PHONE", "member")
     assert alice.count(":") == 2  # a server name with a port
 
 
-def test_a_slot_is_another_sfu_room_of_the_same_matrix_room_under_one_cap(stack: Stack) -> None:
+def test_each_slot_is_an_sfu_room_and_all_share_the_limit(stack: Stack) -> None:
     alice, bob = stack.users("alice", "bob")
     room_id = stack.room(1)
     content = {**body_for(stack, alice, room_id, "/get_token"), "slot_id": "another"}
@@ -182,24 +217,24 @@ def test_a_slot_is_another_sfu_room_of_the_same_matrix_room_under_one_cap(stack:
     assert stack.ask_token(bob, room_id).status == 403
 
 
-def test_what_its_token_says(stack: Stack) -> None:
+def test_what_its_token_contains(stack: Stack) -> None:
     (alice,) = stack.users("alice")
-    claims = claims_of(stack.ask_token(alice, stack.room(), at=stack.authorizer_url))
+    claims = claims_of(stack.ask_token(alice, stack.room(), at=stack.upstream_url))
     assert claims.keys() >= {"iss", "sub", "exp", "nbf", "video"}
     assert claims["exp"] - claims["nbf"] >= 3600
     assert claims["video"].keys() >= {"roomJoin", "room", "canPublish", "canSubscribe"}
     assert "canPublishSources" not in claims["video"]
 
 
-def test_before_it_answers_the_room_is_open_and_nobody_asked_whether_the_caller_is_a_member(stack: Stack) -> None:
+def test_it_creates_the_sfu_room_before_it_answers_and_checks_no_membership(stack: Stack) -> None:
     (alice,) = stack.users("alice")
-    room_id = stack.room()  # the moderator's, and private
-    assert stack.ask_token(alice, room_id, at=stack.authorizer_url).status == 200
+    room_id = stack.room()
+    assert stack.ask_token(alice, room_id, at=stack.upstream_url, member=False).status == 200
     (room,) = stack.sfu_call("ListRooms", {"names": [room_alias(room_id)]}).content["rooms"]
     assert room["empty_timeout"] == 300
 
 
-def test_a_refused_caller_has_opened_no_room(stack: Stack) -> None:
+def test_a_refused_request_creates_no_sfu_room(stack: Stack) -> None:
     alice, bob = stack.users("alice", "bob")
     room_id = stack.room(1)
     stack.enter(alice, room_id)

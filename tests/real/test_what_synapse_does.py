@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guard relies on in Synapse, asked of the real one."""
+"""Facts about Synapse that the guard relies on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ask(stack: Stack, path: str, user: str = "") -> tuple[int, object]:
     return answer.status, answer.content
 
 
-def test_an_admin_reads_one_kind_of_state_of_a_room_they_are_not_in(stack: Stack) -> None:
+def test_an_admin_reads_state_of_one_type_in_a_room_that_they_have_not_joined(stack: Stack) -> None:
     room_id = stack.room(7, allow_camera=False)
     path = f"/_synapse/admin/v1/rooms/{quote(room_id, safe='')}/state?type=io.lotus.voice_limit"
     status, content = ask(stack, path, stack.server_admin)
@@ -26,7 +26,7 @@ def test_an_admin_reads_one_kind_of_state_of_a_room_they_are_not_in(stack: Stack
     assert ask(stack, path)[0] == 401
 
 
-def test_a_room_it_does_not_know_is_404(stack: Stack) -> None:
+def test_an_unknown_room_is_404(stack: Stack) -> None:
     assert ask(stack, "/_synapse/admin/v1/rooms/!nowhere:there/state?type=x", stack.server_admin)[0] == 404
 
 
