@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A limit of two as people see it in Element Call, in each of its modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.real.element_call.conftest import OpenPage
+from tests.real.element_call.rooms import call_room, members
+from tests.real.element_call.site import MODES, Site
+from tests.real.stack import Stack
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_third_person_is_refused_until_a_seat_is_free(
+    services: Stack, sites: Callable[[str], Site], open_page: OpenPage, mode: str
+) -> None:
+    services.run_guard(pushed=True)
+    users = members(services, "Alice", "Bob", "Carol")
+    room_id = call_room(services, users, 2)
+    url = sites(mode).room_url(room_id)
+    alice, bob, carol = (open_page(user) for user in users)
+    for person in (alice, bob):
+        person.open(url)
+        person.press_join()
+        person.is_in_the_call()
+    alice.sees_tiles(2)
+    bob.sees_tiles(2)
+    alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call")
+    alice.picture(f"two-in-a-call-{mode}")
+    carol.open(url)
+    carol.press_join()
+    carol.page.wait_for_timeout(8000)
+    carol.picture(f"refused-{mode}")
+    bob.press("leave")
+    bob.page.wait_for_timeout(2000)
+    bob.picture(f"left-{mode}")
+    carol.page.reload()
+    carol.press_join()
+    carol.sees_tiles(2)
+    alice.sees_tiles(2)
+    carol.picture(f"in-once-a-seat-is-free-{mode}")
