@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from base64 import b64decode
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from attrs import define, field
 from playwright.sync_api import BrowserContext, Error, Page, expect
 
-PATIENCE = 30_000.0
+PATIENCE = 60_000.0
 """Milliseconds; a busy machine needs long to start a page and its media."""
 
 
@@ -81,6 +82,10 @@ class Person:
         if (sent := self._by_id.get(event["requestId"])) and sent.status is None:
             sent.status = 0
 
+    def asked(self) -> list[str]:
+        """The requests that got an answer, without preflights, in order."""
+        return [str(request) for request in self.requests if not request.preflight and request.status is not None]
+
     # -- what the person does ----------------------------------------------------------------------------
 
     def open(self, url: str) -> None:
@@ -94,6 +99,10 @@ class Person:
     def press(self, control: str) -> None:
         """Press a button of the call: ``mute``, ``videomute``, ``screenshare`` or ``leave``."""
         self.page.get_by_test_id(f"incall_{control}").first.click(timeout=PATIENCE)
+
+    def hold_sync(self) -> None:
+        """From now on the page learns nothing new from the homeserver: its next ``/sync`` gets no answer."""
+        self.page.route("**/_matrix/client/*/sync*", lambda route: None)
 
     def suspend(self) -> None:
         """Stop all scripts of the page, so that it does nothing by itself; its connections stay open."""
@@ -113,6 +122,13 @@ class Person:
         """Wait until the page shows that many participants and screens."""
         expect(self.page.get_by_test_id("videoTile")).to_have_count(count, timeout=PATIENCE)
 
+    def is_refused(self, text: str) -> None:
+        """Wait for the page that says so, and open its details, where the guard's text is."""
+        details = self.page.get_by_text("Technical details")
+        expect(details).to_be_visible(timeout=PATIENCE)
+        details.click(timeout=PATIENCE)
+        self.sees(text)
+
     def sees(self, text: str) -> None:
         expect(self.page.get_by_text(text).first).to_be_visible(timeout=PATIENCE)
 
@@ -125,12 +141,14 @@ class Person:
         return value
 
     def picture(self, name: str) -> None:
-        """Keep a screenshot of the page. It is taken whatever the test finds afterwards."""
-        self.page.screenshot(path=self.pictures / f"{name}.png")
+        """Keep a screenshot of the page, also if the page is suspended."""
+        shot = self._cdp.send("Page.captureScreenshot", {"format": "png"})
+        (self.pictures / f"{name}.png").write_bytes(b64decode(shot["data"]))
 
     def keep_traces(self, path: Path) -> None:
         """Write down how the page looks, what it asked the guard for and its console, to explain a failed test."""
-        told = [*map(str, self.requests), "", *self.console]
+        told = [f"{one.at - self.requests[0].at:7.2f} {one}" for one in self.requests]
+        told += ["", *self.console]
         path.with_suffix(".txt").write_text("\n".join(told), encoding="utf-8")
         with suppress(Error):
             self.page.screenshot(path=path.with_suffix(".png"), timeout=5000)

@@ -8,9 +8,18 @@ from collections.abc import Callable
 import pytest
 
 from tests.real.element_call.conftest import OpenPage
+from tests.real.element_call.person import PATIENCE
 from tests.real.element_call.rooms import call_room, members
 from tests.real.element_call.site import MODES, Site
 from tests.real.stack import Stack
+
+
+ASKED = {
+    "legacy": {"/sfu/get", "/get_token"},
+    "compatibility": {"/sfu/get", "/sfu/get with delay", "/get_token"},
+    "matrix_2_0": {"/get_token", "/get_token with delay"},
+}
+"""What the page asks for when it joins a call and another person joins after it."""
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -32,13 +41,17 @@ def test_a_third_person_is_refused_until_a_seat_is_free(
     alice.picture(f"two-in-a-call-{mode}")
     carol.open(url)
     carol.press_join()
-    carol.page.wait_for_timeout(8000)
+    carol.page.get_by_text("Technical details").wait_for(timeout=PATIENCE)
     carol.picture(f"refused-{mode}")
+    carol.is_refused("This voice channel is full.")
+    carol.picture(f"refused-details-{mode}")
+    assert carol.asked()
+    assert all(request.endswith(" 403") for request in carol.asked())
     bob.press("leave")
-    bob.page.wait_for_timeout(2000)
-    bob.picture(f"left-{mode}")
+    bob.until(lambda: len(services.participants(room_id)) == 1, "a free seat")
     carol.page.reload()
     carol.press_join()
     carol.sees_tiles(2)
     alice.sees_tiles(2)
     carol.picture(f"in-once-a-seat-is-free-{mode}")
+    assert set(alice.asked()) == {f"POST {request} 200" for request in ASKED[mode]}
