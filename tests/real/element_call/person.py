@@ -16,6 +16,12 @@ from playwright.sync_api import BrowserContext, Error, Page, expect
 
 PATIENCE = 60_000.0
 """Milliseconds; a busy machine needs long to start a page and its media."""
+PLAYING = """count => {
+  const times = [...document.querySelectorAll("video")].filter(one => one.videoWidth).map(one => one.currentTime);
+  const before = window.timesBefore ?? [];
+  window.timesBefore = times;
+  return times.length === count && before.length === count && times.every((time, n) => time > before[n]);
+}"""
 
 
 @define
@@ -28,7 +34,6 @@ class GuardRequest:
     at: float
     method: str
     path: str
-    preflight: bool
     delayed: bool
     status: int | None = None
 
@@ -69,7 +74,6 @@ class Person:
             time.time(),
             request["method"],
             request["url"].removeprefix(self.guard_url),
-            event.get("type") == "Preflight",
             "delay_id" in json.loads(body),
         )
         self.requests.append(sent)
@@ -84,7 +88,7 @@ class Person:
 
     def asked(self) -> list[str]:
         """The requests that got an answer, without preflights, in order."""
-        return [str(request) for request in self.requests if not request.preflight and request.status is not None]
+        return [str(request) for request in self.requests if request.method != "OPTIONS" and request.status is not None]
 
     # -- what the person does ----------------------------------------------------------------------------
 
@@ -121,6 +125,10 @@ class Person:
     def sees_tiles(self, count: int) -> None:
         """Wait until the page shows that many participants and screens."""
         expect(self.page.get_by_test_id("videoTile")).to_have_count(count, timeout=PATIENCE)
+
+    def sees_moving_pictures(self, count: int) -> None:
+        """Wait until that many videos play, and go on playing."""
+        self.page.wait_for_function(PLAYING, arg=count, timeout=PATIENCE, polling=500)
 
     def is_refused(self, text: str) -> None:
         """Wait for the page that says so, and open its details, where the guard's text is."""
