@@ -130,9 +130,7 @@ def sites(bundle: Path, services: Stack) -> Iterator[Callable[[str], Site]]:
 
 
 @pytest.fixture
-def open_page(
-    browser: Browser, services: Stack, pictures: Path, request: pytest.FixtureRequest
-) -> Iterator[OpenPage]:
+def open_page(browser: Browser, services: Stack, pictures: Path, request: pytest.FixtureRequest) -> Iterator[OpenPage]:
     """Opens an empty page for a user who is signed in. All are closed when the test ends.
 
     What each saw last, and its console, stay in the folder of the services' logs.

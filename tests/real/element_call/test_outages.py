@@ -64,7 +64,7 @@ def test_a_call_goes_on_while_the_homeserver_does_not_answer(services: Stack, ca
 
 
 def test_element_call_leaves_by_itself_when_the_homeserver_refuses_connections(services: Stack, call: Call) -> None:
-    room_id, alice, bob = call
+    _, alice, bob = call
     services.synapse.stop()
     try:
         for person in (alice, bob):
@@ -93,7 +93,7 @@ def test_a_restart_of_livekit_ends_the_call_if_its_room_is_not_created_again(ser
 
 
 def test_a_call_goes_on_after_a_restart_of_livekit_if_its_room_is_created_again(services: Stack, call: Call) -> None:
-    room_id, alice, bob = call
+    room_id, alice, _ = call
     services.sfu.restart()
     assert services.sfu_call("CreateRoom", {"name": room_alias(room_id, ROOM_SLOT)}).status == 200
     alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
