@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+CONSTRAINTS_VENV ?= .venv-constraints
 BIN := $(VENV)/bin
 SECONDS_OF_SOAK ?= 600
 
-.PHONY: demo test lint unit fuzz bench profile soak dist clean
+.PHONY: demo test lint unit fuzz bench profile soak constraints dist clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/lotusguard sandbox --demo
@@ -32,16 +33,26 @@ profile: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.soak --seconds $(SECONDS_OF_SOAK)
 
-# The same commit gives the same bytes: the times in the archives are the commit's.
+# The versions of all dependencies, as pip resolves them today. Run it before a release, test with them, and commit the file.
+constraints:
+	rm -rf $(CONSTRAINTS_VENV)
+	$(PYTHON) -m venv $(CONSTRAINTS_VENV)
+	$(CONSTRAINTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check .
+	$(CONSTRAINTS_VENV)/bin/python -m pip freeze --exclude lotusguard >constraints.txt
+	rm -rf $(CONSTRAINTS_VENV)
+
+# Everything that a release consists of. The same commit gives the same bytes: the archives' times are the commit's.
 dist: $(VENV)/.installed
 	rm -rf dist build
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+	cp constraints.txt dist/
+	cd dist && sha256sum lotusguard-* constraints.txt >SHA256SUMS
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO_VENV) $(CONSTRAINTS_VENV) build dist *.egg-info
 
-# -e: tests run the checkout, and twistd finds the plugin in it.
+# -e: tests use the checkout, and twistd finds the plugin.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

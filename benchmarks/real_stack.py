@@ -103,7 +103,10 @@ def changes(stack: Stack) -> None:
     say("screen share gone after a change: pushed by the module in Synapse", [pushed(stack) for _ in range(CHANGES)])
     stack.run_guard(guard_reconcile_interval=3600, guard_policy_ttl=0.001)
     say("… at a webhook (another publishes a track), policy not cached", [by_webhook(stack) for _ in range(CHANGES)])
-    say("a source revoked that an older token still permits, by webhook", [narrowed(stack) for _ in range(CHANGES)])
+    say(
+        "a source revoked that an older token still permits, by webhook",
+        [revoked_at_join(stack) for _ in range(CHANGES)],
+    )
     stack.run_guard(guard_reconcile_interval=3, guard_policy_ttl=0.001)
     say("… by reconciling every 3 s, policy not cached", [alone(stack) for _ in range(CHANGES)])
     stack.run_guard()
@@ -150,7 +153,7 @@ def alone(stack: Stack) -> float:
     return since(time.time(), listener, speaker)
 
 
-def narrowed(stack: Stack) -> float:
+def revoked_at_join(stack: Stack) -> float:
     (alice,) = stack.users("alice")
     room_id = stack.room()
     wide = stack.ask_token(alice, room_id).content["jwt"]

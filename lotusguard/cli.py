@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roof's other door: the ``lotusguard`` command. The service itself is run by ``twistd lotusguard``."""
+"""The ``lotusguard`` command. The service itself is run by ``twistd lotusguard``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
-
-from twisted.internet.defer import Deferred
-from twisted.logger import globalLogBeginner
-from twisted.python.failure import Failure
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from lotusguard import __version__
+from lotusguard.commanding import FINE, INTERRUPTED, MISCONFIGURED, WRONG, log_to, misconfigured, run_reactor
 from lotusguard.config import ConfigurationError, Settings, read_settings
-from lotusguard.logs import observer_for
+from lotusguard.environment import read_environment_file
+from lotusguard.history.command import add_commands as add_history_commands
 from lotusguard.terminal import StepReport, Terminal
-
-T = TypeVar("T")
-
-FINE, WRONG, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.do is None:
         parser.print_help(sys.stderr)
         return MISCONFIGURED
-    status: int = asked.do(asked)
+    try:
+        if asked.env_file is not None:
+            os.environ.update(read_environment_file(asked.env_file))
+        status: int = asked.do(asked)
+    except OSError as error:
+        return misconfigured(f"{error.filename or ''}: {error.strerror}")
+    except ConfigurationError as error:
+        return misconfigured(str(error))
     return status
 
 
@@ -39,12 +41,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lotusguard",
         description="Enforces Matrix rooms' call policies in front of lk-jwt-service.",
-        epilog="The service itself: twistd -n lotusguard. Settings come from the environment, for both.",
+        epilog="The service itself: twistd -n lotusguard. Settings come from the environment, for all commands.",
     )
     parser.set_defaults(do=None)
     parser.add_argument("--version", action="version", version=f"lotusguard {__version__}")
+    parser.add_argument(
+        "--env-file", type=Path, metavar="FILE", help="read settings from this file, as systemd's EnvironmentFile="
+    )
     commands = parser.add_subparsers(title="commands")
+    _add_check(commands)
+    _add_trial(commands)
+    add_history_commands(commands)
+    _add_sandbox(commands)
+    return parser
 
+
+def _add_check(commands: Any) -> None:
     checking = commands.add_parser(
         "check",
         help="tell whether this configuration would enforce anything",
@@ -56,6 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--json", action="store_true", help="for machines")
     checking.set_defaults(do=_check)
 
+
+def _add_trial(commands: Any) -> None:
+    trial = commands.add_parser(
+        "trial",
+        help="join a call through the running guard, as a client does",
+        description="Asks the guard's public listener for a token, as a user who is joined to a room does, and checks "
+        "that the guard rebuilt it. The room is #lotusguard-trial of the homeserver that MATRIX_TOKEN belongs to; it "
+        "is created once and used again. Nobody enters a call.",
+        epilog="Exit status: 0 a token was issued as it should be, 1 it was not, 2 a setting cannot be read.",
+    )
+    trial.add_argument("--url", default="", help="the guard's public listener; by default GUARD_BIND_HOST and _PORT")
+    trial.add_argument("--room", default="", metavar="ROOM_ID", help="a room that the account is joined to")
+    trial.set_defaults(do=_trial)
+
+
+def _add_sandbox(commands: Any) -> None:
     sandbox = commands.add_parser(
         "sandbox",
         help="everything at once on loopback, with stand-ins for the dependencies",
@@ -65,21 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     sandbox.add_argument("--demo", action="store_true", help="run a call through it and report each step")
     sandbox.add_argument("--verbose", action="store_true", help="with --demo: show the guard's log too")
     sandbox.set_defaults(do=_sandbox)
-    return parser
 
 
 def _check(asked: argparse.Namespace) -> int:
     from lotusguard.check.everything import check
 
-    _log_to("text", "critical")
+    log_to("text", "critical")
     try:
         settings = read_settings()
     except ConfigurationError as error:
-        print(f"lotusguard: {error}", file=sys.stderr)  # noqa: T201
         if asked.json:
             print(json.dumps({"fine": False, "error": str(error), "findings": []}))  # noqa: T201
-        return MISCONFIGURED
-    report = _run(lambda reactor: check(settings, reactor))
+        raise
+    report = run_reactor(lambda reactor: check(settings, reactor))
     if report is None:
         return INTERRUPTED
     if asked.json:
@@ -89,16 +115,32 @@ def _check(asked: argparse.Namespace) -> int:
     return FINE if report.fine else WRONG
 
 
+def _trial(asked: argparse.Namespace) -> int:
+    from lotusguard.check.trial import TrialFailed, try_join
+
+    log_to("text", "critical")
+    settings = read_settings()
+    try:
+        done = run_reactor(lambda reactor: try_join(settings, reactor, asked.url, asked.room))
+    except TrialFailed as failed:
+        print(f"✗ {failed}", file=sys.stderr)  # noqa: T201
+        return WRONG
+    if done is None:
+        return INTERRUPTED
+    Terminal(sys.stdout, os.environ).line(f"✓ {done}")
+    return FINE
+
+
 def _sandbox(asked: argparse.Namespace) -> int:
     from lotusguard.sandbox.demo.demo import run_demo
     from lotusguard.sandbox.demo.serve import serve
 
     _forget_settings()
     if not asked.demo:
-        _log_to("text", "info")
-        _run(lambda reactor: serve(reactor, sys.stdout))
+        log_to("text", "info")
+        run_reactor(lambda reactor: serve(reactor, sys.stdout))
         return FINE
-    _log_to("text", "info" if asked.verbose else "critical")
+    log_to("text", "info" if asked.verbose else "critical")
 
     async def demo(reactor: Any) -> bool:
         report = StepReport(Terminal(sys.stdout, os.environ), reactor)
@@ -109,53 +151,10 @@ def _sandbox(asked: argparse.Namespace) -> int:
         )
         return await run_demo(reactor, report)
 
-    well = _run(demo)
+    well = run_reactor(demo)
     if well is None:
         return INTERRUPTED
     return FINE if well else WRONG
-
-
-def _run(work: Callable[[Any], Awaitable[T]]) -> T | None:
-    """Run the reactor until the work is done.
-
-    :return: what it brought; ``None`` when a signal came first. What it raises is raised here.
-    """
-    from twisted.internet import reactor
-
-    outcome: list[Any] = []
-
-    async def worked() -> T:
-        return await work(reactor)
-
-    def begin() -> None:
-        working = Deferred.fromCoroutine(worked())
-
-        def done(result: Any) -> None:
-            if not outcome:
-                outcome.append(result)
-                reactor.stop()
-
-        def interrupted() -> Deferred[Any] | None:
-            if outcome:
-                return None
-            outcome.append(None)
-            working.cancel()
-            return working
-
-        working.addBoth(done)
-        reactor.addSystemEventTrigger("before", "shutdown", interrupted)
-
-    reactor.callWhenRunning(begin)
-    reactor.run()
-    if isinstance(outcome[0], Failure):
-        outcome[0].raiseException()
-    result: T = outcome[0]
-    return result
-
-
-def _log_to(format_: str, level: str) -> None:
-    """Logs go to standard error: standard output is for what was asked."""
-    globalLogBeginner.beginLoggingTo([observer_for(format_, level, sys.stderr)], redirectStandardIO=False)
 
 
 def _forget_settings() -> None:

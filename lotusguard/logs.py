@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import IO, Any
 
+from attrs import define, field
 from twisted.logger import (
     FileLogObserver,
     ILogObserver,
@@ -16,7 +19,7 @@ from twisted.logger import (
     eventAsText,
     formatEvent,
 )
-from zope.interface import provider
+from zope.interface import implementer
 
 _FIXED = ("time", "level", "event", "logger", "message")
 _INTERNAL = frozenset(
@@ -31,24 +34,69 @@ _CUT = "…"
 _CONNECTIONS = "twisted.web.client._HTTP11ClientFactory"
 
 
-def observer_for(format_: str, level: str, stream: IO[str] | None = None) -> ILogObserver:
+PRIORITIES = {"debug": 7, "info": 6, "warn": 4, "error": 3, "critical": 2}
+"""The journal's priority for each level (``sd-daemon(3)``)."""
+
+
+@implementer(ILogObserver)
+@define(eq=False)
+class LevelObserver:
+    """Writes the events of a level and above; the level can be changed while it runs.
+
+    :ivar level: ``debug``, ``info``, ``warn``, ``error`` or ``critical``.
+    """
+
+    _observer: Callable[[LogEvent], None]
+    level: str
+    _wanted: frozenset[Any] = field(init=False, factory=frozenset)
+    _hidden: tuple[str, Any] | None = field(init=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
+        self.set_level(self.level)
+
+    def set_level(self, level: str) -> None:
+        """Write the events of this level and above from now on."""
+        self.level = level
+        least = LogLevel.levelWithName(level)
+        self._wanted = frozenset(known for known in LogLevel.iterconstants() if known >= least)
+        # Twisted logs two lines for each connection to a dependency; only `debug` shows them.
+        self._hidden = (_CONNECTIONS, least) if least is LogLevel.info else None
+
+    def __call__(self, event: LogEvent) -> None:
+        level = event.get("log_level")
+        if level in self._wanted and (event.get("log_namespace"), level) != self._hidden:
+            self._observer(event)
+
+
+def observer_for(
+    format_: str, level: str, stream: IO[str] | None = None, *, priorities: bool | None = None
+) -> LevelObserver:
     """The observer that ``GUARD_LOG_FORMAT`` and ``GUARD_LOG_LEVEL`` ask for.
 
     :param format_: ``text`` or ``json``. :param stream: standard output by default.
+    :param priorities: begin each line with its priority for systemd's journal, such as ``<4>``; by default, if the
+        stream is connected to the journal. The journal removes the prefix.
     """
-    observer = FileLogObserver(stream or sys.stdout, _as_json if format_ == "json" else _as_text)
-    least = LogLevel.levelWithName(level)
-    wanted = frozenset(known for known in LogLevel.iterconstants() if known >= least)
-    # Twisted logs two lines for each connection to a dependency; only `debug` shows them.
-    hidden = (_CONNECTIONS, least) if least is LogLevel.info else None
+    stream = stream or sys.stdout
+    write = _as_json if format_ == "json" else _as_text
+    if is_journal(stream) if priorities is None else priorities:
+        return LevelObserver(FileLogObserver(stream, lambda event: _with_priority(write(event), event)), level)
+    return LevelObserver(FileLogObserver(stream, write), level)
 
-    def filtered(event: LogEvent) -> None:
-        level = event.get("log_level")
-        if level in wanted and (event.get("log_namespace"), level) != hidden:
-            observer(event)
 
-    filtering: ILogObserver = provider(ILogObserver)(filtered)
-    return filtering
+def is_journal(stream: IO[str]) -> bool:
+    """Whether a stream is connected to systemd's journal: ``$JOURNAL_STREAM`` names the one that is."""
+    try:
+        about = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"
+
+
+def _with_priority(text: str, event: LogEvent) -> str:
+    """The journal takes each line for an entry, so that each line of a traceback needs the prefix."""
+    prefix = f"<{PRIORITIES[event.get('log_level', LogLevel.info).name]}>"
+    return "".join(f"{prefix}{line}\n" for line in text.splitlines())
 
 
 def _as_text(event: LogEvent) -> str:

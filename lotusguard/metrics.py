@@ -13,9 +13,17 @@ from prometheus_client.process_collector import ProcessCollector
 from lotusguard import __version__
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.sources import Source
+from lotusguard.rules.state import POLICY_TYPES
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
+LOBBY_DECISIONS = ("admitted", "denied", "removed", "timed_out", "switched_off", "needs_no_decision", "left")
 _REFUSALS = [refusal.value for refusal in Refusal]
+_CHECKS = ("policy", "membership", "homeserver", "join_level", "start", "limit")
+_UNKNOWN_BECAUSE = (
+    "timeout", "unreachable", "circuit_open", "queue_full", "truncated", "invalid_response", "internal_error",
+    "status_401", "status_403", "status_500", "status_502", "status_503", "no_livekit_key", "no_matrix_token",
+)  # fmt: skip
+"""Why a check could not be made, as far as it is known beforehand."""
 _SOURCES = [source.claim for source in Source]
 
 
@@ -41,12 +49,20 @@ class Metrics:
     def _count_joins(self) -> None:
         self.joins = self._counter(
             "joins", "Token requests by verdict (allowed, refused, would_refuse, failed, error) and reason",
-            "verdict", "reason", known=product(("refused", "would_refuse"), _REFUSALS),
+            "verdict", "reason",
+            known=[*product(("refused", "would_refuse"), _REFUSALS), ("error", "internal_error"),
+                   *product(("failed",), ("upstream_timeout", "upstream_unreachable", "caller_disconnected"))],
         )  # fmt: skip
         self.join_seconds = self._histogram("join_stage_seconds", "Time of a join by stage", "stage")
         self.fail_open = self._counter(
-            "fail_open", "Checks that a join passed without being enforced", "check", "reason"
-        )
+            "fail_open", "Checks that a join passed without being enforced", "check", "reason",
+            known=[*product(_CHECKS, _UNKNOWN_BECAUSE), ("token", "secret_mismatch"), ("token", "internal_error")],
+        )  # fmt: skip
+        self.lobby_waiting = self._gauge("lobby_waiting", "People who wait in lobbies")
+        self.lobby_decisions = self._counter(
+            "lobby_decisions", "How waiting in a lobby ended, and removals by moderators", "decision",
+            known=[(decision,) for decision in LOBBY_DECISIONS],
+        )  # fmt: skip
         self.slots_rejected = self._counter("slots_rejected", "Token requests for more slots than a room may have")
         self.tokens_rebuilt = self._counter("tokens_rebuilt", "Tokens that were signed anew")
         self.foreign_tokens = self._counter("foreign_tokens", "Tokens of other issuers, passed on unchanged")
@@ -70,6 +86,9 @@ class Metrics:
             "dependency_call_seconds", "Time of calls to dependencies", "dependency"
         )
         self.circuit_open = self._gauge("circuit_open", "1 while a dependency is not asked", "dependency")
+        self.credentials_refused = self._gauge(
+            "credentials_refused", "1 while a dependency refuses our credentials", "dependency"
+        )
         self.clock_skew = self._gauge(
             "clock_skew_seconds", "Seconds by which a dependency's clock is ahead of ours", "dependency"
         )
@@ -78,8 +97,27 @@ class Metrics:
             known=[("accepted",), ("duplicate",), ("forged",), ("unverifiable",)],
         )  # fmt: skip
         self.malformed_policies = self._counter(
-            "malformed_policies", "State events whose value cannot be used", "event"
-        )
+            "malformed_policies", "State events whose value cannot be used", "event",
+            known=[(event,) for event in POLICY_TYPES],
+        )  # fmt: skip
+        self.resident_rooms = self._gauge("resident_rooms", "Rooms that the guard's account is in")
+        self.sync_alive = self._gauge("sync_alive", "1 while changes in those rooms reach the guard at once")
+        self.invites = self._counter(
+            "invites", "Invitations of the guard's account by outcome", "outcome",
+            known=[("accepted",), ("declined",), ("failed",), ("dropped",)],
+        )  # fmt: skip
+        self.residence_overflow = self._counter(
+            "residence_overflow", "Rooms, states or member lists that found no room in memory", "what",
+            known=[("room",), ("state",), ("members",)],
+        )  # fmt: skip
+        self.notices = self._counter(
+            "notices", "Events that the guard sent into rooms", "outcome",
+            known=[("sent",), ("failed",), ("rate_limited",)],
+        )  # fmt: skip
+        self.commands = self._counter(
+            "commands", "!call commands by outcome", "outcome",
+            known=[("done",), ("refused",), ("failed",), ("dropped",)],
+        )  # fmt: skip
         self.memberships_unknown = self._counter(
             "memberships_unknown", "Membership checks that no answer of the homeserver decided"
         )

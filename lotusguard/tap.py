@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from twisted.application.service import MultiService
@@ -13,16 +16,19 @@ from twisted.python.components import Componentized
 
 from lotusguard import wiring
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
-from lotusguard.logs import observer_for
+from lotusguard.logs import LevelObserver, observer_for
 from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
+from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
 from lotusguard.web.console.view import ConsoleView
 from lotusguard.web.handlers import RequestHandler
+from lotusguard.web.held import PROXIED_SILENCE
 from lotusguard.web.listener import Listener
 from lotusguard.web.operators import OperatorApi
 from lotusguard.web.public import PublicApi
@@ -34,6 +40,8 @@ BACKLOG = 4096
 """Connections that the kernel may keep waiting to be accepted. Clients that find no place try again after 1, 3, 7 s."""
 OPERATORS_GRACE = 1.0
 """Seconds that operators' requests may take when the guard stops."""
+WRONG_SETTING = 78
+"""Exit status for a wrong setting (``EX_CONFIG``): the unit does not start the guard again until it is corrected."""
 
 
 class Options(usage.Options):
@@ -42,9 +50,18 @@ class Options(usage.Options):
     synopsis = "[options]"
     longdesc = "Enforces Matrix rooms' call policies in front of lk-jwt-service. Settings come from the environment."
     optParameters: ClassVar[list[list[str | None]]] = [
-        ["listen", "l", None, "endpoint to listen on instead of GUARD_BIND_HOST and GUARD_BIND_PORT"],
         ["admin-listen", None, None, "endpoint of the operators' listener instead of GUARD_ADMIN_…"],
     ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["listen"] = []
+
+    def opt_listen(self, endpoint: str) -> None:
+        """endpoint to listen on instead of GUARD_BIND_HOST and GUARD_BIND_PORT; may be given several times"""
+        self["listen"].append(endpoint)
+
+    opt_l = opt_listen
 
 
 def makeService(options: Options) -> Unbuilt:
@@ -54,7 +71,8 @@ def makeService(options: Options) -> Unbuilt:
     try:
         settings = read_settings()
     except ConfigurationError as error:
-        raise SystemExit(f"lotusguard: {error}") from None
+        sys.stderr.write(f"lotusguard: {error}\n")
+        raise SystemExit(WRONG_SETTING) from None
     use_monotonic_time(reactor)
     reactor.callWhenRunning(tune_garbage_collector)
     return Unbuilt(settings, reactor, options)
@@ -69,6 +87,8 @@ class Unbuilt(MultiService):
         self._settings = settings
         self._reactor = reactor
         self._options = options
+        self._observer: LevelObserver | None = None
+        self._guard: Guard | None = None
 
     def setServiceParent(self, parent: Any) -> None:
         """Under ``twistd`` the parent is the application. Its log gets the configured format, unless twistd's own
@@ -76,24 +96,45 @@ class Unbuilt(MultiService):
         twistd = getattr(self._options, "parent", None) or {"nodaemon": True}
         elsewhere = any(twistd.get(option) for option in ("logfile", "syslog", "logger"))
         if isinstance(parent, Componentized) and twistd["nodaemon"] and not elsewhere:
-            observer = observer_for(self._settings.guard_log_format, self._settings.guard_log_level)
-            parent.setComponent(ILogObserver, observer)
+            self._observer = observer_for(self._settings.guard_log_format, self._settings.guard_log_level)
+            parent.setComponent(ILogObserver, self._observer)
         super().setServiceParent(parent)
 
     def privilegedStartService(self) -> None:
         listen, admin_listen = self._options["listen"], self._options["admin-listen"]
-        Guard(self._settings, self._reactor, listen=listen, admin_listen=admin_listen).setServiceParent(self)
+        self._guard = Guard(
+            self._settings, self._reactor, listen=listen, admin_listen=admin_listen, observer=self._observer
+        )
+        self._guard.setServiceParent(self)
+        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reload))
         super().privilegedStartService()
+
+    def _reload(self) -> None:
+        """Read the settings again, all of them before one is applied; a wrong one changes nothing."""
+        try:
+            settings = read_settings()
+        except ConfigurationError as error:
+            log.error("nothing was reloaded: {error}", error=str(error), event_name="reload_failed")
+            return
+        if self._guard is not None:
+            self._guard.reload(settings)
 
 
 class Guard(MultiService):
     """The whole service.
 
-    :param listen: an endpoint to listen on instead of what the settings say.
+    :param listen: endpoints to listen on instead of what the settings say.
+    :param observer: the log, if its level can be changed.
     """
 
     def __init__(
-        self, settings: Settings, reactor: Any, *, listen: str | None = None, admin_listen: str | None = None
+        self,
+        settings: Settings,
+        reactor: Any,
+        *,
+        listen: Sequence[str] = (),
+        admin_listen: str | None = None,
+        observer: LevelObserver | None = None,
     ) -> None:
         super().__init__()
         self._settings = settings
@@ -102,53 +143,84 @@ class Guard(MultiService):
         metrics = self.metrics = Metrics()
         state = self._state = wiring.open_state(settings, reactor, metrics, wall)
         clients = self._clients = wiring.connect(settings, reactor, metrics, wall)
-        rooms = wiring.rooms(settings, reactor, metrics, clients, state)
-        joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms)
-        calls = wiring.calls(settings, reactor, metrics, clients, state, rooms)
-        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls)
+        rooms = wiring.rooms(settings, reactor, metrics, wall, clients, state)
+        has_operators = bool(admin_listen) or settings.guard_admin_port is not None
+        waiting = self._waiting = wiring.waiting(
+            settings, reactor, metrics, wall, clients, state, rooms, operators=has_operators
+        )
+        joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms, waiting)
+        calls = wiring.calls(settings, reactor, metrics, clients, state, rooms, waiting, joins.decision_log)
+        health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls, waiting)
         self.policies, self.members = rooms.policies, rooms.members
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
+        self.residence, self.voice = rooms.residence, rooms.voice
+        if settings.matrix_token.get_secret_value():
+            syncing, self.commands = wiring.syncing(
+                reactor, metrics, clients, state, rooms, calls, health, calls.moderator, waiting.lobby.waiting_in
+            )
+            syncing.setServiceParent(self)
 
         idle = settings.guard_upstream_timeout
         webhooks = Webhooks(calls.changes, settings.sfu_key, clients.livekit.now, metrics)
+        self._reloader = Reloader(settings, clients, rooms, joins, calls, health, webhooks, metrics)
         public = PublicApi(RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle), webhooks)
         site = public.site(reactor, max_body=settings.guard_max_body)
         metrics.in_flight.set_function(lambda: len(site.in_flight))
         self.public = self._listener(
-            "public", listen or _endpoint(settings.guard_bind_host, settings.guard_bind_port), "GUARD_BIND_PORT", site
+            "public", listen or [_endpoint(settings.guard_bind_host, settings.guard_bind_port)], "GUARD_BIND_PORT", site
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
-            proxied = RequestHandler(joins.admission, clients.upstream, reactor, metrics, idle=idle, keep_identity=True)
+            proxied = RequestHandler(
+                joins.admission,
+                clients.upstream,
+                reactor,
+                metrics,
+                idle=idle,
+                keep_identity=True,
+                silence=PROXIED_SILENCE,
+            )
             appservice = AppServiceApi(proxied, settings.guard_appservice_token.get_secret_value())
+            self._reloader.appservice = appservice
             endpoint = _endpoint(settings.guard_appservice_host, settings.guard_appservice_port)
             site = appservice.site(reactor, max_body=settings.guard_max_body)
-            self.appservice = self._listener("app-service", endpoint, "GUARD_APPSERVICE_PORT", site)
+            self.appservice = self._listener("app-service", [endpoint], "GUARD_APPSERVICE_PORT", site)
         self.admin: Listener | None = None
-        if admin_listen or settings.guard_admin_port is not None:
+        if has_operators:
             token = settings.guard_admin_token.get_secret_value()
-            view = ConsoleView(health, state.seats, rooms.policies, joins.decision_log, reactor, wall)
-            operators = OperatorApi(
+            view = ConsoleView(
+                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting
+            )
+            sessions = self._reloader.sessions = Sessions(token, reactor)
+            operators = self._reloader.operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
-                policies=rooms.policies, seats=state.seats, registry=state.registry, metrics=metrics,
-                console=Console(view, Sessions(token, reactor), None, calls.changes, reactor), token=token,
+                policies=rooms.policies, sources=rooms.sources, seats=state.seats, registry=state.registry,
+                metrics=metrics,
+                lobby=waiting.lobby, moderation=calls.moderator,
+                console=Console(view, sessions, calls.moderator, calls.changes, reactor), token=token,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
-            self.admin = self._listener("operators'", endpoint, "GUARD_ADMIN_PORT", operators.site(reactor))
-        self._add_periodic_work()
+            self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
+        self._reloader.observer = observer
+        self._add_periodic_work(health)
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
         self._systemd = SystemdNotifier(reactor)
         self._systemd.setServiceParent(self)
 
-    def _listener(self, name: str, endpoint: str, setting: str, site: Any) -> Listener:
-        listener = Listener(f"the {name} listener", endpoint, setting, site, self._reactor)
+    def reload(self, settings: Settings) -> None:
+        """Apply settings that were read again; calls and seats are kept."""
+        self._reloader.reload(settings)
+
+    def _listener(self, name: str, endpoints: Sequence[str], setting: str, site: Any) -> Listener:
+        listener = Listener(f"the {name} listener", endpoints, setting, site, self._reactor)
         listener.setServiceParent(self)
         return listener
 
-    def _add_periodic_work(self) -> None:
+    def _add_periodic_work(self, health: Health) -> None:
         """The periodic work."""
         homeserver, seats, lease = self._clients.homeserver, self._state.seats, self._state.lease
+        waiting = self._waiting
 
         async def learn_server_name() -> None:
             if not homeserver.server_name:
@@ -161,11 +233,18 @@ class Guard(MultiService):
             if lease is not None:
                 lease.renew()
 
+        async def keep_lobbies() -> None:
+            waiting.lobby.pass_time()
+            waiting.notices.pass_time()
+
         interval = self._settings.guard_reconcile_interval
         for periodic in (
             PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
             PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
             PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
+            PeriodicService("watching what is enforced", 1.0, health.watch, self._reactor),
+            PeriodicService("keeping lobbies", 1.0, keep_lobbies, self._reactor),
+            PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, self._reactor),
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
@@ -185,6 +264,7 @@ class Guard(MultiService):
 
     async def _stop(self) -> None:
         self._systemd.stopping()
+        self._waiting.lobby.stop()
         grace = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
         await self.public.close(grace)
         if self.appservice is not None:
@@ -197,7 +277,9 @@ class Guard(MultiService):
         stopping = super().stopService()
         if isinstance(stopping, Deferred):
             await stopping
-        await self._clients.pool.closeCachedConnections()
+        for pool in self._clients.pools:
+            await pool.closeCachedConnections()
+        await self._state.history.close()
         if self._state.store is not None:
             await self._state.store.close()
         if self._state.lease is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from secrets import token_hex
 from typing import Any
 
@@ -15,23 +15,39 @@ from lotusguard.clients.dependency import Dependency
 from lotusguard.clients.http import FixedAgent, connection_pool
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
-from lotusguard.clients.synapse import SynapseClient
+from lotusguard.clients.synapse import MatrixClient, SynapseClient
+from lotusguard.clients.synapse.matrix import FIRST_SYNC, LARGEST_SYNC
 from lotusguard.clients.unconfigured import UnconfiguredDependency
 from lotusguard.config import Settings
 from lotusguard.guard.calls.changes import CallChanges
+from lotusguard.guard.calls.commands import Commands
 from lotusguard.guard.calls.discovery import Discovery
+from lotusguard.guard.calls.ending import CallEnder
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.moderation import Moderation
+from lotusguard.guard.calls.moderator import Moderator
 from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
-from lotusguard.guard.joins.checks import EntryChecks, MembersOnly
+from lotusguard.guard.joins.checks import EntryChecks
+from lotusguard.guard.joins.decision_store import DecisionHistory, open_history
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.notices import LobbyNotices
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
+from lotusguard.guard.rooms.residence.events import RoomEvents
+from lotusguard.guard.rooms.residence.invites import InviteHandler
+from lotusguard.guard.rooms.residence.residence import Residence
+from lotusguard.guard.rooms.residence.sync import SyncService
+from lotusguard.guard.rooms.residence.voice import ResidentVoice
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
@@ -40,9 +56,12 @@ from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_s
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.members_only import MembersOnly
 
 DISCOVERY_TIMEOUT = 10.0
 """Seconds for one page of the homeserver's list of rooms."""
+MATRIX_TIMEOUT = 10.0
+"""Seconds for a call of the client-server API; joining a room of another homeserver takes long."""
 
 
 @frozen
@@ -56,6 +75,7 @@ class State:
     store: StateStore | None
     lease: StateLease | None
     error: str | None
+    history: DecisionHistory
     guarding_since: float
     registry: MemoryTokenRegistry
     seats: MemorySeatBook
@@ -63,36 +83,60 @@ class State:
 
 @frozen
 class Clients:
-    """The services that the guard relies on. ``all`` are to be stopped at the end."""
+    """The services that the guard relies on. ``all`` are to be stopped, ``pools`` to be closed at the end.
 
-    pool: HTTPConnectionPool
+    :ivar matrix: the calls of the guard's account as a member of rooms, over connections of their own.
+    """
+
+    pools: tuple[HTTPConnectionPool, ...]
     livekit: LiveKitClient
     homeserver: SynapseClient
     discovery: SynapseClient
+    matrix: MatrixClient
     upstream: LkJwtService
     all: tuple[Dependency, ...]
 
 
 @frozen
 class Rooms:
-    """Policies, memberships and the roster of each call."""
+    """Policies, memberships and the roster of each call.
 
+    :ivar account: the guard's own. :ivar residence: what it hears in rooms. :ivar voice: how it speaks there.
+    """
+
+    account: GuardAccount
+    residence: Residence
+    voice: ResidentVoice
+    sources: RoomSources
     policies: Policies
     members: Members
     roster: Roster
 
 
 @frozen
+class Waiting:
+    """The lobby, and what serves it."""
+
+    lobby: Lobby
+    switch: LobbySwitch
+    notices: LobbyNotices
+
+
+@frozen
 class Joins:
     admission: Admission
+    issuer: TokenIssuer
     decision_log: DecisionLog
 
 
 @frozen
 class Calls:
     entitlement: Entitlement
+    participants: ParticipantEnforcer
     enforcement: Enforcement
     changes: CallChanges
+    moderator: Moderator
+    ender: CallEnder
 
 
 def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> State:
@@ -105,53 +149,66 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
         except StateUnusable as unusable:
             error = str(unusable)
     guarding_since = reactor.seconds() - (wall() - store.guarding_since if store is not None else 0.0)
+    history = open_history(settings.state_dir if store is not None else None, reactor, metrics, wall)
     registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
     registry.load()
     seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
     if store is not None:
         seats.load(store.holds())
-    return State(store, lease, error, guarding_since, registry, seats)
+    return State(store, lease, error, history, guarding_since, registry, seats)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
     """The clients. Nothing is connected to yet."""
-    pool = connection_pool(reactor)
+    pool, matrix_pool = connection_pool(reactor), connection_pool(reactor)
     token = settings.matrix_token.get_secret_value()
     key = settings.sfu_key
 
-    def dependency(name: str, base: str, timeout: float, missing: str) -> Dependency:
+    def dependency(
+        name: str, base: str, timeout: float, missing: str, pool: HTTPConnectionPool = pool, **more: Any
+    ) -> Dependency:
         agent = FixedAgent(reactor, base, pool)
         if missing:
             return UnconfiguredDependency(
                 name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, missing=missing
             )
-        return Dependency(name, agent, reactor, metrics, timeout=timeout, wall_clock=wall)
+        return Dependency(name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, **more)
 
     timeout = settings.guard_lookup_timeout
     no_token = "" if token else "no_matrix_token"
     livekit = dependency("livekit", settings.livekit_api, timeout, "" if key else "no_livekit_key")
     synapse = dependency("synapse", settings.synapse_api, timeout, no_token)
     listing_rooms = dependency("synapse_discovery", settings.synapse_api, DISCOVERY_TIMEOUT, no_token)
+    matrix = dependency("matrix", settings.synapse_api, MATRIX_TIMEOUT, no_token, matrix_pool)
+    syncing = dependency("matrix_sync", settings.synapse_api, FIRST_SYNC + 1, no_token, matrix_pool, limit=LARGEST_SYNC)
     upstream = LkJwtService(
         FixedAgent(reactor, settings.guard_upstream, pool), reactor, metrics,
         timeout=settings.guard_upstream_timeout, grace=settings.guard_upstream_grace,
     )  # fmt: skip
     return Clients(
-        pool,
+        (pool, matrix_pool),
         LiveKitClient(livekit, key or SfuKey("unconfigured", token_hex()), wall),
         SynapseClient(synapse, token, settings.guard_server_name),
         SynapseClient(listing_rooms, token, settings.guard_server_name),
+        MatrixClient(matrix, syncing, token),
         upstream,
-        (livekit, synapse, listing_rooms),
+        (livekit, synapse, listing_rooms, matrix, syncing),
     )
 
 
-def rooms(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State) -> Rooms:
+def rooms(
+    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State
+) -> Rooms:
+    invites = Invites(settings.guard_invites) if settings.guard_invites is not None else None
+    account = GuardAccount(clients.homeserver, clients.matrix, invites)
+    residence = Residence(state.store, reactor, wall, metrics)
+    sources = RoomSources(clients.homeserver, clients.matrix, residence, account)
     policies = Policies(
-        clients.homeserver, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
-        default_limit=settings.guard_default_max_users,
+        sources, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
+        default_limit=settings.guard_default_max_users, pushed=sources,
     )  # fmt: skip
-    members = Members(clients.homeserver, reactor, metrics, settings.guard_policy_ttl)
+    members = Members(sources, reactor, metrics, settings.guard_policy_ttl, sources)
+    voice = ResidentVoice(clients.matrix, residence, reactor, metrics)
     roster = Roster(
         clients.livekit,
         state.seats,
@@ -162,21 +219,59 @@ def rooms(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
         settings.guard_lookup_timeout,
         state.guarding_since,
     )
-    return Rooms(policies, members, roster)
+    return Rooms(account, residence, voice, sources, policies, members, roster)
+
+
+def syncing(
+    reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, kept: Calls, health: Health,
+    moderation: Moderation | None = None, waiting: Callable[[str], Sequence[str]] = lambda room_id: (),
+) -> tuple[SyncService, Commands]:  # fmt: skip
+    """What listens in the rooms that the guard's account was invited to, and answers commands there.
+
+    :param waiting: the users who wait in a room's lobby.
+    """
+    events = RoomEvents(clients.matrix, given.account, given.residence, given.voice, kept.changes, reactor)
+    invites = InviteHandler(clients.matrix, given.account, given.residence, reactor, metrics)
+    commands = Commands(
+        given.voice, clients.matrix, given.account, given.residence, given.policies, state.seats, kept.ender,
+        moderation, waiting, health.not_enforced, reactor, metrics,
+    )  # fmt: skip
+    events.commands = commands
+    return SyncService(clients.matrix, given.account, given.residence, events, invites, reactor), commands
+
+
+def waiting(
+    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State,
+    given: Rooms, *, operators: bool,
+) -> Waiting:  # fmt: skip
+    """:param operators: whether there is an operators' listener."""
+    operators_can_decide = operators and bool(settings.guard_admin_token.get_secret_value())
+    lobby = Lobby(state.store, reactor, wall, metrics, settings.guard_lobby_wait)
+    lobby.load()
+    switch = LobbySwitch(
+        lobby, given.policies, state.seats, given.roster, state.registry, clients.livekit, reactor,
+        lambda room_id: operators_can_decide or given.voice.can_speak(room_id), settings.guard_lookup_timeout,
+    )  # fmt: skip
+    notices = LobbyNotices(
+        lobby, given.policies, given.voice, reactor, settings.guard_lookup_timeout, operators_can_decide
+    )
+    notices.start()
+    return Waiting(lobby, switch, notices)
 
 
 def joins(
     settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], clients: Clients, state: State,
-    given: Rooms,
+    given: Rooms, waiting: Waiting,
 ) -> Joins:  # fmt: skip
-    decision_log = DecisionLog(reactor, metrics)
+    decision_log = DecisionLog(reactor, metrics, wall, state.history)
     checks = EntryChecks(
         given.policies, given.members, state.seats, given.roster,
         homeservers=homeserver_list(settings.guard_homeservers),
         start_homeservers=homeserver_list(settings.guard_start_homeservers),
         members_only=MembersOnly(settings.guard_members_only), server_name=lambda: clients.homeserver.server_name,
+        lobby=waiting.lobby, switch=waiting.switch,
     )  # fmt: skip
-    seating = Seating(state.seats, given.roster, checks, reactor, metrics, settings.guard_lookup_timeout)
+    seating = Seating(state.seats, given.roster, checks, reactor, metrics)
     issuer = TokenIssuer(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
@@ -184,21 +279,25 @@ def joins(
     admission = Admission(
         Callers(clients.homeserver, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
         reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
+        waiting.lobby, settings.guard_lobby_wait,
     )  # fmt: skip
-    return Joins(admission, decision_log)
+    return Joins(admission, issuer, decision_log)
 
 
-def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms) -> Calls:
+def calls(
+    settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, waiting: Waiting,
+    decision_log: DecisionLog,
+) -> Calls:  # fmt: skip
     lease = state.lease
     entitlement = Entitlement(
-        given.members, state.registry, homeserver_list(settings.guard_homeservers),
+        given.members, state.registry, waiting.lobby, waiting.switch, homeserver_list(settings.guard_homeservers),
         MembersOnly(settings.guard_members_only),
         lambda: clients.homeserver.server_name, reactor, metrics, settings.guard_lookup_timeout,
         interval=settings.guard_membership_interval, arrival_age=settings.guard_policy_ttl,
     )  # fmt: skip
     participants = ParticipantEnforcer(
         clients.livekit, state.registry, metrics, restore=settings.guard_restore, dry_run=settings.guard_dry_run,
-        may_act=lambda: lease is None or lease.held,
+        may_act=lambda: lease is None or lease.held, removed=decision_log.removed,
     )  # fmt: skip
     enforcement = Enforcement(
         given.policies, given.roster, state.seats, state.registry, entitlement, participants, reactor, metrics,
@@ -208,18 +307,22 @@ def calls(settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, 
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
     )  # fmt: skip
-    return Calls(entitlement, enforcement, changes)
+    moderator = Moderator(
+        waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, enforcement, reactor,
+        settings.guard_lookup_timeout,
+    )  # fmt: skip
+    ender = CallEnder(given.roster, state.seats, state.registry, participants, reactor, settings.guard_lookup_timeout)
+    return Calls(entitlement, participants, enforcement, changes, moderator, ender)
 
 
 def health(
     settings: Settings, reactor: Any, metrics: Metrics, clients: Clients, state: State, given: Rooms, decided: Joins,
-    kept: Calls,
+    kept: Calls, waiting: Waiting,
 ) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, clients.upstream, decided.decision_log, kept.changes, given.roster,
-        state.store,
-        state.lease, state.error, reactor, metrics, settings.guard_dry_run,
-        enforces_membership=kept.entitlement.enforces_membership,
+        clients.livekit, clients.homeserver, given.sources, clients.upstream,
+        decided.decision_log, kept.changes, given.roster, state.store, state.lease, state.error, waiting.switch,
+        reactor, metrics, settings.guard_dry_run, enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
     )  # fmt: skip
 

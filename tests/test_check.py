@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 import socket
@@ -14,9 +15,11 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 
+from lotusguard.check.asking import Asking
 from lotusguard.check.everything import check
-from lotusguard.check.exposure import listening_addresses
-from lotusguard.check.report import Finding, Report
+from lotusguard.check.exposure import ExposureCheck, is_held_by_systemd, listening_addresses
+from lotusguard.check.report import Finding, Findings, Report
+from lotusguard.clients.http import connection_pool
 from lotusguard.config import read_settings
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
@@ -56,8 +59,9 @@ def free_port() -> int:
         return port
 
 
-def is_empty(directory: Path) -> bool:
-    return not list(directory.iterdir())
+def no_guard() -> dict[str, int]:
+    """Settings with which no guard runs."""
+    return {"guard_admin_port": free_port(), "guard_bind_port": free_port()}
 
 
 def open_to_all(directory: Path) -> None:
@@ -72,9 +76,12 @@ def state_dir(tmp_path: Path) -> Path:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_correct_configuration_is_fine_and_leaves_no_room_behind(sandbox: Sandbox, state_dir: Path) -> None:
+async def test_a_correct_configuration_is_fine_and_leaves_no_room_behind(
+    start_sandbox: StartSandbox, state_dir: Path
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=state_dir)
     room_id = sandbox.homeserver.create_room("admin")
-    report = await checked(sandbox, guard_state_dir=state_dir)
+    report = await checked(sandbox)
     assert report.fine
     assert {finding.state for finding in report.findings} == {"fine"}
     assert found(report, "synapse", "reachable").reason.endswith("Synapse 1.163.2")
@@ -84,7 +91,6 @@ async def test_a_correct_configuration_is_fine_and_leaves_no_room_behind(sandbox
     assert sandbox.upstream.issued[0].room.startswith("!lotusguard-check-")
     assert not sandbox.livekit.rooms
     assert list(sandbox.homeserver.rooms) == [room_id]
-    assert is_empty(state_dir)
 
 
 @pytest_twisted.ensureDeferred
@@ -575,13 +581,15 @@ async def test_a_state_directory_that_is_a_file(sandbox: Sandbox, tmp_path: Path
     file = tmp_path / "state"
     file.write_text("")
     for path in (file, file / "below"):
-        finding = found(await checked(sandbox, guard_state_dir=path), "state directory", "writable")
+        finding = found(await checked(sandbox, guard_state_dir=path, **no_guard()), "state directory", "writable")
         assert (finding.state, finding.reason) == ("wrong", f"{file} is not a directory")
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_state_directory_that_cannot_be_written_to(sandbox: Sandbox) -> None:
-    finding = found(await checked(sandbox, guard_state_dir=Path("/proc/lotusguard")), "state directory", "writable")
+    finding = found(
+        await checked(sandbox, guard_state_dir=Path("/proc/lotusguard"), **no_guard()), "state directory", "writable"
+    )
     assert finding.state == "wrong"
     assert "cannot be written to" in finding.reason
     assert "chown" in finding.remedy
@@ -590,7 +598,7 @@ async def test_a_state_directory_that_cannot_be_written_to(sandbox: Sandbox) -> 
 @pytest_twisted.ensureDeferred
 async def test_a_state_directory_that_does_not_exist_is_not_created(sandbox: Sandbox, tmp_path: Path) -> None:
     directory = tmp_path / "var" / "lotusguard"
-    finding = found(await checked(sandbox, guard_state_dir=directory), "state directory", "writable")
+    finding = found(await checked(sandbox, guard_state_dir=directory, **no_guard()), "state directory", "writable")
     assert finding.state == "fine"
     assert "created at the first start" in finding.reason
     assert not (tmp_path / "var").exists()
@@ -599,7 +607,7 @@ async def test_a_state_directory_that_does_not_exist_is_not_created(sandbox: San
 @pytest_twisted.ensureDeferred
 async def test_a_state_directory_that_everybody_can_read(sandbox: Sandbox, tmp_path: Path) -> None:
     open_to_all(tmp_path)
-    finding = found(await checked(sandbox, guard_state_dir=tmp_path), "state directory", "private")
+    finding = found(await checked(sandbox, guard_state_dir=tmp_path, **no_guard()), "state directory", "private")
     assert finding.state == "warning"
     assert f"chmod 700 {tmp_path}" in finding.remedy
 
@@ -609,7 +617,10 @@ async def test_a_full_file_system(sandbox: Sandbox, tmp_path: Path, monkeypatch:
     for free, state in ((10 * 1024, "wrong"), (10 * 1024 * 1024, "warning")):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr("lotusguard.check.host.shutil.disk_usage", lambda _, usage=usage: usage)
-        assert found(await checked(sandbox, guard_state_dir=tmp_path), "state directory", "space").state == state
+        assert (
+            found(await checked(sandbox, guard_state_dir=tmp_path, **no_guard()), "state directory", "space").state
+            == state
+        )
 
 
 @pytest_twisted.ensureDeferred
@@ -617,7 +628,7 @@ async def test_settings_that_are_probably_typing_errors(sandbox: Sandbox, monkey
     monkeypatch.setenv("GUARD_UPSTREEM", "http://127.0.0.1:8071")
     finding = found(await checked(sandbox), "settings", "suspicious")
     assert finding.state == "warning"
-    assert "GUARD_UPSTREEM is no setting; did you mean GUARD_UPSTREAM?" in finding.reason
+    assert "GUARD_UPSTREEM is not a setting; did you mean GUARD_UPSTREAM?" in finding.reason
 
 
 @pytest_twisted.ensureDeferred
@@ -653,3 +664,77 @@ def test_the_table_has_a_mark_a_reason_and_a_remedy_for_each() -> None:
         "✗ 1 wrong, 1 to look at (!).",
     ]
     assert not report.fine
+
+
+# -- the running guard and the way to it -----------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_running_guard_is_asked_about_its_state_directory(
+    start_sandbox: StartSandbox, tmp_path: Path
+) -> None:
+    sandbox = await start_sandbox(guard_state_dir=tmp_path)
+    report = await checked(sandbox, guard_state_dir=Path("/proc/not-what-the-guard-has"))
+    assert found(report, "state directory", "writable").reason == "the running guard writes to it"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_running_guard_without_a_state_directory_is_reported(sandbox: Sandbox, tmp_path: Path) -> None:
+    finding = found(await checked(sandbox, guard_state_dir=tmp_path), "state directory", "kept")
+    assert finding.state == "warning"
+    assert "in memory" in finding.reason
+
+
+@pytest_twisted.ensureDeferred
+async def test_lk_jwt_service_on_the_guards_port_is_told_apart_from_a_guard(sandbox: Sandbox) -> None:
+    port = int(sandbox.upstream.url.rpartition(":")[2])
+    finding = found(await checked(sandbox, guard_bind_port=port), "ports", "GUARD_BIND_PORT")
+    assert finding.state == "wrong"
+    assert "is taken by lk-jwt-service" in finding.reason
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_way_of_clients_past_the_guard_is_found(sandbox: Sandbox) -> None:
+    report, pool = Report(), connection_pool(reactor)
+    asking = Asking(reactor, pool, 5.0, time.time)
+    exposure = ExposureCheck(asking, Findings(report, "exposure"))
+    for url, state in ((sandbox.url, "fine"), (sandbox.upstream.url, "wrong"), (sandbox.homeserver.url, "unknown")):
+        await exposure.check_public_address(url)
+        assert found(report, "exposure", "clients' way").state == state
+    await exposure.check_public_address(f"http://127.0.0.1:{free_port()}")
+    assert found(report, "exposure", "clients' way").state == "unknown"
+    await pool.closeCachedConnections()
+
+
+def test_a_port_that_systemd_holds_is_recognised(tmp_path: Path) -> None:
+    net, descriptors = tmp_path / "net", tmp_path / "1" / "fd"
+    net.mkdir()
+    descriptors.mkdir(parents=True)
+    line = "   0: 0100007F:1F86 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0"
+    (net / "tcp").write_text("header\n" + line + "\n")
+    assert not is_held_by_systemd(8070, tmp_path)
+    (descriptors / "40").symlink_to("socket:[4711]")
+    assert is_held_by_systemd(8070, tmp_path)
+    assert not is_held_by_systemd(8071, tmp_path)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_full_disk_is_told_from_missing_rights(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(dir: Path) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lotusguard.check.host.tempfile.TemporaryFile", full)
+    finding = found(await checked(sandbox, guard_state_dir=tmp_path, **no_guard()), "state directory", "writable")
+    assert "No space left on device" in finding.reason
+    assert "make room" in finding.remedy
+    assert "chown" not in finding.remedy
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_proxys_403_is_not_taken_for_synapses(sandbox: Sandbox) -> None:
+    sandbox.homeserver.faults["server_version"] = Fault.status(403, b"<html>Forbidden</html>")
+    finding = found(await checked(sandbox), "synapse", "reachable")
+    assert finding.state == "wrong"
+    assert "a proxy that blocks this path" in finding.reason

@@ -83,15 +83,15 @@ def test_without_a_command_it_says_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("GUARD_UPSTREAM", "ws://127.0.0.1:8071", "'ws://127.0.0.1:8071' is no http(s) URL"),
-        ("LIVEKIT_API", "localhost:7880", "'localhost:7880' is no http(s) URL"),
+        ("GUARD_UPSTREAM", "ws://127.0.0.1:8071", "'ws://127.0.0.1:8071' is not an http(s) URL"),
+        ("LIVEKIT_API", "localhost:7880", "'localhost:7880' is not an http(s) URL"),
         ("GUARD_BIND_PORT", "80a", "expected a port number"),
         ("GUARD_POLICY_TTL", "-1", "expected a number of seconds greater than 0"),
         ("GUARD_DRY_RUN", "perhaps", "expected on or off"),
         ("GUARD_OVERFLOW", "kick", "eject"),
         ("MATRIX_TOKEN_FROM_FILE", "/does/not/exist", "cannot be read"),
         ("LIVEKIT_KEY_FILE", "/dev/null", "does not hold one key and one secret"),
-        ("GUARD_CONFIG", "/does/not/exist.yaml", "is no file"),
+        ("GUARD_CONFIG", "/does/not/exist.yaml", "is not a file"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_status_2(name: str, value: str, said: str) -> None:
@@ -153,7 +153,7 @@ def test_the_demo_succeeds_and_reads_no_setting_of_the_operator(tmp_path: Path) 
         GUARD_CONFIG="/does/not/exist",
     )
     assert asked.returncode == 0, asked.stdout + asked.stderr
-    assert asked.stdout.splitlines()[-1].startswith("✓ All 20 steps succeeded")
+    assert asked.stdout.splitlines()[-1].startswith("✓ All 26 steps succeeded")
     assert asked.stderr == "", "no log in between"
     assert not state.exists()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in ``deploy/`` is held against the service: settings, endpoints and metrics by their real names."""
+"""The files in ``deploy/`` agree with the service: settings, endpoints and metrics have their real names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from lotusguard.config import Settings, read_settings
-from lotusguard.tap import BACKLOG, Options
+from lotusguard.tap import BACKLOG, WRONG_SETTING, Options
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNITS = DEPLOY / "systemd"
@@ -55,7 +55,7 @@ def default(name: str) -> float:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
-def test_the_unit_is_in_the_green() -> None:
+def test_the_unit_confines_the_service() -> None:
     unit = UNITS / "lotusguard.service"
     told = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)],
@@ -67,7 +67,7 @@ def test_the_unit_is_in_the_green() -> None:
 
 
 @pytest.mark.parametrize("unit", [UNITS / "lotusguard.service", UNITS / "lotusguard.service.d" / "socket.conf"])
-def test_units_start_what_twistd_understands(unit: Path) -> None:
+def test_units_start_twistd_with_options_that_it_knows(unit: Path) -> None:
     words = shlex.split(_Unit(unit)["Service"]["ExecStart"])
     assert words[0] == "/opt/lotusguard/current/bin/twistd", "deploy/upgrade puts it there"
     assert words[1:4] == ["-n", "--pidfile=", "lotusguard"]
@@ -80,29 +80,59 @@ def test_the_unit_waits_longer_than_a_join_may_take() -> None:
     assert float(compose()["services"]["lotusguard"]["stop_grace_period"].removesuffix("s")) > longest
 
 
-def test_the_unit_supervises_what_the_service_tells_it() -> None:
+def test_systemd_supervises_and_reloads_the_service() -> None:
     section = service()["Service"]
     assert (section["Type"], section["NotifyAccess"]) == ("notify", "main")
     assert float(section["WatchdogSec"]) > 0
     assert (section["DynamicUser"], section["StateDirectory"]) == ("yes", "lotusguard")
     assert section["EnvironmentFile"] == "/etc/lotusguard/lotusguard.env"
+    assert section["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert section["SyslogIdentifier"] == "lotusguard"
 
 
-def test_lk_jwt_service_is_moved_to_where_the_guard_looks_for_it() -> None:
-    moved = _Unit(UNITS / "lk-jwt-service.service.d" / "lotusguard.conf")["Service"]["Environment"]
-    assert Settings.model_fields["guard_upstream"].default == "http://" + moved.removeprefix("LIVEKIT_JWT_BIND=")
-    example = variables(DEPLOY / "dependencies" / "lk-jwt-service.env.example")
-    assert moved == "LIVEKIT_JWT_BIND=" + example["LIVEKIT_JWT_BIND"]
+def test_a_wrong_setting_is_not_tried_every_second() -> None:
+    assert service()["Service"]["RestartPreventExitStatus"] == str(WRONG_SETTING)
+    assert service()["Service"]["Restart"] == "always"
 
 
-def test_the_socket_is_the_port_that_the_service_has_without_it() -> None:
-    section = _Unit(UNITS / "lotusguard.socket")["Socket"]
-    fields = Settings.model_fields
-    assert int(section["Backlog"]) == BACKLOG
-    assert section["ListenStream"] == f"{fields['guard_bind_host'].default}:{fields['guard_bind_port'].default}"
+def test_lk_jwt_service_is_moved_to_where_the_guard_expects_it() -> None:
+    drop_in = _Unit(UNITS / "lk-jwt-service.service.d" / "lotusguard.conf")["Service"]
+    file = Path(drop_in["EnvironmentFile"])
+    assert "Environment" not in drop_in, "an environment file of lk-jwt-service's would win over it"
+    moved = variables(UNITS / file.name)["LIVEKIT_JWT_BIND"]
+    assert Settings.model_fields["guard_upstream"].default == f"http://{moved}"
+    assert moved == variables(DEPLOY / "dependencies" / "lk-jwt-service.env.example")["LIVEKIT_JWT_BIND"]
+    assert f"{file.parent}" in (DEPLOY.parent / "docs" / "install.md").read_text(encoding="utf-8")
 
 
-def test_the_example_environment_is_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_socket_is_the_services_port_on_loopback_for_both_families() -> None:
+    text = (UNITS / "lotusguard.socket").read_text(encoding="utf-8")
+    port = Settings.model_fields["guard_bind_port"].default
+    assert re.findall(r"^ListenStream=(.*)$", text, re.M) == [f"127.0.0.1:{port}", f"[::1]:{port}"]
+    assert int(_Unit(UNITS / "lotusguard.socket")["Socket"]["Backlog"]) == BACKLOG
+
+
+def test_the_drop_in_listens_on_every_socket_that_systemd_holds() -> None:
+    words = shlex.split(_Unit(UNITS / "lotusguard.service.d" / "socket.conf")["Service"]["ExecStart"])
+    options = Options()
+    options.parseOptions(words[4:])
+    assert options["listen"] == ["systemd:domain=INET:index=0", "systemd:domain=INET6:index=1"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+def test_systemd_understands_the_units(tmp_path: Path) -> None:
+    for name in ("lotusguard.service", "lotusguard.socket"):
+        text = (UNITS / name).read_text(encoding="utf-8").replace("/opt/lotusguard/current/bin/twistd", "/bin/true")
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    units = [str(tmp_path / name) for name in ("lotusguard.service", "lotusguard.socket")]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not [line for line in done.stderr.splitlines() if str(tmp_path) in line], done.stderr
+
+
+def test_the_example_environment_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     given = variables(UNITS / "lotusguard.env.example")
     assert {"LIVEKIT_KEY", "LIVEKIT_SECRET", "MATRIX_TOKEN"} <= given.keys()
     for name, value in given.items():
@@ -129,10 +159,10 @@ def test_containers_are_configured_with_real_settings(monkeypatch: pytest.Monkey
         assert url.split("/")[2].split(":")[0] in services
 
 
-def test_nobody_gets_past_the_guard_in_the_compose_stack() -> None:
+def test_only_the_guard_reaches_lk_jwt_service_in_the_compose_stack() -> None:
     services = compose()["services"]
     assert "ports" not in services["lk-jwt-service"]
-    assert "ports" not in services["lotusguard"], "its operators' port would be published, too"
+    assert "ports" not in services["lotusguard"], "its operators' listener would be published, too"
     livekit = yaml.safe_load((DEPLOY / "docker" / "livekit.yaml").read_text())
     assert livekit["webhook"]["urls"] == [
         f"http://lotusguard:{Settings.model_fields['guard_bind_port'].default}/sfu_webhook"
@@ -156,7 +186,7 @@ def instructions() -> list[tuple[str, list[str]]]:
     return [(words[0], words[1:]) for words in lines]
 
 
-def test_the_dockerfile_copies_what_there_is_and_runs_as_nobody_in_particular() -> None:
+def test_the_dockerfile_copies_existing_files_and_runs_without_root() -> None:
     given = instructions()
     known = {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "VOLUME", "USER", "EXPOSE", "HEALTHCHECK", "CMD"}
     assert {name for name, _ in given} <= known
@@ -185,10 +215,84 @@ def words_of(given: list[tuple[str, list[str]]], name: str) -> list[str]:
     return next(words for found, words in given if found == name)
 
 
+# -- Kubernetes -------------------------------------------------------------------------------------------
+
+
+def manifests() -> dict[str, Any]:
+    """The objects of the example by kind."""
+    text = (DEPLOY / "kubernetes" / "lotusguard.yaml").read_text(encoding="utf-8")
+    return {found["kind"]: found for found in yaml.safe_load_all(text)}
+
+
+def container() -> dict[str, Any]:
+    (found,) = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    return dict(found)
+
+
+def test_kubernetes_gives_the_guard_real_settings_and_secrets_as_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mounts = {mount["mountPath"] for mount in container()["volumeMounts"]}
+    for variable in container()["env"]:
+        name, value = variable["name"], variable["value"]
+        assert name.lower() in Settings.model_fields
+        if name.endswith("_FROM_FILE"):
+            assert str(Path(value).parent) in mounts
+            (tmp_path / Path(value).name).write_text("secret")
+            value = str(tmp_path / Path(value).name)
+        monkeypatch.setenv(name, value)
+    assert read_settings().sfu_key is not None
+
+
+def test_kubernetes_probes_the_operators_listener_and_runs_without_root() -> None:
+    ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
+    fields = Settings.model_fields
+    assert ports == {"public": fields["guard_bind_port"].default, "operators": fields["guard_admin_port"].default}
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container()[probe]["httpGet"] == {"path": "/healthz", "port": "operators"}
+    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["terminationGracePeriodSeconds"] > default("guard_upstream_timeout") + default("guard_upstream_grace")
+    assert container()["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_kubernetes_scrapes_the_job_that_the_alerts_expect() -> None:
+    monitor, labels = manifests()["ServiceMonitor"]["spec"], manifests()["Service"]["metadata"]["labels"]
+    assert monitor["endpoints"][0]["port"] in {port["name"] for port in manifests()["Service"]["spec"]["ports"]}
+    job = labels[monitor["jobLabel"]]
+    assert f'up{{job="{job}"}}' in (DEPLOY / "monitoring" / "alerts.yaml").read_text(encoding="utf-8")
+
+
+def test_kubernetes_schemas_accept_the_example() -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    for kind, manifest in manifests().items():
+        if kind != "ServiceMonitor":  # a custom resource
+            validate.validate(manifest, validate.latest_version(), strict=True)
+
+
+def test_traefik_sends_clients_to_the_guard_and_nobody_to_its_webhook_route() -> None:
+    labels = yaml.safe_load((DEPLOY / "proxy" / "traefik.yaml").read_text())["services"]["lotusguard"]["labels"]
+    port = labels["traefik.http.services.lotusguard.loadbalancer.server.port"]
+    assert port == str(Settings.model_fields["guard_bind_port"].default)
+    assert labels["traefik.http.routers.lotusguard-webhook.service"] == "noop@internal"
+    (pattern,) = re.findall(
+        r"PathRegexp\(`(?:\(\?i\))?([^`]*)`\)", labels["traefik.http.routers.lotusguard-webhook.rule"]
+    )
+    for path in ("/livekit/jwt/sfu_webhook", "/livekit/jwt//sfu_webhook", "/livekit/jwt/sfu%5Fwebhook"):
+        assert re.match(pattern, path, re.IGNORECASE)
+    assert not re.match(pattern, "/livekit/jwt/sfu/get")
+
+
+def test_the_app_service_snippet_leads_to_a_listener_that_the_example_environment_names() -> None:
+    snippet = yaml.safe_load((DEPLOY / "dependencies" / "appservice.yaml").read_text())
+    example = variables(UNITS / "lotusguard.env.example")
+    assert snippet["url"] == f"http://127.0.0.1:{example['GUARD_APPSERVICE_PORT']}"
+
+
 # -- dependencies ------------------------------------------------------------------------------------------
 
 
-def test_livekits_snippet_leads_its_webhooks_to_the_guard() -> None:
+def test_livekits_snippet_sends_its_webhooks_to_the_guard() -> None:
     snippet = yaml.safe_load((DEPLOY / "dependencies" / "livekit.yaml").read_text())
     assert snippet["webhook"]["urls"] == ["http://127.0.0.1:8070/sfu_webhook"]
     assert (
@@ -197,7 +301,7 @@ def test_livekits_snippet_leads_its_webhooks_to_the_guard() -> None:
     )
 
 
-def test_synapses_snippet_is_one_that_the_module_takes(tmp_path: Path) -> None:
+def test_the_module_accepts_synapses_snippet(tmp_path: Path) -> None:
     module = pytest.importorskip("lotusguard.synapse_module")
     (snippet,) = yaml.safe_load((DEPLOY / "dependencies" / "homeserver.yaml").read_text())["modules"]
     assert snippet["module"] == f"lotusguard.synapse_module.{module.PolicyPush.__name__}"

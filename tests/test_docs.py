@@ -100,6 +100,21 @@ def test_the_documentation_lists_every_event_with_its_levels() -> None:
     assert listed == logged_events()
 
 
+# -- the report of /readyz --------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_documentation_lists_every_key_of_the_readiness_report(sandbox: Sandbox) -> None:
+    report = json.loads((await sandbox.operator("GET", "/readyz")).body)
+    section = text_of(EVENTS_PAGE).partition("## What is enforced right now")[2].partition("## Logs")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(report)
+    for key in ("enforcing", "dependencies", "credentials", "webhooks", "state"):
+        (row,) = re.findall(rf"^\| `{key}` \| (.*) \|$", section, re.M)
+        values = report[key].values()
+        inner = {name for value in values if isinstance(value, dict) for name in value}
+        assert set(report[key]) | inner <= set(re.findall(r"`(\w+)`", row))
+
+
 # -- links -----------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzzing over whole requests, through sockets: never a 500, never a hang, never a token past the policy of its room.
+"""Fuzzing of whole requests through sockets: never a 500, never a hang, never a token past the policy of its room.
 
-``FUZZ_EXAMPLES`` says how many (`make fuzz` takes 10,000, each time others). What a token opens is judged by what the
-stand-in upstream understood, not by what we think was asked for.
+``FUZZ_EXAMPLES`` is their number (`make fuzz` runs 10,000, different ones each time). A token is judged by what the
+stand-in for upstream understood, not by what the guard believes was asked for.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ OPENID = {user: f"openid-of-{user[1:].partition(':')[0]}" for user in (ALICE, BO
 SENTINEL = b"GET /healthz?sentinel HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 ANSWERED_WITHIN = 30.0
 
-# -- bodies: near-valid token requests as text, so that keys may stand there twice -------------------------------------
+# -- bodies: nearly valid token requests as text, so that keys may occur twice -------------------------------------
 
-rooms = st.sampled_from((FULL, OPEN, NO_CAMERA, UNKNOWN))  # what stands first is drawn most
+rooms = st.sampled_from((FULL, OPEN, NO_CAMERA, UNKNOWN))  # the first is drawn most often
 users = st.sampled_from((ALICE, BOB, HOLDER))
 odd_text = st.sampled_from(("", "\ud800", "\0", "ſ", "K", "a" * 300, FULL + " ", "\\", '"', "\u2028<&>"))
 scalars = st.one_of(
@@ -274,10 +274,10 @@ class Fuzzed:
             assert issued.user == HOLDER, f"{issued.user} was let into the full room"
         if issued.room == NO_CAMERA:
             assert sources == ["microphone", "screen_share", "screen_share_audio"]
-        if issued.room in (FULL, NO_CAMERA):
-            assert claims["exp"] <= reactor.seconds() + 121
         else:
-            assert (sources, content["jwt"]) == (None, issued.token)
+            assert sources is None
+        assert issued.room != UNKNOWN, f"{issued.user} was given a token for a room they are not in"
+        assert claims["exp"] <= reactor.seconds() + 121
 
 
 async def set_up() -> Fuzzed:

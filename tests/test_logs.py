@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import pytest_twisted
 from twisted.logger import Logger, LogLevel
 from twisted.web.client import _HTTP11ClientFactory
 
-from lotusguard.logs import observer_for
+from lotusguard.logs import is_journal, observer_for
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, logged, room_of
@@ -119,3 +121,49 @@ async def test_no_line_holds_a_token_or_a_secret(sandbox: Sandbox) -> None:
     secrets = [SECRET, ADMIN_TOKEN, sandbox.admin_token, json.loads(answer.body)["jwt"], *sandbox.homeserver.openid]
     assert "refused" in stream.getvalue()
     assert not [secret for secret in secrets if secret in stream.getvalue()]
+
+
+# -- the journal ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("level", "priority"), [("debug", 7), ("info", 6), ("warn", 4), ("error", 3), ("critical", 2)])
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_lines_for_the_journal_begin_with_their_priority(format_: str, level: str, priority: int) -> None:
+    stream = io.StringIO()
+    log = Logger(observer=observer_for(format_, "debug", stream, priorities=True))
+    log.emit(LogLevel.levelWithName(level), "refused in {room_id}", room_id="!a:b")
+    assert stream.getvalue().startswith(f"<{priority}>")
+    if format_ == "json":
+        assert json.loads(stream.getvalue().removeprefix(f"<{priority}>"))["level"] == level
+
+
+def test_each_line_of_a_traceback_has_its_priority() -> None:
+    stream = io.StringIO()
+    log = Logger(observer=observer_for("text", "info", stream, priorities=True))
+    try:
+        raise RuntimeError("odd\nthing")
+    except RuntimeError:
+        log.failure("it failed")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) > 3
+    assert all(line.startswith("<2>") for line in lines)
+
+
+def test_the_journal_is_recognised_by_what_systemd_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "stream").open("w") as stream:
+        assert not is_journal(stream)
+        about = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{about.st_dev}:{about.st_ino}")
+        assert is_journal(stream)
+        assert not is_journal(io.StringIO())
+
+
+def test_the_level_can_be_changed_while_it_runs() -> None:
+    stream = io.StringIO()
+    observer = observer_for("text", "warn", stream)
+    log = Logger(observer=observer)
+    log.info("first")
+    observer.set_level("info")
+    log.info("second")
+    assert "first" not in stream.getvalue()
+    assert "second" in stream.getvalue()

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import pytest_twisted
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from twisted.internet.threads import deferToThread
 
 from lotusguard import __version__
@@ -25,7 +28,16 @@ from tests.test_upgrade import Host
 ROOT = Path(__file__).parent.parent
 SITE = sysconfig.get_paths()["purelib"]
 IN_THE_ARCHIVE = ("lotusguard", "twisted", "tests", "deploy", "docs", "benchmarks")
-FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", "Makefile", ".gitignore")
+FILES = (
+    "constraints.txt",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "Makefile",
+    ".gitignore",
+)
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -107,6 +119,16 @@ def test_the_source_archive_has_what_operators_need(dist: Path) -> None:
         assert name in members
     assert members["deploy/upgrade"].mode & 0o111
     assert not any("__pycache__" in name or "dropin.cache" in name for name in members)
+
+
+def test_constraints_pin_every_dependency_to_a_version_that_is_allowed() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert all(pinned.values())
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement.name
+    assert "lotusguard" not in pinned
 
 
 # -- installed -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
 from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.web.bodies import RELAYED_FACTOR
 from tests.calls import ALICE, BOB, room_of
 
 SNIPPETS = Path(__file__).parent.parent / "deploy" / "proxy"
@@ -36,7 +37,8 @@ def nginx(name: str, folder: Path, port: int, guard: str) -> list[str]:
     snippet = (SNIPPETS / name).read_text(encoding="utf-8")
     snippet, replaced = re.subn(r"(127\.0\.0\.1|192\.0\.2\.10):8070", guard, snippet)
     assert replaced == 1
-    snippet = re.sub(r"^\s*ssl_certificate.*\n", "", snippet, flags=re.M).replace("443 ssl", f"127.0.0.1:{port}")
+    snippet = re.sub(r"^\s*ssl_certificate.*\n", "", snippet, flags=re.M)
+    snippet = re.sub(r"^.*\[::\]:443.*\n", "", snippet, flags=re.M).replace("443 ssl http2", f"127.0.0.1:{port}")
     if "server {" not in snippet:
         snippet = f"server {{ listen 127.0.0.1:{port};\n{snippet} }}"
     temporary = "".join(
@@ -136,3 +138,16 @@ async def test_webhooks_are_not_reachable_through_a_proxy(sandbox: Sandbox, star
     forged = sandbox.guard.metrics.webhooks.labels("forged")._value.get()
     assert forged == 0, "it reached the guard"
     assert (await sandbox.request("GET", f"{address}/healthz")).code == 200
+
+
+@pytest.mark.parametrize("snippet", PROXIES)
+@pytest_twisted.ensureDeferred
+async def test_proxies_refuse_what_the_guard_would_refuse_and_nothing_smaller(
+    sandbox: Sandbox, start: Start, snippet: str
+) -> None:
+    address = await start(snippet, sandbox)
+    limit = sandbox.settings.guard_max_body * RELAYED_FACTOR
+    answer = await sandbox.request("POST", f"{address}/other", b"x" * limit)
+    assert answer.code == 404, "lk-jwt-service's own answer"
+    answer = await sandbox.request("POST", f"{address}/other", b"x" * (limit + 1))
+    assert answer.code == 413

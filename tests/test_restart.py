@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard as a process: it leaves without dropping anybody, and what it promised survives ``kill -9``."""
+"""The guard as a process: it stops without dropping requests, and issued holds survive ``kill -9``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(pro
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_killed_guard_knows_rooms_users_and_promises_when_it_is_back(process: ProcessSandbox) -> None:
+async def test_a_killed_guard_knows_rooms_users_and_holds_when_it_is_back(process: ProcessSandbox) -> None:
     room_id = room_of(process, 2)
     await process.enter(ALICE, room_id, new=True)
     assert (await process.ask_token(BOB, room_id)).code == 200
@@ -83,7 +83,7 @@ async def test_a_killed_guard_knows_rooms_users_and_promises_when_it_is_back(pro
 
 
 @pytest_twisted.ensureDeferred
-async def test_sigterm_finishes_what_is_in_flight_and_then_leaves(process: ProcessSandbox) -> None:
+async def test_sigterm_finishes_requests_in_flight_and_then_exits(process: ProcessSandbox) -> None:
     room_id = room_of(process)
     process.upstream.fault = Fault.delay(2)
     asking = Deferred.fromCoroutine(process.ask_token(ALICE, room_id))
@@ -98,7 +98,7 @@ async def test_sigterm_finishes_what_is_in_flight_and_then_leaves(process: Proce
 
 
 @pytest_twisted.ensureDeferred
-async def test_sigterm_waits_for_nobody_longer_than_upstream_may_take(tmp_path: Path) -> None:
+async def test_sigterm_waits_no_longer_than_upstream_may_take(tmp_path: Path) -> None:
     sandbox = ProcessSandbox(reactor, guard_upstream_timeout=0.5, guard_upstream_grace=0.2)
     await sandbox.start()
     try:
@@ -130,7 +130,7 @@ async def test_corrupt_state_is_set_aside(process: ProcessSandbox, tmp_path: Pat
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_unwritable_state_directory_is_said_and_the_guard_goes_on(tmp_path: Path) -> None:
+async def test_an_unwritable_state_directory_is_reported_and_the_guard_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "file" / "state")
     await sandbox.start()
@@ -161,7 +161,7 @@ async def test_one_decision_is_one_line_for_machines(process: ProcessSandbox) ->
 
 
 @pytest_twisted.ensureDeferred
-async def test_in_the_background_it_serves_and_keeps_what_it_promised(tmp_path: Path) -> None:
+async def test_in_the_background_it_serves_and_keeps_issued_holds(tmp_path: Path) -> None:
     """``twistd`` without ``-n`` forks after the service was made."""
     sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "state")
     pidfile, logfile = tmp_path / "pid", tmp_path / "log"

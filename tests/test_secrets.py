@@ -118,7 +118,7 @@ def nothing_of(secrets: dict[str, str], text: str) -> None:
 
 @pytest.mark.parametrize("format_", ["text", "json"])
 @pytest_twisted.ensureDeferred
-async def test_no_secret_in_logs_and_answers_of_a_bad_day(start_sandbox: StartSandbox, format_: str) -> None:
+async def test_no_secret_in_logs_and_answers_while_everything_fails(start_sandbox: StartSandbox, format_: str) -> None:
     with logged(format_) as log:
         sandbox = await start_sandbox(guard_log_level="debug", guard_reconcile_interval=0.2)
         answers = await a_bad_day(sandbox)
@@ -182,7 +182,7 @@ def test_no_secret_in_the_message_about_a_wrong_setting(
     assert wrong.value.__suppress_context__
 
 
-def test_a_secret_in_the_wrong_place_of_the_file_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_in_the_wrong_place_of_the_file_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "guard.yaml"
     monkeypatch.setenv("GUARD_CONFIG", str(path))
     for text in (
@@ -243,7 +243,7 @@ async def test_the_state_directory_is_readable_by_its_owner_only(tmp_path: Path)
 # -- the operators' door -------------------------------------------------------------------------------------
 
 
-def test_the_operators_door_is_on_loopback_unless_told_otherwise() -> None:
+def test_the_operators_listener_is_on_loopback_by_default() -> None:
     assert Settings().guard_admin_host == "127.0.0.1"
 
 
@@ -275,7 +275,7 @@ async def test_nothing_private_without_the_operators_token(start_sandbox: StartS
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_header_given_twice_does_not_let_in(sandbox: Sandbox) -> None:
+async def test_a_repeated_authorization_header_is_refused(sandbox: Sandbox) -> None:
     head = "GET /rooms HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     twice = f"Authorization: Bearer wrong\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\n\r\n"
     (answer,) = await exchange(sandbox.admin_url, (head + twice).encode())
@@ -283,7 +283,7 @@ async def test_a_header_given_twice_does_not_let_in(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_secret_is_compared_in_constant_time(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tokens_are_compared_in_constant_time(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[object] = []
 
     def watching(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard.socket``: systemd holds the port, and nobody is refused while the guard restarts."""
+"""``lotusguard.socket``: systemd holds the port, and no join is refused while the guard restarts."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ ACTIVATED = "import os; os.environ['LISTEN_PID'] = str(os.getpid()); " + TWISTD
 
 
 class Activated:
-    """A guard on a socket that somebody else holds, as the drop-in has systemd start it."""
+    """A guard on sockets that another process holds, started as systemd starts it with the drop-in."""
 
     def __init__(self, sandbox: Sandbox, folder: Path) -> None:
         self.held = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.held6 = socket.create_server(("::1", 0), family=socket.AF_INET6, backlog=1024)
         self.url = f"http://127.0.0.1:{self.held.getsockname()[1]}"
+        self.url6 = f"http://[::1]:{self.held6.getsockname()[1]}"
         self.process = GuardProcess()
         self._environment = {
             "PYTHONPATH": str(CHECKOUT),
-            "LISTEN_FDS": "1",
-            "LISTEN_FDNAMES": "lotusguard.socket",
+            "LISTEN_FDS": "2",
+            "LISTEN_FDNAMES": "lotusguard.socket:lotusguard.socket",
             "STATE_DIRECTORY": str(folder),
             "GUARD_UPSTREAM": sandbox.upstream.url,
             "GUARD_ADMIN_PORT": "",
@@ -45,7 +47,7 @@ class Activated:
         }
 
     async def start(self) -> None:
-        """Start it, with the held socket as descriptor 3."""
+        """Start it, with the held sockets as descriptors 3 and 4."""
         started = next(line for line in DROP_IN.read_text().splitlines() if line.startswith("ExecStart=/"))
         arguments = shlex.split(started)[1:]
         self.process = GuardProcess()
@@ -54,9 +56,9 @@ class Activated:
             sys.executable,
             [sys.executable, "-c", ACTIVATED, *arguments],
             self._environment,
-            childFDs={0: "w", 1: "r", 2: "r", 3: self.held.fileno()},
+            childFDs={0: "w", 1: "r", 2: "r", 3: self.held.fileno(), 4: self.held6.fileno()},
         )
-        while "public door listens" not in self.process.output:
+        while self.process.output.count("public listener listens") < 2:
             assert not self.process.ended.called, self.process.output
             await deferLater(reactor, 0.01)
 
@@ -76,23 +78,25 @@ async def activated(sandbox: Sandbox, tmp_path: Path) -> AsyncIterator[Activated
         guard.process.signal("KILL")
         await guard.process.ended
     guard.held.close()
+    guard.held6.close()
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_guard_serves_on_the_socket_that_systemd_holds(sandbox: Sandbox, activated: Activated) -> None:
+async def test_the_guard_serves_on_the_sockets_that_systemd_holds(sandbox: Sandbox, activated: Activated) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
-    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+    for sandbox.url in (activated.url, activated.url6):
+        assert (await sandbox.ask_token(BOB, room_id)).code == 403
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_comes_while_it_restarts_waits_and_is_answered(sandbox: Sandbox, activated: Activated) -> None:
+async def test_requests_during_a_restart_wait_and_are_answered(sandbox: Sandbox, activated: Activated) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     assert await activated.end() == "SIGTERM", activated.process.output
     asking = [Deferred.fromCoroutine(sandbox.ask_token(user, room_id)) for user in (ALICE, BOB, BOB)]
     await deferLater(reactor, 0.2)
-    assert not any(asked.called for asked in asking), "there was nobody to answer"
+    assert not any(asked.called for asked in asking), "nothing answers while it is stopped"
     await activated.start()
     codes = [(await asked).code for asked in asking]
     assert codes == [200, 403, 403]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``deploy/upgrade`` with real venvs, pip and processes; only the releases are tiny, and fail when told to."""
+"""``deploy/upgrade`` with real venvs, pip and processes. Only the releases are tiny, and fail when they are told to."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ from http.server import BaseHTTPRequestHandler
 VERSION, FAULT = {version!r}, {fault!r}
 BEGAN = time.monotonic()
 
-class Door(BaseHTTPRequestHandler):
+class Listener(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
 
     def do_GET(self):
@@ -40,8 +41,10 @@ class Door(BaseHTTPRequestHandler):
         if self.path == "/readyz":
             code, body = (503, "not enforcing") if FAULT == "enforces_nothing" else (200, "{{}}")
         if self.path == "/metrics":
-            body = 'lotusguard_joins_total{{reason="policy",verdict="allowed"}} 10.0\\n' \\
-                   'lotusguard_joins_total{{reason="caller_went_away",verdict="failed"}} 500.0\\n' \\
+            began = time.monotonic() if FAULT == "restarts" and served else BEGAN
+            body = 'lotusguard_process_start_time_seconds %s\\n' % began + \
+                   'lotusguard_joins_total{{reason="policy",verdict="allowed"}} 10.0\\n' \\
+                   'lotusguard_joins_total{{reason="caller_disconnected",verdict="failed"}} 500.0\\n' \\
                    'lotusguard_joins_total{{reason="upstream_timeout",verdict="failed"}} %s.0\\n' % failed
         self.send_response(code)
         self.end_headers()
@@ -58,14 +61,19 @@ def twistd():
         sys.exit("lotusguard: something is wrong")
     if place.startswith("unix:"):
         assert os.environ["GUARD_DRY_RUN"] == "on"
-        server = socketserver.UnixStreamServer(place[5:], Door)
+        server = socketserver.UnixStreamServer(place[5:], Listener)
     else:
         socketserver.TCPServer.allow_reuse_address = True
-        server = socketserver.TCPServer(("127.0.0.1", int(os.environ["PORT"])), Door)
+        server = socketserver.TCPServer(("127.0.0.1", int(os.environ["PORT"])), Listener)
+    print("the public listener listens on 127.0.0.1:1234", flush=True)
     server.serve_forever()
 
 def main():
-    assert sys.argv[1:] == ["check"] and os.environ["GUARD_SEEN"] == "it was read"
+    assert os.environ["GUARD_SEEN"] == "it was read"
+    if sys.argv[1] == "trial":
+        rehearsal = sys.argv[2:] == ["--url", "http://127.0.0.1:1234"]
+        sys.exit(FAULT == ("fails_a_trial" if rehearsal else "fails_a_join"))
+    assert sys.argv[1:] == ["check"]
     sys.exit(1 if FAULT == "fails_the_check" else 0)
 """
 
@@ -107,6 +115,8 @@ class Host:
         self.environment = os.environ | {
             "PORT": str(self.port),
             "PYTHONPATH": sysconfig.get_paths()["purelib"],
+            "LOTUSGUARD_UNIT": "no-such-unit.service",
+            "LOTUSGUARD_LEAST_SPACE": "1",
             "LOTUSGUARD_PREFIX": str(folder / "prefix"),
             "LOTUSGUARD_ENV_FILE": str(folder / "env"),
             "LOTUSGUARD_RESTART": str(self.restart),
@@ -184,8 +194,9 @@ def test_a_good_release_is_switched_to_and_the_way_back_stays_open(guarded: Host
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("fails_the_check", "finds fault; nothing was changed"),
-        ("does_not_start", "does not start; nothing was changed"),
+        ("fails_the_check", "'lotusguard check' of 1.1 fails; nothing was changed"),
+        ("does_not_start", "it does not start; nothing was changed"),
+        ("fails_a_trial", "a trial join through it fails"),
     ],
 )
 def test_a_release_that_is_no_good_is_never_switched_to(guarded: Host, fault: str, said: str) -> None:
@@ -201,8 +212,10 @@ def test_a_release_that_is_no_good_is_never_switched_to(guarded: Host, fault: st
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("does_not_come_up", "1.1 does not come up: going back to 1.0"),
-        ("dies", "it stopped answering: going back to 1.0"),
+        ("does_not_come_up", "1.1 does not start: going back to 1.0"),
+        ("dies", "it does not answer any more: going back to 1.0"),
+        ("restarts", "its process ended and was started again: going back to 1.0"),
+        ("fails_a_join", "a trial join through the public listener fails: going back to 1.0"),
         ("enforces_nothing", "it does not enforce what the old release did: not enforcing: going back to 1.0"),
         ("fails_joins", "20 of 30 joins failed: going back to 1.0"),
     ],
@@ -226,7 +239,7 @@ def test_what_cannot_be_installed_changes_nothing(guarded: Host) -> None:
 def test_when_nothing_comes_up_any_more_it_says_so_with_a_status_of_its_own(guarded: Host) -> None:
     done = guarded.upgrade(wheel(guarded.folder, "1.1"), LOTUSGUARD_RESTART="false")
     assert done.returncode == 3
-    assert "1.0 does not come up again either" in done.stderr
+    assert "1.0 does not start again either" in done.stderr
     assert guarded.current() == "1.0"
 
 
@@ -248,4 +261,105 @@ def test_two_upgrades_at_once_are_one_too_many(guarded: Host) -> None:
         done = guarded.upgrade("1.1")
         other.communicate("")
     assert done.returncode == 1
-    assert "another upgrade is under way" in done.stderr
+    assert "another upgrade is running" in done.stderr
+
+
+def releases(host: Host) -> list[str]:
+    return sorted(path.name for path in (host.folder / "prefix" / "releases").iterdir())
+
+
+def previous(host: Host) -> str:
+    return (host.folder / "prefix" / "previous").readlink().name
+
+
+def test_a_failed_install_leaves_nothing_behind(guarded: Host) -> None:
+    broken = guarded.folder / "lotusguard-1.5-py3-none-any.whl"
+    broken.write_bytes(b"this is not a wheel")
+    done = guarded.upgrade(broken)
+    assert done.returncode == 1
+    assert "could not be installed; nothing was changed" in done.stderr
+    assert releases(guarded) == ["1.0"]
+
+
+def test_the_way_back_survives_a_release_that_was_taken_out(guarded: Host) -> None:
+    assert guarded.upgrade(wheel(guarded.folder, "1.1")).returncode == 0
+    assert previous(guarded) == "1.0"
+    assert guarded.upgrade(wheel(guarded.folder, "1.2", "fails_joins")).returncode == 1
+    assert guarded.current() == "1.1"
+    assert previous(guarded) == "1.0"
+
+
+def test_a_version_with_a_zero_at_its_end_is_the_same_version(guarded: Host) -> None:
+    for name in ("1.0.0", "1"):
+        done = guarded.upgrade(wheel(guarded.folder, name))
+        assert done.returncode == 1
+        assert "1.0 is current already" in done.stderr
+    assert releases(guarded) == ["1.0"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_installed(guarded: Host) -> None:
+    done = guarded.upgrade(wheel(guarded.folder, "1.1"), LOTUSGUARD_LEAST_SPACE="1000000000")
+    assert done.returncode == 1
+    assert "1000000000 are needed; nothing was changed" in done.stderr
+    assert releases(guarded) == ["1.0"]
+
+
+def test_a_wheel_that_does_not_match_its_checksum_is_refused(guarded: Host) -> None:
+    path = wheel(guarded.folder, "1.1")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    sums = guarded.folder / "SHA256SUMS"
+    sums.write_text(f"{'0' * 64}  {path.name}\n")
+    done = guarded.upgrade(path)
+    assert done.returncode == 1
+    assert "does not match SHA256SUMS" in done.stderr
+    sums.write_text(f"{digest}  {path.name}\n")
+    done = guarded.upgrade(path, LOTUSGUARD_WATCH_SECONDS="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{path.name} matches SHA256SUMS" in done.stdout
+
+
+def test_the_operators_listener_is_found_in_the_guards_settings(guarded: Host) -> None:
+    with (guarded.folder / "env").open("a") as env:
+        env.write(f"GUARD_ADMIN_HOST=0.0.0.0\nGUARD_ADMIN_PORT={guarded.port}\n")
+    told = guarded.upgrade("--status", LOTUSGUARD_ADMIN_URL="")
+    assert told.returncode == 0
+    assert "running: 1.0" in told.stdout
+    assert "current: 1.0" in told.stdout
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_upgrade_leaves_the_old_release_running(guarded: Host, name: str) -> None:
+    upgrade = subprocess.Popen(
+        [str(UPGRADE), str(wheel(guarded.folder, "1.1"))],
+        env=guarded.environment | {"LOTUSGUARD_WATCH_SECONDS": "60"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default_signals,
+    )  # fmt: skip
+    assert upgrade.stdout is not None
+    for line in upgrade.stdout:
+        if "watching it" in line:
+            break
+    assert "1.1" in guarded.running()
+    upgrade.send_signal(signal.Signals[name])
+    _, said = upgrade.communicate(timeout=60)
+    assert upgrade.returncode == 1
+    assert "went back to 1.0" in said
+    assert guarded.current() == "1.0"
+    assert "1.0" in guarded.running()
+
+
+def default_signals() -> None:
+    """A shell ignores signals that were ignored when it was started."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_the_stop_of_the_old_release_does_not_count_as_the_start_of_the_new(guarded: Host) -> None:
+    slow = guarded.folder / "slow"
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec "{guarded.restart}"\n')
+    slow.chmod(0o755)
+    done = guarded.upgrade(
+        wheel(guarded.folder, "1.1"),
+        LOTUSGUARD_RESTART=str(slow), LOTUSGUARD_START_SECONDS="3", LOTUSGUARD_WATCH_SECONDS="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1.1" in guarded.running()

@@ -114,6 +114,12 @@ class Service:
         return NoAnswer(f"no usable answer ({type(error).__name__})", f"see what {address} points to")
 
 
+def listener_address(host: str, port: int) -> str:
+    """The URL at which a listener of the guard's is asked from its own machine."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _whole(answer: Answer) -> Answer:
     return answer
 

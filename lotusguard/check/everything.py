@@ -9,7 +9,7 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 
-from lotusguard.check.asking import Asking, Service
+from lotusguard.check.asking import Asking, Service, listener_address
 from lotusguard.check.exposure import ExposureCheck
 from lotusguard.check.homeserver import HomeserverCheck, Us
 from lotusguard.check.host import GuardCheck, check_state_directory
@@ -19,6 +19,7 @@ from lotusguard.check.upstream import UpstreamCheck
 from lotusguard.clients.http import connection_pool
 from lotusguard.clients.waiting import gather
 from lotusguard.config import Settings, suspicions
+from lotusguard.rules.identity import server_of
 
 PATIENCE, LONGEST = 5.0, 15.0
 """Seconds for one answer, and for the whole check."""
@@ -77,9 +78,9 @@ class Check:
         self._homeserver = HomeserverCheck(settings, synapse, self._about("synapse"))
         self._livekit = LiveKitCheck(settings, livekit, self._about("livekit"), asking.now)
         self._upstream = UpstreamCheck(settings, upstream, self._about("lk-jwt-service"), asking.reactor)
-        public = asking.service("GUARD_BIND_PORT", _address(settings.guard_bind_host, settings.guard_bind_port))
+        public = asking.service("GUARD_BIND_PORT", listener_address(settings.guard_bind_host, settings.guard_bind_port))
         operators = (
-            asking.service("GUARD_ADMIN_PORT", _address(settings.guard_admin_host, settings.guard_admin_port))
+            asking.service("GUARD_ADMIN_PORT", listener_address(settings.guard_admin_host, settings.guard_admin_port))
             if settings.guard_admin_port
             else None
         )
@@ -97,9 +98,9 @@ class Check:
                 self._part("livekit", self._livekit.run()),
                 self._part("lk-jwt-service", self._ask_upstream()),
                 self._part("ports", self._look_at_ports()),
-                self._part("state directory", self._look_at_state()),
             )
         )
+        await self._part("state directory", self._look_at_state())
         await self._part("lk-jwt-service", self._try_a_token())
         self._compare_clocks()
         await self._part("webhooks", self._guard.check_webhooks(self._about("webhooks"), self._runs, self._just_now))
@@ -149,7 +150,10 @@ class Check:
         self._runs = await self._guard.check_ports(self._about("ports"))
 
     async def _look_at_state(self) -> None:
-        check_state_directory(self._settings, self._about("state directory"))
+        """The running guard knows better than this process, which may run as another user and without systemd."""
+        say = self._about("state directory")
+        if not (self._runs and await self._guard.tells_state(say)):
+            check_state_directory(self._settings, say)
 
     async def _try_a_token(self) -> None:
         if not self._is_upstream:
@@ -164,6 +168,8 @@ class Check:
     async def _look_at_exposure(self) -> None:
         upstream = self._services[2]
         await self._exposure.check_upstream(upstream, await self._upstream.is_here())
+        if self._us is not None:
+            await self._exposure.check_advertised(self._services[0], server_of(self._us.user))
         if self._upstream.livekit_url is not None:
             await self._exposure.check_livekit(self._upstream.livekit_url)
 
@@ -179,9 +185,3 @@ class Check:
                 say.warning(who.setting, ahead, "run NTP on both machines")
             else:
                 say.fine(who.setting, "no difference, to the second")
-
-
-def _address(host: str, port: int | None) -> str:
-    """The URL of a listener of ours."""
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from attrs import define
 
-from lotusguard.check.asking import Asking, NoAnswer, Service
+from lotusguard.check.asking import Asking, NoAnswer, Service, json_of
 from lotusguard.check.report import Findings
 
 LISTEN = "0A"
@@ -22,7 +23,23 @@ ROOM_SERVICE = "/twirp/livekit.RoomService/ListRooms"
 
 def listening_addresses(port: int, proc: Path = Path("/proc/net")) -> list[str] | None:
     """The addresses of this machine on which something listens on a TCP port; None if the kernel does not tell."""
-    found: list[str] = []
+    sockets = listening_sockets(port, proc)
+    return None if sockets is None else sorted({address for address, _ in sockets})
+
+
+def is_held_by_systemd(port: int, processes: Path = Path("/proc")) -> bool:
+    """Whether systemd itself listens on a TCP port, for a socket unit. Only root can tell; for others it is False."""
+    inodes = {inode for _, inode in listening_sockets(port, processes / "net") or ()}
+    try:
+        links = [str(descriptor.readlink()) for descriptor in (processes / "1" / "fd").iterdir()]
+    except OSError:
+        return False
+    return any(link == f"socket:[{inode}]" for link in links for inode in inodes)
+
+
+def listening_sockets(port: int, proc: Path = Path("/proc/net")) -> list[tuple[str, str]] | None:
+    """The sockets that listen on a TCP port, as address and inode; None if the kernel does not tell."""
+    found: list[tuple[str, str]] = []
     known = False
     for name in ("tcp", "tcp6"):
         try:
@@ -35,8 +52,8 @@ def listening_addresses(port: int, proc: Path = Path("/proc/net")) -> list[str] 
             if len(fields) > 3 and fields[3] == LISTEN:
                 address, _, number = fields[1].partition(":")
                 if int(number, 16) == port:
-                    found.append(_address(address))
-    return sorted(set(found)) if known else None
+                    found.append((_address(address), fields[9] if len(fields) > 9 else ""))
+    return found if known else None
 
 
 def _address(text: str) -> str:
@@ -45,6 +62,23 @@ def _address(text: str) -> str:
     address = IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
     mapped = getattr(address, "ipv4_mapped", None)
     return str(mapped or address)
+
+
+async def is_guard(service: Service) -> bool | None:
+    """Whether a token route is a guard's; None if it is no token route at all, or does not tell.
+
+    A guard refuses a room name of more than 255 bytes as unreadable. lk-jwt-service reads it, and then finds that the
+    OpenID token is not valid. Neither does anything for such a request.
+
+    :raises NoAnswer:
+    """
+    openid = {"access_token": "x", "token_type": "Bearer", "matrix_server_name": "lotusguard.invalid", "expires_in": 1}
+    body = {"room": "!" + "x" * 300, "openid_token": openid, "device_id": "LOTUSGUARD_CHECK"}
+    answer = await service.post_json("/sfu/get", body)
+    errcode = json_of(answer).get("errcode")
+    if answer.code == 400 and errcode == "M_NOT_JSON":
+        return True
+    return False if isinstance(errcode, str) and answer.code != 404 else None
 
 
 def is_loopback(host: str) -> bool:
@@ -89,6 +123,41 @@ class ExposureCheck:
             return False
         return answer.code in (400, 401, 403)
 
+    async def check_advertised(self, homeserver: Service, server_name: str) -> None:
+        """Whether the address that clients are told leads to a guard, and not past it.
+
+        Clients read it from ``.well-known/matrix/client``. Nothing is reported if that cannot be read from here.
+        """
+        for service in (homeserver, self._asking.service("server name", f"https://{server_name}")):
+            try:
+                urls = _advertised(json_of(await service.ask("GET", "/.well-known/matrix/client")))
+            except NoAnswer:
+                continue
+            for url in urls:
+                await self.check_public_address(url)
+            if urls:
+                return
+
+    async def check_public_address(self, url: str) -> None:
+        """Whether a guard answers at a ``livekit_service_url``."""
+        try:
+            guarded = await is_guard(self._asking.service("livekit_service_url", url))
+        except NoAnswer as why:
+            self._say.unknown("clients' way", f"{url} could not be asked from here: {why}", why.remedy)
+            return
+        if guarded:
+            self._say.fine("clients' way", f"{url} leads to the guard")
+        elif guarded is None:
+            self._say.unknown(
+                "clients' way", f"{url} answers, but neither as a guard nor as lk-jwt-service",
+                "see where the reverse proxy sends it",
+            )  # fmt: skip
+        else:
+            self._say.wrong(
+                "clients' way", f"{url} leads to lk-jwt-service past the guard: nothing is enforced for these clients",
+                "let the reverse proxy send it to the guard (deploy/proxy/)",
+            )  # fmt: skip
+
     async def check_livekit(self, url: str) -> None:
         """Whether LiveKit's RoomService answers on the address that clients use.
 
@@ -110,6 +179,14 @@ class ExposureCheck:
             )
         else:
             self._say.fine("LiveKit", f"{base} does not pass its RoomService on")
+
+
+def _advertised(well_known: dict[str, Any]) -> list[str]:
+    """The addresses of call services in a ``.well-known/matrix/client``."""
+    foci = well_known.get("org.matrix.msc4143.rtc_foci")
+    urls = [focus.get("livekit_service_url") for focus in foci or () if isinstance(focus, dict)]
+    found = [_http_address(url) for url in urls if isinstance(url, str)]
+    return [url for url in found if url is not None]
 
 
 def _http_address(url: str) -> str | None:

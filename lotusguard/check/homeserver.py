@@ -18,6 +18,8 @@ MAIN_PROCESS = (
     "point SYNAPSE_API to the main process's own listener, with the `client` resource, not to a proxy or worker"
 )
 
+BLOCKED = "something in front of it answers 403, without a Matrix error code: a proxy that blocks this path"
+
 
 @frozen
 class Us:
@@ -73,7 +75,11 @@ class HomeserverCheck:
             return False
         answer = await self._synapse.ask("GET", "/_synapse/admin/v1/server_version", headers=self._headers)
         version = json_of(answer).get("server_version")
-        if answer.code == 404 or (answer.code == 200 and not version):
+        if answer.code == 403 and "errcode" not in json_of(answer):
+            self._say.wrong("reachable", f"{base} is a homeserver, but {BLOCKED}", MAIN_PROCESS)
+            return False
+        by_invitation = self._settings.guard_invites in ("local", "any")
+        if (answer.code == 404 or (answer.code == 200 and not version)) and not by_invitation:
             self._say.wrong(
                 "reachable", f"{base} is a homeserver, but its admin API does not answer ({answer.code})", MAIN_PROCESS
             )
@@ -86,7 +92,9 @@ class HomeserverCheck:
         user = json_of(answer).get("user_id")
         if answer.code == 200 and isinstance(user, str) and user.startswith("@"):
             return user
-        if answer.code in (401, 403):
+        if answer.code == 403 and "errcode" not in json_of(answer):
+            self._say.wrong("access token", BLOCKED, MAIN_PROCESS)
+        elif answer.code in (401, 403):
             self._say.wrong("access token", f"Synapse does not accept MATRIX_TOKEN ({errcode_of(answer)})", NEW_TOKEN)
         else:
             self._say.wrong("access token", f"Synapse does not say whose it is ({errcode_of(answer)})", MAIN_PROCESS)
@@ -106,11 +114,19 @@ class HomeserverCheck:
     async def _room_for_admins(self, user: str) -> str | None:
         """The ID of some room; ``""`` if there is none, None if we may not list rooms."""
         answer = await self._synapse.ask("GET", "/_synapse/admin/v1/rooms?limit=1", headers=self._headers)
+        if answer.code in (403, 404) and self._settings.guard_invites in ("local", "any"):
+            self._say.warning(
+                "access token",
+                f"{user} is not a server admin: only the rooms to which it was invited are enforced",
+                "invite it into the rooms that need it; see docs/resident.md",
+            )
+            return None
         if answer.code == 403:
             self._say.wrong(
                 "access token",
                 f"MATRIX_TOKEN is {user}'s, who is not a server admin: no room's policy can be read",
-                f"make {user} an admin (PUT /_synapse/admin/v1/users/{user}/admin), or {NEW_TOKEN}",
+                f"make {user} an admin (PUT /_synapse/admin/v1/users/{user}/admin), or {NEW_TOKEN}; or set "
+                "GUARD_INVITES=local and invite the account into the rooms that need it",
             )
             return None
         rooms = json_of(answer).get("rooms")

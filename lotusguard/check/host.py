@@ -16,12 +16,14 @@ from twisted.web.http_headers import Headers
 
 from lotusguard import __version__
 from lotusguard.check.asking import NoAnswer, Service, json_of
+from lotusguard.check.exposure import is_guard, is_held_by_systemd
 from lotusguard.check.report import Findings
 from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
 
 LEAST_SPACE, SOME_SPACE = 1024 * 1024, 64 * 1024 * 1024
 NOTHING = Answer(0, Headers(), b"")
+MAKE_ROOM = "make room on its file system (df -h, df -i), or raise the quota"
 WEBHOOKS_TAKE = 3.0
 """Seconds within which LiveKit sends webhooks about a room that was created and deleted."""
 WIRING = (
@@ -51,13 +53,14 @@ def check_state_directory(settings: Settings, say: Findings) -> None:
         with tempfile.TemporaryFile(dir=existing) as trying:
             trying.write(b"lotusguard check")
     except OSError as error:
-        say.wrong("writable", f"{existing} cannot be written to ({error.strerror})", owner)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        say.wrong("writable", f"{existing} cannot be written to ({error.strerror})", MAKE_ROOM if full else owner)
         return
     say.fine("writable", f"{directory}" + ("" if existing == directory else ", created at the first start"))
     free = shutil.disk_usage(existing).free
     if free < SOME_SPACE:
         told = say.wrong if free < LEAST_SPACE else say.warning
-        told("space", f"{free // 1024} KiB left on its file system", "make room")
+        told("space", f"{free // 1024} KiB left on its file system", MAKE_ROOM)
     else:
         say.fine("space", f"{free // (1024 * 1024)} MiB left")
     if existing == directory:
@@ -129,15 +132,18 @@ class GuardCheck:
             )
 
     async def _holder(self) -> tuple[str, bool]:
-        """What listens on the public port, and whether that is a guard. Only a guard refuses a body with two rooms as
-        unreadable; lk-jwt-service takes the last room and misses other fields."""
-        headers = {"Content-Type": "application/json"}
-        answer = await self._tried(self._public, "POST", "/sfu/get", b'{"room": "!a", "room": "!b"}', headers)
-        errcode = json_of(answer).get("errcode")
-        if errcode == "M_NOT_JSON":
-            return "a guard listens", True
-        if errcode == "M_BAD_JSON":
-            return "is taken by lk-jwt-service, which belongs behind the guard (LIVEKIT_JWT_BIND=:8071)", False
+        """What listens on the public port, and whether that is a guard, or systemd for a guard."""
+        by_systemd = is_held_by_systemd(self._settings.guard_bind_port)
+        try:
+            guard = await is_guard(self._public)
+        except NoAnswer:
+            if by_systemd:
+                return "held by systemd (lotusguard.socket); no guard answers there yet", True
+            guard = None
+        if guard:
+            return "a guard listens" + (" on systemd's socket" if by_systemd else ""), True
+        if guard is False:
+            return "is taken by lk-jwt-service, which belongs behind the guard (LIVEKIT_JWT_BIND=127.0.0.1:8071)", False
         return "is taken by another program", False
 
     async def check_running(self, say: Findings) -> None:
@@ -154,6 +160,28 @@ class GuardCheck:
         else:
             reasons = "; ".join(map(str, report.get("reasons", []))) or "it does not say why"
             say.wrong("enforcing", f"not everything: {reasons}", "see the findings above, and the service's log")
+
+    async def tells_state(self, say: Findings) -> bool:
+        """Report what the running guard says about its state directory. :return: whether it says anything."""
+        assert self._operators is not None
+        state = json_of(await self._tried(self._operators, "GET", "/readyz")).get("state")
+        if not isinstance(state, dict):
+            return False
+        if state.get("error"):
+            say.wrong("writable", f"the running guard cannot use it: {state['error']}", "see its log; restart it after")
+        elif not state.get("kept"):
+            say.warning(
+                "kept",
+                "the running guard keeps everything in memory: after a restart, participants are unknown until they "
+                "ask for a token again",
+                "StateDirectory= in the unit, or GUARD_STATE_DIR",
+            )
+        elif not state.get("writable"):
+            waiting = state.get("waiting_writes", "some")
+            say.wrong("writable", f"the running guard cannot write to it; {waiting} writes wait", MAKE_ROOM)
+        else:
+            say.fine("writable", "the running guard writes to it")
+        return True
 
     async def check_webhooks(self, say: Findings, runs: bool, just_now: bool) -> None:
         """Whether LiveKit's webhooks reach the running guard.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from attrs import define
+from prometheus_client import Gauge
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
@@ -23,6 +24,7 @@ class Credentials:
     """
 
     _dependency: str
+    _gauge: Gauge
     refused: str | None = None
     _api: bytes = b""
 
@@ -37,6 +39,7 @@ class Credentials:
                 event_name="credentials_refused",
             )
         self.refused = reason
+        self._gauge.set(1)
         self._api = _api_of(path) if code == FORBIDDEN else b""
 
     def accept(self, path: bytes, headers: Headers) -> None:
@@ -44,6 +47,7 @@ class Credentials:
         if self.refused is None or not headers.hasHeader(b"authorization") or not _api_of(path).startswith(self._api):
             return
         self.refused = None
+        self._gauge.set(0)
         log.info(
             "{dependency} accepts our credentials again",
             dependency=self._dependency,

@@ -77,7 +77,7 @@ class Dependency:
     _last_date: bytes = field(init=False, default=b"")
 
     def __attrs_post_init__(self) -> None:
-        self._credentials = Credentials(self.name)
+        self._credentials = Credentials(self.name, self._metrics.credentials_refused.labels(self.name))
         self._prober = Prober(self.breaker, self._clock)
         self._seconds = self._metrics.dependency_seconds.labels(self.name)
         outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")

@@ -21,7 +21,7 @@ class KeyedWorker:
         worker.run(alias)                    # at once
         worker.run(alias, urgent=False)      # when fewer than 8 keys are being worked on
 
-    A key that is asked for while its work runs is worked on once more afterwards.
+    A key whose work is urgent and runs already is worked on once more afterwards; one that is not urgent is left alone.
 
     :param work: what is done for a key.
     :param limit: how many keys are worked on before those that are not urgent wait.
@@ -35,9 +35,15 @@ class KeyedWorker:
     _again: set[str] = field(factory=set, init=False)
     _queued: dict[str, None] = field(factory=dict, init=False)
     _waiters: list[Deferred[None]] = field(factory=list, init=False)
+    _stopped: bool = field(default=False, init=False)
 
     def run(self, key: str, *, urgent: bool = True) -> None:
-        """Ask for the key's work. Returns at once."""
+        """Ask for the key's work. Returns at once.
+
+        :param urgent: start it now, whatever the limit; else when few other keys are being worked on.
+        """
+        if self._stopped:
+            return
         if key in self._running:
             if urgent:
                 self._again.add(key)
@@ -58,7 +64,8 @@ class KeyedWorker:
         return waiter
 
     def stop(self) -> None:
-        """Cancel everything."""
+        """Cancel everything, and start nothing more."""
+        self._stopped = True
         self._queued.clear()
         self._again.clear()
         for work in list(self._running.values()):

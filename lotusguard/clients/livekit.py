@@ -64,7 +64,7 @@ class LiveKitClient:
     """
 
     _dependency: Dependency
-    _key: SfuKey
+    key: SfuKey
     _wall: Callable[[], float] = time.time
 
     def __attrs_post_init__(self) -> None:
@@ -141,7 +141,7 @@ class LiveKitClient:
         )
 
     def _request(self, method: str, alias: str | None) -> tuple[bytes, Headers]:
-        token = self._key.room_service_token(self.now(), room=alias)
+        token = self.key.room_service_token(self.now(), room=alias)
         headers = Headers(
             {b"Content-Type": [b"application/protobuf"], b"Authorization": [b"Bearer " + token.encode("ascii")]}
         )

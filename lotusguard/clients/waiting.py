@@ -24,11 +24,13 @@ __all__ = [
     "SharedLookups",
     "fire_all",
     "gather",
+    "gather_in_turns",
     "run_in_background",
     "tell",
 ]
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 tell = fire_all  # the former name
 
@@ -105,6 +107,22 @@ async def gather(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             call.cancel()
         first.subFailure.raiseException()
         raise
+
+
+async def gather_in_turns(limit: int, call: Callable[[S], Coroutine[Any, Any, T]], items: Iterable[S]) -> list[T]:
+    """Call a coroutine function for every item, at most so many at once. The first failure cancels the others.
+
+    :return: the results, in no particular order.
+    """
+    results: list[T] = []
+    waiting = iter(items)
+
+    async def work() -> None:
+        for item in waiting:  # a loop, because calls that end at once would nest too deeply in a semaphore
+            results.append(await call(item))
+
+    await gather(work() for _ in range(limit))
+    return results
 
 
 def run_in_background(work: Coroutine[Any, Any, object], failed: Callable[[Failure], None]) -> Deferred[Any]:

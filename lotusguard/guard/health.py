@@ -18,6 +18,8 @@ from lotusguard.clients.synapse import SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
+from lotusguard.guard.lobby.switching import LobbySwitch
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.lease import StateLease
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.guard.seats.store import StateStore
@@ -25,6 +27,8 @@ from lotusguard.metrics import Metrics
 
 log = Logger()
 
+WATCH_INTERVAL = 30.0
+"""Seconds between reports that nobody asks for, while nothing is known to have changed."""
 REMEMBERED = 600.0
 """Seconds for which a wrong secret or an internal error keeps the guard from calling itself ready."""
 CLOCK_TOLERANCE = 30.0
@@ -33,6 +37,9 @@ RULES = ("limit", "sources", "membership", "in_call")
 MISSING = {
     "no_livekit_key": "LIVEKIT_KEY and LIVEKIT_SECRET are not set",
     "no_matrix_token": "MATRIX_TOKEN is not set",
+    "no_admin_and_no_invites": (
+        "MATRIX_TOKEN is not an admin's, and its account accepts no invitations (GUARD_INVITES): no room can be read"
+    ),
 }
 
 
@@ -45,6 +52,7 @@ class Health:
 
     _livekit: LiveKitClient
     _homeserver: SynapseClient
+    _sources: RoomSources
     _upstream: LkJwtService
     _decision_log: DecisionLog
     _changes: CallChanges
@@ -52,58 +60,89 @@ class Health:
     _store: StateStore | None
     _lease: StateLease | None
     _store_error: str | None
+    _lobbies: LobbySwitch
     _clock: IReactorTime
     _metrics: Metrics
-    _dry_run: bool
+    dry_run: bool
     _enforces_membership: bool
     _reconcile_interval: float
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
     _began: float = field(init=False)
     _enforced: dict[str, bool] = field(factory=dict, init=False)
+    _watched: tuple[object, ...] = field(init=False)
+    _watched_at: float = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._reports = SharedLookups(self._report)
-        self._began = self._clock.seconds()
-        self._metrics.dry_run.set(1 if self._dry_run else 0)
+        self._began = self._watched_at = self._clock.seconds()
+        self._watched = self._seen()
+        self._metrics.dry_run.set(1 if self.dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
         """The report, as JSON. However many ask at once, the dependencies are asked once."""
         return self._reports.get("")
 
     async def watch(self) -> None:
-        """Keep the metrics and the log up to date with what is enforced."""
-        await self.report()
+        """Keep the metrics and the log up to date with what is enforced.
+
+        Called every second. The dependencies are asked when `WATCH_INTERVAL` is over, and at once when a call of
+        somebody else has shown that something changed, such as a revoked access token.
+        """
+        now, seen = self._clock.seconds(), self._seen()
+        if seen != self._watched or now - self._watched_at >= WATCH_INTERVAL:
+            self._watched_at = now
+            await self.report()
+        self._watched = self._seen()
+
+    def _seen(self) -> tuple[object, ...]:
+        """What is known about enforcing without asking anybody."""
+        return (
+            self._livekit.refused, self._sources.refused, self._livekit.available, self._homeserver.available,
+            *self._sources.report().values(),
+            self._lately(self._decision_log.secret_mismatch_at), self._lately(self._decision_log.error_at),
+            self._lease is None or self._lease.held,
+        )  # fmt: skip
+
+    async def not_enforced(self) -> list[str]:
+        """What is not enforced in rooms that the guard is in, and why: for their moderators."""
+        report = await self.report()
+        if all(report["enforcing"].values()):
+            return []
+        off = [rule for rule, on in report["enforcing"].items() if not on]
+        return [f"{', '.join(off)} ({'; '.join(report['reasons']) or 'switched off'})"]
 
     async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
         livekit, synapse, upstream = await gather(
-            (_fault(self._livekit.probe), _fault(self._homeserver.probe), _fault(self._upstream.probe))
+            (_fault(self._livekit.probe), _fault(self._sources.probe), _fault(self._upstream.probe))
         )
         mismatch = self._lately(self._decision_log.secret_mismatch_at)
         errors = self._lately(self._decision_log.error_at)
         round_at = self._changes.round_at
         late = now - (round_at if round_at is not None else self._began) > 3 * self._reconcile_interval + 2
         leased = self._lease is None or self._lease.held
-        known = not livekit and not synapse and not self._dry_run
+        livekit, synapse = livekit or self._livekit.refused, synapse or self._sources.refused
+        known = not livekit and not synapse and not self.dry_run
         enforcing = {
             "limit": known,
             "sources": known and not mismatch,
-            "membership": not synapse and not self._dry_run and self._enforces_membership,
+            "membership": not synapse and not self.dry_run and self._enforces_membership,
             "in_call": known and not late and leased,
         }
         faults = {"livekit": livekit, "synapse": synapse, "upstream": upstream}
         reasons = [f"{name}: {MISSING.get(fault, fault)}" for name, fault in faults.items() if fault]
         reasons += self._reasons(mismatch=mismatch, errors=errors, late=late and not livekit, leased=leased)
-        self._tell(enforcing, reasons)
         wanted = {rule: on for rule, on in enforcing.items() if rule != "membership" or self._enforces_membership}
+        self._tell(wanted, reasons)
         return {
             "ready": all(wanted.values()) and not upstream and not errors,
             "enforcing": enforcing,
             "reasons": reasons,
             "dependencies": self._dependencies(faults),
+            "rooms": self._sources.report(),
             "credentials": {
                 "livekit": livekit != "no_livekit_key",
-                "matrix": synapse != "no_matrix_token" and not self._homeserver.refused,
+                "matrix": synapse not in ("no_matrix_token", "no_admin_and_no_invites") and not self._sources.refused,
             },
             "secret_mismatch_seen": mismatch,
             "internal_errors_seen": errors,
@@ -114,7 +153,7 @@ class Health:
                 "waiting_writes": self._store.pending if self._store is not None else 0,
                 "error": self._store_error,
             },
-            "dry_run": self._dry_run,
+            "dry_run": self.dry_run,
         }
 
     def _dependencies(self, faults: dict[str, str | None]) -> dict[str, Any]:
@@ -133,8 +172,9 @@ class Health:
 
     def _reasons(self, *, mismatch: bool, errors: bool, late: bool, leased: bool) -> list[str]:
         reasons = []
-        if self._homeserver.refused:
-            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._homeserver.refused})")
+        if self._sources.refused:
+            reasons.append(f"the homeserver refuses MATRIX_TOKEN ({self._sources.refused})")
+        reasons += self._sources.shortcomings()
         if mismatch:
             reasons.append("upstream issues tokens that LIVEKIT_KEY/LIVEKIT_SECRET did not sign")
         if errors:
@@ -147,6 +187,11 @@ class Health:
             reasons.append(f"the state directory cannot be written; {self._store.pending} writes wait")
         if self._store_error:
             reasons.append(f"state directory: {self._store_error}")
+        if self._lobbies.undecidable_rooms:
+            reasons.append(
+                f"the lobbies of {self._lobbies.undecidable_rooms} rooms are off: nobody could admit people there "
+                "(invite the guard's account, or set GUARD_ADMIN_TOKEN)"
+            )
         for name, skew in (("LiveKit", self._livekit.clock_skew), ("the homeserver", self._homeserver.clock_skew)):
             if skew is not None and abs(skew) > CLOCK_TOLERANCE:
                 reasons.append(f"our clock and the clock of {name} differ by {abs(skew):.0f} s")
@@ -155,7 +200,7 @@ class Health:
                 f"{self._roster.unissued} participants have tokens that this guard did not issue: "
                 "lk-jwt-service can be reached past it, or another guard runs"
             )
-        if self._dry_run:
+        if self.dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")
         return reasons
 

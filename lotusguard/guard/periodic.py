@@ -17,7 +17,8 @@ from lotusguard.clients.dependency import DependencyFailed
 log = Logger()
 
 JITTER = 0.1
-"""Part of the interval by which a round may start later, so that several guards do not run in step."""
+"""Part of the interval by which a round may start later, so that several guards do not run in step. The first round of
+a service that starts at once is not delayed."""
 
 
 class PeriodicService(Service):
@@ -40,14 +41,14 @@ class PeriodicService(Service):
         self._interval = interval
         self._work = work
         self._clock = clock
-        self._now = now
+        self._at_once = now
         self._round: Deferred[None] | None = None
         self._loop = LoopingCall(self._start_round)
         self._loop.clock = clock
 
     def startService(self) -> None:
         super().startService()
-        self._loop.start(self._interval, now=self._now).addErrback(
+        self._loop.start(self._interval, now=self._at_once).addErrback(
             lambda failure: log.failure("{name} stopped", failure, name=self.name)
         )
 
@@ -60,13 +61,14 @@ class PeriodicService(Service):
             self._round.cancel()
 
     def _start_round(self) -> Deferred[None]:
-        started = Deferred.fromCoroutine(self._run_round())
-        self._round = started
-        return started
+        self._round = Deferred.fromCoroutine(self._run_round())
+        return self._round
 
     async def _run_round(self) -> None:
         try:
-            await deferLater(self._clock, random() * JITTER * self._interval)
+            at_once, self._at_once = self._at_once, False
+            if not at_once:
+                await deferLater(self._clock, random() * JITTER * self._interval)
             await self._work()
         except CancelledError:
             pass
@@ -74,5 +76,3 @@ class PeriodicService(Service):
             log.debug("{name}: {reason}", name=self.name, reason=str(failed))
         except Exception:
             log.failure("{name} failed; the next round will try again", name=self.name)
-        finally:
-            self._round = None

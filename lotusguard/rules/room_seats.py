@@ -24,6 +24,8 @@ RECONNECT_WINDOW = 20.0
 """Seconds for which a seat is kept after a departure that neither the participant nor a moderator caused."""
 ENDED_SESSIONS_KEPT = 120.0
 """Seconds for which an ended session is remembered, so that a delayed event cannot bring it back."""
+UNCONFIRMED_KEPT = 600.0
+"""Seconds for which an ended hold waits for a listing that confirms it. Where nothing is enforced nobody lists."""
 
 
 @define
@@ -40,11 +42,13 @@ class RoomSeats:
 
     :ivar unlimited_at: when the room was last known to have no limit; people who joined earlier stay.
     :ivar touched: when anything happened here.
+    :ivar vacated: when the last hold of those that make the room occupied ended.
     :ivar changed: identities whose hold changed since somebody last cleared this set; for persistence.
     """
 
     unlimited_at: float
     touched: float = 0.0
+    vacated: float = field(default=0.0, init=False)
     sessions: dict[Session, Hold] = Factory(dict)
     """PRESENT and UNSEATED holds"""
     reserved: dict[IdentityKey, Hold] = Factory(dict)
@@ -110,16 +114,16 @@ class RoomSeats:
         if hold is None:
             return None
         self._uncount(hold)
-        return self._reserve(hold, IdentityKey(alias, identity), now, ttl)
+        return self._reserve(hold, _key(alias, identity, hold_id), now, ttl)
 
     def issue_without_seat(self, hold_id: str, user: str, alias: str, identity: str, now: float, ttl: float) -> Hold:
         """A token was issued although nobody could tell whether a seat was free."""
         self._advance(now)
-        key = IdentityKey(alias, identity)
+        key = _key(alias, identity, hold_id)
         if self.owns_seat(user):
             return self._reserve(Hold(hold_id, user, HoldState.PENDING, alias), key, now, ttl)
         expires = self._time_to_arrive(user, now, ttl)
-        hold = Hold(hold_id, user, HoldState.ISSUED_UNSEATED, alias, identity, began=now, expires=expires)
+        hold = Hold(hold_id, user, HoldState.ISSUED_UNSEATED, key.alias, key.identity, began=now, expires=expires)
         self._put_reserved(key, hold)
         return hold
 
@@ -151,7 +155,7 @@ class RoomSeats:
         at, key = Session(alias, sid), IdentityKey(alias, identity)
         self._ended[at] = now
         reserved = self.reserved.get(key)
-        if by_choice and reserved is not None and reserved.began <= left_by:
+        if by_choice and reserved is not None and (reserved.began <= left_by or reserved.sid == sid != ""):
             self._move(reserved, HoldEvent.LEAVE, now)
         hold = self.sessions.get(at)
         if hold is not None:
@@ -232,6 +236,7 @@ class RoomSeats:
         state = HoldState.LEFT if present else HoldState.ISSUED
         hold = Hold(hold_id, user, state, key.alias, key.identity, began=now, expires=now if present else expires)
         self._put_reserved(key, hold)
+        self.vacated = max(self.vacated, now)
         self.changed.discard(key)
 
     # -- questions ---------------------------------------------------------------------------------------
@@ -262,11 +267,6 @@ class RoomSeats:
         self._advance(now)
         return {hold.user for hold in self.reserved.values() if hold.rules.owns_seat}
 
-    def holders(self, now: float) -> set[str]:
-        """Users who are in the call or hold a seat, requests in flight included."""
-        self._advance(now)
-        return {hold.user for hold in (*self.pending.values(), *self.reserved.values(), *self.sessions.values())}
-
     def aliases(self) -> set[str]:
         """The SFU rooms in which somebody holds a seat or is about to."""
         return {alias for alias in self._aliases if alias}
@@ -291,9 +291,16 @@ class RoomSeats:
         self._advance(now)
         return not (self.sessions or self.reserved or self.pending)
 
-    def is_occupied(self) -> bool:
-        """Whether anybody is in the call or has a seat, requests in flight not counted."""
-        return bool(self.sessions or self.reserved)
+    def is_occupied(self, now: float) -> bool:
+        """Whether anybody is in the call or has a token in time, as far as we know; requests in flight do not count."""
+        self._advance(now)
+        return bool(self.sessions) or len(self.reserved) > len(self._unconfirmed)
+
+    def occupants(self, now: float) -> set[str]:
+        """Users who are in the call, have a token in time, or have a request in flight that holds a seat."""
+        self._advance(now)
+        reserved = {hold.user for hold in self.reserved.values() if not hold.rules.unconfirmed}
+        return self.users() | reserved | {hold.user for hold in self.pending.values()}
 
     def find(self, key: IdentityKey) -> Hold | None:
         """The hold of an identity: a session if there is one, else what is reserved for it."""
@@ -382,6 +389,8 @@ class RoomSeats:
             self._take_reserved(key)
         self._uncount(hold)
         self.changed.add(key)
+        if event in _ENDINGS:
+            self.vacated = max(self.vacated, now)
         if after is not None:
             hold.state = after
             if hold.rules.in_call:
@@ -390,7 +399,7 @@ class RoomSeats:
             elif not (before in _IN_CALL and (key in self.reserved or key in self._sessions_of)):
                 # else the identity has a newer token or session, which keeps the seat
                 if event in (HoldEvent.LEAVE, HoldEvent.VANISH):
-                    hold.began, hold.sid = now, ""
+                    hold.began = now
                     hold.expires = now if event is HoldEvent.LEAVE else now + RECONNECT_WINDOW
                 self._put_reserved(key, hold)
         self._counted.forget(hold.user)
@@ -457,11 +466,19 @@ class RoomSeats:
         """Drop what no delayed event can refer to any more."""
         self._advance(now)
         self._forget_ended(now)
+        for hold in [hold for hold in self._unconfirmed.values() if hold.expires + UNCONFIRMED_KEPT <= now]:
+            self._move(hold, HoldEvent.CONFIRM)
         self._chains = {user: chain for user, chain in self._chains.items() if chain.asked + ttl >= now}
         self._listed = {alias: since for alias, since in self._listed.items() if alias in self._aliases}
 
 
 _IN_CALL = (HoldState.PRESENT, HoldState.UNSEATED)
+_ENDINGS = (HoldEvent.LEAVE, HoldEvent.VANISH, HoldEvent.EXPIRE)
+
+
+def _key(alias: str, identity: str, hold_id: str) -> IdentityKey:
+    """The key of a token. One that cannot be read gets a key of its own, so that it replaces no other hold."""
+    return IdentityKey(alias, identity or hold_id)
 
 
 def _one_less(counts: dict[K, int], key: K) -> None:

@@ -141,6 +141,7 @@ class Arrival:
 class Hold:
     """A seat reserved for one user.
 
+    :ivar sid: the session, also after it has ended; "" before there was one.
     :ivar began: when it got here: the token's issue, or the arrival, or the departure.
     :ivar expires: when its state ends by itself, for states that `HoldEvent.EXPIRE` moves; when it ended, for those
         that a listing has to confirm.

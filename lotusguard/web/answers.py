@@ -12,6 +12,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.lk_jwt_service import VIA, UpstreamFailed
+from lotusguard.guard.joins.patience import InLobby
+from lotusguard.guard.lobby import LobbyStopped
 from lotusguard.rules.refusals import JoinRefused, Refusal
 from lotusguard.rules.requests import Unreadable, WrongOrigin
 
@@ -62,13 +64,23 @@ UNREADABLE = Reply(400, "M_NOT_JSON", "Error reading request")
 NOT_A_PATH = Reply(400, "M_UNRECOGNIZED", "The request target is not a path.")
 MANY_HOSTS = Reply(400, "M_UNRECOGNIZED", "There is more than one Host.")
 BAD_ROOM = Reply(400, "M_BAD_JSON", 'A JSON object {"room_id": "!…"} is expected.')
+BAD_MODERATION = Reply(
+    400,
+    "M_BAD_JSON",
+    'A JSON object {"room_id": "!…", "user": "@…", "action": "admit", "deny", "remove" or "mute"} is expected.',
+)
+BAD_QUESTION = Reply(
+    400, "M_INVALID_PARAM", "`since` and `until` are seconds since the epoch; `kind` is join or removal."
+)
 NO_BEARER = Reply(401, "M_UNAUTHORIZED", "The bearer token is missing or wrong.")
 OPERATORS_ONLY = Reply(403, "M_FORBIDDEN", "The operators' token is needed here.")
 WRONG_ORIGIN = Reply(403, "M_FORBIDDEN", "The user does not belong to the homeserver that asks.")
 NO_ROUTE = Reply(404, "M_UNRECOGNIZED", "There is nothing here.")
+NOBODY_TO_MODERATE = Reply(404, "M_NOT_FOUND", "That user is not waiting, or not in the call.")
 TOO_LARGE = Reply(413, "M_TOO_LARGE", "The request is too large.")
 UNREACHABLE = Reply(502, "M_UNKNOWN", "The call service cannot be reached.")
 NOT_ANSWERED = Reply(502, "M_UNKNOWN", "The request could not be answered.")
+NOT_MODERATED = Reply(502, "M_UNKNOWN", "LiveKit did not do it.")
 LOOP = Reply(502, "M_UNKNOWN", "The call service's address leads back to its guard.")
 NO_ROOM_FOR_BODY = Reply(503, "M_LIMIT_EXCEEDED", "Too many large requests at once.")
 NOT_IN_TIME = Reply(504, "M_UNKNOWN", "The call service did not answer in time.")
@@ -117,16 +129,32 @@ def answer_failure(request: GuardRequest, failure: Failure) -> None:
     """Answer a request whose handler failed. Every listener's Klein has this as its error handler."""
     if request.channel is None:
         return  # the caller has disconnected
+    if failure.check(LobbyStopped) and not request.startedWriting:
+        request.channel.forceAbortClient()  # without an answer, Element Call asks the next guard
+        return
+    if isinstance(failure.value, InLobby):
+        _tell_to_wait(request, failure.value)
+        return
     reply = None if failure.value is None else reply_to(failure.value)
     if reply is None:
         log.failure("a request could not be answered", failure)
         reply = NOT_ANSWERED
-    if request.startedWriting:
+    if request.startedWriting and not request.early_head:
         request.channel.forceAbortClient()
         return
     if reply is LOOP:
         request.setHeader(b"Via", VIA)  # tells the guard before us what it reached
     refuse(request, reply)
+
+
+def _tell_to_wait(request: GuardRequest, waiting: InLobby) -> None:
+    """Answer a client that polls."""
+    content = {
+        "status": "waiting", "id": waiting.entry_id, "color": waiting.colour,
+        "retry_after_ms": ceil(waiting.retry_after * 1000),
+    }  # fmt: skip
+    route = request.token_route
+    answer_json(request, 202, content, cors=route is not None and route.cors)
 
 
 def refuse(request: GuardRequest, reply: Reply) -> None:
@@ -142,6 +170,10 @@ def refuse(request: GuardRequest, reply: Reply) -> None:
 def answer_json(request: GuardRequest, code: int, content: Any, *, cors: bool = False) -> None:
     """Answer with JSON and finish."""
     body = json.dumps(content).encode() + b"\n"
+    if request.early_head:  # the status is gone; the body says it
+        request.write(body)
+        request.finish()
+        return
     request.setResponseCode(code)
     request.setHeader(b"Content-Type", b"application/json")
     request.setHeader(b"Content-Length", str(len(body)).encode())

@@ -20,14 +20,14 @@ from lotusguard.web.site import GuardRequest, GuardSite
 class AppServiceApi:
     """The routes of the app-service listener.
 
-    :param token: the homeserver's ``hs_token``, which every request must carry; ``""`` for a homeserver that sends
+    :param hs_token: the homeserver's ``hs_token``, which every request must carry; ``""`` for a homeserver that sends
         none, in which case only the homeserver may be able to reach the listener.
     """
 
     app = Klein()
 
     _handler: RequestHandler
-    _token: str = field(repr=False)
+    hs_token: str = field(repr=False)
 
     @app.route("/_matrix/<any(client, federation):api>/unstable/<prefix>/rtc/livekit/get_token")
     @app.route("/_matrix/<any(client, federation):api>/<version>/rtc/livekit/get_token")
@@ -55,7 +55,7 @@ class AppServiceApi:
 
     def _authorise(self, request: GuardRequest) -> None:
         """:raises Rejected: the request does not carry the homeserver's token."""
-        if self._token and not has_bearer(request, self._token):
+        if self.hs_token and not has_bearer(request, self.hs_token):
             raise Rejected(NO_BEARER)
 
     def site(self, reactor: Any, *, max_body: int) -> GuardSite:

@@ -81,7 +81,11 @@ def _head(request: GuardRequest, code: int, phrase: bytes | None, headers: Heade
 
 
 def give(request: GuardRequest, answer: Answer) -> None:
-    """Answer with a complete answer of upstream's."""
+    """Answer with a complete answer of upstream's; with its body only if an early head was sent."""
+    if request.early_head:
+        request.write(answer.body)
+        request.finish()
+        return
     _head(request, answer.code, None, answer.headers)
     if request.method != b"HEAD" and answer.code not in (204, 304):
         request.setHeader(b"Content-Length", str(len(answer.body)).encode())

@@ -18,6 +18,7 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.requests import TokenRequest, TokenRoute, Unreadable, WrongOrigin, read_request
 from lotusguard.web.answers import LoopFound
 from lotusguard.web.forwarding import forwarded, give, has_body, relay
+from lotusguard.web.held import PUBLIC_SILENCE, HeldRequest, prefers_polling
 from lotusguard.web.site import GuardRequest
 
 log = Logger()
@@ -33,6 +34,7 @@ class RequestHandler:
 
     :param idle: seconds for which upstream may send nothing in the middle of an answer.
     :param keep_identity: whether ``X-Matrix-*`` headers are forwarded: on the app-service listener only.
+    :param silence: seconds for which a request in a lobby is held without sending a byte.
     """
 
     _admission: Admission
@@ -41,6 +43,7 @@ class RequestHandler:
     _metrics: Metrics
     _idle: float = field(kw_only=True)
     _keep_identity: bool = field(kw_only=True, default=False)
+    _silence: float = field(kw_only=True, default=PUBLIC_SILENCE)
     _loop_logged_at: float | None = field(init=False, default=None)
     _counts: dict[str, Any] = field(init=False)
 
@@ -63,7 +66,12 @@ class RequestHandler:
         async def forward(body: bytes, deadline: float | None) -> Answer:
             return await self._upstream.ask(evolve(going, body=body), deadline)
 
-        give(request, await self._admission.join(asked, request_id, forward))
+        held = HeldRequest(request, self._clock, self._silence, prefers_polling(request))
+        try:
+            answer = await self._admission.join(asked, request_id, forward, held)
+        finally:
+            held.end()
+        give(request, answer)
 
     async def relay(self, request: GuardRequest) -> None:
         """Any other request: forwarded as it came, answered as upstream answers."""

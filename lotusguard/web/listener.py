@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from attrs import define, field
@@ -31,40 +32,48 @@ class Listener(Service):
     """A site on an endpoint.
 
     :param name: for logs.
-    :param endpoint: as ``twisted.internet.endpoints.serverFromString`` takes it, so also ``systemd:`` and ``unix:``.
+    :param endpoints: as ``twisted.internet.endpoints.serverFromString`` takes them, so also ``systemd:`` and ``unix:``.
     :param setting: the setting to name when the endpoint cannot be listened on.
     """
 
     name: str
-    _endpoint: str
+    _endpoints: Sequence[str]
     _setting: str
     site: GuardSite
     _reactor: Any
-    port: IListeningPort | None = field(init=False, default=None)
-    _opening: Deferred[IListeningPort] | None = field(init=False, default=None)
+    ports: list[IListeningPort] = field(init=False, factory=list)
+    _begun: bool = field(init=False, default=False)
+
+    @property
+    def port(self) -> IListeningPort | None:
+        """The first port; ``None`` while it does not listen."""
+        return self.ports[0] if self.ports else None
 
     def privilegedStartService(self) -> None:
         """Listen while the process may still have the privilege to."""
+        self._begun = True
+        for endpoint in self._endpoints:
+            self._listen(endpoint)
+
+    def _listen(self, description: str) -> None:
         try:
-            endpoint = serverFromString(self._reactor, self._endpoint)
+            endpoint = serverFromString(self._reactor, description)
         except (ValueError, LookupError) as error:
-            raise CannotListen(
-                f"lotusguard: {self._setting}: {self._endpoint!r} is not an endpoint ({error})"
-            ) from None
+            raise CannotListen(f"lotusguard: {self._setting}: {description!r} is not an endpoint ({error})") from None
         failed: list[BaseException] = []
-        self._opening = endpoint.listen(self.site)
-        self._opening.addCallbacks(self._opened, lambda failure: failed.append(failure.value))
+        opening = endpoint.listen(self.site)
+        opening.addCallbacks(self._opened, lambda failure: failed.append(failure.value))
         if failed:
             reason = failed[0].socketError if isinstance(failed[0], CannotListenError) else failed[0]
-            raise CannotListen(f"lotusguard: {self._setting}: cannot listen on {self._endpoint}: {reason}")
+            raise CannotListen(f"lotusguard: {self._setting}: cannot listen on {description}: {reason}")
 
     def startService(self) -> None:
         super().startService()
-        if self._opening is None:
+        if not self._begun:
             self.privilegedStartService()
 
     def _opened(self, port: IListeningPort) -> IListeningPort:
-        self.port = port
+        self.ports.append(port)
         log.info(
             "{name} listens on {address}", name=self.name, address=_readable(port.getHost()), event_name="listening"
         )
@@ -76,9 +85,8 @@ class Listener(Service):
         :param patience: seconds after which connections are closed even if a request is not answered.
         """
         super().stopService()
-        if self.port is not None:
-            await stopped(self.port)
-            self.port = None
+        while self.ports:
+            await stopped(self.ports.pop())
         self.site.closing = True
         empty = Deferred.fromCoroutine(self.site.emptied())
         try:

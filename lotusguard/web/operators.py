@@ -7,29 +7,50 @@ import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from urllib.parse import parse_qsl
 
 from attrs import asdict, define, field
 from klein import Klein
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from twisted.internet.defer import TimeoutError
 from twisted.python.failure import Failure
 
 from lotusguard import __version__
+from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.calls.moderation import Moderation, ModerationAction
 from lotusguard.guard.health import Health
+from lotusguard.guard.joins.decision_store import Question, RecordKind
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.seats import HoldState
-from lotusguard.web.answers import BAD_ROOM, NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure, answer_json
+from lotusguard.web.answers import (
+    BAD_MODERATION,
+    BAD_QUESTION,
+    BAD_ROOM,
+    NO_ROUTE,
+    NOBODY_TO_MODERATE,
+    NOT_MODERATED,
+    OPERATORS_ONLY,
+    Rejected,
+    answer_failure,
+    answer_json,
+)
 from lotusguard.web.bearer import has_bearer
 from lotusguard.web.console.routes import Console
 from lotusguard.web.site import GuardRequest, GuardSite
 
 MAX_BODY = 4096
 """Bytes that the body of an operator's request may have, times `RELAYED_FACTOR`."""
+
+FOREVER = 1e12
+"""A time in seconds since the epoch that nobody will see."""
 
 Handler = Callable[["OperatorApi", GuardRequest], Any]
 
@@ -60,9 +81,12 @@ class OperatorApi:
     _enforcement: Enforcement
     _changes: CallChanges
     _policies: Policies
+    _sources: RoomSources
     _seats: SeatBook
     _registry: TokenRegistry
     _metrics: Metrics
+    _lobby: Lobby
+    _moderation: Moderation
     _console: Console
     token: str = field(repr=False)
 
@@ -113,6 +137,7 @@ class OperatorApi:
         ]
         return {
             "room_id": snapshot.room_id,
+            "source": self._sources.source_of(snapshot.room_id).value,
             "policy": {
                 "max_users": policy.max_users,
                 "forbidden": sorted(source.claim for source in policy.forbidden),
@@ -124,6 +149,13 @@ class OperatorApi:
             "awaited": list(snapshot.awaited),
             "present": present,
         }
+
+    @app.route("/decisions")
+    @for_operators
+    async def decisions(self, request: GuardRequest) -> None:
+        """What became of joins, and who was removed: ``?user=&room=&kind=&since=&until=``, oldest first."""
+        found = await self._decision_log.kept.find(_question(request))
+        answer_json(request, 200, {"decisions": [record.as_json() for record in found]})
 
     @app.route("/policy-changed", methods=["POST"])
     @for_operators
@@ -138,6 +170,38 @@ class OperatorApi:
             raise Rejected(BAD_ROOM)
         await self._changes.room_changed(room_id, user)
         answer_json(request, 202, {})
+
+    @app.route("/lobby")
+    @for_operators
+    def waiting(self, request: GuardRequest) -> None:
+        """Who waits in which lobby, the longest waiting first."""
+        rooms: dict[str, list[dict[str, Any]]] = {}
+        for one in self._lobby.waiting():
+            entry = {"user": one.user, "since": round(one.since, 3), "color": one.color}
+            rooms.setdefault(one.room_id, []).append(entry)
+        listed = [{"room_id": room_id, "waiting": entries} for room_id, entries in rooms.items()]
+        answer_json(request, 200, {"rooms": listed})
+
+    @app.route("/moderate", methods=["POST"])
+    @for_operators
+    async def moderate(self, request: GuardRequest) -> None:
+        """Admit, deny, remove or mute somebody."""
+        try:
+            content = json.loads(request.body())
+            room_id, user, action = content["room_id"], content["user"], ModerationAction(content["action"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise Rejected(BAD_MODERATION) from None
+        if not (
+            isinstance(room_id, str) and isinstance(user, str) and room_id.startswith("!") and user.startswith("@")
+        ):
+            raise Rejected(BAD_MODERATION)
+        try:
+            done = await self._moderation.act(room_id, user, action, by="an operator")
+        except (DependencyFailed, TimeoutError):
+            raise Rejected(NOT_MODERATED) from None
+        if not done:
+            raise Rejected(NOBODY_TO_MODERATE)
+        answer_json(request, 200, {"done": True})
 
     @app.route("/", methods=["GET"])
     async def front_page(self, request: GuardRequest) -> None:
@@ -158,6 +222,18 @@ class OperatorApi:
     def failed(self, request: GuardRequest, failure: Failure) -> None:
         """See ``web/answers.py``."""
         answer_failure(request, failure)
+
+
+def _question(request: GuardRequest) -> Question:
+    """:raises Rejected: a parameter is not what it should be."""
+    query = request.uri.partition(b"?")[2].decode("ascii", "replace")
+    given = dict(parse_qsl(query, errors="replace"))
+    try:
+        kind = RecordKind(given["kind"]) if given.get("kind") else None
+        since, until = float(given.get("since") or 0.0), float(given.get("until") or FOREVER)
+    except ValueError:
+        raise Rejected(BAD_QUESTION) from None
+    return Question(since, until, given.get("user", ""), given.get("room", ""), kind)
 
 
 def _as_json(decision: Decision) -> dict[str, Any]:

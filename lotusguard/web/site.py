@@ -86,6 +86,7 @@ class GuardRequest(Request):
 
     :ivar token_route: the token route that its path is, on a listener that serves one there.
     :ivar answering: the Deferred of its answer, cancelled if the caller disconnects.
+    :ivar early_head: whether a 200 head was sent before the answer was known; see ``web/held.py``.
     """
 
     site: GuardSite
@@ -93,6 +94,7 @@ class GuardRequest(Request):
     content: Any
     token_route: TokenRoute | None = None
     answering: Deferred[None] | None = None
+    early_head: bool = False
     _refused: Reply | None = None
     _size = 0
     _taken = 0

@@ -27,7 +27,7 @@ class Webhooks:
     """
 
     _changes: CallChanges
-    _key: SfuKey | None
+    key: SfuKey | None
     _now: Callable[[], float]
     _metrics: Metrics
 
@@ -36,12 +36,12 @@ class Webhooks:
 
         :param body: the raw bytes, which the signature covers.
         """
-        if self._key is None:
+        if self.key is None:
             self._metrics.webhooks.labels("unverifiable").inc()
             return
         given = request.requestHeaders.getRawHeaders(b"authorization") or [b""]
         try:
-            event = read_webhook(given[0].decode("latin-1"), body, self._key, self._now())
+            event = read_webhook(given[0].decode("latin-1"), body, self.key, self._now())
         except NotOurs as forged:
             self._metrics.webhooks.labels("forged").inc()
             log.warn(

@@ -10,28 +10,31 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import yaml
-
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
 from lotusguard.rules.tokens import SfuKey
 from tests.real.callers import Call, MediaClients
-from tests.real.certificates import write_certificate
-from tests.real.processes import HttpAnswer, Program, free_port, http
+from tests.real.processes import HttpAnswer, Program, http
 from tests.real.recorder import Recorder
+from tests.real.services import (
+    CHECKOUT,
+    KEY,
+    OPERATORS,
+    PUSHED,
+    REGISTRATION,
+    SECRET,
+    UNPUSHED,
+    Addresses,
+    livekit,
+    lk_jwt_service,
+    synapse,
+)
 
-KEY, SECRET = "realkey", "a-real-secret-for-loopback-only-000"
-OPERATORS = "operators-of-the-real-stack"
-REGISTRATION = "registration-of-the-real-stack"
-PUSHED, UNPUSHED = OPERATORS_PORTS = ("pushed", "unpushed")
-"""Ports of the guard's operators' listener; the module inside Synapse reports to the first."""
-CHECKOUT = Path(__file__).parents[2]
 TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "lotusguard")
 
 
@@ -50,19 +53,19 @@ class Stack:
     :param place: a directory for configurations, databases and output.
     """
 
-    def __init__(self, place: Path, livekit_server: str, lk_jwt_service: str) -> None:
+    def __init__(self, place: Path, livekit_server: str, lk_jwt_service_path: str) -> None:
         self.place = place
-        self._ports = {name: free_port() for name in ("client", "openid", "sfu", "upstream", "guard", *OPERATORS_PORTS)}
-        self.server_name = f"127.0.0.1:{self._ports['openid']}"
-        self.homeserver_url = self._url("client")
-        self.sfu_url = self._url("sfu")
-        self.upstream_url = self._url("upstream")
-        self.guard_url = self._url("guard")
-        self.operators_url = self._url(UNPUSHED)
+        self.addresses = Addresses()
+        self.server_name = self.addresses.server_name
+        self.homeserver_url = self.addresses.url("client")
+        self.sfu_url = self.addresses.url("sfu")
+        self.upstream_url = self.addresses.url("upstream")
+        self.guard_url = self.addresses.url("guard")
+        self.operators_url = self.addresses.url(UNPUSHED)
         self.recorder = Recorder()
-        self.synapse = self._synapse()
-        self.sfu = self._sfu(livekit_server)
-        self.upstream = self._upstream(lk_jwt_service)
+        self.synapse = synapse(place, self.addresses)
+        self.sfu = livekit(place, self.addresses, livekit_server, self.recorder.url)
+        self.upstream = lk_jwt_service(place, self.addresses, lk_jwt_service_path)
         self.guard: Program | None = None
         self._guard_settings: dict[str, object] | None = None
         self.tokens: dict[str, str] = {}
@@ -93,117 +96,12 @@ class Stack:
 
     # -- programs ----------------------------------------------------------------------------------------
 
-    def _url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self._ports[name]}"
-
-    def _written(self, name: str, content: Any) -> Path:
-        path = self.place / name
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return path
-
-    def _synapse(self) -> Program:
-        place = self.place
-        certificate, key = place / "tls.crt", place / "tls.key"
-        write_certificate(certificate, key)
-        seed = base64.b64encode(os.urandom(32)).decode().rstrip("=")
-        (place / "signing.key").write_text(f"ed25519 a_real {seed}\n", encoding="ascii")
-        log = self._written("synapse-log.yaml", {"version": 1, "root": {"level": "WARNING"}})
-        plenty = {"per_second": 10_000, "burst_count": 10_000}
-        listener = {"type": "http", "bind_addresses": ["127.0.0.1"]}
-        config = self._written(
-            "homeserver.yaml",
-            {
-                "server_name": self.server_name,
-                "report_stats": False,
-                "pid_file": str(place / "synapse.pid"),
-                "signing_key_path": str(place / "signing.key"),
-                "media_store_path": str(place / "media"),
-                "log_config": str(log),
-                "database": {"name": "sqlite3", "args": {"database": str(place / "synapse.db")}},
-                "tls_certificate_path": str(certificate),
-                "tls_private_key_path": str(key),
-                "listeners": [
-                    {**listener, "port": self._ports["client"], "resources": [{"names": ["client", "openid"]}]},
-                    {**listener, "port": self._ports["openid"], "tls": True, "resources": [{"names": ["openid"]}]},
-                ],
-                "bcrypt_rounds": 4,
-                "registration_shared_secret": REGISTRATION,
-                "macaroon_secret_key": REGISTRATION,
-                "form_secret": REGISTRATION,
-                "trusted_key_servers": [],
-                "suppress_key_server_warning": True,
-                "max_event_delay_duration": "24h",
-                "experimental_features": {"msc4140_enabled": True},
-                "rc_message": plenty,
-                "rc_registration": plenty,
-                "rc_room_creation": plenty,
-                "rc_joins": {"local": plenty, "remote": plenty},
-                "rc_joins_per_room": plenty,
-                "modules": [
-                    {
-                        "module": "lotusguard.synapse_module.PolicyPush",
-                        "config": {"url": self._url(PUSHED), "token": OPERATORS},
-                    }
-                ],
-                "rc_login": {"address": plenty, "account": plenty, "failed_attempts": plenty},
-            },
-        )
-        return Program(
-            "synapse",
-            [sys.executable, "-m", "synapse.app.homeserver", "-c", config],
-            {"PYTHONPATH": str(CHECKOUT)},
-            place / "synapse.log",
-            f"{self.homeserver_url}/_matrix/client/versions",
-        )
-
-    def _sfu(self, livekit_server: str) -> Program:
-        config = self._written(
-            "livekit.yaml",
-            {
-                "port": self._ports["sfu"],
-                "bind_addresses": ["127.0.0.1"],
-                "logging": {"level": "info", "json": False},
-                "rtc": {
-                    "node_ip": "127.0.0.1",
-                    "use_external_ip": False,
-                    "enable_loopback_candidate": True,
-                    "interfaces": {"includes": ["lo"]},
-                    "ips": {"includes": ["127.0.0.0/8"]},
-                    "udp_port": free_port(socket.SOCK_DGRAM),
-                    "tcp_port": 0,
-                    "stun_servers": [],
-                },
-                "turn": {"enabled": False},
-                "room": {"auto_create": False},
-                "keys": {KEY: SECRET},
-                "webhook": {"api_key": KEY, "urls": [f"{self.guard_url}/sfu_webhook", self.recorder.url]},
-            },
-        )
-        return Program("livekit-server", [livekit_server, "--config", config], {}, self.place / "sfu.log", self.sfu_url)
-
-    def _upstream(self, lk_jwt_service: str) -> Program:
-        return Program(
-            "lk-jwt-service",
-            [lk_jwt_service],
-            {
-                "LIVEKIT_URL": self.sfu_url.replace("http", "ws"),
-                "LIVEKIT_KEY": KEY,
-                "LIVEKIT_SECRET": SECRET,
-                "LIVEKIT_JWT_BIND": self.upstream_url.removeprefix("http://"),
-                "LIVEKIT_FULL_ACCESS_HOMESERVERS": self.server_name,
-                "LIVEKIT_CS_API_URL_OVERRIDES": f"{self.server_name}={self.homeserver_url}",
-                "SSL_CERT_FILE": str(self.place / "tls.crt"),
-            },
-            self.place / "upstream.log",
-            f"{self.upstream_url}/healthz",
-        )
-
     def run_guard(self, *, pushed: bool = False, **settings: object) -> None:
         """Run the guard with these settings (by lower-case name). Its state directory stays from one run to the next.
 
         :param pushed: the module inside Synapse reports changes to it.
         """
-        port = self._ports[PUSHED if pushed else UNPUSHED]
+        port = self.addresses.ports[PUSHED if pushed else UNPUSHED]
         settings = {"guard_admin_port": port, **settings}
         if self.guard is not None and self.guard.process is not None and settings == self._guard_settings:
             return
@@ -213,7 +111,7 @@ class Stack:
         state.mkdir(mode=0o700, exist_ok=True)
         given = {
             "guard_bind_host": "127.0.0.1",
-            "guard_bind_port": self._ports["guard"],
+            "guard_bind_port": self.addresses.ports["guard"],
             "guard_upstream": self.upstream_url,
             "livekit_api": self.sfu_url,
             "livekit_key": KEY,

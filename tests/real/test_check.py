@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.real.stack import CHECKOUT, Stack
+from tests.real.services import CHECKOUT
+from tests.real.stack import Stack
 
 OTHER_SECRET = "another-secret-of-the-same-length-1"
 
@@ -37,7 +38,7 @@ def test_a_correct_configuration_has_no_findings_and_leaves_no_room(stack: Stack
     assert findings["lk-jwt-service", "its tokens"]["reason"].endswith("is signed with our key and secret")
     assert findings["lk-jwt-service", "the trial's room"]["reason"] == "was created at LIVEKIT_API and deleted again"
     assert findings["webhooks", "arrive"]["reason"].endswith("on the trial's room")
-    assert findings["synapse", "state by type"]["reason"] == "only what is asked for is sent"
+    assert findings["synapse", "state by type"]["reason"] == "only the requested type is sent"
     assert stack.sfu_call("ListRooms", {}).content["rooms"] == before
 
 

@@ -12,7 +12,8 @@ from attrs import frozen
 
 from tests.real.conftest import RunStack
 from tests.real.processes import HttpAnswer, Program, free_port, http
-from tests.real.stack import CHECKOUT, KEY, SECRET, Stack, claims_of
+from tests.real.services import CHECKOUT, KEY, SECRET
+from tests.real.stack import Stack, claims_of
 
 
 @frozen

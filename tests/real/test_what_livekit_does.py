@@ -14,8 +14,9 @@ import pytest
 from lotusguard.rules.jwt import SfuKey
 from lotusguard.rules.webhooks import read_webhook
 from tests.real.processes import eventually, http
+from tests.real.services import KEY, SECRET
 from tests.real.signalling import signalling
-from tests.real.stack import KEY, SECRET, Stack
+from tests.real.stack import Stack
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The homeserver: a client for Synapse's admin API and the readers of its answers."""
+"""The homeserver: clients for Synapse's admin API and for the client-server API, and the readers of their answers."""
 
 from lotusguard.clients.synapse.client import ROOMS_A_PAGE, SynapseClient
+from lotusguard.clients.synapse.matrix import MatrixClient
 
-__all__ = ["ROOMS_A_PAGE", "SynapseClient"]
+__all__ = ["ROOMS_A_PAGE", "MatrixClient", "SynapseClient"]

@@ -228,6 +228,10 @@ class SynapseClient:
 
     # -- ourselves -----------------------------------------------------------------------------------------
 
+    def use_token(self, token: str) -> None:
+        """Use another access token from now on."""
+        self._headers = token  # type: ignore[assignment]  # attrs' converter makes headers of it
+
     async def whoami(self) -> str:
         """The user whose access token we have; its server part is the server's name."""
         user = await self._dependency.call(

@@ -65,6 +65,7 @@ class CallChanges:
         alias = event.room.name
         if not alias or event.event not in EVENTS_OF_INTEREST:
             return
+        self._roster.heard_of(alias, exists=event.event != "room_finished")
         slot = await self._registry.slot_of(alias)
         if slot is None:
             self._discovery.want(alias, self._enforcement.enforce)
@@ -74,18 +75,29 @@ class CallChanges:
             self._enforcement.enforce(alias)
 
     async def room_changed(self, room_id: str, user: str = "") -> None:
-        """The homeserver says that a room's state or memberships changed: read them again and enforce at once.
+        """The homeserver's module says that a room's state or memberships changed: read them again and enforce at once.
 
         :param user: whose membership changed, if only one did.
         """
-        self._entitlement.changes_are_pushed = True
+        if user:
+            self._entitlement.membership_pushed()
+        await self.resident_room_changed(room_id, user)
+
+    async def resident_room_changed(self, room_id: str, user: str = "") -> None:
+        """The same, heard by our account in the room. It says nothing about other rooms."""
         self._policies.forget_freshness(room_id)
         self._members.forget_freshness(room_id, user)
         main = room_alias(room_id, ROOM_SLOT)
-        await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))  # the call may be older than the guard
-        for alias in {*await self._registry.aliases_of(room_id), *await self._seats.aliases(room_id)}:
-            if alias == main or self._roster.may_exist(alias):
-                self._enforcement.enforce(alias)
+        if self._roster.may_exist(main):  # the call may be older than the guard
+            await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
+        issued = [alias for alias in await self._registry.aliases_of(room_id) if self._roster.may_exist(alias)]
+        for alias in {*issued, *await self._seats.aliases(room_id)}:  # none without a call
+            self._enforcement.enforce(alias)
+
+    async def resident_room_left(self, room_id: str) -> None:
+        """Our account is no longer in the room: what it heard there holds no longer."""
+        self._policies.forget(room_id)
+        await self.resident_room_changed(room_id)
 
     async def reconcile(self) -> None:
         """One round: what webhooks missed.
@@ -97,7 +109,7 @@ class CallChanges:
         """
         began = self._clock.seconds()
         rooms = await self._livekit.list_rooms()
-        self._roster.sfu_rooms = {room.name for room in rooms}
+        self._roster.rooms_listed(room.name for room in rooms)
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from attrs import define, field
+from cachetools import LRUCache
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -11,9 +12,9 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.keyed_worker import KeyedWorker
-from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.calls.entitlement import Entitlement
-from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.clients.waiting import Deadline, gather_in_turns
+from lotusguard.guard.calls.entitlement import Entitlement, Unentitled
+from lotusguard.guard.calls.participants import PARTICIPANTS_AT_ONCE, ParticipantEnforcer
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
@@ -25,6 +26,7 @@ log = Logger()
 
 ROOMS_AT_ONCE = 8
 """SFU rooms that reconciling works on at the same time."""
+UNRESTRICTED_KEPT = 50_000
 
 
 @define(eq=False)
@@ -44,8 +46,9 @@ class Enforcement:
     _clock: IReactorTime
     _metrics: Metrics
     _lookup_timeout: float
-    _eject: bool
+    eject: bool
     watched: dict[str, int] = field(factory=dict, init=False)
+    _unrestricted: LRUCache[str, None] = field(factory=lambda: LRUCache(UNRESTRICTED_KEPT), init=False)
     _worker: KeyedWorker = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -72,9 +75,10 @@ class Enforcement:
         began = self._clock.seconds()
         try:
             known = await self._policies.get(slot.room_id, self._deadline())
-            if not known.policy and not self._entitlement.checks_everybody and not await self._owes(alias):
+            if not known.policy and not self._entitlement.checks_everybody and alias in self._unrestricted:
                 self._watch(alias, 0)
                 return
+            self._unrestricted.pop(alias, None)
             listing = await self._roster.list(alias, began, self._deadline())
             self._watch(alias, len(listing.value))
             if listing.value:
@@ -90,20 +94,29 @@ class Enforcement:
         if known.freshness is Freshness.UNKNOWN:
             await self._seats.seat_everybody(slot.room_id)  # nobody is removed later for having come in meanwhile
         elif known.policy.max_users is not None:
-            await self._remove_overflow(slot, known, listing.began)
+            try:
+                await self._remove_overflow(slot, known, listing.began)
+            except DependencyFailed as failed:  # another slot of the room could not be listed
+                self._participants.failed("list participants", alias, failed.reason)
+            except TimeoutError:
+                self._participants.failed("list participants", alias, "timeout")
         left = [participant for participant in listing.value if participant.identity not in removed]
-        await self._participants.adjust(slot.room_id, alias, left, known)
+        adjusted = await self._participants.adjust(slot.room_id, alias, left, known)
+        if known.is_certain and not known.policy and not adjusted:
+            self._unrestricted[alias] = None  # nothing is withheld from anybody
 
     async def _remove_unentitled(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing) -> set[str]:
         """:return: the identities that were removed."""
         removed = set()
-        for found in await self._entitlement.unentitled(slot.room_id, alias, known, listing.value):
-            participant = found.participant
-            if await self._participants.remove(
-                slot.room_id, alias, participant.identity, found.user, found.reason.value
-            ):
-                removed.add(participant.identity)
-                await self._left(slot, alias, participant.sid, participant.identity)
+
+        async def remove(found: Unentitled) -> None:
+            identity = found.participant.identity
+            if await self._participants.remove(slot.room_id, alias, identity, found.user, found.reason.value):
+                removed.add(identity)
+                await self._roster.removed(slot, alias, found.participant.sid, identity)
+
+        unentitled = await self._entitlement.unentitled(slot.room_id, alias, known, listing.value)
+        await gather_in_turns(PARTICIPANTS_AT_ONCE, remove, unentitled)
         return removed
 
     async def _remove_overflow(self, slot: Slot, known: KnownPolicy, since: float) -> None:
@@ -121,21 +134,14 @@ class Enforcement:
             return
         await self._roster.refresh(room_id, since, self._deadline(), slot.slot_id)
         for hold in await self._seats.overflow(room_id, policy.max_users):
-            if not self._eject or not self._participants.acts:
+            if not self.eject or not self._participants.acts:
                 self._participants.skipped("remove", room_id, hold.alias, hold.identity, Refusal.FULL.value, hold.sid)
             elif hold in await self._seats.overflow(room_id, policy.max_users) and await self._participants.remove(
                 room_id, hold.alias, hold.identity, hold.user, Refusal.FULL.value
             ):  # asked again for each: while others were removed a seat may have become free
-                await self._left(slot, hold.alias, hold.sid, hold.identity)
-        if not self._eject or not self._participants.acts:
+                await self._roster.removed(slot, hold.alias, hold.sid, hold.identity)
+        if not self.eject or not self._participants.acts:
             await self._seats.seat_everybody(room_id)
-
-    async def _left(self, slot: Slot, alias: str, sid: str, identity: str) -> None:
-        await self._roster.removed(slot, alias, sid, identity)
-
-    async def _owes(self, alias: str) -> bool:
-        """Whether somebody in this SFU room may have to be given something back: then it was watched before."""
-        return alias in self.watched
 
     def _watch(self, alias: str, participants: int) -> None:
         if participants:

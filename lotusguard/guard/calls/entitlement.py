@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from cachetools import LRUCache
 from livekit.protocol.models import ParticipantInfo
-from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from lotusguard.clients.waiting import Deadline, gather
-from lotusguard.guard.joins.checks import MembersOnly
+from lotusguard.clients.waiting import Deadline, gather_in_turns
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import KnownMembership, Members
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.lobby import LobbyState
+from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.refusals import Refusal
 
@@ -27,11 +29,17 @@ log = Logger()
 
 LOOKUPS_AT_ONCE = 4
 """Memberships that one call looks up at the same time: joins come first."""
+LIST_FROM = 20
+"""If more users than this are due in one call, the room's list of members is read first, with one request."""
 ABSENT_FOR, FOREIGN_ABSENT_FOR = 3.0, 60.0
 """Seconds between two answers without any entry before that counts as "not a member"; the second for users of other
 homeservers, whose events arrive late."""
+ABSENCE_FORGOTTEN = 120.0
+"""Seconds without such an answer after which the next one counts as the first again."""
 PUSHED_FACTOR = 10
 """How many times longer a membership is believed where changes are pushed."""
+PUSHES_LAPSE = 600.0
+"""Seconds without a pushed membership after which nobody seems to push any more."""
 SESSIONS_KEPT = 100_000
 ABSENCES_KEPT = 50_000
 
@@ -45,6 +53,24 @@ class Unentitled:
     reason: Refusal
 
 
+@frozen
+class _Absence:
+    """When the lookups began that found no entry for a user: the first one and the latest."""
+
+    first: float
+    latest: float
+
+
+@frozen
+class _Check:
+    """One check of a call's participants. :ivar deadline: for all lookups together; what is late stays unknown."""
+
+    room_id: str
+    policy: KnownPolicy
+    began: float
+    deadline: Deadline
+
+
 @define(eq=False)
 class Entitlement:
     """Finds participants who may not be in the call.
@@ -53,11 +79,12 @@ class Entitlement:
 
     :param interval: seconds for which the membership of somebody in the call is believed.
     :param arrival_age: the same for somebody who has just arrived.
-    :ivar changes_are_pushed: whether somebody tells us of changes; memberships are read less often then.
     """
 
     _members: Members
     _registry: TokenRegistry
+    _lobby: Lobby
+    _switch: LobbySwitch
     _homeservers: HomeserverList
     _members_only: MembersOnly
     _server_name: Callable[[], str]
@@ -66,107 +93,177 @@ class Entitlement:
     _lookup_timeout: float
     _interval: float
     _arrival_age: float
-    changes_are_pushed: bool = field(default=False, init=False)
+    _pushed_at: float | None = field(default=None, init=False)
     _checked: LRUCache[tuple[str, str], None] = field(factory=lambda: LRUCache(SESSIONS_KEPT), init=False)
-    _absent_since: LRUCache[tuple[str, str], float] = field(factory=lambda: LRUCache(ABSENCES_KEPT), init=False)
+    _reported: LRUCache[tuple[str, str], None] = field(factory=lambda: LRUCache(SESSIONS_KEPT), init=False)
+    _absences: LRUCache[tuple[str, str], _Absence] = field(factory=lambda: LRUCache(ABSENCES_KEPT), init=False)
     _unidentified: dict[str, int] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._metrics.unidentified_participants.set_function(lambda: sum(self._unidentified.values()))
 
     @property
-    def enforces_membership(self) -> bool:
-        return self._members_only is not MembersOnly.OFF
+    def removes_non_members(self) -> bool:
+        return self._members_only is MembersOnly.ON
 
     @property
     def checks_everybody(self) -> bool:
         """Whether participants are checked in rooms without a policy too."""
-        return self.enforces_membership or not self._homeservers.allows_all
+        return self._members_only is not MembersOnly.OFF or not self._homeservers.allows_all
+
+    def membership_pushed(self) -> None:
+        """Somebody tells us of changed memberships: they are read less often now, until that seems to have ended."""
+        self._pushed_at = self._clock.seconds()
 
     async def unentitled(
         self, room_id: str, alias: str, known: KnownPolicy, participants: Iterable[ParticipantInfo]
     ) -> list[Unentitled]:
         """The participants of one SFU room who may not be in its call."""
-        began = self._clock.seconds()
-        turns = DeferredSemaphore(LOOKUPS_AT_ONCE)
-        unidentified = 0
-        checks = []
-        for participant in participants:
-            user = await self._registry.user_behind(alias, participant.identity)
-            if not is_matrix_user(user) or participant.kind != ParticipantInfo.Kind.STANDARD:
-                unidentified += 1
-                continue
-            checks.append(self._checked_in_turn(turns, room_id, known, participant, user, began))
-        if unidentified:
-            self._unidentified[alias] = unidentified
-        else:
-            self._unidentified.pop(alias, None)
-        return [found for found in await gather(checks) if found is not None]
+        now = self._clock.seconds()
+        check = _Check(room_id, known, now, Deadline.after(self._clock, self._lookup_timeout))
+        found, allowed = [], []
+        for participant, user in await self._identified(alias, participants):
+            refusal = self._refused_by_policy(room_id, known, user)
+            if refusal is not None:
+                found.append(Unentitled(participant, user, refusal))
+            else:
+                allowed.append((participant, user))
+        if self._members_only is not MembersOnly.OFF:
+            gone = await self._non_members(check, allowed)
+            for one in gone:
+                self._lobby.left_room(room_id, one.user)
+            users = {one.user for one in gone}
+            allowed = [(participant, user) for participant, user in allowed if user not in users]
+            found += gone
+        return found + await self._not_admitted(check, allowed)
 
     def forget(self, alias: str) -> None:
         """Nobody is in this SFU room any more."""
         self._unidentified.pop(alias, None)
 
-    async def _checked_in_turn(
-        self, turns: DeferredSemaphore, room_id: str, known: KnownPolicy, participant: ParticipantInfo, user: str,
-        began: float,
-    ) -> Unentitled | None:  # fmt: skip
-        reason = self._refused_by_policy(known, user)
-        if reason is None and self.enforces_membership:
-            membership = self._members.last_known(room_id, user)
-            if membership is None or not self._is_believed(room_id, user, participant.sid, membership):
-                look = self._membership(room_id, participant.sid, user, began)
-                membership = await turns.run(lambda: Deferred.fromCoroutine(look))
-            reason = self._refused_by_membership(room_id, user, membership)
-        self._checked[room_id, participant.sid] = None
-        return Unentitled(participant, user, reason) if reason is not None else None
+    async def _identified(
+        self, alias: str, participants: Iterable[ParticipantInfo]
+    ) -> list[tuple[ParticipantInfo, str]]:
+        """The participants whose Matrix user is known; the others are counted."""
+        identified, unidentified = [], 0
+        for participant in participants:
+            user = await self._registry.user_behind(alias, participant.identity)
+            if is_matrix_user(user) and participant.kind == ParticipantInfo.Kind.STANDARD:
+                identified.append((participant, user))
+            else:
+                unidentified += 1
+        self._unidentified.pop(alias, None)
+        if unidentified:
+            self._unidentified[alias] = unidentified
+        return identified
 
-    def _refused_by_policy(self, known: KnownPolicy, user: str) -> Refusal | None:
+    def _refused_by_policy(self, room_id: str, known: KnownPolicy, user: str) -> Refusal | None:
+        if self._lobby.state_of(room_id, user) is LobbyState.REMOVED:
+            return Refusal.REMOVED
         if not self._homeservers.allows_user(user):
             return Refusal.HOMESERVER_NOT_ALLOWED
         if known.is_certain and not known.policy.may_join(user):
             return Refusal.JOIN_LEVEL
         return None
 
-    def _is_believed(self, room_id: str, user: str, sid: str, known: KnownMembership) -> bool:
-        """Whether what is in memory saves a lookup: a fresh enough "joined", and nothing else."""
-        return known.membership is Membership.JOIN and self._members.is_fresh(
-            room_id, user, known, self._max_age(room_id, sid)
-        )
+    # -- the lobby ---------------------------------------------------------------------------------------
+
+    async def _not_admitted(
+        self, check: _Check, participants: Iterable[tuple[ParticipantInfo, str]]
+    ) -> list[Unentitled]:
+        """Everybody who may stay is noted as accepted: they stay when their power level falls."""
+        room_id, known = check.room_id, check.policy
+        if not await self._switch.is_on(room_id, known):
+            return []
+        found = []
+        for participant, user in participants:
+            if (
+                self._lobby.state_of(room_id, user) is not LobbyState.ACCEPTED
+                and known.is_certain
+                and not known.policy.bypasses_lobby(user)
+                and not self._switch.joined_before_us(participant)
+            ):
+                found.append(Unentitled(participant, user, Refusal.NOT_ADMITTED))
+            else:
+                self._lobby.let_in(room_id, user)
+        return found
+
+    # -- membership --------------------------------------------------------------------------------------
+
+    async def _non_members(
+        self, check: _Check, participants: Collection[tuple[ParticipantInfo, str]]
+    ) -> list[Unentitled]:
+        due = {user for participant, user in participants if self._believed(check, user, participant.sid) is None}
+        if len(due) > LIST_FROM:
+            half = check.deadline.sooner(self._lookup_timeout / 2)  # the other half is for single lookups
+            await self._members.load_joined(check.room_id, due, half)
+
+        async def checked(one: tuple[ParticipantInfo, str]) -> Unentitled | None:
+            participant, user = one
+            known = self._believed(check, user, participant.sid) or await self._membership(check, user, participant.sid)
+            if known.membership is None:
+                self._metrics.memberships_unknown.inc()
+                return None
+            self._checked[check.room_id, participant.sid] = None
+            if not self._counts_as_gone(check, user, known):
+                return None
+            return self._non_member(check, participant, user, known.membership)
+
+        outcomes = await gather_in_turns(LOOKUPS_AT_ONCE, checked, participants)
+        return [found for found in outcomes if found is not None]
+
+    def _believed(self, check: _Check, user: str, sid: str) -> KnownMembership | None:
+        """What is in memory, if it saves a lookup: a fresh enough "joined", and nothing else."""
+        known = self._members.last_known(check.room_id, user)
+        if known is None or known.membership is not Membership.JOIN:
+            return None
+        max_age = self._max_age(check.room_id, sid)
+        return known if self._members.is_fresh(check.room_id, user, known, max_age) else None
 
     def _max_age(self, room_id: str, sid: str) -> float:
         if (room_id, sid) not in self._checked:
             return self._arrival_age
-        return self._interval * (PUSHED_FACTOR if self.changes_are_pushed else 1)
+        pushed = self._pushed_at is not None and self._clock.seconds() - self._pushed_at < PUSHES_LAPSE
+        return self._interval * (PUSHED_FACTOR if pushed else 1)
 
-    async def _membership(self, room_id: str, sid: str, user: str, began: float) -> KnownMembership:
+    async def _membership(self, check: _Check, user: str, sid: str) -> KnownMembership:
         """The membership, looked up again if it is not "joined": a removal rests on nothing old."""
-        deadline = Deadline.after(self._clock, self._lookup_timeout)
-        known = await self._members.get(room_id, user, deadline, max_age=self._max_age(room_id, sid))
-        if known.membership in (None, Membership.JOIN) or known.began >= began:
+        if check.deadline.passed:
+            return KnownMembership(None, reason="timeout")
+        room_id = check.room_id
+        known = await self._members.get(room_id, user, check.deadline, max_age=self._max_age(room_id, sid))
+        if known.membership in (None, Membership.JOIN) or known.began >= check.began:
             return known
-        return await self._members.get(room_id, user, Deadline.after(self._clock, self._lookup_timeout), since=began)
+        return await self._members.get(room_id, user, check.deadline, since=check.began)
 
-    def _refused_by_membership(self, room_id: str, user: str, known: KnownMembership) -> Refusal | None:
-        key = (room_id, user)
-        if known.membership is None:
-            self._metrics.memberships_unknown.inc()
-            return None
+    def _counts_as_gone(self, check: _Check, user: str, known: KnownMembership) -> bool:
+        """Whether somebody is certainly not joined. A missing entry is not "leave": it counts if it is still missing
+        after some seconds, and if the state of the room is known.
+        """
+        key = (check.room_id, user)
         if known.membership is not Membership.ABSENT:
-            self._absent_since.pop(key, None)
-            return None if known.membership is Membership.JOIN else self._not_a_member(room_id, user, known)
-        first = self._absent_since.setdefault(key, known.began)
+            self._absences.pop(key, None)
+            return known.membership is not Membership.JOIN
+        if not check.policy.is_certain:
+            return False
+        absence = self._absences.get(key)
+        if absence is None or known.began - absence.latest > ABSENCE_FORGOTTEN:
+            absence = _Absence(known.began, known.began)
+        self._absences[key] = evolve(absence, latest=known.began)
         enough = ABSENT_FOR if server_of(user) == self._server_name() else FOREIGN_ABSENT_FOR
-        return self._not_a_member(room_id, user, known) if known.began - first >= enough else None
+        return known.began - absence.first >= enough
 
-    def _not_a_member(self, room_id: str, user: str, known: KnownMembership) -> Refusal | None:
-        if self._members_only is MembersOnly.ON:
-            return Refusal.NOT_A_MEMBER
-        log.info(
-            "{user} is in the call of {room_id} and is not a member ({membership}); GUARD_MEMBERS_ONLY=log",
-            user=user, room_id=room_id, membership=known.membership.value if known.membership else "",
-            event_name="not_a_member",
-        )  # fmt: skip
+    def _non_member(
+        self, check: _Check, participant: ParticipantInfo, user: str, membership: Membership
+    ) -> Unentitled | None:
+        if self.removes_non_members:
+            return Unentitled(participant, user, Refusal.NOT_A_MEMBER)
+        if (check.room_id, participant.sid) not in self._reported:
+            self._reported[check.room_id, participant.sid] = None
+            log.info(
+                "{user} is in the call of {room_id} and is not a member ({membership}); GUARD_MEMBERS_ONLY=log",
+                user=user, room_id=check.room_id, membership=membership.value, event_name="not_a_member",
+            )  # fmt: skip
         return None
 
 

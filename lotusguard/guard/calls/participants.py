@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from attrs import define, field, frozen
 from cachetools import LRUCache
 from livekit.protocol.models import ParticipantInfo
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
+from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient, NodeGone, NoSuchParticipant
-from lotusguard.clients.waiting import gather
+from lotusguard.clients.waiting import gather_in_turns
 from lotusguard.guard.calls.entitlement import is_matrix_user
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
@@ -56,20 +56,22 @@ class ParticipantEnforcer:
     :param restore: give back what the guard withheld or revoked, once it is allowed again.
     :param dry_run: decide, log and count, change nothing.
     :param may_act: whether this guard may change participants; not while another one runs on its state directory.
+    :param removed: is told of each removal: user, room and reason.
     """
 
     _livekit: LiveKitClient
     _registry: TokenRegistry
     _metrics: Metrics
-    _restore: bool
-    _dry_run: bool
+    restore: bool
+    dry_run: bool
     _may_act: Callable[[], bool]
+    _removed: Callable[[str, str, str], None] = lambda user, room_id, reason: None
     _logged: LRUCache[tuple[str, ...], None] = field(factory=lambda: LRUCache(LOGGED_KEPT), init=False)
 
     @property
     def acts(self) -> bool:
         """Whether participants are changed at all."""
-        return not self._dry_run and self._may_act()
+        return not self.dry_run and self._may_act()
 
     async def remove(self, room_id: str, alias: str, identity: str, user: str, reason: str) -> bool:
         """Disconnect a participant. Their token stays valid. :return: whether they are gone."""
@@ -84,6 +86,7 @@ class ParticipantEnforcer:
             except NoSuchParticipant:
                 return True
             self._metrics.removals.labels(reason).inc()
+            self._removed(user or identity, room_id, reason)
             log.info(
                 "removed {user} from the call of {room_id}: {reason}",
                 user=user, identity=identity, room_id=room_id, alias=alias, reason=reason, event_name="removed",
@@ -93,23 +96,25 @@ class ParticipantEnforcer:
 
     async def adjust(
         self, room_id: str, alias: str, participants: Collection[ParticipantInfo], known: KnownPolicy
-    ) -> None:
+    ) -> bool:
         """Bring everybody's rights in line with the policy.
 
         Rights are given back only while the policy is certain.
+
+        :return: whether there was anything to do.
         """
-        turns = DeferredSemaphore(PARTICIPANTS_AT_ONCE)
         due = [a for p in participants if (a := await self._due(alias, p, known)) is not None]
 
-        async def in_turn(adjustment: _Adjustment) -> None:
-            await turns.run(lambda: Deferred.fromCoroutine(self._adjust(room_id, alias, adjustment)))
+        async def adjust(adjustment: _Adjustment) -> None:
+            await self._adjust(room_id, alias, adjustment)
 
-        await gather(in_turn(adjustment) for adjustment in due)
+        await gather_in_turns(PARTICIPANTS_AT_ONCE, adjust, due)
+        return bool(due)
 
     async def _due(self, alias: str, participant: ParticipantInfo, known: KnownPolicy) -> _Adjustment | None:
         """What has to change for a participant, as the listing shows them; ``None`` if nothing has to."""
         policy = known.policy
-        owed = await self._owed(alias, participant.identity) if self._restore and known.is_certain else NO_SOURCE
+        owed = await self._owed(alias, participant.identity) if self.restore and known.is_certain else NO_SOURCE
         if not owed and not policy:
             return None
         user = await self._registry.user_behind(alias, participant.identity)
@@ -133,9 +138,9 @@ class ParticipantEnforcer:
 
     async def _set_rights(self, room_id: str, alias: str, adjustment: _Adjustment) -> None:
         identity = adjustment.participant.identity
-        fresh = await self._get(alias, identity)
-        if fresh is None or fresh.sid != adjustment.participant.sid:
-            return
+        fresh = await self._livekit.get_participant(alias, identity)
+        if fresh.sid != adjustment.participant.sid:
+            return  # another session since the listing; its arrival is worked on next
         wanted = adjusted(fresh.permission, adjustment.allowed, adjustment.owed)
         if wanted is None:
             return
@@ -143,22 +148,22 @@ class ParticipantEnforcer:
         revoked, restored = frozenset(before - after), frozenset(after - before)
         if not self.acts:
             action = "revoke" if revoked else "restore"
-            self.skipped(action, room_id, alias, identity, *(source.claim for source in sorted(revoked | restored)))
+            self.skipped(action, room_id, alias, identity, *_claims(revoked | restored))
             return
-        entry = await self._registry.entry(alias, identity)
-        withheld = entry.withheld if entry is not None else NO_SOURCE
         # Recorded before it happens: a record of something that did not happen restores nothing, a missing one would
         # lose what was revoked if we are killed in between.
-        await self._registry.set_withheld(alias, identity, withheld | revoked)
+        await self._registry.set_withheld(alias, identity, await self._withheld(alias, identity) | revoked)
         updated = await self._livekit.update_permission(alias, identity, wanted)
         if updated.sid != fresh.sid or not (within(updated.permission, wanted) and within(wanted, updated.permission)):
             self.failed("adjust", alias, "not_applied")
             return
-        await self._registry.set_withheld(alias, identity, (withheld | revoked) - restored)
+        # Read again: a token that was issued meanwhile may have withheld more.
+        await self._registry.set_withheld(alias, identity, await self._withheld(alias, identity) - restored)
         self._tell(room_id, alias, identity, revoked, restored)
 
-    async def _get(self, alias: str, identity: str) -> ParticipantInfo | None:
-        return await self._livekit.get_participant(alias, identity)
+    async def _withheld(self, alias: str, identity: str) -> frozenset[Source]:
+        entry = await self._registry.entry(alias, identity)
+        return entry.withheld if entry is not None else NO_SOURCE
 
     async def _mute(self, room_id: str, alias: str, identity: str, track_sid: str, label: Source) -> None:
         if not self.acts:
@@ -219,19 +224,24 @@ class ParticipantEnforcer:
     def _tell(
         self, room_id: str, alias: str, identity: str, revoked: frozenset[Source], restored: frozenset[Source]
     ) -> None:
-        for sources, counter, verb, preposition, event in (
-            (revoked, self._metrics.revocations, "revoked", "from", "revoked"),
-            (restored, self._metrics.restorations, "restored", "to", "restored"),
-        ):
-            if not sources:
-                continue
-            for source in sources:
-                counter.labels(source.claim).inc()
+        for source in revoked:
+            self._metrics.revocations.labels(source.claim).inc()
+        for source in restored:
+            self._metrics.restorations.labels(source.claim).inc()
+        if revoked:
             log.info(
-                "{verb} {sources} {preposition} {identity} in {room_id}",
-                verb=verb, sources=sorted(source.claim for source in sources), preposition=preposition,
-                identity=identity, room_id=room_id, alias=alias, event_name=event,
+                "revoked {sources} from {identity} in {room_id}",
+                sources=_claims(revoked), identity=identity, room_id=room_id, alias=alias, event_name="revoked",
             )  # fmt: skip
+        if restored:
+            log.info(
+                "restored {sources} to {identity} in {room_id}",
+                sources=_claims(restored), identity=identity, room_id=room_id, alias=alias, event_name="restored",
+            )  # fmt: skip
+
+
+def _claims(sources: frozenset[Source]) -> list[str]:
+    return sorted(source.claim for source in sources)
 
 
 def _allowed(policy: Policy, user: str) -> frozenset[Source]:

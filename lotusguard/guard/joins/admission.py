@@ -6,7 +6,8 @@ The steps and their order are those of the README's diagram. Each check fails op
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from attrs import define
 from twisted.internet.defer import CancelledError
@@ -16,14 +17,18 @@ from lotusguard.clients.http import Answer
 from lotusguard.clients.lk_jwt_service import UpstreamFailed
 from lotusguard.clients.waiting import Deadline, gather
 from lotusguard.guard.joins.callers import Caller, Callers, Identified
-from lotusguard.guard.joins.checks import EntryChecks
+from lotusguard.guard.joins.checks import EntryChecks, MustWait
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Stage, Verdict
 from lotusguard.guard.joins.issuing import TokenIssuer, no_token
 from lotusguard.guard.joins.join import Join
+from lotusguard.guard.joins.patience import SILENT, InLobby, Patience
 from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.lobby import POLL_AGAIN, Lobby, LobbyStopped
+from lotusguard.guard.lobby.colours import colour_of
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, Policies
-from lotusguard.rules.refusals import JoinRefused
+from lotusguard.rules.lobby import TABLE, LobbyEntry
+from lotusguard.rules.refusals import JoinRefused, Refusal
 from lotusguard.rules.requests import TokenRequest
 
 Forward = Callable[[bytes, float], Awaitable[Answer]]
@@ -33,7 +38,7 @@ SLACK = 0.5
 STALE_SHARE = 2 / 3
 """Part of the lookup timeout after which the last known policy serves; the rest is for the roster."""
 
-UNIDENTIFIED = Caller(Identified.UNKNOWN, reason="internal_error")
+Lookup = Callable[[Join, Deadline], Awaitable[None]]
 
 
 @define(eq=False)
@@ -42,6 +47,7 @@ class Admission:
 
     :param lookup_timeout: seconds for what is asked of the homeserver and LiveKit, all together.
     :param upstream_timeout: seconds for upstream's answers, all together.
+    :param longest_wait: seconds that a request may be held in a lobby, all its waits together.
     """
 
     _callers: Callers
@@ -54,17 +60,30 @@ class Admission:
     _clock: IReactorTime
     _lookup_timeout: float
     _upstream_timeout: float
-    _dry_run: bool
+    dry_run: bool
+    _lobby: Lobby
+    _longest_wait: float
 
-    async def join(self, request: TokenRequest, request_id: str, forward: Forward) -> Answer:
+    async def join(
+        self, request: TokenRequest, request_id: str, forward: Forward, patience: Patience = SILENT
+    ) -> Answer:
         """Decide one token request.
 
+        :param patience: how its client waits in a lobby.
         :raises JoinRefused: the guard refuses it. :raises UpstreamFailed: upstream gives no answer.
+        :raises InLobby: the client polls, and has to wait. :raises LobbyStopped: the guard stops.
         """
         decision = self._log.begin(request_id, request.route.path, request.room_id, request.user)
         try:
-            return await self._decide(request, decision, forward)
-        except JoinRefused:
+            return await self._decide(request, decision, forward, patience)
+        except InLobby:
+            decision.verdict, decision.reason = Verdict.WAITING, "lobby"
+            raise
+        except LobbyStopped:
+            decision.verdict, decision.reason = Verdict.FAILED, "guard_stopped"
+            raise
+        except JoinRefused as refused:
+            decision.reason = refused.refusal.value
             decision.verdict = Verdict.REFUSED
             raise
         except UpstreamFailed as failed:
@@ -76,69 +95,131 @@ class Admission:
         finally:
             self._log.end(decision)
 
-    async def _decide(self, request: TokenRequest, decision: Decision, forward: Forward) -> Answer:
+    async def _decide(self, request: TokenRequest, decision: Decision, forward: Forward, patience: Patience) -> Answer:
         arrived = decision.began
         deadline = Deadline(self._clock, arrived + self._lookup_timeout + self._upstream_timeout + SLACK)
         if request.room_id is None:
             decision.reason = "no_room"
             return await forward(request.body, deadline.at)
         lookups = Deadline(self._clock, arrived + self._lookup_timeout)
-        join = Join(request, request.room_id, decision, self._log, deadline, lookups, self._dry_run)
-        if request.openid is not None:
-            self._checks.homeserver_may_join(join, request.openid.server_name)
-        caller = await self._look_up(join)
+        join = Join(
+            request, request.room_id, decision, self._log, deadline, lookups, self._lookup_timeout, self.dry_run
+        )
+        try:
+            if request.openid is not None:
+                self._checks.homeserver_may_join(join, request.openid.server_name)
+            await self._look_up(join)
+            return await self._admit_after_waiting(join, forward, patience)
+        except (JoinRefused, UpstreamFailed, CancelledError, InLobby, LobbyStopped):
+            raise
+        except Exception:
+            self._log.failure(decision, "join")
+        return await self._admit_unchecked(join, forward)
+
+    async def _admit_unchecked(self, join: Join, forward: Forward) -> Answer:
+        """Our own code failed: the join goes on without a seat, and its token is rebuilt as far as that is possible."""
+        answer = await self._forward(join, forward, join.request.body)
+        token = self._issuer.read(join, answer)
+        if token is not None and not join.user:
+            join.user = join.decision.user = self._issuer.named_user(join, token)
+        if join.known.freshness is Freshness.UNKNOWN:
+            await self._look_up_policy(join, join.deadline.sooner(self._lookup_timeout))
+        return await self._issuer.issue(join, answer, None)
+
+    # -- waiting in the lobby ------------------------------------------------------------------------------
+
+    async def _admit_after_waiting(self, join: Join, forward: Forward, patience: Patience) -> Answer:
+        """After a wait in the lobby everything is decided anew."""
+        caller = join.caller
+        while True:
+            try:
+                if caller.identified is Identified.PROVEN:
+                    return await self._admit(join, forward)
+                return await self._admit_when_named(join, forward)
+            except MustWait as must_wait:
+                await self._wait_in_lobby(join, must_wait.entry, patience)
+                join = await self._begin_anew(join, caller)
+
+    async def _wait_in_lobby(self, join: Join, entry: LobbyEntry, patience: Patience) -> None:
+        """Returns when the join may be decided anew. :raises JoinRefused: a moderator denied it, or nobody answered."""
+        if patience.polls:
+            raise InLobby(entry.id, colour_of(join.user), POLL_AGAIN)
+        patience.begin()
+        with self._log.stage(join.decision, Stage.LOBBY):
+            until = join.decision.began + self._longest_wait
+            state = await self._lobby.wait(join.room_id, join.user, until, patience.is_silent)
+        refusal = TABLE[state].refusal if state is not None else None
+        if refusal is None and self._clock.seconds() >= until:
+            refusal = Refusal.NOBODY_ADMITTED
+        if refusal is not None:
+            raise JoinRefused(refusal)
+
+    async def _begin_anew(self, waited: Join, caller: Caller) -> Join:
+        """The same join, as if the request had arrived now."""
+        now = self._clock.seconds()
+        join = Join(
+            waited.request, waited.room_id, waited.decision, waited.log,
+            Deadline(self._clock, now + self._lookup_timeout + self._upstream_timeout + SLACK),
+            Deadline(self._clock, now + self._lookup_timeout), self._lookup_timeout, waited.dry_run, caller,
+            arrived=now,
+        )  # fmt: skip
         if caller.identified is Identified.PROVEN:
-            return await self._admit(join, forward)
-        return await self._admit_when_named(join, forward)
+            join.user = caller.user
+            with self._log.stage(join.decision, Stage.LOOKUP):
+                await self._look_up_room(join, join.lookups)
+        return join
 
     # -- lookups -----------------------------------------------------------------------------------------
 
-    async def _look_up(self, join: Join) -> Caller:
-        """Find out who asks and what the room wants.
+    async def _look_up(self, join: Join) -> None:
+        """Find out who asks and what the room wants, concurrently.
 
-        For a room that is not in memory nothing is looked up before the caller is known.
+        For a room that is not in memory nothing is looked up before the caller is known. For one that is, a slow
+        homeserver leaves time to ask LiveKit.
         """
         with self._log.stage(join.decision, Stage.LOOKUP):
-            try:
-                if not self._policies.is_remembered(join.room_id):
-                    await self._identify(join)
-                    caller = join.caller or UNIDENTIFIED
-                    if caller.identified is Identified.PROVEN:
-                        await self._look_up_room(join)
-                    return caller
-                await gather((self._identify(join), self._look_up_policy(join)))
-                caller = join.caller or UNIDENTIFIED
-                if caller.identified is Identified.PROVEN:
-                    await self._look_up_membership(join)
-                return caller
-            except CancelledError:
-                raise
-            except Exception:
-                self._log.failure(join.decision, "lookups")
-                return join.caller or UNIDENTIFIED
+            if self._policies.is_remembered(join.room_id):
+                deadline = join.lookups.sooner(self._lookup_timeout * STALE_SHARE)
+                await gather((
+                    self._look_up_caller(join, deadline, self._look_up_membership),
+                    self._look_up_policy(join, deadline),
+                ))  # fmt: skip
+            else:
+                await self._look_up_caller(join, join.lookups, self._look_up_room)
 
-    async def _identify(self, join: Join) -> None:
-        caller = join.caller = await self._callers.identify(join.request, join.lookups)
-        if caller.identified is Identified.PROVEN:
-            join.user = join.decision.user = caller.user
+    async def _look_up_caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
+        """:param then: what is looked up once the caller is proven."""
+        with self._failing_open(join, "caller"):
+            caller = join.caller = await self._callers.identify(join.request, deadline)
+            if caller.identified is Identified.PROVEN:
+                join.user = join.decision.user = caller.user
+                await then(join, deadline)
 
-    async def _look_up_room(self, join: Join) -> None:
-        await gather((self._look_up_policy(join), self._look_up_membership(join)))
+    async def _look_up_room(self, join: Join, deadline: Deadline) -> None:
+        await gather((self._look_up_policy(join, deadline), self._look_up_membership(join, deadline)))
 
-    async def _look_up_policy(self, join: Join) -> None:
-        deadline = join.lookups
-        if self._policies.is_remembered(join.room_id):
-            deadline = deadline.sooner(self._lookup_timeout * STALE_SHARE)
-        join.known = await self._policies.get(join.room_id, deadline)
-        if join.known.freshness is Freshness.UNKNOWN:
-            join.unenforced("policy", join.known.reason)
-        elif join.policy:
-            join.decision.reason = "policy" if join.known.is_certain else "stale_policy"
+    async def _look_up_policy(self, join: Join, deadline: Deadline) -> None:
+        with self._failing_open(join, "policy"):
+            join.known = await self._policies.get(join.room_id, deadline)
+            if join.known.freshness is Freshness.UNKNOWN:
+                join.unenforced("policy", join.known.reason)
+            elif join.policy and join.decision.verdict is Verdict.ALLOWED:
+                join.decision.reason = "policy" if join.known.is_certain else "stale_policy"
 
-    async def _look_up_membership(self, join: Join) -> None:
-        if self._checks.asks_membership:
-            deadline = join.lookups.sooner(self._lookup_timeout * STALE_SHARE)
-            join.membership = await self._members.get(join.room_id, join.user, deadline)
+    async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
+        with self._failing_open(join, "membership"):
+            if self._checks.asks_membership:
+                join.membership = await self._members.get(join.room_id, join.user, deadline)
+
+    @contextmanager
+    def _failing_open(self, join: Join, check: str) -> Iterator[None]:
+        """A failure of our own in one lookup does not stop the others."""
+        try:
+            yield
+        except CancelledError:
+            raise
+        except Exception:
+            self._log.failure(join.decision, check)
 
     # -- the two ways through ----------------------------------------------------------------------------
 
@@ -157,7 +238,7 @@ class Admission:
         """
         request = join.request
         body = request.body
-        if request.has_delay and self._checks.may_refuse(self._policies.last_known(join.room_id)):
+        if request.has_delay and self._may_refuse(join):
             body = request.without_delay()
         answer = await self._forward(join, forward, body)
         token = self._issuer.read(join, answer)
@@ -165,14 +246,19 @@ class Admission:
             no_token(join, answer)
             return answer
         join.user = join.decision.user = self._issuer.named_user(join, token)
-        join.lookups = join.deadline.sooner(self._lookup_timeout)
+        join.renew_lookups()
         with self._log.stage(join.decision, Stage.LOOKUP):
-            await self._look_up_room(join)
+            await self._look_up_room(join, join.lookups)
         await self._checks.may_join(join)
         async with self._seating.seat(join) as hold_id:
             if body is not request.body:
                 answer = await self._forward(join, forward, request.body)
             return await self._issuer.issue(join, answer, hold_id)
+
+    def _may_refuse(self, join: Join) -> bool:
+        """Whether the caller may turn out to be refused. A room that was never read may have any policy."""
+        known = self._policies.is_remembered(join.room_id)
+        return not known or self._checks.may_refuse(self._policies.last_known(join.room_id))
 
     async def _forward(self, join: Join, forward: Forward, body: bytes) -> Answer:
         with self._log.stage(join.decision, Stage.UPSTREAM):

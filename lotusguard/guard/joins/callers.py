@@ -44,6 +44,9 @@ class Caller:
     reason: str = ""
 
 
+UNIDENTIFIED = Caller(Identified.UNKNOWN, reason="internal_error")
+
+
 @define(eq=False)
 class Callers:
     """Verifies callers by their OpenID token.

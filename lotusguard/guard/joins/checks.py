@@ -7,32 +7,36 @@ A refusal never rests on a lookup that began before the request arrived, and wha
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from enum import Enum
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, DeferredLock, TimeoutError
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.guard.joins.decisions import Stage
+from lotusguard.clients.waiting import gather
+from lotusguard.guard.joins.decisions import Stage, Verdict
 from lotusguard.guard.joins.join import Join
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.rules.homeservers import HomeserverList
 from lotusguard.rules.identity import server_of
+from lotusguard.rules.lobby import LobbyEntry, LobbyState
+from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.permissions import Action
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.refusals import JoinRefused, Refusal
 
 
-class MembersOnly(Enum):
-    """``GUARD_MEMBERS_ONLY``."""
+class MustWait(Exception):
+    """The user has to wait in the lobby. :ivar entry: the user's entry."""
 
-    ON = "on"
-    LOG = "log"
-    OFF = "off"
+    def __init__(self, entry: LobbyEntry) -> None:
+        super().__init__(entry.user)
+        self.entry = entry
 
 
 @define(eq=False)
@@ -51,6 +55,8 @@ class EntryChecks:
     _start_homeservers: HomeserverList
     _members_only: MembersOnly
     _server_name: Callable[[], str]
+    _lobby: Lobby
+    _switch: LobbySwitch
     _starting: dict[str, DeferredLock] = field(factory=dict, init=False)
 
     @property
@@ -58,12 +64,14 @@ class EntryChecks:
         return self._members_only is not MembersOnly.OFF
 
     async def may_join(self, join: Join) -> None:
-        """:raises JoinRefused: the user may not join."""
+        """:raises JoinRefused: the user may not join. :raises MustWait: a moderator has to admit the user first."""
         for name, check in (
             ("homeserver", self._homeserver),
             ("membership", self._member),
             ("join_level", self._join_level),
             ("start", self._start),
+            ("removed", self._removed),
+            ("lobby", self._wait_in_lobby),
         ):
             await _failing_open(join, name, check(join))
 
@@ -95,14 +103,14 @@ class EntryChecks:
         if known.membership is not None and known.membership is not Membership.JOIN:
             with join.log.stage(join.decision, Stage.CHECK):
                 local = server_of(join.user) == self._server_name()
-                deadline = join.deadline.sooner(join.lookups.left())
-                known = await self._members.confirm(join.room_id, join.user, deadline, join.arrived, local=local)
+                known = await self._members.confirm(join.room_id, join.user, join.lookups, join.arrived, local=local)
         if known.membership is None:
             join.unenforced("membership", known.reason)
         elif known.membership is not Membership.JOIN:
             if self._members_only is MembersOnly.LOG:
                 join.unenforced("membership", f"{known.membership.value}_logged_only")
             else:
+                self._lobby.left_room(join.room_id, join.user)
                 join.refuse(Refusal.NOT_A_MEMBER)
 
     async def _join_level(self, join: Join) -> None:
@@ -115,16 +123,22 @@ class EntryChecks:
         if self.may_start(join.policy, join.user) or await self._seats.owns_seat(join.room_id, join.user):
             return
         lock = self._starting.setdefault(join.room_id, DeferredLock())
-        await join.deadline.sooner(join.lookups.left()).wait(lock.acquire())
+        if lock.locked:
+            with join.log.stage(join.decision, Stage.CHECK):
+                await join.deadline.wait(lock.acquire())
+            join.renew_lookups()
+        else:
+            await lock.acquire()
         try:
-            await self.read_policy_again(join)
-            await self._roster.refresh(join.room_id, join.arrived, join.deadline.sooner(join.lookups.left()))
+            await gather((
+                self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
+            ))  # fmt: skip
             if not await self._is_started(join):
                 join.refuse(Refusal.NOT_STARTED)
         finally:
             lock.release()
-            if not lock.locked and not lock.waiting:
-                self._starting.pop(join.room_id, None)
+            if not lock.locked and self._starting.get(join.room_id) is lock:
+                del self._starting[join.room_id]
 
     async def _is_started(self, join: Join) -> bool:
         """Whether somebody who may start the call is in it or has a seat, or did so and it has not ended since."""
@@ -136,11 +150,40 @@ class EntryChecks:
             return True
         return await self._seats.is_started(join.room_id)
 
+    async def _removed(self, join: Join) -> None:
+        if self._lobby.state_of(join.room_id, join.user) is LobbyState.REMOVED:
+            join.refuse(Refusal.REMOVED)
+
+    async def _wait_in_lobby(self, join: Join) -> None:
+        if not await self._switch.is_on(join.room_id, join.known):
+            return
+        state = self._lobby.state_of(join.room_id, join.user)
+        if state is None and not join.policy.bypasses_lobby(join.user):
+            await self.read_policy_again(join)
+            if not await self._switch.is_on(join.room_id, join.known):
+                return
+        if state is LobbyState.ACCEPTED or join.policy.bypasses_lobby(join.user) or await self._was_in(join, state):
+            self._lobby.let_in(join.room_id, join.user)
+            return
+        if join.dry_run:
+            join.decision.verdict, join.decision.reason = Verdict.WOULD_REFUSE, "lobby"
+            return
+        entry = self._lobby.ask(join.room_id, join.user)
+        if entry.rules.refusal is not None:
+            join.refuse(entry.rules.refusal)
+        raise MustWait(entry)
+
+    async def _was_in(self, join: Join, state: LobbyState | None) -> bool:
+        """Whether the user has been in the call since before this guard ran."""
+        if state is not None:
+            return False
+        deadline = join.deadline.sooner(join.lookups.left())
+        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline)
+
     async def read_policy_again(self, join: Join) -> None:
         """Read the policy as it is now, before a refusal rests on it."""
         with join.log.stage(join.decision, Stage.CHECK):
-            known = await self._policies.get(join.room_id, join.deadline.sooner(join.lookups.left()), join.arrived)
-        join.known = known
+            join.known = await self._policies.get(join.room_id, join.lookups, join.arrived)
 
     def restricts_start(self, policy: Policy) -> bool:
         """Whether not everybody may start a call in a room with this policy."""
@@ -155,7 +198,7 @@ async def _failing_open(join: Join, name: str, check: Awaitable[None]) -> None:
     """Run a check. If it cannot be done, the join goes on without it."""
     try:
         await check
-    except (JoinRefused, CancelledError):
+    except (JoinRefused, MustWait, CancelledError):
         raise
     except TimeoutError:
         join.unenforced(name, "timeout")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
@@ -12,6 +12,7 @@ from attrs import Factory, define, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from lotusguard.guard.joins.decision_store import HOLDERS_KEPT, DecisionHistory, Record, RecordKind
 from lotusguard.guard.joins.history import JoinHistory
 from lotusguard.metrics import Metrics
 
@@ -45,6 +46,8 @@ class Verdict(Enum):
     REFUSED = "refused"
     WOULD_REFUSE = "would_refuse"
     """Dry run: it would have been refused."""
+    WAITING = "waiting"
+    """A client that polls was told that it has to wait in the lobby."""
     FAILED = "failed"
     """Upstream gave no token, or the caller went away."""
     ERROR = "error"
@@ -71,15 +74,25 @@ class Decision:
     unenforced: list[str] = Factory(list)
     stages: dict[str, float] = Factory(dict)
     seats: str = ""
-    """how many seats were taken of how many, when there was none"""
+    """The limit, and how many users hold seats, if there was none."""
+    holders: list[str] = Factory(list)
+    """Those users."""
 
 
 @define(eq=False)
 class DecisionLog:
-    """Records decisions. :ivar secret_mismatch_at: when upstream last issued a token that our secret did not sign."""
+    """Records decisions.
+
+    :param wall: seconds since the epoch.
+    :param kept: where decisions are kept for operators' questions.
+    :ivar secret_mismatch_at: when upstream last issued a token that our secret did not sign.
+    :ivar error_at: when our own code last failed in a join.
+    """
 
     _clock: IReactorTime
     _metrics: Metrics
+    _wall: Callable[[], float]
+    kept: DecisionHistory
     decisions: deque[Decision] = field(factory=lambda: deque(maxlen=DECISIONS_KEPT), init=False)
     secret_mismatch_at: float | None = field(default=None, init=False)
     error_at: float | None = field(default=None, init=False)
@@ -135,22 +148,50 @@ class DecisionLog:
         self.unenforced(decision, "token", "secret_mismatch")
 
     def end(self, decision: Decision) -> None:
-        """A join is over."""
+        """A join is over. Clients that poll come back every second: for them there is a count, and no line."""
+        if decision.verdict is Verdict.ERROR:
+            decision.reason = "internal_error"
         total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
-        self.decisions.append(decision)
-        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total)
         self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
         for name, seconds in decision.stages.items():
             self._metrics.observe_stage(name, seconds)
-        line = "{verdict} {user} in {room_id}: {reason}, {total:.0f} ms [{request_id}]"
+        if decision.verdict is Verdict.WAITING:
+            return
+        waited = decision.stages.get(Stage.LOBBY.value, 0.0)
+        self.decisions.append(decision)
+        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total - waited)
+        self._keep(decision)
+        line = "{verdict} {user} in {room_id}: {reason}, {milliseconds:.0f} ms [{request_id}]"
         if decision.seats:
-            line += " {seats}"
+            line += " ({seats})"
         if decision.unenforced:
-            line += " unenforced: {unenforced}"
+            line += " not enforced: {passed}"
         log.info(
             line,
             verdict=decision.verdict.value, user=decision.user or "an unnamed user", room_id=decision.room_id,
-            reason=decision.reason, total=total * 1000, request_id=decision.request_id, route=decision.route,
+            reason=decision.reason, milliseconds=round(total * 1000, 3), passed=", ".join(decision.unenforced),
+            request_id=decision.request_id, route=decision.route,
             unenforced=decision.unenforced, seats=decision.seats,
             stages={name: round(seconds, 6) for name, seconds in decision.stages.items()}, event_name="join",
+        )  # fmt: skip
+        if decision.holders:
+            log.debug(
+                "{n} users hold seats in {room_id} or are about to join [{request_id}]",
+                n=len(decision.holders), room_id=decision.room_id, request_id=decision.request_id,
+                holders=decision.holders, event_name="seat_holders",
+            )  # fmt: skip
+
+    def removed(self, user: str, room_id: str, reason: str) -> None:
+        """A participant was removed from a call."""
+        self.kept.put(Record(self._wall(), RecordKind.REMOVAL, user, room_id, "removed", reason))
+
+    def _keep(self, decision: Decision) -> None:
+        if not decision.user or decision.room_id is None:
+            return
+        self.kept.put(
+            Record(
+                self._wall(), RecordKind.JOIN, decision.user, decision.room_id, decision.verdict.value, decision.reason,
+                decision.seats, tuple(decision.holders[:HOLDERS_KEPT]), tuple(decision.unenforced[:10]),
+                decision.route, decision.request_id,
+            )
         )  # fmt: skip

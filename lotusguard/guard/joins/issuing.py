@@ -64,10 +64,10 @@ class TokenIssuer:
     _seats: SeatBook
     _registry: TokenRegistry
     _checks: EntryChecks
-    _key: SfuKey | None
+    key: SfuKey | None
     _metrics: Metrics
-    _token_ttl: float
-    _all_tokens: bool
+    token_ttl: float
+    all_tokens: bool
     _wall: Callable[[], float]
 
     def read(self, join: Join, answer: Answer) -> Token | None:
@@ -86,10 +86,10 @@ class TokenIssuer:
         return Token(content, claims, signer, alias, identity, fault)
 
     def _claims(self, join: Join, token: str) -> tuple[dict[str, Any], Signer, str]:
-        if self._key is None:
+        if self.key is None:
             return read_unverified(token) or {}, Signer.NO_KEY, ""
         try:
-            return self._key.read(token), Signer.US, ""
+            return self.key.read(token), Signer.US, ""
         except NotOurs as other:
             chosen = join.request.server_name is not None or join.request.url is not None
             return read_unverified(token) or {}, Signer.OTHER_SFU if chosen else Signer.MISMATCH, str(other)
@@ -107,6 +107,8 @@ class TokenIssuer:
         if token is None:
             no_token(join, answer)
             return answer
+        if not join.user:
+            join.user = join.decision.user = self.named_user(join, token)
         if token.signer is Signer.OTHER_SFU:
             self._metrics.foreign_tokens.inc()
             join.decision.reason = "other_sfu"
@@ -133,6 +135,9 @@ class TokenIssuer:
         device = join.request.device_id or ""
         issued = Issued(token.alias, token.identity, device)
         policy = join.policy
+        if token.alias:
+            slot = Slot(join.room_id, join.request.slot_id)
+            await self._registry.learn(token.alias, slot, token.identity, join.user, device, granted, withheld)
         if hold_id is not None:
             durable = policy.max_users is not None or self._checks.restricts_start(policy)
             await self._seats.issue(join.room_id, hold_id, issued, durable=durable)
@@ -140,31 +145,28 @@ class TokenIssuer:
             await self._seats.issue_without_seat(join.room_id, join.user, issued)
         if self._checks.may_start(policy, join.user):
             await self._seats.start(join.room_id)
-        if token.alias:
-            slot = Slot(join.room_id, join.request.slot_id)
-            await self._registry.learn(token.alias, slot, token.identity, join.user, device, granted, withheld)
 
     def _rebuild(
         self, join: Join, answer: Answer, token: Token
     ) -> tuple[Answer, frozenset[Source] | None, frozenset[Source]]:
         """:return: the answer, the token's ceiling (``None`` if unknown), and what was withheld."""
         policy = join.policy
-        if not policy and not self._all_tokens:
+        if not policy and not self.all_tokens:
             return answer, None, NO_SOURCE
         if token.signer is Signer.MISMATCH:
             join.log.secret_mismatch(join.decision, token.fault)
             return answer, None, NO_SOURCE
-        if self._key is None or not token.alias:
+        if self.key is None or not token.alias:
             if policy:
-                join.unenforced("token", "unreadable" if self._key is not None else token.signer.value)
+                join.unenforced("token", "unreadable" if self.key is not None else token.signer.value)
             return answer, None, NO_SOURCE
         try:
             allowed = policy.allowed_sources(join.user) if policy else EVERY_SOURCE
-            new = rebuilt(token.claims, allowed, self._token_ttl, self._wall())
+            new = rebuilt(token.claims, allowed, self.token_ttl, self._wall())
             if join.dry_run:
                 self._metrics.dry_run_skipped.labels("narrow").inc()
                 return answer, new.granted, NO_SOURCE
-            body = compact({**token.content, "jwt": self._key.sign(new.claims)}).encode() + b"\n"
+            body = compact({**token.content, "jwt": self.key.sign(new.claims)}).encode() + b"\n"
         except Exception:
             join.log.failure(join.decision, "token")
             return answer, None, NO_SOURCE

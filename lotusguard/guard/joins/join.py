@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from attrs import define, field
+from attrs import Factory, define, field
 
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.joins.callers import Caller
+from lotusguard.guard.joins.callers import UNIDENTIFIED, Caller
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Verdict
 from lotusguard.guard.rooms.members import KnownMembership
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
@@ -24,7 +24,10 @@ class Join:
 
     :ivar deadline: for everything, upstream's answer included.
     :ivar lookups: for what is asked of the homeserver and LiveKit.
+    :ivar lookup_timeout: seconds that such lookups may take.
     :ivar user: who asks, once that is proven; "" before.
+    :ivar arrived: when the request arrived, or was decided anew after waiting in the lobby. No refusal rests on a
+        lookup that began before.
     """
 
     request: TokenRequest
@@ -33,20 +36,17 @@ class Join:
     log: DecisionLog
     deadline: Deadline
     lookups: Deadline
+    lookup_timeout: float
     dry_run: bool
-    caller: Caller | None = None
+    caller: Caller = UNIDENTIFIED
     known: KnownPolicy = field(default=NOT_LOOKED_UP)
     membership: KnownMembership | None = None
     user: str = ""
+    arrived: float = field(default=Factory(lambda join: join.decision.began, takes_self=True), kw_only=True)
 
     @property
     def policy(self) -> Policy:
         return self.known.policy
-
-    @property
-    def arrived(self) -> float:
-        """When the request arrived, on the guard's clock."""
-        return self.decision.began
 
     @property
     def alias(self) -> str:
@@ -56,6 +56,10 @@ class Join:
     @property
     def is_main_slot(self) -> bool:
         return self.request.slot_id == ROOM_SLOT
+
+    def renew_lookups(self) -> None:
+        """Allow for new lookups, after a wait for something else."""
+        self.lookups = self.deadline.sooner(self.lookup_timeout)
 
     def refuse(self, refusal: Refusal, retry_after: float | None = None) -> None:
         """Refuse the join, or only say so in a dry run. :raises JoinRefused:"""

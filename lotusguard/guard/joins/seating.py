@@ -28,17 +28,13 @@ SLOTS_RETRY = 60.0
 
 @define(eq=False)
 class Seating:
-    """Holds seats for joins.
-
-    :param lookup_timeout: seconds for one look at the roster after waiting for a seat.
-    """
+    """Holds seats for joins."""
 
     _seats: SeatBook
     _roster: Roster
     _checks: EntryChecks
     _clock: IReactorTime
     _metrics: Metrics
-    _lookup_timeout: float
 
     @asynccontextmanager
     async def seat(self, join: Join) -> AsyncIterator[str | None]:
@@ -70,50 +66,47 @@ class Seating:
 
     async def _find(self, join: Join) -> str | None:
         """Take a seat, waiting behind requests in flight if only they fill the room."""
-        waited = False
+        waited = unused = False
         try:
             while True:
-                taken = await self._take(join, waited)
+                taken = await self._take(join)
                 if isinstance(taken, str):
-                    waited = False
+                    unused = False
                     return taken
-                if taken is not Refusal.SEAT_PENDING:
-                    return await self._refuse(join, taken)
-                with join.log.stage(join.decision, Stage.SEAT):
-                    await self._wait(join, again=waited)
-                waited = True
+                if taken is Refusal.SEAT_PENDING:
+                    unused = False
+                    if not await self._wait(join, again=waited):
+                        return None
+                    waited = unused = True
+                elif not await self._has_new_policy(join, taken):
+                    await self._refuse(join, taken)
+                    return None
         finally:
-            if waited:  # others may find a seat that this join was woken for
+            if unused:  # others may find a seat that this join was woken for
                 await self._seats.wake_all(join.room_id)
 
-    async def _take(self, join: Join, waited: bool) -> str | Refusal:
+    async def _take(self, join: Join) -> str | Refusal:
         """Look for a free seat and take it, on a roster that is fresh enough for the answer."""
         policy = join.policy
-        needs_no_roster = (
-            policy.max_users is None
-            or policy.bypasses_limit(join.user)
-            or await self._seats.owns_seat(join.room_id, join.user)
-        )
-        deadline = join.deadline.sooner(self._lookup_timeout if waited else join.lookups.left())
-        since = self._clock.seconds() - ROSTER_AGE
+        exempt = policy.max_users is not None and policy.bypasses_limit(join.user)
+        if policy.max_users is not None and not exempt and not await self._seats.owns_seat(join.room_id, join.user):
+            await self._refresh(join, self._clock.seconds() - ROSTER_AGE)
+        refreshed: float | None = None
         while True:
-            if not needs_no_roster:
-                with join.log.stage(join.decision, Stage.ROSTER):
-                    await self._roster.refresh(join.room_id, since, deadline, join.request.slot_id)
             taken = await self._seats.take(
-                join.room_id, join.user, policy.max_users, join.alias,
-                exempt=policy.max_users is not None and policy.bypasses_limit(join.user),
-                new_slot=not join.is_main_slot,
-            )  # fmt: skip
-            if taken is not Refusal.FULL:
+                join.room_id, join.user, policy.max_users, join.alias, exempt=exempt, new_slot=not join.is_main_slot
+            )
+            if isinstance(taken, str):
                 return taken
-            if await self._is_recognised(join):
-                needs_no_roster = True
+            if taken is not Refusal.TOO_MANY_SLOTS and await self._is_recognised(join):
                 continue
-            required = max(join.arrived, await self._seats.listing_required_since(join.room_id) or join.arrived)
-            if since >= required:
+            if taken is Refusal.SEAT_PENDING:
                 return taken
-            since = required
+            required = await self._listing_required(join, taken)
+            if required is None or (refreshed is not None and refreshed >= required):
+                return taken
+            await self._refresh(join, required)
+            refreshed = required
 
     async def _is_recognised(self, join: Join) -> bool:
         """Whether the user turns out to be in the call under an identity that only their own request explains.
@@ -124,27 +117,48 @@ class Seating:
         await self._seats.recognise(join.room_id, join.alias, identities, join.user)
         return await self._seats.owns_seat(join.room_id, join.user)
 
-    async def _wait(self, join: Join, *, again: bool) -> None:
-        """:raises JoinRefused: the deadline passed behind requests in flight."""
+    async def _listing_required(self, join: Join, refusal: Refusal) -> float | None:
+        """When a listing must have begun that such a refusal may rest on; ``None`` if it needs none."""
+        ended = await self._seats.listing_required_since(join.room_id)
+        if refusal is Refusal.TOO_MANY_SLOTS:
+            return ended
+        return max(join.arrived, join.arrived if ended is None else ended)
+
+    async def _refresh(self, join: Join, since: float) -> None:
+        with join.log.stage(join.decision, Stage.ROSTER):
+            await self._roster.refresh(join.room_id, since, join.lookups, join.request.slot_id)
+
+    async def _wait(self, join: Join, *, again: bool) -> bool:
+        """Wait until a seat may be free.
+
+        :return: whether to look again. Not in a dry run whose deadline passed behind requests in flight.
+        :raises JoinRefused: it passed, and this is no dry run.
+        """
         waiting = Deferred.fromCoroutine(self._seats.wait_for_seat(join.room_id, join.user, again=again))
         try:
-            await join.deadline.wait(waiting)
+            with join.log.stage(join.decision, Stage.SEAT):
+                await join.deadline.wait(waiting)
         except TimeoutError:
             join.refuse(Refusal.SEAT_PENDING)
+            return False
+        join.renew_lookups()
+        return True
 
-    async def _refuse(self, join: Join, refusal: Refusal) -> str | None:
-        """There is no seat. :raises JoinRefused: unless the room's limit has changed, or in a dry run."""
+    async def _has_new_policy(self, join: Join, refusal: Refusal) -> bool:
+        """Read the policy as it is now: a refusal rests on nothing older than the request."""
+        if refusal is not Refusal.FULL:
+            return False
+        before = join.policy
+        await self._checks.read_policy_again(join)
+        return join.policy != before
+
+    async def _refuse(self, join: Join, refusal: Refusal) -> None:
+        """:raises JoinRefused: except in a dry run."""
         if refusal is Refusal.TOO_MANY_SLOTS:
             self._metrics.slots_rejected.inc()
             join.refuse(refusal, SLOTS_RETRY)
-            return None
-        before = join.policy
-        await self._checks.read_policy_again(join)
-        if join.policy != before:
-            taken = await self._take(join, waited=False)
-            if isinstance(taken, str):
-                return taken
-        limit = join.policy.max_users
-        join.decision.seats = f"all {limit} seats are taken"
+            return
+        holders = sorted(await self._seats.occupants(join.room_id))
+        join.decision.holders = holders
+        join.decision.seats = f"limit {join.policy.max_users}, {len(holders)} users in the call or about to join"
         join.refuse(refusal)
-        return None

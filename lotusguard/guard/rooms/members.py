@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from attrs import define, field, frozen
 from cachetools import LRUCache
 from twisted.internet.defer import TimeoutError
@@ -11,7 +13,7 @@ from twisted.internet.task import deferLater
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline, FreshLookups
-from lotusguard.guard.rooms.source import RoomStateSource
+from lotusguard.guard.rooms.source import NOTHING_PUSHED, PushedRooms, RoomStateSource
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
 
@@ -50,19 +52,23 @@ class Members:
     """Memberships of users of whatever homeserver, as far as ours knows.
 
     :param ttl: seconds for which a membership is believed.
+    :param pushed: rooms whose memberships are pushed. There, "joined" is believed without a TTL.
     """
 
     _source: RoomStateSource
     _clock: IReactorTime
     _metrics: Metrics
     _ttl: float
+    _pushed: PushedRooms = NOTHING_PUSHED
     _known: LRUCache[_Key, KnownMembership] = field(init=False)
     _changed: LRUCache[tuple[str, str], float] = field(factory=lambda: LRUCache(50_000), init=False)
     _lookups: FreshLookups[_Key, Membership] = field(init=False)
+    _lists: FreshLookups[str, Collection[str] | None] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._known = LRUCache(MEMBERSHIPS_KEPT, getsizeof=lambda entry: ENTRY_SIZE + 2 * 255)
         self._lookups = FreshLookups(self._look_up, self._clock, spacing=LOOKUP_SPACING)
+        self._lists = FreshLookups(self._source.members, self._clock, spacing=LOOKUP_SPACING)
         self._metrics.cache_limit.labels("memberships").set(MEMBERSHIPS_KEPT // (ENTRY_SIZE + 2 * 255))
         self._metrics.cache_entries.labels("memberships").set_function(self._known.__len__)
 
@@ -74,6 +80,8 @@ class Members:
         :param since: the lookup must have begun at this time or later.
         :param max_age: seconds for which a membership is believed here, instead of the TTL.
         """
+        if since is None and self._pushed.is_joined(room_id, user):
+            return KnownMembership(Membership.JOIN, self._clock.seconds())
         key = _Key(room_id, user)
         needed = max(self._oldest(key, self._ttl if max_age is None else max_age), since or 0.0)
         known = self._known.get(key)
@@ -86,6 +94,18 @@ class Members:
         except DependencyFailed as failed:
             return KnownMembership(None, reason=failed.reason)
         return KnownMembership(fetched.value, fetched.began)
+
+    async def load_joined(self, room_id: str, users: Collection[str], deadline: Deadline) -> None:
+        """Learn with one request which of these users are joined. Of the others nothing is learnt: the list does not
+        tell why they are missing. Never fails, and never waits beyond the deadline.
+        """
+        try:
+            listed = await deadline.wait(self._lists.get(room_id, self._clock.seconds()))
+        except (TimeoutError, DependencyFailed):
+            return
+        joined = frozenset(listed.value or ())
+        for user in joined.intersection(users):
+            self._remember(_Key(room_id, user), Membership.JOIN, listed.began)
 
     async def confirm(
         self, room_id: str, user: str, deadline: Deadline, since: float, *, local: bool
@@ -123,6 +143,9 @@ class Members:
         )
 
     def last_known(self, room_id: str, user: str) -> KnownMembership | None:
+        """The membership as it was last heard, however long ago; ``None`` if it never was."""
+        if self._pushed.is_joined(room_id, user):
+            return KnownMembership(Membership.JOIN, self._clock.seconds())
         return self._known.get(_Key(room_id, user))
 
     def forget_freshness(self, room_id: str, user: str = "") -> None:
@@ -132,7 +155,10 @@ class Members:
     async def _look_up(self, key: _Key) -> Membership:
         began = self._clock.seconds()
         membership = await self._source.membership(key.user, key.room_id)
+        self._remember(key, membership, began)
+        return membership
+
+    def _remember(self, key: _Key, membership: Membership, began: float) -> None:
         known = self._known.get(key)
         if known is None or known.began <= began:
             self._known[key] = KnownMembership(membership, began)
-        return membership

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rooms' policies: asked of the homeserver, cached for a while, remembered for when it does not answer."""
+"""Rooms' policies: pushed by the homeserver, or asked of it and cached; remembered for when it does not answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from cachetools import LRUCache
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
@@ -14,7 +14,7 @@ from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline, FreshLookups
-from lotusguard.guard.rooms.source import RoomStateSource
+from lotusguard.guard.rooms.source import NOTHING_PUSHED, PushedRooms, PushedState, RoomStateSource
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import is_room_id
 from lotusguard.rules.policy import NO_POLICY, Malformed, Policy, needs_levels, read_policy, with_default_limit
@@ -61,13 +61,19 @@ class KnownPolicy:
 
 @frozen
 class _Entry:
-    """:ivar began: when the lookup began that returned it."""
+    """
+    :ivar began: when the lookup began that returned it.
+    :ivar has_events: whether the room says anything itself, beside the operator's default limit.
+    :ivar pushed: the pushed events from which it was read.
+    """
 
     policy: Policy
+    has_events: bool
     room_exists: bool
     malformed: frozenset[Malformed]
     began: float
     size: int
+    pushed: Mapping[str, StateEvent] | None = None
 
 
 @define(eq=False)
@@ -77,14 +83,16 @@ class Policies:
     :param ttl: seconds for which a policy is believed.
     :param stale: seconds for which the last known one serves while the homeserver does not answer.
     :param default_limit: ``max_users`` of rooms that do not set it.
+    :param pushed: rooms whose state is pushed. While it is, it is believed without a TTL.
     """
 
     _source: RoomStateSource
     _clock: IReactorTime
     _metrics: Metrics
-    _ttl: float
-    _stale: float
-    _default_limit: int | None = None
+    ttl: float
+    stale: float
+    default_limit: int | None = None
+    _pushed: PushedRooms = NOTHING_PUSHED
     _with_policy: LRUCache[str, _Entry] = field(init=False)
     _without_policy: LRUCache[str, _Entry] = field(init=False)
     _changed: LRUCache[str, float] = field(factory=lambda: LRUCache(20_000), init=False)
@@ -106,7 +114,11 @@ class Policies:
         """
         if not is_room_id(room_id):
             return KnownPolicy(NO_POLICY, Freshness.FRESH, room_exists=False)
-        needed = max(self._clock.seconds() - self._ttl, self._changed.get(room_id, 0.0), since or 0.0)
+        pushed = self._pushed.state_of(room_id)
+        if pushed is not None and pushed.live and since is None:
+            self._metrics.cache_lookups.labels("policies", "hit").inc()
+            return KnownPolicy(self._read_pushed(room_id, pushed).policy, Freshness.FRESH, room_exists=True)
+        needed = max(self._clock.seconds() - self.ttl, self._changed.get(room_id, 0.0), since or 0.0)
         entry = self._entry(room_id)
         if entry is not None and entry.began >= needed:
             self._metrics.cache_lookups.labels("policies", "hit").inc()
@@ -125,6 +137,9 @@ class Policies:
 
     def last_known(self, room_id: str) -> Policy:
         """The policy as it was last heard, however long ago; none if it never was."""
+        pushed = self._pushed.state_of(room_id)
+        if pushed is not None and pushed.live:
+            return self._read_pushed(room_id, pushed).policy
         entry = self._entry(room_id)
         return entry.policy if entry is not None else NO_POLICY
 
@@ -140,12 +155,20 @@ class Policies:
         self._changed[room_id] = self._clock.seconds()
         self._failed.pop(room_id, None)
 
+    def forget(self, room_id: str) -> None:
+        """The room's state cannot be known any more: not even the last known policy holds."""
+        self.forget_freshness(room_id)
+        self._with_policy.pop(room_id, None)
+        self._without_policy.pop(room_id, None)
+
     def _entry(self, room_id: str) -> _Entry | None:
         return self._with_policy.get(room_id) or self._without_policy.get(room_id)
 
     def _last_known(self, room_id: str, reason: str) -> KnownPolicy:
-        entry = self._entry(room_id)
-        if entry is not None and self._clock.seconds() - entry.began < self._stale:
+        pushed, entry = self._pushed.state_of(room_id), self._entry(room_id)
+        if pushed is not None and (entry is None or entry.began < pushed.at):
+            entry = self._read_pushed(room_id, pushed)
+        if entry is not None and self._clock.seconds() - entry.began < self.stale:
             self._metrics.cache_lookups.labels("policies", "stale").inc()
             return KnownPolicy(entry.policy, Freshness.STALE, None, reason)
         return KnownPolicy(NO_POLICY, Freshness.UNKNOWN, None, reason)
@@ -158,13 +181,27 @@ class Policies:
         except DependencyFailed as failed:
             self._failed[room_id] = (self._clock.seconds(), failed.reason)
             raise
-        policy, malformed = read_policy(events or {})
-        policy = with_default_limit(policy, self._default_limit)
-        size = ENTRY_SIZE + sum(len(str(event.content)) for event in (events or {}).values())
-        entry = _Entry(policy, events is not None, malformed, began, size)
-        self._tell(room_id, entry, before, events or {})
+        entry = self._read(events, began)
+        self._tell(room_id, entry, before)
         current = self._entry(room_id)
         if current is None or current.began <= began:
+            self._remember(room_id, entry)
+        return entry
+
+    def _read(self, events: Mapping[str, StateEvent] | None, began: float) -> _Entry:
+        own, malformed = read_policy(events or {})
+        policy = with_default_limit(own, self.default_limit)
+        size = ENTRY_SIZE + sum(len(str(event.content)) for event in (events or {}).values())
+        return _Entry(policy, bool(own), events is not None, malformed, began, size)
+
+    def _read_pushed(self, room_id: str, pushed: PushedState) -> _Entry:
+        before = self._entry(room_id)
+        if before is not None and before.pushed is pushed.events:
+            entry = before if pushed.at - before.began < 1 else evolve(before, began=pushed.at)
+        else:
+            entry = evolve(self._read(pushed.events, pushed.at), pushed=pushed.events)
+            self._tell(room_id, entry, before)
+        if entry is not before:
             self._remember(room_id, entry)
         return entry
 
@@ -187,13 +224,13 @@ class Policies:
 
     def _remember(self, room_id: str, entry: _Entry) -> None:
         keep, other = self._with_policy, self._without_policy
-        if not entry.policy:
+        if not entry.has_events:
             keep, other = other, keep
         other.pop(room_id, None)
         if entry.size <= keep.maxsize:
             keep[room_id] = entry
 
-    def _tell(self, room_id: str, entry: _Entry, before: _Entry | None, events: Mapping[str, StateEvent]) -> None:
+    def _tell(self, room_id: str, entry: _Entry, before: _Entry | None) -> None:
         """Log what changed."""
         known = before.malformed if before is not None else frozenset()
         for wrong in sorted(entry.malformed - known):

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from attrs import frozen
 
+from lotusguard.clients.dependency import DependencyFailed
+
 
 @frozen
 class Reaction:
@@ -17,6 +19,25 @@ class Reaction:
     sender: str
     event_id: str
     key: str
+
+
+class NoVoice:
+    """A `RoomVoice` that can speak nowhere."""
+
+    def can_speak(self, room_id: str) -> bool:
+        return False
+
+    async def notice(self, room_id: str, text: str) -> str:
+        raise DependencyFailed("synapse", "no_voice")
+
+    async def react(self, room_id: str, event_id: str, key: str) -> None:
+        raise DependencyFailed("synapse", "no_voice")
+
+    async def redact(self, room_id: str, event_id: str) -> None:
+        raise DependencyFailed("synapse", "no_voice")
+
+    def on_reaction(self, listener: Callable[[Reaction], None]) -> None:
+        """There will be none."""
 
 
 class RoomVoice(Protocol):

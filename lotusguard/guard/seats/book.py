@@ -137,7 +137,7 @@ class SeatBook(Protocol):
         """Latest end of a hold not yet confirmed by a listing; ``None`` if none."""
 
     async def occupants(self, room_id: str) -> Collection[str]:
-        """Users who are in the call or hold a seat, requests in flight included."""
+        """Users who are in the call, have a token in time, or have a request in flight that holds a seat."""
 
     async def is_started(self, room_id: str) -> bool:
         """Whether the call was started by somebody entitled to, and has not ended since."""

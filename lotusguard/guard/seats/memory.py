@@ -30,16 +30,12 @@ CALL_ENDED_AFTER = 60.0
 
 @define(eq=False)
 class _Room:
-    """A room's seats, who waits for one, and whether its call was started.
-
-    :ivar empty_since: since when nobody is in the call and nobody owns a seat; ``None`` while somebody does.
-    """
+    """A room's seats, who waits for one, and whether its call was started."""
 
     seats: RoomSeats
     waiting: deque[tuple[str, Deferred[None]]] = field(factory=deque)
     devices: dict[IdentityKey, str] = field(factory=dict)
     started: bool = False
-    empty_since: float | None = None
 
 
 @define(eq=False)
@@ -110,7 +106,7 @@ class MemorySeatBook:
         key = IdentityKey(token.alias, token.identity)
         room.devices[key] = token.device
         self._wake(room)
-        if durable and self._store is not None and token.identity:
+        if durable and self._store is not None and token.alias:
             room.seats.changed.discard(key)
             expires = self._wall() + hold.expires - now
             stored = StoredHold(room_id, hold.user, key.alias, key.identity, token.device, False, expires)
@@ -168,7 +164,8 @@ class MemorySeatBook:
         room = self._room(room_id)
         first = room.seats.listed_since([alias]) is None
         room.seats.apply_listing(alias, present, limit, since, self._clock.seconds())
-        if first and present:  # the call is older than our memory of it, and somebody must have started it
+        since_before_us = (who.joined is None or who.joined <= self._guarding_since for who in present)
+        if first and any(since_before_us):  # the call is older than our memory of it: somebody must have started it
             room.started = True
         self._changed(room_id, room)
 
@@ -200,9 +197,7 @@ class MemorySeatBook:
 
     async def occupants(self, room_id: str) -> Collection[str]:
         room = self._rooms.get(room_id)
-        if room is None:
-            return ()
-        return room.seats.holders(self._clock.seconds())
+        return room.seats.occupants(self._clock.seconds()) if room is not None else ()
 
     async def is_started(self, room_id: str) -> bool:
         room = self._rooms.get(room_id)
@@ -234,8 +229,9 @@ class MemorySeatBook:
         if room is None:
             if len(self._rooms) >= ROOMS_KEPT:
                 self._make_place()
-            now = self._clock.seconds()
-            room = self._rooms[room_id] = _Room(RoomSeats(self._guarding_since, now), empty_since=now)
+            room = self._rooms[room_id] = _Room(RoomSeats(self._guarding_since, self._clock.seconds()))
+        elif room.started and self._has_ended(room):
+            room.started = False
         return room
 
     def _make_place(self) -> None:
@@ -246,7 +242,8 @@ class MemorySeatBook:
         del self._rooms[dropped]
 
     def _has_ended(self, room: _Room) -> bool:
-        return room.empty_since is not None and self._clock.seconds() - room.empty_since >= CALL_ENDED_AFTER
+        now = self._clock.seconds()
+        return not room.seats.is_occupied(now) and now - room.seats.vacated >= CALL_ENDED_AFTER
 
     def _wake_all(self, room_id: str) -> None:
         room = self._rooms.get(room_id)
@@ -274,19 +271,13 @@ class MemorySeatBook:
         fire_all(woken, None)
 
     def _changed(self, room_id: str, room: _Room) -> None:
-        """Write what changed behind the call, and note whether the call has become empty."""
+        """Write what changed to the state directory, without waiting for it."""
         seats, now = room.seats, self._clock.seconds()
-        if self._has_ended(room):
-            room.started = False
-        if seats.is_occupied():
-            room.empty_since = None
-        elif room.empty_since is None:
-            room.empty_since = now
         changed, seats.changed = seats.changed, set()
         if self._store is None:
             return
         for key in changed:
-            if not key.identity:
+            if not key.alias:
                 continue
             hold = seats.find(key)
             if hold is None or hold.state in (HoldState.UNSEATED, HoldState.ISSUED_UNSEATED):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from attrs import define, field
 from livekit.protocol.models import ParticipantInfo
@@ -86,7 +86,9 @@ class Roster:
         if slot is not None:
             present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
             await self._count_unissued(alias, present)
-            await self._seats.apply_listing(slot.room_id, alias, present, await self._limit(slot.room_id), since)
+            # Whoever asks for a listing has read the policy. It is not read again: the homeserver may be slow.
+            limit = self._policies.last_known(slot.room_id).max_users
+            await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
         return participants
 
     async def _aliases_to_list(self, room_id: str, requested: str) -> Collection[str]:
@@ -111,8 +113,6 @@ class Roster:
     async def handle(self, slot: Slot, event: WebhookEvent) -> None:
         """A participant of one SFU room joined or left. Idempotent."""
         participant, alias = event.participant, event.room.name
-        if self.sfu_rooms is not None:
-            self.sfu_rooms.add(alias)
         if event.event in DEPARTURES:
             left_by = min(self._clock.seconds(), self._on_our_clock(event.created_at + 1.0) or self._clock.seconds())
             await self._seats.leave(
@@ -122,6 +122,20 @@ class Roster:
         elif event.event == "participant_joined" and participant.sid and takes_seat(participant):
             limit = await self._limit(slot.room_id)
             await self._seats.arrive(slot.room_id, alias, await self._arrival(alias, participant), limit)
+
+    def rooms_listed(self, aliases: Iterable[str]) -> None:
+        """These are all of LiveKit's SFU rooms."""
+        self.sfu_rooms = set(aliases)
+        self._unissued = {alias: count for alias, count in self._unissued.items() if alias in self.sfu_rooms}
+
+    def heard_of(self, alias: str, *, exists: bool) -> None:
+        """LiveKit named an SFU room in a webhook. :param exists: not if it said that the room is finished."""
+        if self.sfu_rooms is None:
+            return
+        if exists:
+            self.sfu_rooms.add(alias)
+        else:
+            self.sfu_rooms.discard(alias)
 
     async def removed(self, slot: Slot, alias: str, sid: str, identity: str) -> None:
         """We removed a participant, or LiveKit said that there is none of that name."""

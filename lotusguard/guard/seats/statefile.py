@@ -38,6 +38,11 @@ CREATE TABLE IF NOT EXISTS holds (
     present INTEGER NOT NULL, expires REAL NOT NULL, PRIMARY KEY (room_id, alias, identity)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS holds_by_expiry ON holds (present, expires);
+CREATE TABLE IF NOT EXISTS lobby (
+    room_id TEXT NOT NULL, user TEXT NOT NULL, id TEXT NOT NULL, state TEXT NOT NULL, began REAL NOT NULL,
+    expires REAL NOT NULL, notice TEXT NOT NULL, PRIMARY KEY (room_id, user)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS residence (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS clock (name TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 """
 _NEW_COLUMNS = (
@@ -92,7 +97,7 @@ def _set_aside(path: Path, error: sqlite3.DatabaseError, wall: Callable[[], floa
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    _make_private(path)
+    make_private(path)
     # check_same_thread: opened and read here; later only the writing thread uses it.
     connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
@@ -107,7 +112,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _make_private(path: Path) -> None:
+def make_private(path: Path) -> None:
     """Create the file with mode 0600 before SQLite does; SQLite gives ``-wal`` and ``-shm`` the mode of the file."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))

@@ -7,9 +7,10 @@ that was committed; a machine that loses its power may.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from lotusguard.guard.seats.statefile import StateUnusable, open_state_file
 from lotusguard.guard.seats.writer import PATIENCE, BatchWriter
 from lotusguard.metrics import Metrics
 
-__all__ = ["PATIENCE", "StateStore", "StateUnusable", "StoredHold", "StoredIdentity", "open_state_store"]
+__all__ = [
+    "PATIENCE",
+    "StateStore",
+    "StateUnusable",
+    "StoredHold",
+    "StoredIdentity",
+    "StoredLobbyEntry",
+    "open_state_store",
+]
 
 log = Logger()
 
@@ -32,6 +41,7 @@ GAP = 600.0
 ROWS_KEPT = {"aliases": 200_000, "identities": 1_000_000}
 """Rows that stay in the file; the oldest are deleted first."""
 HOLDS_READ = 200_000
+LOBBY_READ = 50_000
 DELETED_AT_ONCE = 20_000
 KEPT, PRESENT_KEPT = 30 * 86400.0, 7 * 86400.0
 """Seconds after which aliases and identities, and holds of people in a call, are deleted unless written again."""
@@ -42,6 +52,14 @@ _PUT_IDENTITY = """INSERT OR REPLACE INTO identities (alias, identity, user, dev
 _PUT_HOLD = """INSERT OR REPLACE INTO holds (room_id, user, alias, identity, device, present, expires)
     VALUES (?, ?, ?, ?, ?, ?, ?)"""
 _DROP_HOLD = "DELETE FROM holds WHERE room_id = ? AND alias = ? AND identity = ?"
+_PUT_LOBBY = """INSERT OR REPLACE INTO lobby (room_id, user, id, state, began, expires, notice)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+_DROP_LOBBY = "DELETE FROM lobby WHERE room_id = ? AND user = ?"
+_LOBBY = """SELECT room_id, user, id, state, began, expires, notice FROM lobby
+    WHERE expires > ? ORDER BY expires DESC LIMIT ?"""
+_PUT_RESIDENCE = """INSERT OR REPLACE INTO residence (name, value)
+    SELECT json_extract(row.value, '$[0]'), json_extract(row.value, '$[1]') FROM json_each(?) AS row"""
+_DROP_RESIDENCE = "DELETE FROM residence WHERE value IS NULL"
 _PUT_CLOCK = "INSERT OR REPLACE INTO clock (name, at) VALUES (?, ?)"
 _ALIASES = """SELECT alias, room_id, slot_id FROM
     (SELECT rowid AS written, * FROM aliases ORDER BY rowid DESC LIMIT ?) ORDER BY written"""
@@ -86,6 +104,19 @@ class StoredIdentity:
     device: str
     ceiling: int | None
     withheld: int
+
+
+@frozen
+class StoredLobbyEntry:
+    """An entry in a room's lobby; see `lotusguard.rules.lobby.LobbyEntry`. Times are seconds since the epoch."""
+
+    room_id: str
+    user: str
+    id: str
+    state: str
+    began: float
+    expires: float
+    notice: str
 
 
 def open_state_store(
@@ -165,6 +196,15 @@ class StateStore:
             for room_id, user, alias, identity, device, present, expires in rows
         ]
 
+    def lobby_entries(self) -> list[StoredLobbyEntry]:
+        """The lobby entries that have not expired."""
+        rows = self._rows(_LOBBY, (self._wall(), LOBBY_READ), str, str, str, str, float, float, str)
+        return [StoredLobbyEntry(*row) for row in rows]
+
+    def residence(self) -> dict[str, str]:
+        """What `put_residence` wrote: values by name."""
+        return dict(self._rows("SELECT name, value FROM residence WHERE value IS NOT NULL", (), str, str))
+
     def _rows(self, query: str, values: tuple[object, ...], *types: Any) -> Iterator[tuple[Any, ...]]:
         """The rows whose values have these types. Others are counted, and the rest of a damaged table counts as one."""
         try:
@@ -212,6 +252,27 @@ class StateStore:
         """A hold has ended."""
         self._writer.put(("holds", room_id, alias, identity), _DROP_HOLD, (room_id, alias, identity))
 
+    def put_lobby_entry(self, entry: StoredLobbyEntry) -> None:
+        """Write a lobby entry at once, without waiting for it."""
+        values = (
+            entry.room_id, entry.user, entry.id, entry.state, float(entry.began), float(entry.expires), entry.notice
+        )  # fmt: skip
+        self._writer.put_now(("lobby", entry.room_id, entry.user), _PUT_LOBBY, values)
+
+    def drop_lobby_entry(self, room_id: str, user: str) -> None:
+        """A lobby entry has ended."""
+        self._writer.put(("lobby", room_id, user), _DROP_LOBBY, (room_id, user))
+
+    def put_residence(self, rows: Mapping[str, str | None]) -> Deferred[bool]:
+        """Write what is known by being in rooms: all of these rows or none.
+
+        A newer call replaces one that is not on disk yet, so its rows must include those of the older one.
+
+        :param rows: values by name; ``None`` deletes. :return: as `put_hold`.
+        """
+        statement = json.dumps(list(rows.items()))
+        return self._writer.put_now(("residence",), _PUT_RESIDENCE, (statement,))
+
     async def close(self) -> None:
         """Write what is left, as far as it can be written, and close the file."""
         if self._heartbeat.active():
@@ -229,8 +290,10 @@ class StateStore:
         self._put_clock("last_alive", now)
         self._writer.clean_up(
             [
+                (_DROP_RESIDENCE, ()),
                 ("DELETE FROM holds WHERE present = 0 AND expires < ?", (now,)),
                 ("DELETE FROM holds WHERE present = 1 AND expires < ?", (now - PRESENT_KEPT,)),
+                ("DELETE FROM lobby WHERE expires < ?", (now,)),
                 *(
                     (_DELETE_OLD.format(table=table), (DELETED_AT_ONCE, now - KEPT, kept))
                     for table, kept in ROWS_KEPT.items()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from attrs import Factory, define, field
@@ -56,6 +58,12 @@ class _State(Enum):
     """The last batch failed; the next attempt is scheduled."""
 
 
+class _Pool(ThreadPool):
+    """Its thread does not keep the process from ending when the start fails, for instance because a port is taken."""
+
+    threadFactory = partial(Thread, daemon=True)  # type: ignore[assignment]
+
+
 @define(eq=False)
 class _Write:
     statement: str
@@ -84,7 +92,7 @@ class BatchWriter:
     _batch_ended: list[Deferred[None]] = field(init=False, repr=False, factory=list)
 
     def __attrs_post_init__(self) -> None:
-        self._pool = ThreadPool(1, 1, "lotusguard-store")
+        self._pool = _Pool(1, 1, "lotusguard-store")
         self._pool.start()
 
     @property

@@ -14,6 +14,7 @@ from twisted.internet.task import deferLater
 
 from lotusguard.rules.policy import ROOM_QUALITY, VOICE_LIMIT
 from lotusguard.rules.tokens import read_unverified
+from lotusguard.sandbox.demo.lobby import LobbyDemo
 from lotusguard.sandbox.demo.members import MembersDemo
 from lotusguard.sandbox.demo.observer import Observer, expect
 from lotusguard.sandbox.demo.sandbox import SERVER_NAME, Refused, Sandbox
@@ -55,7 +56,9 @@ class Demo:
         self._sandbox.upstream.homeservers[SERVER_NAME] = self._worker.url
         try:
             members = MembersDemo(self._sandbox, self._report)
-            for part in (self._two_seats, self._a_screen_share, self._an_outage, self._recovery, members.run):
+            lobby = LobbyDemo(self._sandbox, self._report)
+            parts = (self._two_seats, self._a_screen_share, self._an_outage, self._recovery, members.run, lobby.run)
+            for part in parts:
                 await part()
         except StepFailed:
             pass

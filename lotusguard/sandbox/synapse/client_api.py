@@ -27,6 +27,8 @@ ROUTES = {
     "full_state": rf"{_ROOM}/state",
     "state_event": rf"{_ROOM}/state/([^/]*)(?:/([^/]*))?",
     "joined_members": rf"{_ROOM}/joined_members",
+    "create_room": rf"{_V3}/createRoom",
+    "room_alias": rf"{_V3}/directory/room/([^/]*)",
     "join": rf"{_V3}/join/([^/]*)",
     "join_room": rf"{_ROOM}/join",
     "leave": rf"{_ROOM}/leave",
@@ -40,7 +42,19 @@ ROUTES = {
     "redact": rf"{_ROOM}/redact/([^/]*)/([^/]*)",
 }
 """Patterns by route name. All need an access token."""
-_POST = ("request_token", "join", "join_room", "leave", "forget", "kick", "ban", "unban", "invite", "knock")
+_POST = (
+    "request_token",
+    "create_room",
+    "join",
+    "join_room",
+    "leave",
+    "forget",
+    "kick",
+    "ban",
+    "unban",
+    "invite",
+    "knock",
+)
 METHODS = dict.fromkeys(_POST, ("POST",)) | {"state_event": ("GET", "PUT"), "send": ("PUT",), "redact": ("PUT",)}
 """Methods by route name; GET where none are named."""
 
@@ -53,6 +67,7 @@ class ClientApi:
 
     matrix: Matrix
     _transactions: OrderedDict[tuple[str, ...], str] = Factory(OrderedDict)
+    _aliases: dict[str, str] = Factory(dict)
 
     def answer(self, login: Login, route: str, asked: Asked, groups: list[str]) -> dict[str, Any]:
         """:raises Refusal: if the caller may not do that."""
@@ -78,6 +93,22 @@ class ClientApi:
     def joined_rooms(self, login: Login, asked: Asked) -> dict[str, Any]:
         rooms = self.matrix.rooms
         return {"joined_rooms": [id for id, room in rooms.items() if room.membership(login.user_id) == "join"]}
+
+    def create_room(self, login: Login, asked: Asked) -> dict[str, Any]:
+        """The stand-in knows no presets: every room is private."""
+        name = json_object(asked).get("room_alias_name")
+        alias = f"#{name}:{self.matrix.server_name}"
+        if name is not None and alias in self._aliases:
+            raise error(400, "M_ROOM_IN_USE", "Room alias already taken")
+        room_id = self.matrix.create_room(login.user_id)
+        if name is not None:
+            self._aliases[alias] = room_id
+        return {"room_id": room_id}
+
+    def room_alias(self, login: Login, asked: Asked, alias: str) -> dict[str, Any]:
+        if alias not in self._aliases:
+            raise error(404, "M_NOT_FOUND", f"Room alias {alias} not found.")
+        return {"room_id": self._aliases[alias], "servers": [self.matrix.server_name]}
 
     # -- state ---------------------------------------------------------------------------------------------
 

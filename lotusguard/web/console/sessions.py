@@ -48,6 +48,11 @@ class Sessions:
         self._sessions = TTLCache(SESSIONS_KEPT, SESSION_LIFETIME, timer=self._clock.seconds)
         self._failures = TTLCache(ADDRESSES_KEPT, ATTEMPT_WINDOW, timer=self._clock.seconds)
 
+    def use_token(self, token: str) -> None:
+        """Another token counts from now on; who is signed in has to sign in again."""
+        self._token = token
+        self._sessions.clear()
+
     @property
     def enabled(self) -> bool:
         return bool(self._token)

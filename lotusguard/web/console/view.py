@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import define, field, frozen
@@ -12,22 +12,13 @@ from twisted.internet.interfaces import IReactorTime
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.joins.history import Minute
+from lotusguard.guard.lobby import Waiting
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
 
 DECISIONS_SHOWN = 20
 REPORT_AGE = 10.0
 """Seconds for which a health report is shown again: making one asks every dependency."""
-
-
-@frozen
-class Waiting:
-    """Somebody in a lobby. :ivar since: seconds since the epoch."""
-
-    room_id: str
-    user: str
-    since: float
-    color: str
 
 
 @frozen
@@ -54,11 +45,6 @@ class Overview:
     """turns a time on the guard's clock into seconds since the epoch"""
 
 
-async def nobody_waits() -> Sequence[Waiting]:
-    """Without a lobby."""
-    return ()
-
-
 @define(eq=False)
 class ConsoleView:
     """Gathers what the console shows."""
@@ -69,7 +55,7 @@ class ConsoleView:
     _decision_log: DecisionLog
     _clock: IReactorTime
     _wall: Callable[[], float]
-    _waiting: Callable[[], Awaitable[Sequence[Waiting]]] = nobody_waits
+    _waiting: Callable[[], Sequence[Waiting]]
     _report: dict[str, Any] = field(factory=dict, init=False)
     _reported_at: float | None = field(default=None, init=False)
 
@@ -81,7 +67,7 @@ class ConsoleView:
         rooms = sorted((self._row(s) for s in await self._seats.snapshots()), key=lambda row: -len(row.present))
         decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
         return Overview(
-            self._report, rooms, await self._waiting(), decisions, self._decision_log.history.last_hour(),
+            self._report, rooms, self._waiting(), decisions, self._decision_log.history.last_hour(),
             self._since_epoch,
         )  # fmt: skip
 

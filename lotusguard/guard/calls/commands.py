@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that moderators write into rooms the guard is in (``!call …``). Each is answered by one notice."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from attrs import define, field
+from cachetools import LRUCache
+from twisted.internet.defer import Deferred, TimeoutError
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.keyed_worker import KeyedWorker
+from lotusguard.clients.synapse import MatrixClient
+from lotusguard.clients.synapse.sync_answer import RoomEvent
+from lotusguard.clients.waiting import Deadline
+from lotusguard.guard.calls.moderation import Moderation, ModerationAction
+from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.residence.account import GuardAccount
+from lotusguard.guard.rooms.residence.residence import Residence
+from lotusguard.guard.rooms.residence.voice import RateLimit
+from lotusguard.guard.rooms.voice import RoomVoice
+from lotusguard.guard.seats.book import SeatBook
+from lotusguard.metrics import Metrics
+from lotusguard.rules.commands import USAGE, Authority, Command, NotACommand, Verb, read_command
+from lotusguard.rules.state import VOICE_LIMIT
+
+log = Logger()
+
+ROOM_BURST, ROOM_RATE = 10, 0.2
+"""Commands of one room that are answered at once, and per second in the long run. More are dropped."""
+ROOMS_AT_ONCE = 8
+TIMEOUT = 30.0
+"""Seconds that a command may take."""
+USERS_NAMED = 20
+"""Users that one notice names."""
+
+_ACTIONS: Mapping[Verb, tuple[ModerationAction, str, str]] = {
+    # verb: (what is done, the answer if it was, the answer if it was not)
+    Verb.REMOVE: (
+        ModerationAction.REMOVE,
+        "{user} was removed from the call. For 10 minutes, or until admitted, they cannot join it.",
+        "{user} is not in the call.",
+    ),
+    Verb.MUTE: (ModerationAction.MUTE, "{user} was muted. They can unmute themselves.", "{user} is not in the call."),
+    Verb.ADMIT: (ModerationAction.ADMIT, "{user} was admitted.", "{user} is not waiting."),
+    Verb.DENY: (ModerationAction.DENY, "{user} was denied.", "{user} is not waiting."),
+}
+
+
+class EndsCalls(Protocol):
+    """Who ends calls (`CallEnder`)."""
+
+    async def end(self, room_id: str, by: str) -> int:
+        """:return: how many participants were removed."""
+
+
+class CommandRefused(Exception):
+    """Somebody may not do this; the text says why."""
+
+
+@define(eq=False)
+class Commands:
+    """Answers commands, one after another in each room.
+
+    :ivar moderation: does what moderators ask for; ``None`` if nothing can.
+    :ivar waiting: the users who wait in a room's lobby.
+    :param reasons: what is not enforced now, and why.
+    """
+
+    _voice: RoomVoice
+    _client: MatrixClient
+    _account: GuardAccount
+    _residence: Residence
+    _policies: Policies
+    _seats: SeatBook
+    _ender: EndsCalls
+    moderation: Moderation | None
+    waiting: Callable[[str], Sequence[str]]
+    _reasons: Callable[[], Awaitable[Sequence[str]]]
+    _clock: IReactorTime
+    _metrics: Metrics
+    _queues: dict[str, deque[RoomEvent]] = field(factory=dict, init=False)
+    _limits: LRUCache[str, RateLimit] = field(factory=lambda: LRUCache(10_000), init=False)
+    _worker: KeyedWorker = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._worker = KeyedWorker(self._answer_all, ROOMS_AT_ONCE, _failed)
+
+    @property
+    def worker(self) -> KeyedWorker:
+        """Answers, one room at a time for each key."""
+        return self._worker
+
+    def received(self, room_id: str, event: RoomEvent) -> None:
+        """Somebody wrote a command. Returns at once."""
+        limit = self._limits.get(room_id) or RateLimit(self._clock, ROOM_BURST, ROOM_RATE)
+        self._limits[room_id] = limit
+        if not limit.take():
+            self._metrics.commands.labels("dropped").inc()
+            return
+        self._queues.setdefault(room_id, deque()).append(event)
+        self._worker.run(room_id, urgent=False)
+
+    def stop(self) -> None:
+        self._worker.stop()
+
+    async def _answer_all(self, room_id: str) -> None:
+        queue = self._queues.get(room_id, deque())
+        while queue:
+            event = queue.popleft()
+            text, outcome = await self._answer(room_id, event)
+            self._metrics.commands.labels("done" if outcome == "leaving" else outcome).inc()
+            log.info(
+                "{user} commanded {command} in {room_id}: {outcome}",
+                user=event.sender, command=str(event.mapping["body"])[:200], room_id=room_id, outcome=outcome,
+                event_name="command",
+            )  # fmt: skip
+            try:
+                await self._voice.notice(room_id, text)
+            except DependencyFailed as failed:
+                log.warn("could not answer in {room_id}: {reason}", room_id=room_id, reason=failed.reason)
+            if outcome == "leaving":
+                await self._client.leave(room_id)
+        self._queues.pop(room_id, None)
+
+    async def _answer(self, room_id: str, event: RoomEvent) -> tuple[str, str]:
+        """Do what a command says. :return: the answer, and the outcome."""
+        doing = Deferred.fromCoroutine(self._do(room_id, event))
+        try:
+            text = await Deadline.after(self._clock, TIMEOUT).wait(doing)
+        except (CommandRefused, NotACommand) as refused:
+            return str(refused), "refused"
+        except DependencyFailed as failed:
+            return f"That did not work ({failed.dependency}: {failed.reason}).", "failed"
+        except TimeoutError:
+            return "That did not work in time.", "failed"
+        except Exception:
+            log.failure("a command in {room_id} failed", room_id=room_id)
+            return "That did not work.", "failed"
+        return text, "leaving" if text is GOODBYE else "done"
+
+    async def _do(self, room_id: str, event: RoomEvent) -> str:
+        pushed = self._residence.state_of(room_id)
+        if pushed is None:
+            raise DependencyFailed("synapse", "no_state")
+        authority = Authority.of_state(pushed.events)
+        if not authority.may_moderate(event.sender):
+            raise CommandRefused(
+                f"{event.sender}: this needs power level {authority.moderate_level}, "
+                f"yours is {authority.level_of(event.sender)}."
+            )
+        command = read_command(event.mapping["body"], _mentioned(event.mapping))
+        match command.verb:
+            case Verb.STATUS:
+                return await self._status(room_id)
+            case Verb.HELP:
+                return USAGE
+            case Verb.LIMIT:
+                return await self._set_limit(room_id, event.sender, command.limit, authority)
+            case Verb.END:
+                count = await self._ender.end(room_id, event.sender)
+                return f"The call was ended; {count} participants were removed." if count else "Nobody is in the call."
+            case Verb.LEAVE:
+                return GOODBYE
+        return await self._moderate(room_id, event.sender, command)
+
+    async def _moderate(self, room_id: str, by: str, command: Command) -> str:
+        if self.moderation is None:
+            raise CommandRefused("This is not available here.")
+        action, done, not_done = _ACTIONS[command.verb]
+        users = [command.user] if command.user else list(self.waiting(room_id))
+        if not users:
+            return "Nobody is waiting."
+        answers = [
+            (done if await self.moderation.act(room_id, user, action, by) else not_done).format(user=user)
+            for user in users
+        ]
+        more = len(answers) - USERS_NAMED
+        return "\n".join(answers[:USERS_NAMED] + ([f"And {more} more."] if more > 0 else []))
+
+    async def _set_limit(self, room_id: str, by: str, limit: int, authority: Authority) -> str:
+        """Write the limit into room state, if both the moderator and the guard may."""
+        needed = authority.level_to_send(VOICE_LIMIT)
+        if not authority.may_send_state(by, VOICE_LIMIT):
+            raise CommandRefused(
+                f"{by}: changing {VOICE_LIMIT} needs power level {needed}, yours is {authority.level_of(by)}."
+            )
+        own = self._account.user_id
+        if not authority.may_send_state(own, VOICE_LIMIT):
+            raise CommandRefused(
+                f"I cannot change the limit: {VOICE_LIMIT} needs power level {needed}, mine is "
+                f"{authority.level_of(own)}."
+            )
+        pushed = self._residence.state_of(room_id)
+        event = pushed.events.get(VOICE_LIMIT) if pushed is not None else None
+        content = dict(event.mapping) if event is not None else {}
+        await self._client.put_state(room_id, VOICE_LIMIT, {**content, "max_users": limit})
+        return f"At most {limit} people may be in the call now." if limit else "The call has no limit now."
+
+    async def _status(self, room_id: str) -> str:
+        known = await self._policies.get(room_id, Deadline.after(self._clock, TIMEOUT / 2))
+        policy = known.policy
+        snapshots = [one for one in await self._seats.snapshots() if one.room_id == room_id]
+        users = sorted({presence.user for snapshot in snapshots for presence in snapshot.present})
+        awaited = sorted({user for snapshot in snapshots for user in snapshot.awaited} - set(users))
+        taken = sum(snapshot.seats_taken for snapshot in snapshots)
+        lines = [
+            f"Limit: {policy.max_users} ({taken} taken)." if policy.max_users is not None else "No limit.",
+            f"In the call: {_names(users)}.",
+        ]
+        if awaited:
+            lines.append(f"About to join: {_names(awaited)}.")
+        waiting = self.waiting(room_id)
+        if waiting:
+            lines.append(f"Waiting: {_names(waiting)}.")
+        if policy.forbidden:
+            lines.append(f"Forbidden: {', '.join(sorted(source.claim for source in policy.forbidden))}.")
+        needed = policy.permissions.needed if policy.permissions is not None else {}
+        if needed:
+            levels = sorted((action.value, level) for action, level in needed.items())
+            lines.append("Power levels: " + ", ".join(f"{action} {level}" for action, level in levels) + ".")
+        lines += [f"Not enforced now: {reason}." for reason in await self._reasons()]
+        return "\n".join(lines)
+
+
+GOODBYE = "I leave this room, and no longer hear what changes here."
+
+
+def _names(users: Sequence[str]) -> str:
+    more = len(users) - USERS_NAMED
+    return (", ".join(users[:USERS_NAMED]) + (f" and {more} more" if more > 0 else "")) or "nobody"
+
+
+def _mentioned(content: Mapping[str, Any]) -> list[str]:
+    mentions = content.get("m.mentions")
+    users = mentions.get("user_ids") if isinstance(mentions, dict) else None
+    return [user for user in users if isinstance(user, str)] if isinstance(users, list) else []
+
+
+def _failed(room_id: str, failure: Failure) -> None:
+    log.failure("commands in {room_id} failed", failure, room_id=room_id)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What moderators do through the guard: admit, deny, remove, mute."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from attrs import define
+from livekit.protocol.models import ParticipantInfo, TrackType
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from lotusguard.clients.livekit import LiveKitClient, NoSuchParticipant
+from lotusguard.clients.waiting import Deadline
+from lotusguard.guard.calls.enforcement import Enforcement
+from lotusguard.guard.calls.moderation import ModerationAction
+from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.seats.book import SeatBook
+from lotusguard.guard.seats.registry import Slot, TokenRegistry
+from lotusguard.guard.seats.roster import Roster
+from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.lobby import LobbyState
+from lotusguard.rules.refusals import Refusal
+
+log = Logger()
+
+
+@define(eq=False)
+class Moderator:
+    """Implements `lotusguard.guard.calls.moderation.Moderation`. Whether somebody may do this is checked before."""
+
+    _lobby: Lobby
+    _livekit: LiveKitClient
+    _roster: Roster
+    _seats: SeatBook
+    _registry: TokenRegistry
+    _participants: ParticipantEnforcer
+    _enforcement: Enforcement
+    _clock: IReactorTime
+    _lookup_timeout: float
+
+    async def act(self, room_id: str, user: str, action: ModerationAction, by: str) -> bool:
+        """Do it.
+
+        :param by: who asked for it, for the log.
+        :return: ``False`` if the user neither waits nor is in the call.
+        :raises DependencyFailed: LiveKit does not do it. :raises TimeoutError: not in time.
+        """
+        match action:
+            case ModerationAction.ADMIT:
+                return self._lobby.decide(room_id, user, admit=True, by=by)
+            case ModerationAction.DENY:
+                return self._lobby.decide(room_id, user, admit=False, by=by)
+            case ModerationAction.REMOVE:
+                return await self._remove(room_id, user, by)
+            case ModerationAction.MUTE:
+                return await self._mute(room_id, user, by)
+
+    async def _remove(self, room_id: str, user: str, by: str) -> bool:
+        """Remove a user from the call, and refuse them for ten minutes. Enforcement tries again what fails now."""
+        waits = self._lobby.state_of(room_id, user) is LobbyState.WAITING
+        found = waits or user in await self._seats.occupants(room_id)
+        if found:
+            self._lobby.remove(room_id, user, by)  # first: they may ask for a token at once
+        async for alias, slot, participant in self._sessions(room_id, user):
+            if not found:
+                self._lobby.remove(room_id, user, by)
+                found = True
+            if await self._participants.remove(room_id, alias, participant.identity, user, Refusal.REMOVED.value):
+                await self._roster.removed(slot, alias, participant.sid, participant.identity)
+            else:
+                self._enforcement.enforce(alias)
+        return found
+
+    async def _mute(self, room_id: str, user: str, by: str) -> bool:
+        """Mute everything of a user's that can be heard. They can unmute themselves."""
+        found = False
+        async for alias, _, participant in self._sessions(room_id, user):
+            found = True
+            for track in participant.tracks:
+                if track.type != TrackType.AUDIO or track.muted:
+                    continue
+                if not self._participants.acts:
+                    self._participants.skipped("mute", room_id, alias, participant.identity, track.sid)
+                    continue
+                try:
+                    await self._livekit.mute_track(alias, participant.identity, track.sid)
+                except NoSuchParticipant:
+                    continue
+                log.info(
+                    "{by} muted {user} in the call of {room_id}",
+                    by=by, user=user, room_id=room_id, event_name="muted_by_moderator",
+                )  # fmt: skip
+        return found
+
+    async def _sessions(self, room_id: str, user: str) -> AsyncIterator[tuple[str, Slot, ParticipantInfo]]:
+        """The user's sessions in all SFU rooms of the Matrix room, as LiveKit lists them now."""
+        deadline, now = Deadline.after(self._clock, self._lookup_timeout), self._clock.seconds()
+        main = room_alias(room_id, ROOM_SLOT)
+        await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
+        for alias in {main, *await self._seats.aliases(room_id)}:
+            slot = await self._registry.slot_of(alias)
+            for participant in (await self._roster.list(alias, now, deadline)).value if slot is not None else ():
+                if slot is not None and await self._registry.user_behind(alias, participant.identity) == user:
+                    yield alias, slot, participant

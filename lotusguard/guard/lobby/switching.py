@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a room's lobby is on: switched on by its moderators, and somebody can admit people there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+from attrs import define, field
+from cachetools import LRUCache
+from livekit.protocol.models import ParticipantInfo
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from lotusguard.clients.livekit import LiveKitClient
+from lotusguard.clients.waiting import Deadline
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
+from lotusguard.guard.seats.book import SeatBook
+from lotusguard.guard.seats.registry import TokenRegistry
+from lotusguard.guard.seats.roster import Roster
+from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.lobby import LobbyState
+from lotusguard.rules.participants import joined_at
+
+log = Logger()
+
+ROOMS_REMEMBERED = 20_000
+CALL_ENDED_AFTER = 60.0
+"""Seconds without occupants and holds after which a call has ended."""
+
+
+class Seen(Enum):
+    """How a room's lobby was last seen."""
+
+    OFF = "off"
+    ON = "on"
+    """It was off before: everybody who was in the call then was accepted."""
+    ON_FROM_THE_START = "on_from_the_start"
+    """It was on when this guard first saw the room."""
+    UNDECIDABLE = "undecidable"
+    """It is switched on in the room, but nobody could admit people. Nobody waits."""
+
+
+_IS_ON = (Seen.ON, Seen.ON_FROM_THE_START)
+
+
+@define(eq=False)
+class LobbySwitch:
+    """Notices when lobbies are switched on and off, and when calls end.
+
+    :param can_decide: whether somebody could admit people in a room.
+    """
+
+    _lobby: Lobby
+    _policies: Policies
+    _seats: SeatBook
+    _roster: Roster
+    _registry: TokenRegistry
+    _livekit: LiveKitClient
+    _clock: IReactorTime
+    _can_decide: Callable[[str], bool]
+    _lookup_timeout: float
+    _started: float = field(init=False)
+    _seen: LRUCache[str, Seen] = field(factory=lambda: LRUCache(ROOMS_REMEMBERED), init=False)
+    _empty_since: dict[str, float] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._started = self._clock.seconds()
+
+    async def is_on(self, room_id: str, known: KnownPolicy) -> bool:
+        """Whether people have to wait in this room. While the policy is unknown nobody has to."""
+        before = self._seen.get(room_id)
+        seen = self._look(room_id, known, before)
+        if seen is Seen.ON and before is not Seen.ON:
+            for user in await self._seats.occupants(room_id):
+                self._lobby.let_in(room_id, user)
+        elif seen not in _IS_ON and known.freshness is not Freshness.UNKNOWN:
+            self._lobby.switched_off(room_id)
+        if seen is Seen.UNDECIDABLE and before is not seen:
+            log.warn(
+                "the lobby of {room_id} is off: nobody could admit people there. Invite the guard's account, or set "
+                "GUARD_ADMIN_TOKEN", room_id=room_id, event_name="lobby_undecidable",
+            )  # fmt: skip
+        self._seen[room_id] = seen
+        return seen in _IS_ON
+
+    def _look(self, room_id: str, known: KnownPolicy, before: Seen | None) -> Seen:
+        if known.policy.lobby is None:
+            return Seen.OFF
+        if not self._can_decide(room_id):
+            return Seen.UNDECIDABLE
+        if before in _IS_ON:
+            return before
+        return Seen.ON_FROM_THE_START if before is None else Seen.ON
+
+    @property
+    def undecidable_rooms(self) -> int:
+        """Rooms whose lobby is switched on and yet off, because nobody could admit people."""
+        return sum(seen is Seen.UNDECIDABLE for seen in self._seen.values())
+
+    def joined_before_us(self, participant: ParticipantInfo) -> bool:
+        """Whether a participant was in the call before this guard ran; then nobody knows who let them in."""
+        joined = joined_at(participant)
+        if joined is None:
+            return False
+        return self._clock.seconds() - (self._livekit.now() - joined) < self._started
+
+    async def was_in_before_us(self, room_id: str, user: str, since: float, deadline: Deadline) -> bool:
+        """Whether a user is in the call, and was so before this guard ran.
+
+        :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError: not in time.
+        """
+        if self._seen.get(room_id) is not Seen.ON_FROM_THE_START:
+            return False
+        alias = room_alias(room_id, ROOM_SLOT)
+        for participant in (await self._roster.list(alias, since, deadline)).value:
+            is_theirs = await self._registry.user_behind(alias, participant.identity) == user
+            if is_theirs and self.joined_before_us(participant):
+                return True
+        return False
+
+    async def pass_time(self) -> None:
+        """See whether lobbies were switched off, people who wait were promoted, and calls have ended.
+
+        To be called every few seconds.
+        """
+        for room_id in self._lobby.rooms_with(LobbyState.WAITING):
+            deadline = Deadline.after(self._clock, self._lookup_timeout)
+            known = await self._policies.get(room_id, deadline)
+            if not await self.is_on(room_id, known):
+                continue
+            for user in self._lobby.waiting_in(room_id):
+                if known.policy.bypasses_lobby(user):
+                    self._lobby.let_in(room_id, user)
+        await self._notice_ended_calls()
+
+    async def _notice_ended_calls(self) -> None:
+        now, rooms = self._clock.seconds(), self._lobby.rooms_with(LobbyState.ACCEPTED)
+        self._empty_since = {room_id: at for room_id, at in self._empty_since.items() if room_id in set(rooms)}
+        for room_id in rooms:
+            if await self._seats.occupants(room_id):
+                self._empty_since.pop(room_id, None)
+            elif now - self._empty_since.setdefault(room_id, now) >= CALL_ENDED_AFTER:
+                self._empty_since.pop(room_id)
+                self._lobby.call_ended(room_id)

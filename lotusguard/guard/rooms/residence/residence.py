@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rooms that the guard's account is in: what is known of them, in memory and in the state store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Protocol
+
+from attrs import define, field
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from lotusguard.clients.synapse.sync_answer import SyncAnswer
+from lotusguard.guard.rooms.residence.room import ResidentRoom, RoomChange
+from lotusguard.guard.rooms.source import PushedState
+from lotusguard.metrics import Metrics
+from lotusguard.rules.state import CREATE, StateEvent
+
+log = Logger()
+
+ROOMS_KEPT = 2_000
+"""Rooms beyond these are not resident: they are looked up like any other."""
+STATE_KEPT = 64 * 1024 * 1024
+"""Bytes of the state of all rooms; rooms that do not fit are not resident."""
+MEMBERS_KEPT = 500_000
+"""User IDs of all rooms; in rooms that do not fit, memberships are looked up."""
+_SYNC, _ROOM, _INVITE = "sync", "room ", "invite "
+
+
+class ResidenceStore(Protocol):
+    """What must survive a restart (`StateStore`)."""
+
+    def residence(self) -> dict[str, str]:
+        """What `put_residence` wrote."""
+
+    def put_residence(self, rows: Mapping[str, str | None]) -> Deferred[bool]:
+        """Write all of these rows, or none. :return: whether they are on disk."""
+
+
+class SyncStatus(Enum):
+    """How ``/sync`` goes."""
+
+    STARTING = "starting"
+    OFF = "off"
+    """It is never called: see ``GUARD_INVITES``."""
+    ALIVE = "alive"
+    FAILING = "failing"
+    """The last attempt failed. What is known may have changed."""
+
+
+@define(eq=False)
+class Residence:
+    """What is known by being in rooms; a `PushedRooms`.
+
+    :ivar status: only while it is ALIVE, what is known is current.
+    :ivar reason: why it is FAILING or OFF.
+    :ivar since: the token that the next sync continues from; ``""`` for a full one.
+    :ivar invites: who invited the account, by the ID of a room whose invitation is not settled.
+    """
+
+    _store: ResidenceStore | None
+    _clock: IReactorTime
+    _wall: Callable[[], float]
+    _metrics: Metrics
+    status: SyncStatus = field(default=SyncStatus.STARTING, init=False)
+    reason: str = field(default="", init=False)
+    since: str = field(default="", init=False)
+    invites: dict[str, str] = field(factory=dict, init=False)
+    _user_id: str = field(default="", init=False)
+    _rooms: dict[str, ResidentRoom] = field(factory=dict, init=False)
+    _members: int = field(default=0, init=False)
+    _size: int = field(default=0, init=False)
+    _current_at: float = field(default=0.0, init=False)
+    _unsaved: dict[str, int] = field(factory=dict, init=False)
+    _saves: int = field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._metrics.resident_rooms.set_function(lambda: len(self._rooms))
+        self._metrics.sync_alive.set_function(lambda: int(self.alive))
+
+    # -- what others ask -----------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether every change in the rooms reaches us now."""
+        return self.status is SyncStatus.ALIVE
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    def is_resident(self, room_id: str) -> bool:
+        """Whether our account is in the room, as far as it heard."""
+        return room_id in self._rooms
+
+    def room(self, room_id: str) -> ResidentRoom | None:
+        """What is known of a room."""
+        return self._rooms.get(room_id)
+
+    def room_ids(self) -> list[str]:
+        return list(self._rooms)
+
+    def state_of(self, room_id: str) -> PushedState | None:
+        """See `PushedRooms`. A state without ``m.room.create`` is not the room's state."""
+        room = self._rooms.get(room_id)
+        if room is None or CREATE not in room.state:
+            return None
+        return PushedState(room.state, self._clock.seconds() if self.alive else self._current_at, self.alive)
+
+    def is_joined(self, room_id: str, user: str) -> bool:
+        """See `PushedRooms`."""
+        room = self._rooms.get(room_id)
+        return self.alive and room is not None and room.joined is not None and user in room.joined
+
+    # -- what /sync says -----------------------------------------------------------------------------------
+
+    def apply(self, answer: SyncAnswer) -> tuple[dict[str, RoomChange], list[str]]:
+        """Take over an answer. :return: what changed in which rooms, and the rooms that the account is not in any more.
+
+        The first answer without a token before it names all rooms: others are not resident any more.
+        """
+        gone = [room_id for room_id in answer.left if room_id in self._rooms]
+        if not self.since:
+            gone += [room_id for room_id in self._rooms if room_id not in answer.joined]
+        for room_id in gone:
+            self.drop(room_id)
+        changes = {}
+        for room_id, news in answer.joined.items():
+            room = self._rooms.get(room_id) or self._new_room()
+            if room is None:
+                self._metrics.residence_overflow.labels("room").inc()
+                continue
+            members, size = len(room.joined or ()), room.size
+            change = room.apply(news)
+            self._rooms[room_id] = room
+            self._members += len(room.joined or ()) - members
+            self._size += room.size - size
+            self.settle_invite(room_id)
+            if self._size > STATE_KEPT:
+                self.drop(room_id)
+                self._metrics.residence_overflow.labels("state").inc()
+                continue
+            changes[room_id] = change
+            if change.state:
+                self._touch(_ROOM + room_id)
+        for room_id in answer.left:
+            self.settle_invite(room_id)
+        self.since = answer.since
+        self.status, self.reason, self._current_at = SyncStatus.ALIVE, "", self._clock.seconds()
+        return changes, gone
+
+    def failing(self, reason: str) -> None:
+        """The sync failed: what is known is not current from now on."""
+        self.status, self.reason = SyncStatus.FAILING, reason
+
+    def turn_off(self, reason: str) -> None:
+        """``/sync`` will not be called."""
+        self._forget_everything()
+        self.status, self.reason = SyncStatus.OFF, reason
+
+    def drop(self, room_id: str) -> None:
+        """The account is not in the room any more."""
+        room = self._rooms.pop(room_id, None)
+        if room is not None:
+            self._members -= len(room.joined or ())
+            self._size -= room.size
+            self._touch(_ROOM + room_id)
+
+    def _new_room(self) -> ResidentRoom | None:
+        return ResidentRoom() if len(self._rooms) < ROOMS_KEPT else None
+
+    def put_state(self, room_id: str, event: StateEvent) -> None:
+        """A state event as it was just read."""
+        room = self._rooms.get(room_id)
+        if room is not None:
+            size = room.size
+            room.put(event)
+            self._size += room.size - size
+            self._touch(_ROOM + room_id)
+
+    def members_unknown(self, room_id: str) -> None:
+        """Memberships of a room may have changed unseen, and are about to be read."""
+        room = self._rooms.get(room_id)
+        if room is not None and room.joined is not None:
+            self._members -= len(room.joined)
+            room.joined = None
+
+    def members_read(self, room_id: str, members: frozenset[str] | None) -> None:
+        """The members of a room were read; ``None`` if they could not be."""
+        room = self._rooms.get(room_id)
+        if room is None:
+            return
+        before = len(room.joined or ())
+        if members is not None and self._members - before + len(members) > MEMBERS_KEPT:
+            self._metrics.residence_overflow.labels("members").inc()
+            members = None
+        room.members_read(members)
+        self._members += len(room.joined or ()) - before
+
+    # -- invitations ---------------------------------------------------------------------------------------
+
+    def add_invite(self, room_id: str, inviter: str) -> None:
+        """Somebody invited the account. It is kept until `settle_invite`, over a restart too."""
+        self.invites[room_id] = inviter
+        self._touch(_INVITE + room_id)
+
+    def settle_invite(self, room_id: str) -> None:
+        """The invitation was accepted, declined or withdrawn."""
+        if self.invites.pop(room_id, None) is not None:
+            self._touch(_INVITE + room_id)
+
+    # -- the state store -----------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Take over what an earlier run stored: last known policies hold before the homeserver has answered."""
+        rows = self._store.residence() if self._store is not None else {}
+        if not rows:
+            return
+        try:
+            place = json.loads(rows[_SYNC])
+            user_id, since, saved_at = str(place["user_id"]), str(place["since"]), float(place["at"])
+            rooms = {name: ResidentRoom.loaded(text) for name, text in rows.items() if name.startswith(_ROOM)}
+            invites = {name: str(json.loads(text)) for name, text in rows.items() if name.startswith(_INVITE)}
+        except (KeyError, ValueError, TypeError) as error:
+            log.warn("stored rooms are not used: {reason}", reason=str(error), event_name="residence_not_loaded")
+            self._unsaved.update(dict.fromkeys((name for name in rows if name != _SYNC), 0))
+            return
+        self._rooms = {name.removeprefix(_ROOM): room for name, room in rooms.items()}
+        self._size = sum(room.size for room in rooms.values())
+        self.invites = {name.removeprefix(_INVITE): inviter for name, inviter in invites.items()}
+        self._user_id, self.since = user_id, since
+        self._current_at = self._clock.seconds() - max(0.0, self._wall() - saved_at)
+
+    def belong_to(self, user_id: str) -> None:
+        """The account is known now: what another one knew does not count."""
+        if self._user_id not in ("", user_id):
+            log.warn("stored rooms are another account's and are not used", event_name="residence_not_loaded")
+            self._forget_everything()
+        self._user_id = user_id
+
+    def _forget_everything(self) -> None:
+        for room_id in list(self._rooms):
+            self.drop(room_id)
+        for room_id in list(self.invites):
+            self.settle_invite(room_id)
+        self.since = ""
+
+    async def save(self) -> None:
+        """Write what changed, together with the token that belongs to it. Returns when it is on disk, or is late."""
+        if self._store is None or not self.since:
+            return
+        self._saves += 1
+        mine = self._saves
+        names = dict(self._unsaved)
+        place = {"user_id": self._user_id, "since": self.since, "at": self._wall()}
+        rows: Mapping[str, str | None] = {**{name: self._row(name) for name in names}, _SYNC: json.dumps(place)}
+        if await self._store.put_residence(rows):
+            self._unsaved = {
+                name: touched for name, touched in self._unsaved.items() if touched > mine or name not in names
+            }
+
+    def _row(self, name: str) -> str | None:
+        if name.startswith(_ROOM):
+            room = self._rooms.get(name.removeprefix(_ROOM))
+            return room.dumped() if room is not None else None
+        inviter = self.invites.get(name.removeprefix(_INVITE))
+        return json.dumps(inviter) if inviter is not None else None
+
+    def _touch(self, name: str) -> None:
+        """A row has to be written with the next save."""
+        self._unsaved[name] = self._saves + 1

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lobby and the call: restarts, the end of a call, users of other homeservers, requests a homeserver proxies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.task import Clock
+
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.switching import LobbySwitch
+from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
+from lotusguard.metrics import Metrics
+from lotusguard.rules.lobby import LobbyState
+from lotusguard.rules.permissions import Lobby as LobbyPolicy
+from lotusguard.rules.policy import Policy
+from tests.calls import BOB, room_of
+from tests.conftest import StartSandbox, until
+from tests.guardprocess import ProcessSandbox
+from tests.lobby.test_joining import asking, lobby_room, moderate, waiting_in, waits
+
+ROOM = "!room:example.org"
+ON = KnownPolicy(Policy(lobby=LobbyPolicy()), Freshness.FRESH, room_exists=True)
+OFF = KnownPolicy(Policy(), Freshness.FRESH, room_exists=True)
+UNKNOWN = KnownPolicy(Policy(), Freshness.UNKNOWN, None)
+
+
+class Call:
+    """The few questions that the switch asks about calls and rooms."""
+
+    def __init__(self) -> None:
+        self.users: set[str] = set()
+
+    async def occupants(self, room_id: str) -> set[str]:
+        return self.users
+
+
+def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby, LobbySwitch]:
+    lobby = Lobby(None, clock, clock.seconds, Metrics(), 600.0)
+    stub: Any = call
+    return lobby, LobbySwitch(lobby, stub, stub, stub, stub, stub, clock, lambda room_id: decidable, 1.5)
+
+
+@pytest_twisted.ensureDeferred
+async def test_people_are_accepted_until_the_call_has_been_empty_for_a_minute() -> None:
+    clock, call = Clock(), Call()
+    lobby, switch = switched(clock, call)
+    lobby.let_in(ROOM, BOB)
+    call.users = {BOB}
+    for _ in range(60):
+        clock.advance(2.0)
+        await switch.pass_time()
+    assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+    call.users = set()
+    await switch.pass_time()
+    clock.advance(59.0)
+    await switch.pass_time()
+    assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+    clock.advance(1.0)
+    await switch.pass_time()
+    assert lobby.state_of(ROOM, BOB) is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_people_in_a_call_are_accepted_when_its_lobby_is_switched_on_but_not_when_it_was_on_before() -> None:
+    call = Call()
+    call.users = {BOB}
+    lobby, switch = switched(Clock(), call)
+    assert await switch.is_on(ROOM, ON)
+    assert lobby.state_of(ROOM, BOB) is None
+    lobby, switch = switched(Clock(), call)
+    assert not await switch.is_on(ROOM, OFF)
+    assert await switch.is_on(ROOM, ON)
+    assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> None:
+    lobby, switch = switched(Clock(), Call())
+    await switch.is_on(ROOM, ON)
+    lobby.ask(ROOM, BOB)
+    assert not await switch.is_on(ROOM, UNKNOWN)
+    assert lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+
+
+@pytest_twisted.ensureDeferred
+async def test_rooms_whose_lobby_nobody_could_decide_are_counted() -> None:
+    _, switch = switched(Clock(), Call(), decidable=False)
+    assert not await switch.is_on(ROOM, ON)
+    assert switch.undecidable_rooms == 1
+    assert not await switch.is_on(ROOM, OFF)
+    assert switch.undecidable_rooms == 0
+
+
+@pytest.mark.parametrize("signal", ["KILL", "TERM"])
+@pytest_twisted.ensureDeferred
+async def test_waiting_and_decisions_survive_a_restart(tmp_path: Path, signal: str) -> None:
+    sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "state")
+    await sandbox.start()
+    try:
+        room_id = lobby_room(sandbox)
+        held = asking(sandbox, BOB, room_id)
+        held.addErrback(lambda failure: None)
+        await until_waiting(sandbox, room_id)
+        await sandbox.end(signal)
+        await held
+        await sandbox.start_guard()
+        assert await waiting_in(sandbox, room_id) == [BOB]
+        assert await moderate(sandbox, room_id, BOB, "admit") == 200
+        await until_stored(sandbox)
+        await sandbox.end(signal)
+        await sandbox.start_guard()
+        assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    finally:
+        await sandbox.stop()
+
+
+async def until_waiting(sandbox: ProcessSandbox, room_id: str) -> None:
+    """Wait until somebody waits and that is on disk."""
+    while not await waiting_in(sandbox, room_id):
+        pass
+    await until_stored(sandbox)
+
+
+async def until_stored(sandbox: ProcessSandbox) -> None:
+    while json.loads((await sandbox.request("GET", f"{sandbox.admin_url}/readyz")).body)["state"]["waiting_writes"]:
+        pass
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_user_of_another_homeserver_waits_after_upstream_verified_them(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_server_name="elsewhere.example")
+    room_id = lobby_room(sandbox)
+    delay = {"delay_id": "d", "delay_timeout": 1000, "delay_cs_api_url": sandbox.homeserver.url}
+    answer = asking(sandbox, BOB, room_id, **delay)
+    await waits(sandbox)
+    assert "delay_id" not in json.loads(sandbox.upstream.seen[-1].body)
+    assert await waiting_in(sandbox, room_id) == [BOB]
+    before = len(sandbox.upstream.seen)
+    await moderate(sandbox, room_id, BOB, "admit")
+    assert (await answer).code == 200
+    assert len(sandbox.upstream.seen) > before
+    assert json.loads(sandbox.upstream.seen[-1].body)["delay_id"] == "d"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_person_waits_once_on_both_listeners(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(
+        guard_appservice_port=0, guard_appservice_token="hs", upstream_options={"hs_token": "hs"}
+    )
+    room_id = lobby_room(sandbox)
+    public = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    path = "/_matrix/client/v1/rtc/livekit/get_token"
+    body = {"room_id": room_id, "slot_id": "m.call#ROOM", "member_id": "m", "url": sandbox.livekit.url}
+    headers = {"Authorization": "Bearer hs", "X-Matrix-User-Identifier": BOB, "Prefer": "respond-async"}
+    answer = await sandbox.request("POST", sandbox.appservice_url + path, json.dumps(body).encode(), headers)
+    assert answer.code == 202
+    assert await waiting_in(sandbox, room_id) == [BOB]
+    await moderate(sandbox, room_id, BOB, "admit")
+    assert (await public).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_banned_person_is_not_accepted_any_more_when_they_come_back(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_policy_ttl=0.1)
+    room_id = lobby_room(sandbox)
+    answer = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    await moderate(sandbox, room_id, BOB, "admit")
+    bob = sandbox.livekit.connect(json.loads((await answer).body)["jwt"])
+    sandbox.homeserver.ban(room_id, BOB)
+    await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id, "user": BOB}).encode())
+    await until(lambda: not bob.connected)
+    sandbox.homeserver.unban(room_id, BOB)
+    sandbox.homeserver.join(room_id, BOB)
+    await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id, "user": BOB}).encode())
+    again = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    await moderate(sandbox, room_id, BOB, "deny")
+    assert (await again).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_rooms_without_a_lobby_have_no_entries(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox()
+    room_id = room_of(sandbox)
+    await sandbox.enter(BOB, room_id)
+    assert await waiting_in(sandbox, room_id) == []
+    assert await moderate(sandbox, room_id, BOB, "admit") == 404

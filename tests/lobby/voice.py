@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for the guard's account in rooms: what it sent, and reactions to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import define, field
+
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.guard.rooms.voice import Reaction
+
+
+@define(eq=False)
+class FakeVoice:
+    """Implements `lotusguard.guard.rooms.voice.RoomVoice`.
+
+    :ivar resident: whether the account is in every room. :ivar failing: whether the homeserver takes nothing.
+    """
+
+    resident: bool = True
+    failing: bool = False
+    notices: list[tuple[str, str, str]] = field(factory=list)
+    reactions: list[tuple[str, str]] = field(factory=list)
+    redacted: list[str] = field(factory=list)
+    listeners: list[Callable[[Reaction], None]] = field(factory=list)
+
+    def can_speak(self, room_id: str) -> bool:
+        return self.resident
+
+    async def notice(self, room_id: str, text: str) -> str:
+        self._fail()
+        event_id = f"${len(self.notices)}"
+        self.notices.append((room_id, event_id, text))
+        return event_id
+
+    async def react(self, room_id: str, event_id: str, key: str) -> None:
+        self._fail()
+        self.reactions.append((event_id, key))
+
+    async def redact(self, room_id: str, event_id: str) -> None:
+        self._fail()
+        self.redacted.append(event_id)
+
+    def on_reaction(self, listener: Callable[[Reaction], None]) -> None:
+        self.listeners.append(listener)
+
+    def hear(self, sender: str, key: str, number: int = 0, room_id: str = "") -> None:
+        """Somebody reacts to the notice of that number."""
+        given, event_id, _ = self.notices[number]
+        for listener in self.listeners:
+            listener(Reaction(room_id or given, sender, event_id, key))
+
+    def _fail(self) -> None:
+        if self.failing:
+            raise DependencyFailed("synapse", "timeout")

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seat book in memory: who is woken when a seat may be free, and when a call has started and ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+
+from lotusguard.guard.seats.book import Issued
+from lotusguard.guard.seats.memory import CALL_ENDED_AFTER, SLOTS_PER_ROOM, MemorySeatBook
+from lotusguard.metrics import Metrics
+from lotusguard.rules.refusals import Refusal
+from lotusguard.rules.room_seats import RECONNECT_WINDOW, UNCONFIRMED_KEPT
+from lotusguard.rules.seats import Arrival
+
+ROOM, ALIAS = "!room", "alias"
+SEAT_TTL = 30.0
+
+
+@pytest.fixture
+def clock() -> Clock:
+    clock = Clock()
+    clock.advance(1000)
+    return clock
+
+
+@pytest.fixture
+def book(clock: Clock) -> MemorySeatBook:
+    return MemorySeatBook(None, clock, clock.seconds, Metrics(), SEAT_TTL, clock.seconds())
+
+
+def now(work: Any) -> Any:
+    """The result of something that does not have to wait."""
+    return Deferred.fromCoroutine(work).result
+
+
+def take(book: MemorySeatBook, user: str, room_id: str = ROOM, limit: int | None = 1) -> str:
+    hold_id = now(book.take(room_id, user, limit, ALIAS))
+    assert isinstance(hold_id, str)
+    return hold_id
+
+
+def issue(book: MemorySeatBook, user: str, limit: int | None = 1) -> None:
+    now(book.issue(ROOM, take(book, user, limit=limit), Issued(ALIAS, user), durable=False))
+
+
+def waiting(book: MemorySeatBook, user: str, *, again: bool = False) -> Deferred[None]:
+    return Deferred.fromCoroutine(book.wait_for_seat(ROOM, user, again=again))
+
+
+def listing(book: MemorySeatBook, clock: Clock, *users: str, joined: float | None = None) -> None:
+    who = [Arrival(f"PA_{user}", user, user, clock.seconds() if joined is None else joined) for user in users]
+    now(book.apply_listing(ROOM, ALIAS, who, 1, clock.seconds()))
+
+
+# -- waiting for a seat ------------------------------------------------------------------------------------
+
+
+def test_the_longest_waiting_is_woken_first_and_alone(book: MemorySeatBook) -> None:
+    hold_id = take(book, "a")
+    first, second = waiting(book, "b"), waiting(book, "c")
+    now(book.release(ROOM, hold_id))
+    assert first.called
+    assert not second.called
+
+
+def test_somebody_who_was_woken_in_vain_waits_on_at_the_head(book: MemorySeatBook) -> None:
+    hold_id = take(book, "a")
+    second = waiting(book, "c")
+    again = waiting(book, "b", again=True)
+    now(book.release(ROOM, hold_id))
+    assert again.called
+    assert not second.called
+
+
+def test_a_user_who_has_a_seat_by_now_is_woken_besides(book: MemorySeatBook) -> None:
+    hold_id = take(book, "a")
+    stranger, owner = waiting(book, "b"), waiting(book, "a")
+    now(book.issue(ROOM, hold_id, Issued(ALIAS, "a"), durable=False))
+    assert stranger.called
+    assert owner.called
+
+
+def test_a_waiting_caller_who_disconnected_is_passed_over(book: MemorySeatBook) -> None:
+    hold_id = take(book, "a")
+    gone, second = waiting(book, "b"), waiting(book, "c")
+    gone.addErrback(lambda failure: failure.trap(CancelledError))
+    gone.cancel()
+    now(book.release(ROOM, hold_id))
+    assert second.called
+
+
+def test_everybody_can_be_woken_to_look_again(book: MemorySeatBook) -> None:
+    take(book, "a")
+    others = [waiting(book, user) for user in "bcd"]
+    now(book.wake_all(ROOM))
+    assert all(other.called for other in others)
+
+
+def test_a_seat_of_one_room_wakes_nobody_in_another(book: MemorySeatBook) -> None:
+    take(book, "a")
+    waiter = waiting(book, "b")
+    now(book.release("!other", take(book, "a", "!other")))
+    assert not waiter.called
+
+
+def test_those_who_wait_in_a_room_that_is_forgotten_look_again(
+    book: MemorySeatBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.seats.memory.ROOMS_KEPT", 1)
+    take(book, "a")
+    waiter = waiting(book, "b")
+    take(book, "a", "!other")
+    assert waiter.called
+
+
+# -- slots -------------------------------------------------------------------------------------------------
+
+
+def test_a_room_has_sixteen_slots_and_its_main_one(book: MemorySeatBook) -> None:
+    def enter(alias: str, *, new_slot: bool) -> str | Refusal:
+        taken: str | Refusal = now(book.take(ROOM, "a", None, alias, new_slot=new_slot))
+        return taken
+
+    for number in range(SLOTS_PER_ROOM):
+        assert enter(f"slot{number}", new_slot=True) is not Refusal.TOO_MANY_SLOTS
+    assert enter("one-more", new_slot=True) is Refusal.TOO_MANY_SLOTS
+    assert enter("slot0", new_slot=True) is not Refusal.TOO_MANY_SLOTS
+    assert enter("main", new_slot=False) is not Refusal.TOO_MANY_SLOTS
+
+
+# -- whether a call was started ----------------------------------------------------------------------------
+
+
+def test_a_started_call_ends_a_minute_after_its_last_occupant_left(book: MemorySeatBook, clock: Clock) -> None:
+    issue(book, "moderator")
+    now(book.start(ROOM))
+    now(book.arrive(ROOM, ALIAS, Arrival("PA", "moderator", "moderator"), 1))
+    clock.advance(7200)
+    assert now(book.is_started(ROOM))
+    now(book.leave(ROOM, ALIAS, "PA", "moderator", clock.seconds(), by_choice=True))
+    clock.advance(CALL_ENDED_AFTER - 1)
+    assert now(book.is_started(ROOM))
+    clock.advance(1)
+    assert not now(book.is_started(ROOM))
+    issue(book, "member", limit=None)
+    assert not now(book.is_started(ROOM)), "a newcomer made the ended call look alive"
+
+
+def test_a_call_ends_a_minute_after_the_last_token_expired_unused_however_late_a_listing_confirms_it(
+    book: MemorySeatBook, clock: Clock
+) -> None:
+    issue(book, "moderator")
+    now(book.start(ROOM))
+    clock.advance(SEAT_TTL + CALL_ENDED_AFTER)
+    listing(book, clock)
+    assert not now(book.is_started(ROOM))
+
+
+def test_a_call_is_kept_for_those_who_reconnect(book: MemorySeatBook, clock: Clock) -> None:
+    issue(book, "moderator")
+    now(book.start(ROOM))
+    now(book.arrive(ROOM, ALIAS, Arrival("PA", "moderator", "moderator"), 1))
+    now(book.leave(ROOM, ALIAS, "PA", "moderator", clock.seconds(), by_choice=False))
+    clock.advance(RECONNECT_WINDOW + CALL_ENDED_AFTER - 1)
+    assert now(book.is_started(ROOM))
+    clock.advance(2)
+    assert not now(book.is_started(ROOM))
+
+
+@pytest.mark.parametrize(("ago", "started"), [(10, True), (-10, False)])
+def test_only_a_call_that_is_older_than_the_guard_counts_as_started_when_it_is_first_seen(
+    book: MemorySeatBook, clock: Clock, ago: float, started: bool
+) -> None:
+    joined = clock.seconds() - ago
+    clock.advance(20)
+    listing(book, clock, "member", joined=joined)
+    assert now(book.is_started(ROOM)) is started
+
+
+def test_a_user_with_a_request_in_flight_is_an_occupant_and_one_who_left_is_not(
+    book: MemorySeatBook, clock: Clock
+) -> None:
+    hold_id = take(book, "a")
+    assert set(now(book.occupants(ROOM))) == {"a"}
+    now(book.issue(ROOM, hold_id, Issued(ALIAS, "a"), durable=False))
+    assert set(now(book.occupants(ROOM))) == {"a"}
+    clock.advance(SEAT_TTL)
+    assert set(now(book.occupants(ROOM))) == set()
+    now(book.arrive(ROOM, ALIAS, Arrival("PA", "a", "a"), 1))
+    assert set(now(book.occupants(ROOM))) == {"a"}
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def test_holds_in_rooms_that_nobody_lists_are_forgotten(book: MemorySeatBook, clock: Clock) -> None:
+    for number in range(50):
+        now(book.issue(ROOM, take(book, "a", limit=None), Issued(ALIAS, f"identity{number}"), durable=False))
+    clock.advance(SEAT_TTL + UNCONFIRMED_KEPT)
+    book.prune()
+    assert now(book.snapshots()) == []
+
+
+def test_tokens_that_cannot_be_read_take_a_seat_each(book: MemorySeatBook) -> None:
+    for user in ("a", "b"):
+        now(book.issue(ROOM, take(book, user, limit=2), Issued("", ""), durable=False))
+    assert now(book.take(ROOM, "c", 2, ALIAS)) is Refusal.FULL

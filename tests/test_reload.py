@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGHUP reads secrets and the YAML file again; a wrong one changes nothing; calls and seats are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+
+from lotusguard.config import Settings, read_settings
+from lotusguard.reload import APPLY
+from lotusguard.rules.jwt import SfuKey
+from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
+from tests.calls import ALICE, BOB, logged, named, room_of
+from tests.conftest import StartSandbox, until
+from tests.guardprocess import GuardProcess, ProcessSandbox
+
+
+def changed(sandbox: Sandbox, **settings: object) -> Settings:
+    """The guard's settings with these changes."""
+    given = {name: getattr(sandbox.settings, name) for name in sandbox.settings.model_fields_set}
+    return read_settings(**(given | settings))
+
+
+async def operator_code(sandbox: Sandbox, token: str) -> int:
+    answer = await sandbox.request("GET", f"{sandbox.admin_url}/rooms", None, {"Authorization": f"Bearer {token}"})
+    return answer.code
+
+
+@pytest_twisted.ensureDeferred
+async def test_secrets_are_replaced_and_seats_are_kept(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
+    old, new = sandbox.admin_token, sandbox.homeserver.add_user("second-admin", admin=True)
+    sandbox.guard.reload(changed(sandbox, guard_admin_token="new-operators", matrix_token=new))
+    assert await operator_code(sandbox, "new-operators") == 200
+    assert await operator_code(sandbox, "sandbox-operators") == 403
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403, "Alice's seat is kept"
+    before = len(sandbox.homeserver.seen)
+    await sandbox.request("GET", f"{sandbox.admin_url}/readyz")
+    used = {asked.header("Authorization") for asked in list(sandbox.homeserver.seen)[before:]}
+    assert f"Bearer {new}" in used
+    assert f"Bearer {old}" not in used
+
+
+@pytest_twisted.ensureDeferred
+async def test_dry_run_can_be_switched_while_it_runs(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
+    sandbox.guard.reload(changed(sandbox, guard_dry_run=True))
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    report = json.loads((await sandbox.request("GET", f"{sandbox.admin_url}/readyz")).body)
+    assert report["dry_run"] is True
+    sandbox.guard.reload(changed(sandbox))
+    other = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, other)
+    assert (await sandbox.ask_token(BOB, other)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_cannot_be_changed_is_named_and_stays(sandbox: Sandbox) -> None:
+    with logged() as events:
+        sandbox.guard.reload(changed(sandbox, guard_seat_ttl=7, guard_token_ttl=60, livekit_secret=""))
+    assert named(events, "reloaded") == ["settings were read again; changed: GUARD_TOKEN_TTL"]
+    (line,) = named(events, "reload_incomplete")
+    assert line.endswith("restart it: GUARD_SEAT_TTL, LIVEKIT_SECRET")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_new_livekit_secret_signs_what_is_issued(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_secret="an-older-secret-of-our-own-00000")
+    room_id = room_of(sandbox, allow_camera=False)
+    answer = json.loads((await sandbox.ask_token(ALICE, room_id)).body)
+    sandbox.guard.reload(changed(sandbox, livekit_secret=SECRET))
+    rebuilt = json.loads((await sandbox.ask_token(ALICE, room_id)).body)
+    assert "canPublishSources" not in SfuKey(KEY, SECRET).read(answer["jwt"])["video"]
+    assert "camera" not in SfuKey(KEY, SECRET).read(rebuilt["jwt"])["video"]["canPublishSources"]
+
+
+def test_the_documentation_lists_what_can_be_changed() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    section = page.partition("## Changing settings while the guard runs")[2].partition("\n## ")[0]
+    assert section
+    assert {name for name in APPLY if f"`{name.upper()}`" not in section} == set()
+
+
+# -- as a process --------------------------------------------------------------------------------------------
+
+
+@pytest_twisted.async_yield_fixture
+async def process(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
+    """A guard whose operators' token and YAML file can be replaced."""
+    (tmp_path / "token").write_text("first")
+    (tmp_path / "lotusguard.yaml").write_text("guard_token_ttl: 100\n")
+    sandbox = ProcessSandbox(
+        reactor, guard_state_dir=tmp_path / "state", guard_admin_token_from_file=tmp_path / "token",
+        guard_config=tmp_path / "lotusguard.yaml", guard_reconcile_interval=3600,
+    )  # fmt: skip
+    await sandbox.start()
+    yield sandbox
+    await sandbox.stop()
+
+
+@pytest_twisted.ensureDeferred
+async def test_sighup_reads_files_again_all_or_nothing(process: ProcessSandbox, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("second")
+    (tmp_path / "lotusguard.yaml").write_text("guard_token_ttl: never\n")
+    process.process.signal("HUP")
+    await until(lambda: "nothing was reloaded: GUARD_TOKEN_TTL" in process.process.output)
+    assert await operator_code(process, "first") == 200
+    (tmp_path / "lotusguard.yaml").write_text("guard_token_ttl: 50\n")
+    process.process.signal("HUP")
+    await until(lambda: "changed: GUARD_ADMIN_TOKEN, GUARD_TOKEN_TTL" in process.process.output)
+    assert await operator_code(process, "second") == 200
+    assert not process.process.ended.called
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_taken_port_ends_the_process_although_a_state_directory_is_in_use(
+    process: ProcessSandbox, tmp_path: Path
+) -> None:
+    first: GuardProcess = process.process
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken, port = other.getsockname()[1], process.port
+        process.port = taken
+        with pytest.raises(AssertionError):
+            await process.start_guard(guard_state_dir=tmp_path / "other")
+        assert await process.process.ended == 1
+    assert "GUARD_BIND_PORT: cannot listen on" in process.process.output
+    process.process, process.port = first, port
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_wrong_setting_ends_the_process_with_a_status_of_its_own(process: ProcessSandbox) -> None:
+    first = process.process
+    with pytest.raises(AssertionError):
+        await process.start_guard(guard_overflow="sometimes")
+    assert await process.process.ended == os.EX_CONFIG
+    assert "GUARD_OVERFLOW" in process.process.output
+    process.process = first
