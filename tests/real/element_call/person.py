@@ -9,10 +9,16 @@ from base64 import b64decode
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from attrs import define, field
-from playwright.sync_api import BrowserContext, Error, Page, expect
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext, Error, Page, expect
+else:
+    _playwright = pytest.importorskip("playwright.sync_api")
+    Error, expect = _playwright.Error, _playwright.expect
 
 PATIENCE = 60_000.0
 """Milliseconds; a busy machine needs long to start a page and its media."""
