@@ -38,6 +38,7 @@ def test_a_third_person_is_refused_until_a_seat_is_free(
     alice.sees_tiles(2)
     bob.sees_tiles(2)
     alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call")
+    alice.sees_moving_pictures(2)
     alice.picture(f"two-in-a-call-{mode}")
     carol.open(url)
     carol.press_join()
@@ -56,4 +57,5 @@ def test_a_third_person_is_refused_until_a_seat_is_free(
     carol.press_join()
     carol.sees_tiles(2)
     alice.sees_tiles(2)
+    carol.sees_moving_pictures(2)
     carol.picture(f"in-once-a-seat-is-free-{mode}")

@@ -73,6 +73,7 @@ def test_a_person_whose_camera_is_forbidden_joins_with_sound(
     stays(services, room_id, bob, ["MICROPHONE"])
     bob.press("videomute")
     publishes(services, room_id, bob, SPEAKER)
+    bob.sees_moving_pictures(1)
     bob.picture("camera-allowed")
 
 
