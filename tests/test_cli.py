@@ -153,7 +153,7 @@ def test_the_demo_succeeds_and_reads_no_setting_of_the_operator(tmp_path: Path) 
         GUARD_CONFIG="/does/not/exist",
     )
     assert asked.returncode == 0, asked.stdout + asked.stderr
-    assert asked.stdout.splitlines()[-1].startswith("✓ All 26 steps succeeded")
+    assert asked.stdout.splitlines()[-1].startswith("✓ All 30 steps succeeded")
     assert asked.stderr == "", "no log in between"
     assert not state.exists()
 
