@@ -77,7 +77,7 @@ ROUTES = {
 @pytest_twisted.async_yield_fixture
 async def sandbox(start_sandbox: StartSandbox) -> AsyncIterator[Sandbox]:
     """A sandbox with an app-service listener."""
-    yield await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0)
+    yield await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0, guard_max_body=1_000_000)
 
 
 PATTERNS: dict[str, tuple[str, str]] = {
@@ -210,7 +210,8 @@ async def test_unreadable_body_gets_upstreams_own_400_and_nothing_is_forwarded(s
         assert (name, allowed) == (name, ["*"] if route.cors else None)
         assert answer.headers.getRawHeaders("content-type") == ["application/json"]
     assert list(sandbox.upstream.seen) == []
-    assert sandbox.homeserver.asked["room_state"] == 0
+    states = [asked.target for asked in sandbox.homeserver.seen if b"/state" in asked.target]
+    assert all(b"%3Aprobe" in target for target in states)  # health asks for a room that does not exist
 
 
 @pytest_twisted.ensureDeferred
@@ -243,8 +244,9 @@ async def test_forwarded_body_is_our_own_serialisation_and_means_the_same_to_a_l
     rooms = ("!a:b", "!\U0001f600:b", "!\u2028<>&:b", '!"\\/:b', "!\x7f\u0000:b", "!ſK:b", "!" + "x" * 254)
     async with recorder() as upstream:
         sandbox = await start_sandbox(
-            guard_upstream=upstream.url, guard_reconcile_interval=3600, guard_appservice_port=0
-        )
+            guard_upstream=upstream.url, guard_reconcile_interval=3600, guard_appservice_port=0,
+            guard_members_only="off",
+        )  # fmt: skip
         for room in rooms:
             for ascii_only in (True, False):
                 value = json.dumps(room, ensure_ascii=ascii_only)
