@@ -20,7 +20,7 @@ from lotusguard.terminal import StepReport, Terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says. :return: the exit status."""
+    """Run the command of the command line. :return: the exit status."""
     parser = _parser()
     asked = parser.parse_args(argv)
     if asked.do is None:
@@ -59,13 +59,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_check(commands: Any) -> None:
     checking = commands.add_parser(
         "check",
-        help="tell whether this configuration would enforce anything",
-        description="Asks Synapse, LiveKit and lk-jwt-service, with the service's own settings, whether this "
-        "configuration would enforce anything. In doing so it asks lk-jwt-service for a token of a made-up room, "
-        "which it deletes again.",
+        help="check whether this configuration would enforce everything",
+        description="Asks Synapse, LiveKit and lk-jwt-service with the service's own settings, and reports what this "
+        "configuration would not enforce. It requests a token for a made-up room from lk-jwt-service, and deletes "
+        "that room afterwards.",
         epilog="Exit status: 0 nothing is wrong, 1 something is, 2 a setting cannot be read.",
     )
-    checking.add_argument("--json", action="store_true", help="for machines")
+    checking.add_argument("--json", action="store_true", help="print the report as JSON")
     checking.set_defaults(do=_check)
 
 
@@ -73,10 +73,10 @@ def _add_trial(commands: Any) -> None:
     trial = commands.add_parser(
         "trial",
         help="join a call through the running guard, as a client does",
-        description="Asks the guard's public listener for a token, as a user who is joined to a room does, and checks "
-        "that the guard rebuilt it. The room is #lotusguard-trial of the homeserver that MATRIX_TOKEN belongs to; it "
-        "is created once and used again. Nobody enters a call.",
-        epilog="Exit status: 0 a token was issued as it should be, 1 it was not, 2 a setting cannot be read.",
+        description="Requests a token from the guard's public listener, as a member of a room does, and checks "
+        "that the guard rebuilt it. The room is #lotusguard-trial on the homeserver of MATRIX_TOKEN. It is created by "
+        "the first trial and used again by later ones. Nobody enters a call.",
+        epilog="Exit status: 0 the token is as it should be, 1 it is not, 2 a setting cannot be read.",
     )
     trial.add_argument("--url", default="", help="the guard's public listener; by default GUARD_BIND_HOST and _PORT")
     trial.add_argument("--room", default="", metavar="ROOM_ID", help="a room that the account is joined to")
@@ -86,11 +86,11 @@ def _add_trial(commands: Any) -> None:
 def _add_sandbox(commands: Any) -> None:
     sandbox = commands.add_parser(
         "sandbox",
-        help="everything at once on loopback, with stand-ins for the dependencies",
+        help="run a guard with stand-ins for its dependencies on loopback",
         description="Starts stand-ins for Synapse, LiveKit and lk-jwt-service on free ports of loopback, with the "
-        "guard in front, prints what to curl, and serves until stopped. No setting of yours is read.",
+        "guard in front of them, prints curl commands to try, and serves until stopped. Your settings are not read.",
     )
-    sandbox.add_argument("--demo", action="store_true", help="run a call through it and report each step")
+    sandbox.add_argument("--demo", action="store_true", help="run through a call and report each step")
     sandbox.add_argument("--verbose", action="store_true", help="with --demo: show the guard's log too")
     sandbox.set_defaults(do=_sandbox)
 
@@ -147,7 +147,7 @@ def _sandbox(asked: argparse.Namespace) -> int:
         report.title(
             f"A call through lotusguard {__version__}",
             "Stand-ins for Synapse, LiveKit and lk-jwt-service on loopback, with the guard in front of lk-jwt-service.",
-            "Each step is checked in what these saw.",
+            "Each step is checked against the requests that the stand-ins received.",
         )
         return await run_demo(reactor, report)
 
@@ -158,7 +158,7 @@ def _sandbox(asked: argparse.Namespace) -> int:
 
 
 def _forget_settings() -> None:
-    """The sandbox must not touch the dependencies or the state directory of an operator who tries it."""
+    """Remove the operator's settings: the sandbox must not touch their dependencies or state directory."""
     ours = {*Settings.model_fields, "guard_config", "state_directory", "notify_socket", "watchdog_usec"}
     for name in [name for name in os.environ if name.lower() in ours or name.startswith("GUARD_")]:
         del os.environ[name]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """New values for settings while the guard runs: secrets that were replaced in their files, and the YAML file.
 
-A process cannot be given another environment, so changing that takes a restart. Calls and seats are not touched.
+A process cannot be given another environment, so a change of the environment takes a restart. Calls and seats stay as
+they are.
 """
 
 from __future__ import annotations

@@ -43,17 +43,17 @@ TIMEOUT = 2.0
 FIRST_PAUSE = 0.25
 """Seconds before the second attempt; doubled with each."""
 GIVE_UP = 10.0
-"""Seconds after which no attempt is begun: by then the guard has looked by itself, or starts with an empty cache."""
+"""Seconds after which no attempt is begun. By then the guard has read the state by itself, or has been restarted."""
 ROOMS_AT_ONCE = 100
-"""Rooms for which requests are in flight or waiting. Changes of more rooms are left for the guard to notice."""
+"""Rooms with requests in flight or waiting. The guard notices changes in further rooms by itself."""
 ROOMS_AT_ONCE_FOR_JOINS = 50
-"""The same for users who join. They are the least urgent: the guard reads a membership before it refuses somebody."""
+"""The same limit for joining users. They are least urgent: the guard reads a membership before it refuses a user."""
 MOST_USERS = 5
-"""Changed members of a room who are named one by one; for more the whole room is reported as changed."""
+"""Changed members of a room that are reported one by one. If there are more, the whole room is reported."""
 JOINS_REMEMBERED = 10_000
-"""Users and rooms of which a join was reported. A changed display name is an m.room.member event with "join" too."""
+"""Reported joins that are remembered, because a changed display name is an m.room.member event with "join", too."""
 SHORT_BODY = 4096
-"""Bytes of an answer that are read; the status is all that counts."""
+"""Longest answer that is read, in bytes, so that its connection can be used again. Only the status counts."""
 IDLE_TIMEOUT = 5
 """Seconds for which an unused connection to the guard stays open."""
 
@@ -68,10 +68,12 @@ class PolicyPushConfig:
 
 @dataclass
 class _Changes:
-    """What changed in one room and has not been reported.
+    """Changes of one room that have not been reported.
 
-    :ivar users: whose membership changed, in order. :ivar whole: the policy changed, or too many members to name.
-    :ivar count: of events so far. :ivar attempted: ``count`` at the last attempt to report.
+    :ivar users: users whose membership changed, in order.
+    :ivar whole: the policy changed, or the membership of more than `MOST_USERS` users.
+    :ivar count: number of changes so far.
+    :ivar attempted: ``count`` at the last attempt to report.
     """
 
     users: dict[str, None] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class _Changes:
         return self.whole or bool(self.users)
 
     def add(self, user: str | None) -> None:
-        """:param user: whose membership changed; None: the policy did."""
+        """:param user: the user whose membership changed; None if the policy changed."""
         if user is None:
             self.whole = True
         elif not self.whole:
@@ -93,11 +95,11 @@ class _Changes:
             self.users.clear()
 
     def first(self) -> str | None:
-        """The user to report next; None: the whole room."""
+        """The user to report next; None for the whole room."""
         return None if self.whole else next(iter(self.users))
 
     def remove(self, user: str | None) -> None:
-        """It is about to be reported."""
+        """Remove a change that is about to be reported."""
         if user is None:
             self.whole = False
         else:
@@ -105,12 +107,12 @@ class _Changes:
 
 
 class PolicyPush:
-    """Posts ``/policy-changed`` when one of our state events is new or redacted, and when somebody joins or leaves, is
+    """Posts ``/policy-changed`` when one of our state events is new or redacted, and when a user joins, leaves, or is
     kicked or banned.
 
     Synapse calls `on_new_event` on every worker for every event and waits for it before clients see the event. So it
     starts a background process and returns. Every worker reports every change, because the process that answers the
-    admin API may learn of an event later than the process that wrote it; looking twice does no harm.
+    admin API may learn of an event later than the process that wrote it; a second report does no harm.
 
     :param reactor: the one Synapse runs on.
     :param agent: sends the requests.
@@ -145,7 +147,7 @@ class PolicyPush:
         return PolicyPushConfig(_base_url(config.get("url")), token)
 
     async def on_new_event(self, event: EventBase, state: StateMap[EventBase]) -> None:
-        """Called by Synapse with each new event and the room's state after it. Waits for nothing."""
+        """Called by Synapse with each new event and the room's state after it. Returns at once."""
         user = changed_member(event)
         if user is not None:
             joined = event.content.get("membership") == "join"
@@ -157,7 +159,7 @@ class PolicyPush:
             self._report(event.room_id, None, ROOMS_AT_ONCE)
 
     def _is_known_join(self, room_id: str, user: str) -> bool:
-        """Whether this join was reported already: the event changes a display name or an avatar."""
+        """Whether this join has been reported, so that the event only changes a display name or an avatar."""
         known = (room_id, user) in self._joins
         self._joins[room_id, user] = None
         self._joins.move_to_end((room_id, user))
@@ -197,7 +199,7 @@ class PolicyPush:
         pause = FIRST_PAUSE
         while changes:
             user = changes.first()
-            changes.remove(user)  # a change that comes while we report is another one
+            changes.remove(user)  # a change during the report is reported separately
             changes.attempted = changes.count
             error, final = await self._attempt(room_id, user)
             if not error:
@@ -259,7 +261,7 @@ def _agent(reactor: Any) -> Agent:
 
 
 class _Discard(Protocol):
-    """Reads a short body and drops it, so that the connection can be used again; any other closes the connection."""
+    """Discards a short body, so that the connection can be used again; closes the connection if the body is longer."""
 
     def __init__(self, length: object) -> None:
         self._short = isinstance(length, int) and length <= SHORT_BODY

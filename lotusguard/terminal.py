@@ -48,20 +48,20 @@ class Terminal:
     def line(self, text: str = "") -> None:
         """Write one line and flush."""
         line = text.translate(self._marks) if self._marks else text
-        # texts of dependencies may contain characters that the stream cannot encode
+        # texts from dependencies may contain characters that the stream cannot encode
         self._stream.write(line.encode(self._encoding, "replace").decode(self._encoding) + "\n")
         self._stream.flush()
 
 
 class StepFailed(Exception):
-    """A step failed. The text says what was seen instead."""
+    """A step failed. The text describes what was observed instead."""
 
 
 class StepReport:
-    """Reports steps as they are taken: whether each succeeded, what was seen, and how long it took.
+    """Reports each step when it ends: whether it succeeded, what was observed, and how long it took.
 
-    :ivar steps: how many succeeded.
-    :ivar failed: the step that failed and the reason; empty if none did.
+    :ivar steps: number of steps that succeeded.
+    :ivar failed: the failed step and the reason; empty if none failed.
     """
 
     def __init__(self, terminal: Terminal, clock: IReactorTime) -> None:
@@ -81,10 +81,10 @@ class StepReport:
         self.title(text, *below)
 
     async def step(self, what: str, work: Awaitable[str]) -> None:
-        """Take one step and report it.
+        """Run one step and report it.
 
-        :param work: takes the step, checks it and returns what was seen.
-        :raises StepFailed: if it failed; the failure has been reported by then.
+        :param work: performs and checks the step, and returns what was observed.
+        :raises StepFailed: the step failed, which has been reported.
         """
         began = self._clock.seconds()
         try:

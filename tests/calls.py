@@ -36,14 +36,14 @@ def room_of(sandbox: Sandbox, max_users: int | None = None, **quality: bool) -> 
 
 
 def put_policy(sandbox: Sandbox, room_id: str, max_users: int | None = None, **quality: bool) -> None:
-    """Write the policy of a room. What is left out is not restricted."""
+    """Write the policy of a room. Omitted keys restrict nothing."""
     limit = {} if max_users is None else {"max_users": max_users}
     sandbox.homeserver.set_state(room_id, "io.lotus.voice_limit", limit)
     sandbox.homeserver.set_state(room_id, "io.lotus.room_quality", quality)
 
 
 async def change_policy(sandbox: Sandbox, room_id: str, max_users: int | None = None, **quality: bool) -> None:
-    """The same, and tell the guard as the homeserver's module does."""
+    """Write it and tell the guard, as the homeserver's module does."""
     put_policy(sandbox, room_id, max_users, **quality)
     answer = await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
     assert answer.code == 202

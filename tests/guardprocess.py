@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard as operators run it: a `twistd` process in front of the stand-ins, to be killed and restarted."""
+"""The guard as operators run it: a `twistd` process in front of the stand-ins, which tests kill and restart."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ProcessSandbox(Sandbox):
             self.port, self.admin_port = free_port(), free_port()
         self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
         ports = {"guard_bind_port": self.port, "guard_admin_port": self.admin_port}
-        values = {"guard_lookup_timeout": 10} | self.guard_settings() | ports | settings
+        values = {"guard_lookup_timeout": 60} | self.guard_settings() | ports | settings
         environment = {name.upper(): str(value) for name, value in values.items()}
         environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"}
         self.process = GuardProcess()
@@ -84,7 +84,7 @@ class ProcessSandbox(Sandbox):
             await deferLater(reactor, 0.01)
 
     async def end(self, name: str) -> int | str:
-        """Send the guard a signal and wait until it has ended; tells how."""
+        """Send the guard a signal and wait until it has ended. :return: as `GuardProcess.ended`."""
         self.process.signal(name)
         return await self.process.ended
 

@@ -208,6 +208,13 @@ class Synapse:
         room_id: str = (await self._done("POST", f"{_CLIENT}/createRoom", creator.token, how))["room_id"]
         return room_id
 
+    async def room_of(self, creator: User, *members: User, **how: object) -> str:
+        """A room that these users have joined. :param how: keys of the request. :return: the room ID."""
+        room_id = await self.create_room(creator, preset="public_chat", **how)
+        for member in members:
+            await self.change_membership(member, room_id, "join")
+        return room_id
+
     async def set_state(self, by: User, room_id: str, kind: str, content: dict[str, Any]) -> str:
         """Put a state event with the empty key, as a client does. :return: the event ID."""
         path = f"{_CLIENT}/rooms/{quote(room_id, safe='')}/state/{kind}"
@@ -260,7 +267,7 @@ class Guarded:
         how.setdefault("openid_token", await self.synapse.openid_token(user))
         return await self.sandbox.enter(user.user_id, room_id, **how)
 
-    async def cap_becomes(self, room_id: str, cap: int | None) -> None:
+    async def limit_becomes(self, room_id: str, cap: int | None) -> None:
         """Wait until the guard knows a room's new limit. Somebody must be in the room's call."""
         end = reactor.seconds() + KNOWN_WITHIN
         while True:

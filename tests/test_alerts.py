@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The alerts fire at the first event, and only then: Prometheus itself says so (``promtool test rules``)."""
+"""Alerts fire at the first event and not before it, as evaluated by Prometheus (``promtool test rules``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lotusguard.metrics import Metrics
 
 ALERTS = Path(__file__).parent.parent / "deploy" / "monitoring" / "alerts.yaml"
 needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="there is no promtool (Debian: package prometheus)"
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian: package prometheus)"
 )
 
 FIRST_EVENTS = {
@@ -28,7 +28,7 @@ FIRST_EVENTS = {
     "LotusguardStateNotWritten": 'lotusguard_state_writes_total{outcome="failed"}',
     "LotusguardMalformedPolicy": 'lotusguard_malformed_policies_total{event="io.lotus.voice_limit"}',
 }
-"""Alerts on a counter, each with a series whose first event has to be noticed."""
+"""Alerts on a counter, each with a series whose first event must fire it."""
 GAUGES = {
     "LotusguardNotEnforcing": {
         'lotusguard_enforcing{rule="limit",instance="a"}': 0, 'lotusguard_dry_run{instance="a"}': 0,
@@ -118,5 +118,5 @@ def test_callers_who_hang_up_are_not_failed_joins(tmp_path: Path) -> None:
         promtool(tmp_path, series, "LotusguardJoinsFail", "15m", fires=fires)
 
 
-def test_every_alert_has_a_severity_that_is_known() -> None:
+def test_every_alert_has_a_known_severity() -> None:
     assert {severity(alert) for alert in (*FIRST_EVENTS, *GAUGES)} <= {"critical", "warning", "info"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each error is answered with, and which answers browsers may read."""
+"""The answer to each error, and which answers browsers can read."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_refusal_has_an_answer_and_nobody_expects_any_other_error() -> Non
     assert reply_to(RuntimeError()) is None
 
 
-def test_retry_after_is_told_in_milliseconds() -> None:
+def test_retry_after_is_given_in_milliseconds() -> None:
     reply = reply_to(JoinRefused(Refusal.LOBBY_FULL, 1.5))
     assert reply is not None
     assert reply.retry_after_ms == 1500
@@ -75,7 +75,7 @@ async def refused_with(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, error:
 
 
 @pytest_twisted.ensureDeferred
-async def test_browsers_may_read_refusals_but_not_what_is_worth_asking_again(
+async def test_browsers_can_read_refusals_but_not_errors_worth_a_retry(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for refusal in Refusal:

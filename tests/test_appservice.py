@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that a homeserver proxies: only on a listener of their own, since on a public one anybody is anybody."""
+"""Requests that a homeserver proxies: only on a listener of their own, because their headers carry no proof."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_every_request_must_carry_the_homeservers_token_if_one_is_set(star
             answer = await ask(sandbox, path, headers=identity | given)
             assert errcode(answer) == (401, "M_UNAUTHORIZED")
     assert list(sandbox.upstream.seen) == []
-    assert (await ask(sandbox, PATHS[0])).code == 404  # upstream's word: the stand-in is not in app-service mode
+    assert (await ask(sandbox, PATHS[0])).code == 404  # upstream's answer: the stand-in is not in app-service mode
     assert len(sandbox.upstream.seen) == 1
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks can be believed: their arithmetic, their peer, and that a small round of them runs."""
+"""The benchmarks: their arithmetic, the guard that they compare with, and a small round."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_ratios_are_taken_within_a_round_and_their_median_counts() -> None:
     assert Figure("share", "%", guard=[20.0]).met is None
 
 
-def test_the_table_says_what_was_missed() -> None:
+def test_table_marks_missed_targets() -> None:
     text = markdown([Figure("cost", "ms", guard=[3.0], peer=[4.0], aim=0.5), Figure("only", "s", peer=[2.0])])
     assert "| cost [ms] | 3.00 | 4.00 | 0.75 | ≤ 0.5 **missed** |" in text
     assert "| only [s] | – | 2.00 |  |  |" in text
@@ -105,7 +105,7 @@ def test_a_small_round_runs(helpers: tuple[Dependencies, Callers], kind: type[Su
 
 
 @pytest.mark.parametrize("kind", [GuardProcess, PeerProcess])
-def test_both_enforce_the_cap(helpers: tuple[Dependencies, Callers], kind: type[Subject]) -> None:
+def test_guard_and_peer_enforce_the_limit(helpers: tuple[Dependencies, Callers], kind: type[Subject]) -> None:
     dependencies, callers = helpers
     dependencies.ask({"cap": 20})
     try:

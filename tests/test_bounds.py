@@ -28,7 +28,7 @@ from tests.raw_http import connect, exchange
 HEAD = b"POST /sfu/get HTTP/1.1\r\nHost: x\r\n"
 
 
-# -- time, on a clock of its own ---------------------------------------------------------------------------------
+# -- time, on a clock that the tests advance ------------------------------------------------------------------------
 
 
 class Wire:
@@ -55,7 +55,7 @@ class Wire:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /never", HEAD, HEAD + b"Content-Length: 500\r\n\r\n{", b"\r\n"])
-def test_connection_of_an_incomplete_request_is_closed_in_time(sent: bytes) -> None:
+def test_incomplete_request_times_out(sent: bytes) -> None:
     wire = Wire()
     wire.channel.dataReceived(sent)
     wire.clock.advance(RECEIVE_TIMEOUT - 1)
@@ -65,7 +65,7 @@ def test_connection_of_an_incomplete_request_is_closed_in_time(sent: bytes) -> N
 
 
 @pytest.mark.parametrize("start", [b"GET /never HTTP/1.1\r\nX-A: ", HEAD + b"Content-Length: 900\r\n\r\n"])
-def test_each_byte_that_arrives_extends_no_timeout(start: bytes) -> None:
+def test_arriving_bytes_do_not_extend_the_timeout(start: bytes) -> None:
     wire = Wire()
     wire.channel.dataReceived(start)
     for _ in range(RECEIVE_TIMEOUT - 1):
@@ -76,7 +76,7 @@ def test_each_byte_that_arrives_extends_no_timeout(start: bytes) -> None:
     assert wire.hung_up
 
 
-def test_timeout_pauses_while_a_request_is_answered_and_starts_anew_for_the_next() -> None:
+def test_timeout_pauses_during_an_answer_and_restarts_for_the_next_request() -> None:
     wire = Wire()
     wire.channel.dataReceived(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
     wire.clock.advance(RECEIVE_TIMEOUT * 10)
@@ -113,7 +113,7 @@ async def test_body_over_the_limit_gets_413_and_is_not_forwarded(start_sandbox: 
 
 
 @pytest_twisted.ensureDeferred
-async def test_relayed_request_may_have_16_times_what_a_token_request_may_have(start_sandbox: StartSandbox) -> None:
+async def test_relayed_body_may_be_16_times_as_large_as_a_token_request(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=2048, guard_reconcile_interval=3600)
     for size, code in ((2048, 404), (2048 * 16, 404), (2048 * 16 + 1, 413), (500_000, 413)):
         assert (await sandbox.request("POST", sandbox.url + "/other", b"x" * size)).code == code
@@ -124,7 +124,7 @@ async def test_relayed_request_may_have_16_times_what_a_token_request_may_have(s
     assert (await sandbox.request("PUT", sandbox.url + "/sfu/get", b"x" * 4096)).code == 405
 
 
-def test_body_far_over_the_limit_is_never_held_and_its_connection_is_closed_in_the_end() -> None:
+def test_huge_body_is_not_kept_in_memory_and_its_connection_is_closed() -> None:
     wire = Wire(max_body=1000)
     wire.channel.dataReceived(HEAD + b"Content-Length: 999999999\r\n\r\n")
     piece = b"x" * 1024 * 1024
@@ -142,7 +142,7 @@ def post(size: int, *headers: bytes) -> bytes:
 
 
 @pytest_twisted.ensureDeferred
-async def test_body_that_does_not_fit_gets_503_and_nothing_of_it_is_forwarded(start_sandbox: StartSandbox) -> None:
+async def test_body_that_does_not_fit_the_pool_gets_503_and_is_not_forwarded(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
     pool = sandbox.guard.public.site.pool
     pool.limit = pool.share = 200_000
@@ -165,7 +165,7 @@ async def test_body_that_does_not_fit_gets_503_and_nothing_of_it_is_forwarded(st
 
 
 @pytest_twisted.ensureDeferred
-async def test_small_bodies_fit_while_the_pool_is_used_up(start_sandbox: StartSandbox) -> None:
+async def test_small_bodies_are_accepted_while_the_pool_is_full(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
     pool = sandbox.guard.public.site.pool
     assert pool.take("192.0.2.1", pool.share)
@@ -176,7 +176,7 @@ async def test_small_bodies_fit_while_the_pool_is_used_up(start_sandbox: StartSa
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_caller_behind_the_reverse_proxy_uses_no_more_than_a_share(start_sandbox: StartSandbox) -> None:
+async def test_one_caller_behind_the_reverse_proxy_gets_only_a_share_of_the_pool(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_max_body=100_000, guard_reconcile_interval=3600)
     pool = sandbox.guard.public.site.pool
     pool.share = 150_000
@@ -192,7 +192,7 @@ async def test_one_caller_behind_the_reverse_proxy_uses_no_more_than_a_share(sta
     await until(lambda: pool.held == 0)
 
 
-def test_pool_counts_what_all_and_what_each_caller_hold() -> None:
+def test_pool_counts_bytes_in_total_and_per_caller() -> None:
     pool = BodyPool(largest=100, limit=300, share=200)
     assert pool.take("a", 150)
     assert not pool.take("a", 51)
@@ -219,15 +219,17 @@ def test_pool_counts_what_all_and_what_each_caller_hold() -> None:
         ("127.0.0.1", b"2a00:1450:4001:82a::1", "2a00:1450:4001:82a::"),
     ],
 )
-def test_caller_is_the_peer_or_who_the_reverse_proxy_names(peer: str | None, forwarded_for: bytes, caller: str) -> None:
+def test_caller_is_the_peer_or_the_address_named_by_the_reverse_proxy(
+    peer: str | None, forwarded_for: bytes, caller: str
+) -> None:
     assert caller_of(peer, forwarded_for) == caller
 
 
-# -- many at once --------------------------------------------------------------------------------------------------
+# -- floods --------------------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_callers_are_served_beside_hundreds_of_silent_connections(sandbox: Sandbox) -> None:
+async def test_hundreds_of_silent_connections_do_not_block_callers(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     silent = [await connect(sandbox.url) for _ in range(300)]
     for n, caller in enumerate(silent):
@@ -252,7 +254,7 @@ def entries(metrics: str) -> dict[str, tuple[float, float]]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept(
+async def test_flood_of_rooms_keeps_caches_bounded_and_seats_held(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in (
@@ -281,14 +283,14 @@ async def test_flood_of_rooms_fills_no_cache_beyond_its_limit_and_seats_are_kept
             headers = {"Authorization": sandbox.livekit.webhooks.authorization(event)}
             await sandbox.request("POST", sandbox.url + "/sfu_webhook", event, headers)
     caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
-    assert caches["policies"][1] == caches["aliases"][1] == 40
-    assert caches["policies"][0] > 30  # it was filled
-    assert caches["aliases"][0] == 40
+    known, limit = caches["policies"]  # in bytes: the limit in entries holds for policies of the usual size
+    assert 30 <= known <= limit == 40
+    assert caches["aliases"] == (40, 40)
     assert [cache for cache, (has, may) in caches.items() if has > may] == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_flood_of_slots_neither_lifts_a_rooms_limit_nor_grows_without_bound(
+async def test_flood_of_slots_keeps_the_limit_enforced_and_memory_bounded(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client chooses the slot, and each slot is an SFU room of its own."""
@@ -299,8 +301,8 @@ async def test_flood_of_slots_neither_lifts_a_rooms_limit_nor_grows_without_boun
     await sandbox.enter(ALICE, room_id)
     slots = [f"slot{n}" for n in range(50)]
     codes = [(await sandbox.ask_token(ALICE, room_id, new=True, slot_id=slot)).code for slot in slots]
-    assert codes == [200] * (memory.SLOTS_PER_ROOM - 1) + [429] * (len(slots) - memory.SLOTS_PER_ROOM + 1)
-    assert (await sandbox.ask_token(BOB, room_id, new=True, slot_id="another")).code == 429
-    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+    further = memory.SLOTS_PER_ROOM - 1
+    assert codes == [200] * further + [429] * (50 - further)
+    assert (await sandbox.ask_token(BOB, room_id, new=True, slot_id=slots[0])).code == 403
     caches = entries((await sandbox.operator("GET", "/metrics")).body.decode())
     assert [cache for cache, (has, may) in caches.items() if has > may] == []

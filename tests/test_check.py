@@ -32,7 +32,7 @@ OTHER_SECRET = "another-secret-of-the-same-length-1"
 
 
 async def checked(sandbox: Sandbox, *, longest: Any = 15.0, ahead: Any = 0.0, **settings: Any) -> Report:
-    """Check with the settings of the sandbox's guard, and these over them. :param ahead: seconds our clock is."""
+    """Check with the settings of the sandbox's guard and these changes. :param ahead: seconds our clock is ahead."""
     assert sandbox.guard.public.port is not None
     assert sandbox.guard.admin is not None
     assert sandbox.guard.admin.port is not None
@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 def no_guard() -> dict[str, int]:
-    """Settings with which no guard runs."""
+    """Ports on which no guard listens."""
     return {"guard_admin_port": free_port(), "guard_bind_port": free_port()}
 
 
@@ -70,7 +70,7 @@ def open_to_all(directory: Path) -> None:
 
 @pytest.fixture
 def state_dir(tmp_path: Path) -> Path:
-    """A state directory as it should be."""
+    """A private state directory."""
     tmp_path.chmod(0o700)
     return tmp_path
 
@@ -107,7 +107,7 @@ async def test_no_secret_is_printed(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_matrix_token(sandbox: Sandbox) -> None:
+async def test_missing_matrix_token_is_wrong(sandbox: Sandbox) -> None:
     report = await checked(sandbox, matrix_token="")
     finding = found(report, "synapse", "access token")
     assert finding.state == "wrong"
@@ -116,7 +116,7 @@ async def test_no_matrix_token(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_matrix_token_that_is_not_valid(sandbox: Sandbox) -> None:
+async def test_invalid_matrix_token_is_wrong(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, matrix_token="syt_old"), "synapse", "access token")
     assert finding.state == "wrong"
     assert "401 M_UNKNOWN_TOKEN" in finding.reason
@@ -124,7 +124,7 @@ async def test_a_matrix_token_that_is_not_valid(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_matrix_token_of_a_user_who_is_not_an_admin(sandbox: Sandbox) -> None:
+async def test_matrix_token_of_an_ordinary_user_is_wrong(sandbox: Sandbox) -> None:
     report = await checked(sandbox, matrix_token=sandbox.homeserver.add_user("alice"))
     finding = found(report, "synapse", "access token")
     assert finding.state == "wrong"
@@ -133,7 +133,7 @@ async def test_a_matrix_token_of_a_user_who_is_not_an_admin(sandbox: Sandbox) ->
 
 
 @pytest_twisted.ensureDeferred
-async def test_another_server_name_than_synapses(sandbox: Sandbox) -> None:
+async def test_server_name_that_differs_from_synapses_is_wrong(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, guard_server_name="example.org"), "synapse", "server name")
     assert finding.state == "wrong"
     assert "'example.org'" in finding.reason
@@ -141,7 +141,7 @@ async def test_another_server_name_than_synapses(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_synapses_address_is_livekits(sandbox: Sandbox) -> None:
+async def test_synapse_api_that_leads_to_livekit_is_wrong(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, synapse_api=sandbox.livekit.url), "synapse", "reachable")
     assert finding.state == "wrong"
     assert "not as a Matrix homeserver" in finding.reason
@@ -149,7 +149,7 @@ async def test_synapses_address_is_livekits(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_synapses_address_is_a_proxy_without_the_admin_api(sandbox: Sandbox) -> None:
+async def test_synapse_api_without_the_admin_api_is_wrong(sandbox: Sandbox) -> None:
     sandbox.homeserver.faults["server_version"] = Fault.status(404, b"<html>no such page</html>")
     finding = found(await checked(sandbox), "synapse", "reachable")
     assert finding.state == "wrong"
@@ -158,7 +158,7 @@ async def test_synapses_address_is_a_proxy_without_the_admin_api(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_synapse_without_openid_on_that_listener(sandbox: Sandbox) -> None:
+async def test_synapse_listener_without_openid_is_a_warning(sandbox: Sandbox) -> None:
     sandbox.homeserver.faults["userinfo"] = Fault.status(404, b'{"errcode":"M_UNRECOGNIZED"}')
     finding = found(await checked(sandbox), "synapse", "OpenID")
     assert finding.state == "warning"
@@ -167,7 +167,7 @@ async def test_synapse_without_openid_on_that_listener(sandbox: Sandbox) -> None
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_old_synapse_that_answers_the_whole_state(sandbox: Sandbox) -> None:
+async def test_old_synapse_that_returns_the_whole_state_is_a_warning(sandbox: Sandbox) -> None:
     sandbox.homeserver.create_room("admin")
     sandbox.homeserver.ignores_type = True
     report = await checked(sandbox)
@@ -176,7 +176,7 @@ async def test_an_old_synapse_that_answers_the_whole_state(sandbox: Sandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_control_characters_of_a_service_do_not_reach_the_terminal(sandbox: Sandbox) -> None:
+async def test_control_characters_from_a_service_do_not_reach_the_terminal(sandbox: Sandbox) -> None:
     sandbox.homeserver.faults["server_version"] = Fault.status(
         200, b'{"server_version": "1.0\\u001b[2J\\n  all is well"}'
     )
@@ -198,7 +198,9 @@ async def test_control_characters_of_a_service_do_not_reach_the_terminal(sandbox
         ({"livekit_secret": OTHER_SECRET}, "LIVEKIT_SECRET is not its secret"),
     ],
 )
-async def test_a_key_that_livekit_does_not_accept(sandbox: Sandbox, settings: dict[str, Any], said: str) -> None:
+async def test_credentials_that_livekit_rejects_are_wrong(
+    sandbox: Sandbox, settings: dict[str, Any], said: str
+) -> None:
     finding = found(await checked(sandbox, **settings), "livekit", "key")
     assert finding.state == "wrong"
     assert said in finding.reason
@@ -206,7 +208,7 @@ async def test_a_key_that_livekit_does_not_accept(sandbox: Sandbox, settings: di
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_short_secret(sandbox: Sandbox) -> None:
+async def test_short_secret_is_a_warning(sandbox: Sandbox) -> None:
     sandbox.livekit.keys[KEY] = "devsecret"
     finding = found(await checked(sandbox, livekit_secret="devsecret"), "livekit", "secret")
     assert finding.state == "warning"
@@ -215,7 +217,7 @@ async def test_a_short_secret(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_livekits_address_is_synapses(sandbox: Sandbox) -> None:
+async def test_livekit_api_that_leads_to_synapse_is_wrong(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, livekit_api=sandbox.homeserver.url), "livekit", "reachable")
     assert finding.state == "wrong"
     assert "not as LiveKit (404" in finding.reason
@@ -226,7 +228,7 @@ async def test_livekits_address_is_synapses(sandbox: Sandbox) -> None:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("name", ["guard_bind_port", "guard_admin_port"])
-async def test_a_guard_in_front_of_itself_is_reported_without_asking_it(sandbox: Sandbox, name: str) -> None:
+async def test_upstream_that_is_the_guards_own_port_is_wrong(sandbox: Sandbox, name: str) -> None:
     port = free_port()
     settings: dict[str, Any] = {name: port, "guard_upstream": f"http://localhost:{port}"}
     report = await checked(sandbox, **settings)
@@ -237,20 +239,20 @@ async def test_a_guard_in_front_of_itself_is_reported_without_asking_it(sandbox:
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_is_another_guards_operators_listener(sandbox: Sandbox) -> None:
+async def test_upstream_that_is_an_operators_listener_is_named(sandbox: Sandbox) -> None:
     report = await checked(sandbox, guard_upstream=sandbox.admin_url, guard_admin_port=None)
     assert "operators' listener" in found(report, "lk-jwt-service", "reachable").reason
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_is_synapse(sandbox: Sandbox) -> None:
+async def test_upstream_that_is_synapse_is_wrong(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, guard_upstream=sandbox.homeserver.url), "lk-jwt-service", "reachable")
     assert finding.state == "wrong"
     assert "not as lk-jwt-service (404 to /healthz)" in finding.reason
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_is_something_else_that_is_healthy(sandbox: Sandbox) -> None:
+async def test_upstream_without_token_routes_is_wrong(sandbox: Sandbox) -> None:
     sandbox.upstream.faults |= {"sfu_get": Fault.status(404), "get_token": Fault.status(404)}
     finding = found(await checked(sandbox), "lk-jwt-service", "is lk-jwt-service")
     assert finding.state == "wrong"
@@ -258,7 +260,7 @@ async def test_upstream_is_something_else_that_is_healthy(sandbox: Sandbox) -> N
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_old_release_is_known_by_its_routes_and_names(sandbox: Sandbox) -> None:
+async def test_old_lk_jwt_service_is_recognised_by_its_routes_and_names(sandbox: Sandbox) -> None:
     sandbox.upstream.naming = "0.3.0"
     sandbox.upstream.faults["get_token"] = Fault.status(404)
     report = await checked(sandbox)
@@ -275,9 +277,9 @@ async def test_an_old_release_is_known_by_its_routes_and_names(sandbox: Sandbox)
         ("secret", OTHER_SECRET, "but not with our LIVEKIT_SECRET"),
     ],
 )
-async def test_upstream_signs_with_another_key(sandbox: Sandbox, name: str, value: str, said: str) -> None:
+async def test_tokens_signed_with_another_key_are_wrong(sandbox: Sandbox, name: str, value: str, said: str) -> None:
     setattr(sandbox.upstream, name, value)
-    # LiveKit knows both, so that upstream can make the room
+    # LiveKit accepts both keys, so that upstream can create the room
     sandbox.livekit.keys["theirkey"] = SECRET
     if name == "secret":
         sandbox.upstream.full_access = ["another.homeserver"]
@@ -287,7 +289,7 @@ async def test_upstream_signs_with_another_key(sandbox: Sandbox, name: str, valu
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_cannot_make_rooms_at_livekit(sandbox: Sandbox) -> None:
+async def test_upstream_that_cannot_create_rooms_is_wrong(sandbox: Sandbox) -> None:
     sandbox.upstream.secret = OTHER_SECRET
     finding = found(await checked(sandbox), "lk-jwt-service", "its tokens")
     assert finding.state == "wrong"
@@ -296,7 +298,7 @@ async def test_upstream_cannot_make_rooms_at_livekit(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_cannot_reach_the_homeserver(sandbox: Sandbox) -> None:
+async def test_upstream_that_cannot_verify_openid_tokens_is_wrong(sandbox: Sandbox) -> None:
     sandbox.upstream.homeservers.clear()
     finding = found(await checked(sandbox), "lk-jwt-service", "its tokens")
     assert finding.state == "wrong"
@@ -305,7 +307,7 @@ async def test_upstream_cannot_reach_the_homeserver(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_uses_another_livekit(sandbox: Sandbox, start_sandbox: StartSandbox) -> None:
+async def test_upstream_that_uses_another_livekit_is_a_warning(sandbox: Sandbox, start_sandbox: StartSandbox) -> None:
     other = await start_sandbox(guard_reconcile_interval=3600)
     report = await checked(sandbox, livekit_api=other.livekit.url)
     finding = found(report, "lk-jwt-service", "the trial's room")
@@ -324,18 +326,18 @@ ADDRESSES = pytest.mark.parametrize(
 
 @pytest_twisted.ensureDeferred
 @ADDRESSES
-async def test_an_address_where_nothing_listens(sandbox: Sandbox, name: str, about: str) -> None:
+async def test_address_where_nothing_listens_is_wrong(sandbox: Sandbox, name: str, about: str) -> None:
     port = free_port()
     report = await checked(sandbox, **{name: f"http://127.0.0.1:{port}"})
     finding = found(report, about, "reachable")
     assert (finding.state, finding.reason) == ("wrong", f"nothing listens on 127.0.0.1:{port}")
     assert name.upper() in finding.remedy
-    assert {what for what, _ in wrong(report)} == {about}, "the other services were checked all the same"
+    assert {what for what, _ in wrong(report)} == {about}, "the other services were checked as well"
 
 
 @pytest_twisted.ensureDeferred
 @ADDRESSES
-async def test_a_host_name_that_nobody_knows(sandbox: Sandbox, name: str, about: str) -> None:
+async def test_unknown_host_name_is_wrong(sandbox: Sandbox, name: str, about: str) -> None:
     report = await checked(sandbox, **{name: "http://no-such-host.invalid:80"})
     finding = found(report, about, "reachable")
     assert finding.state == "wrong"
@@ -345,7 +347,7 @@ async def test_a_host_name_that_nobody_knows(sandbox: Sandbox, name: str, about:
 
 @pytest_twisted.ensureDeferred
 @ADDRESSES
-async def test_https_where_http_is_spoken(sandbox: Sandbox, name: str, about: str) -> None:
+async def test_https_address_of_an_http_service_is_wrong(sandbox: Sandbox, name: str, about: str) -> None:
     address = str(getattr(sandbox.settings, name)).replace("http:", "https:")
     finding = found(await checked(sandbox, **{name: address}), about, "reachable")
     assert finding.state == "wrong"
@@ -364,7 +366,7 @@ async def test_services_that_never_answer_do_not_delay_the_report(sandbox: Sandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_whole_check_ends_in_time(sandbox: Sandbox) -> None:
+async def test_check_stops_at_its_time_limit(sandbox: Sandbox) -> None:
     for standin in (sandbox.homeserver, sandbox.livekit, sandbox.upstream):
         standin.fault = Fault.delay(0.3)
     began = reactor.seconds()
@@ -386,14 +388,14 @@ async def test_unexpected_answers_are_reported_as_wrong(sandbox: Sandbox, fault:
         standin.fault = fault
     report = await checked(sandbox, guard_admin_port=None)
     surprised = {about for about, _ in wrong(report)}
-    if fault.kind == "wrong_types":  # to protobuf a field of another type is only one it does not know
+    if fault.kind == "wrong_types":  # protobuf ignores fields of another type as unknown ones
         assert "synapse" in surprised
     else:
         assert surprised >= {"synapse", "livekit", "lk-jwt-service"}
     assert all(finding.remedy for finding in report.findings if finding.state == "wrong")
 
 
-# -- what others can reach --
+# -- exposure --
 
 
 def listening(address: str) -> str:
@@ -420,7 +422,7 @@ def test_listening_addresses_are_read_as_the_kernel_writes_them(
     assert listening_addresses(0x1F87, tmp_path) == [told]
 
 
-def test_where_the_kernel_tells_nothing_nothing_is_known(tmp_path: Path) -> None:
+def test_listening_addresses_are_unknown_without_proc_net(tmp_path: Path) -> None:
     assert listening_addresses(8071, tmp_path) is None
 
 
@@ -469,7 +471,7 @@ async def test_homeserver_routes_on_every_address_are_a_warning(
 
 
 @pytest_twisted.ensureDeferred
-async def test_livekits_room_service_on_the_address_of_clients_is_a_warning(sandbox: Sandbox) -> None:
+async def test_room_service_on_livekits_public_address_is_a_warning(sandbox: Sandbox) -> None:
     sandbox.upstream.sfu_url = sandbox.livekit.url.replace("127.0.0.1", "localhost")
     finding = found(await checked(sandbox), "exposure", "LiveKit")
     assert finding.state == "warning"
@@ -482,7 +484,7 @@ async def test_livekits_room_service_on_the_address_of_clients_is_a_warning(sand
 
 
 @pytest_twisted.ensureDeferred
-async def test_webhooks_that_do_not_arrive(sandbox: Sandbox) -> None:
+async def test_missing_webhooks_are_a_warning(sandbox: Sandbox) -> None:
     sandbox.livekit.webhooks.urls.clear()
     report = await checked(sandbox)
     finding = found(report, "webhooks", "arrive")
@@ -492,13 +494,13 @@ async def test_webhooks_that_do_not_arrive(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_webhooks_that_another_secret_signed(sandbox: Sandbox) -> None:
+async def test_webhooks_signed_with_another_secret_are_a_warning(sandbox: Sandbox) -> None:
     sandbox.livekit.webhooks.secret = OTHER_SECRET
     assert found(await checked(sandbox), "webhooks", "arrive").state == "warning"
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_a_running_guard_the_remedy_says_how_to_see_webhooks(sandbox: Sandbox) -> None:
+async def test_webhooks_are_unknown_without_a_running_guard(sandbox: Sandbox) -> None:
     report = await checked(sandbox, guard_bind_port=free_port(), guard_admin_port=free_port())
     finding = found(report, "webhooks", "arrive")
     assert finding.state == "unknown"
@@ -508,7 +510,7 @@ async def test_without_a_running_guard_the_remedy_says_how_to_see_webhooks(sandb
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize(("ahead", "state"), [(-30.0, "warning"), (30.0, "warning"), (-90.0, "wrong"), (90.0, "wrong")])
-async def test_clocks_that_differ(sandbox: Sandbox, ahead: float, state: str) -> None:
+async def test_clock_skew_is_a_warning_and_above_a_minute_wrong(sandbox: Sandbox, ahead: float, state: str) -> None:
     report = await checked(sandbox, ahead=ahead)
     for setting in ("SYNAPSE_API", "LIVEKIT_API", "GUARD_UPSTREAM"):
         finding = found(report, "clocks", setting)
@@ -518,7 +520,7 @@ async def test_clocks_that_differ(sandbox: Sandbox, ahead: float, state: str) ->
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_clock_so_far_ahead_that_livekit_refuses_tokens(sandbox: Sandbox) -> None:
+async def test_clock_skew_that_makes_livekit_reject_tokens_is_named(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, ahead=600.0), "livekit", "key")
     assert finding.state == "wrong"
     assert "its clock and ours differ" in finding.reason
@@ -538,7 +540,7 @@ async def test_a_running_guard_reports_what_it_does_not_enforce(start_sandbox: S
 
 
 @pytest_twisted.ensureDeferred
-async def test_lk_jwt_service_still_holds_the_guards_port(sandbox: Sandbox) -> None:
+async def test_guards_port_held_by_lk_jwt_service_is_wrong(sandbox: Sandbox) -> None:
     report = await checked(sandbox, guard_bind_port=sandbox.upstream.port, guard_upstream="http://127.0.0.1:1")
     finding = found(report, "ports", "GUARD_BIND_PORT")
     assert finding.state == "wrong"
@@ -546,7 +548,7 @@ async def test_lk_jwt_service_still_holds_the_guards_port(sandbox: Sandbox) -> N
 
 
 @pytest_twisted.ensureDeferred
-async def test_ports_that_other_programs_hold(sandbox: Sandbox) -> None:
+async def test_ports_held_by_other_programs_are_wrong(sandbox: Sandbox) -> None:
     report = await checked(sandbox, guard_bind_port=sandbox.homeserver.port, guard_admin_port=sandbox.livekit.port)
     for name in ("GUARD_BIND_PORT", "GUARD_ADMIN_PORT"):
         finding = found(report, "ports", name)
@@ -556,28 +558,28 @@ async def test_ports_that_other_programs_hold(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_same_port_twice(sandbox: Sandbox) -> None:
+async def test_two_listeners_on_one_port_are_wrong(sandbox: Sandbox) -> None:
     port = free_port()
     finding = found(await checked(sandbox, guard_bind_port=port, guard_admin_port=port), "ports", "GUARD_ADMIN_PORT")
     assert (finding.state, finding.reason) == ("wrong", f"is {port}, as is GUARD_BIND_PORT")
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_address_that_this_machine_does_not_have(sandbox: Sandbox) -> None:
+async def test_bind_address_of_another_machine_is_wrong(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox, guard_bind_host="192.0.2.1"), "ports", "GUARD_BIND_PORT")
     assert finding.state == "wrong"
     assert "EADDRNOTAVAIL" in finding.reason
 
 
 @pytest_twisted.ensureDeferred
-async def test_nothing_survives_a_restart_without_a_state_directory(sandbox: Sandbox) -> None:
+async def test_missing_state_directory_is_a_warning(sandbox: Sandbox) -> None:
     finding = found(await checked(sandbox), "state directory", "kept")
     assert finding.state == "warning"
     assert "GUARD_STATE_DIR" in finding.remedy
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_state_directory_that_is_a_file(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_state_directory_that_is_a_file_is_wrong(sandbox: Sandbox, tmp_path: Path) -> None:
     file = tmp_path / "state"
     file.write_text("")
     for path in (file, file / "below"):
@@ -586,7 +588,7 @@ async def test_a_state_directory_that_is_a_file(sandbox: Sandbox, tmp_path: Path
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_state_directory_that_cannot_be_written_to(sandbox: Sandbox) -> None:
+async def test_unwritable_state_directory_is_wrong(sandbox: Sandbox) -> None:
     finding = found(
         await checked(sandbox, guard_state_dir=Path("/proc/lotusguard"), **no_guard()), "state directory", "writable"
     )
@@ -596,7 +598,7 @@ async def test_a_state_directory_that_cannot_be_written_to(sandbox: Sandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_state_directory_that_does_not_exist_is_not_created(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_check_does_not_create_the_state_directory(sandbox: Sandbox, tmp_path: Path) -> None:
     directory = tmp_path / "var" / "lotusguard"
     finding = found(await checked(sandbox, guard_state_dir=directory, **no_guard()), "state directory", "writable")
     assert finding.state == "fine"
@@ -605,7 +607,7 @@ async def test_a_state_directory_that_does_not_exist_is_not_created(sandbox: San
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_state_directory_that_everybody_can_read(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_world_readable_state_directory_is_a_warning(sandbox: Sandbox, tmp_path: Path) -> None:
     open_to_all(tmp_path)
     finding = found(await checked(sandbox, guard_state_dir=tmp_path, **no_guard()), "state directory", "private")
     assert finding.state == "warning"
@@ -613,7 +615,9 @@ async def test_a_state_directory_that_everybody_can_read(sandbox: Sandbox, tmp_p
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_full_file_system(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_low_disk_space_is_a_warning_and_a_full_disk_wrong(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for free, state in ((10 * 1024, "wrong"), (10 * 1024 * 1024, "warning")):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr("lotusguard.check.host.shutil.disk_usage", lambda _, usage=usage: usage)
@@ -624,7 +628,7 @@ async def test_a_full_file_system(sandbox: Sandbox, tmp_path: Path, monkeypatch:
 
 
 @pytest_twisted.ensureDeferred
-async def test_settings_that_are_probably_typing_errors(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_misspelt_setting_is_a_warning(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUARD_UPSTREEM", "http://127.0.0.1:8071")
     finding = found(await checked(sandbox), "settings", "suspicious")
     assert finding.state == "warning"
@@ -632,17 +636,17 @@ async def test_settings_that_are_probably_typing_errors(sandbox: Sandbox, monkey
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_operators_token(sandbox: Sandbox) -> None:
+async def test_missing_admin_token_is_a_warning(sandbox: Sandbox) -> None:
     assert found(await checked(sandbox, guard_admin_token=""), "settings", "GUARD_ADMIN_TOKEN").state == "warning"
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_any_room_the_type_filter_is_unknown(sandbox: Sandbox) -> None:
+async def test_state_by_type_is_unknown_without_any_room(sandbox: Sandbox) -> None:
     assert isinstance(sandbox.homeserver, FakeSynapse)
     assert found(await checked(sandbox), "synapse", "state by type").state == "unknown"
 
 
-def test_the_table_has_a_mark_a_reason_and_a_remedy_for_each() -> None:
+def test_report_shows_mark_reason_and_remedy_of_each_finding() -> None:
     report = Report(order=["one", "two"])
     report.findings += [
         Finding("two", "asked second", "wrong", "it is so", "do that"),
@@ -666,7 +670,7 @@ def test_the_table_has_a_mark_a_reason_and_a_remedy_for_each() -> None:
     assert not report.fine
 
 
-# -- the running guard and the way to it -----------------------------------------------------------------------------
+# -- the running guard and its public address --------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -686,7 +690,7 @@ async def test_a_running_guard_without_a_state_directory_is_reported(sandbox: Sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_lk_jwt_service_on_the_guards_port_is_told_apart_from_a_guard(sandbox: Sandbox) -> None:
+async def test_lk_jwt_service_on_the_guards_port_is_not_taken_for_a_guard(sandbox: Sandbox) -> None:
     port = int(sandbox.upstream.url.rpartition(":")[2])
     finding = found(await checked(sandbox, guard_bind_port=port), "ports", "GUARD_BIND_PORT")
     assert finding.state == "wrong"
@@ -694,7 +698,7 @@ async def test_lk_jwt_service_on_the_guards_port_is_told_apart_from_a_guard(sand
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_way_of_clients_past_the_guard_is_found(sandbox: Sandbox) -> None:
+async def test_public_address_that_bypasses_the_guard_is_wrong(sandbox: Sandbox) -> None:
     report, pool = Report(), connection_pool(reactor)
     asking = Asking(reactor, pool, 5.0, time.time)
     exposure = ExposureCheck(asking, Findings(report, "exposure"))
@@ -719,7 +723,7 @@ def test_a_port_that_systemd_holds_is_recognised(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_full_disk_is_told_from_missing_rights(
+async def test_full_disk_is_not_reported_as_missing_permission(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(dir: Path) -> Any:
@@ -733,7 +737,7 @@ async def test_a_full_disk_is_told_from_missing_rights(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_proxys_403_is_not_taken_for_synapses(sandbox: Sandbox) -> None:
+async def test_403_of_a_proxy_is_not_attributed_to_synapse(sandbox: Sandbox) -> None:
     sandbox.homeserver.faults["server_version"] = Fault.status(403, b"<html>Forbidden</html>")
     finding = found(await checked(sandbox), "synapse", "reachable")
     assert finding.state == "wrong"

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``lotusguard`` command, run as people run it: in a process of its own."""
+"""The ``lotusguard`` command, run in a process of its own as operators run it."""
 
 from __future__ import annotations
 
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import socket
@@ -42,14 +43,14 @@ def free_port() -> int:
 
 
 def nowhere() -> dict[str, str]:
-    """Settings of dependencies that are not there, and ports nobody holds."""
+    """Settings with addresses of dependencies where nothing listens, and with free ports for the guard."""
     names = ("GUARD_UPSTREAM", "LIVEKIT_API", "SYNAPSE_API")
     addresses = {name: f"http://127.0.0.1:{free_port()}" for name in names}
     return addresses | {"GUARD_BIND_PORT": str(free_port()), "GUARD_ADMIN_PORT": str(free_port())}
 
 
-def heed_ctrl_c() -> None:
-    """What a shell starts in the background is deaf to it, and so would be what we start."""
+def default_sigint() -> None:
+    """A shell makes background jobs ignore SIGINT, and child processes inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -57,7 +58,7 @@ def heed_ctrl_c() -> None:
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [*COMMAND, *arguments], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=default_sigint,
     )  # fmt: skip
     try:
         yield process
@@ -67,12 +68,12 @@ def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_it_tells_its_version() -> None:
+def test_version_option_prints_the_version() -> None:
     asked = lotusguard("--version")
     assert (asked.returncode, asked.stdout) == (0, f"lotusguard {__version__}\n")
 
 
-def test_without_a_command_it_says_what_there_is() -> None:
+def test_missing_command_prints_the_help_and_fails() -> None:
     asked = lotusguard()
     assert asked.returncode == 2
     assert "sandbox" in asked.stderr
@@ -94,7 +95,7 @@ def test_without_a_command_it_says_what_there_is() -> None:
         ("GUARD_CONFIG", "/does/not/exist.yaml", "is not a file"),
     ],
 )
-def test_a_wrong_setting_is_one_line_and_exit_status_2(name: str, value: str, said: str) -> None:
+def test_wrong_setting_is_reported_in_one_line_with_exit_status_2(name: str, value: str, said: str) -> None:
     asked = lotusguard("check", **{name: value, "LIVEKIT_SECRET": SECRET})
     assert asked.returncode == 2
     assert asked.stdout == ""
@@ -105,7 +106,7 @@ def test_a_wrong_setting_is_one_line_and_exit_status_2(name: str, value: str, sa
     assert SECRET not in asked.stderr
 
 
-def test_a_wrong_setting_is_told_to_machines_too() -> None:
+def test_wrong_setting_is_reported_as_json_too() -> None:
     asked = lotusguard("check", "--json", GUARD_BIND_PORT="99999")
     assert asked.returncode == 2
     report = json.loads(asked.stdout)
@@ -113,7 +114,7 @@ def test_a_wrong_setting_is_told_to_machines_too() -> None:
     assert report["error"].startswith("GUARD_BIND_PORT: ")
 
 
-def test_check_tells_people_what_is_wrong_and_what_to_do() -> None:
+def test_check_prints_faults_with_remedies() -> None:
     settings = nowhere()
     asked = lotusguard("check", **settings, LIVEKIT_KEY="key", LIVEKIT_SECRET=SECRET, MATRIX_TOKEN=SECRET)
     assert asked.returncode == 1
@@ -126,7 +127,7 @@ def test_check_tells_people_what_is_wrong_and_what_to_do() -> None:
     assert "\x1b" not in asked.stdout
 
 
-def test_check_tells_machines_the_same() -> None:
+def test_check_prints_the_same_faults_as_json() -> None:
     asked = lotusguard("check", "--json", **nowhere())
     assert asked.returncode == 1
     report = json.loads(asked.stdout)
@@ -142,7 +143,7 @@ def test_check_tells_machines_the_same() -> None:
     assert all(one["remedy"] for one in report["findings"] if one["state"] in ("wrong", "warning"))
 
 
-def test_the_demo_succeeds_and_reads_no_setting_of_the_operator(tmp_path: Path) -> None:
+def test_demo_succeeds_and_ignores_the_operators_settings(tmp_path: Path) -> None:
     state = tmp_path / "state"
     asked = lotusguard(
         "sandbox",
@@ -153,12 +154,12 @@ def test_the_demo_succeeds_and_reads_no_setting_of_the_operator(tmp_path: Path) 
         GUARD_CONFIG="/does/not/exist",
     )
     assert asked.returncode == 0, asked.stdout + asked.stderr
-    assert asked.stdout.splitlines()[-1].startswith("✓ All 30 steps succeeded")
-    assert asked.stderr == "", "no log in between"
+    assert re.match(r"✓ All \d+ steps succeeded in ", asked.stdout.splitlines()[-1])
+    assert asked.stderr == "", "the log must not be mixed in"
     assert not state.exists()
 
 
-def test_the_demo_fails_with_a_guard_that_enforces_nothing() -> None:
+def test_demo_fails_if_the_guard_enforces_nothing() -> None:
     sabotaged = (
         "import sys; from lotusguard.sandbox.demo import demo; demo.SETTINGS['guard_dry_run'] = True; "
         "from lotusguard.cli import main; sys.exit(main(['sandbox', '--demo', '--verbose']))"
@@ -168,10 +169,10 @@ def test_the_demo_fails_with_a_guard_that_enforces_nothing() -> None:
     )
     assert asked.returncode == 1
     assert "carol is refused: answered 200" in asked.stdout.splitlines()[-1]
-    assert "would_refuse @carol:sandbox.local" in asked.stderr, "with --verbose the guard's log is there"
+    assert "would_refuse @carol:sandbox.local" in asked.stderr, "--verbose shows the guard's log"
 
 
-def test_an_interrupted_demo_does_not_succeed() -> None:
+def test_interrupted_demo_exits_with_status_130() -> None:
     with running("sandbox", "--demo") as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -181,7 +182,7 @@ def test_an_interrupted_demo_does_not_succeed() -> None:
         assert process.wait(20) == 130
 
 
-def test_the_demo_is_coloured_on_a_terminal() -> None:
+def test_demo_uses_colours_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
     demo = [*COMMAND, "sandbox", "--demo"]
     process = subprocess.Popen(demo, env=environment(TERM="xterm"), cwd=ROOT, stdout=theirs, stderr=theirs)
@@ -198,7 +199,7 @@ def test_the_demo_is_coloured_on_a_terminal() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs curl and bash")
-def test_what_the_sandbox_prints_can_be_pasted_and_does_what_it_says() -> None:
+def test_commands_printed_by_the_sandbox_work_when_pasted() -> None:
     with running("sandbox") as process:
         assert process.stdout is not None
         script = ""
@@ -206,7 +207,7 @@ def test_what_the_sandbox_prints_can_be_pasted_and_does_what_it_says() -> None:
             script += line
             if "Ctrl-C" in line:
                 break
-        # Interactive, as when pasted: `!` in room IDs has to survive the shell's history.
+        # Interactive, as when pasted: history expansion must not change the `!` of room IDs.
         pasted = subprocess.run(
             ["bash", "--norc", "--noprofile", "-i"], env=environment(HISTFILE="/dev/null", PS1=""),
             input=script, capture_output=True, text=True, timeout=60, start_new_session=True,
@@ -225,7 +226,7 @@ def test_what_the_sandbox_prints_can_be_pasted_and_does_what_it_says() -> None:
         assert "refused @carol:sandbox.local" in log
 
 
-def test_the_sandbox_ends_with_ctrl_c() -> None:
+def test_ctrl_c_ends_the_sandbox() -> None:
     with running("sandbox") as process:
         assert process.stdout is not None
         assert "sandbox" in process.stdout.readline()

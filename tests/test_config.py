@@ -58,7 +58,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), WRONG)
-def test_a_wrong_value_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str) -> None:
+def test_wrong_value_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError) as error:
         read_settings()
@@ -68,7 +70,7 @@ def test_a_wrong_value_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, v
     assert "\n" not in line
 
 
-def test_the_defaults_are_the_contracts() -> None:
+def test_defaults_suit_one_machine() -> None:
     settings = read_settings()
     assert settings.guard_bind_host == "0.0.0.0"
     assert (settings.guard_bind_port, settings.guard_admin_port) == (8070, 8072)
@@ -78,7 +80,7 @@ def test_the_defaults_are_the_contracts() -> None:
     assert settings.guard_overflow == "eject"
 
 
-def test_the_defaults_enforce_membership_and_leave_optional_listeners_off() -> None:
+def test_defaults_enforce_membership_and_leave_optional_listeners_off() -> None:
     settings = read_settings()
     assert (settings.guard_members_only, settings.guard_tokens, settings.guard_restore) == ("on", "all", True)
     assert settings.guard_homeservers == settings.guard_start_homeservers == ("*",)
@@ -87,13 +89,13 @@ def test_the_defaults_enforce_membership_and_leave_optional_listeners_off() -> N
     assert (settings.guard_membership_interval, settings.guard_lobby_wait, settings.guard_max_body) == (30, 600, 65536)
 
 
-def test_homeservers_are_names_and_globs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_homeservers_setting_accepts_names_and_globs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUARD_HOMESERVERS", " Example.org, *.example.org:8448,[2001:db8::1]:8448,")
     assert read_settings().guard_homeservers == ("example.org", "*.example.org:8448", "[2001:db8::1]:8448")
 
 
 @pytest.mark.parametrize("value", ["off", "false"])
-def test_yamls_switches_are_words_where_a_word_is_expected(
+def test_yaml_booleans_are_accepted_where_a_word_is_expected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str
 ) -> None:
     (tmp_path / "guard.yaml").write_text(
@@ -106,7 +108,7 @@ def test_yamls_switches_are_words_where_a_word_is_expected(
 
 
 @pytest.mark.parametrize(("value", "expected"), [("", None), ("0", 0), ("25", 25)])
-def test_the_default_limit_may_be_empty(monkeypatch: pytest.MonkeyPatch, value: str, expected: int | None) -> None:
+def test_default_limit_may_be_empty(monkeypatch: pytest.MonkeyPatch, value: str, expected: int | None) -> None:
     monkeypatch.setenv("GUARD_DEFAULT_MAX_USERS", value)
     assert read_settings().guard_default_max_users == expected
 
@@ -116,7 +118,7 @@ def test_the_default_limit_may_be_empty(monkeypatch: pytest.MonkeyPatch, value: 
     ["redis://:pw@127.0.0.1:6379/0", "rediss://cache.example.org", "unix:///run/valkey.sock",
      "redis+sentinel://a:26379,b:26379/name"],
 )  # fmt: skip
-def test_redis_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
+def test_redis_urls_are_accepted_and_kept_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
     (tmp_path / "url").write_text(url + "\n")
     monkeypatch.setenv("GUARD_REDIS_URL_FROM_FILE", str(tmp_path / "url"))
     settings = read_settings()
@@ -124,7 +126,7 @@ def test_redis_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -
     assert url not in repr(settings)
 
 
-def test_the_environment_of_voice_limit_guard_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_of_voice_limit_guard_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": "9070", "GUARD_UPSTREAM": "http://10.0.0.2:8071/",
         "LIVEKIT_API": "http://10.0.0.3:7880", "LIVEKIT_KEY": "key", "LIVEKIT_SECRET": "secret",
@@ -156,14 +158,14 @@ def test_secrets_come_from_files_as_lk_jwt_service_reads_them(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("text", ["only-a-key", "a: b: c", ""])
-def test_a_key_file_that_holds_no_pair_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
+def test_key_file_without_a_pair_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
     (tmp_path / "both").write_text(text)
     monkeypatch.setenv("LIVEKIT_KEY_FILE", str(tmp_path / "both"))
     with pytest.raises(ConfigurationError, match=r"LIVEKIT_KEY_FILE: .*`key: secret`"):
         read_settings()
 
 
-def test_the_file_is_overridden_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_overrides_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "guard.yaml").write_text("guard_bind_port: 1000\nguard_dry_run: true\nguard_admin_port:\n")
     monkeypatch.setenv("GUARD_CONFIG", str(tmp_path / "guard.yaml"))
     monkeypatch.setenv("GUARD_BIND_PORT", "2000")
@@ -180,7 +182,9 @@ def test_the_file_is_overridden_by_the_environment(monkeypatch: pytest.MonkeyPat
         ("- 1", "GUARD_CONFIG: "),
     ],
 )
-def test_a_wrong_file_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, line: str) -> None:
+def test_wrong_file_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, line: str
+) -> None:
     (tmp_path / "guard.yaml").write_text(text)
     monkeypatch.setenv("GUARD_CONFIG", str(tmp_path / "guard.yaml"))
     with pytest.raises(ConfigurationError) as error:
@@ -189,25 +193,25 @@ def test_a_wrong_file_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_admin_port_is_no_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_admin_port_disables_the_operators_listener(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUARD_ADMIN_PORT", "")
     assert read_settings().guard_admin_port is None
 
 
 @pytest.mark.parametrize(("value", "level"), [("WARNING", "warn"), ("Debug", "debug"), ("fatal", "critical")])
-def test_log_levels_have_their_usual_names(monkeypatch: pytest.MonkeyPatch, value: str, level: str) -> None:
+def test_usual_names_of_log_levels_are_accepted(monkeypatch: pytest.MonkeyPatch, value: str, level: str) -> None:
     monkeypatch.setenv("GUARD_LOG_LEVEL", value)
     assert read_settings().guard_log_level == level
 
 
-def test_the_state_directory_is_systemds_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_directory_defaults_to_systemds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/lotusguard:/var/lib/other")
     assert read_settings().state_dir == Path("/var/lib/lotusguard")
     monkeypatch.setenv("GUARD_STATE_DIR", "/srv/guard")
     assert read_settings().state_dir == Path("/srv/guard")
 
 
-def test_no_error_shows_a_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_contain_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     secret: Any = ["MATRIX-SECRET"]
     with pytest.raises(ConfigurationError) as error:
         read_settings(matrix_token=secret)
@@ -223,7 +227,7 @@ def test_no_error_shows_a_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "SECRET" not in repr(settings.sfu_key)
 
 
-def test_settings_that_are_probably_not_meant_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_suspicious_settings_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("x")
     path.chmod(0o644)
@@ -237,6 +241,6 @@ def test_settings_that_are_probably_not_meant_are_reported(monkeypatch: pytest.M
     assert suspicions(read_settings()) == []
 
 
-def test_settings_cannot_be_changed() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         read_settings().guard_bind_port = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files in ``deploy/`` agree with the service: settings, endpoints and metrics have their real names."""
+"""The files in ``deploy/`` match the service: settings, endpoints and metrics exist under these names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def service() -> _Unit:
 
 
 def variables(path: Path) -> dict[str, str]:
-    """The variables of an environment file, those included that are commented out."""
+    """The variables of an environment file, including those that are commented out."""
     return dict(re.findall(r"^#?([A-Z][A-Z_]*)=(.*)$", path.read_text(encoding="utf-8"), re.M))
 
 
@@ -54,7 +54,7 @@ def default(name: str) -> float:
 # -- systemd ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_the_unit_confines_the_service() -> None:
     unit = UNITS / "lotusguard.service"
     told = subprocess.run(
@@ -67,7 +67,7 @@ def test_the_unit_confines_the_service() -> None:
 
 
 @pytest.mark.parametrize("unit", [UNITS / "lotusguard.service", UNITS / "lotusguard.service.d" / "socket.conf"])
-def test_units_start_twistd_with_options_that_it_knows(unit: Path) -> None:
+def test_units_use_options_that_twistd_accepts(unit: Path) -> None:
     words = shlex.split(_Unit(unit)["Service"]["ExecStart"])
     assert words[0] == "/opt/lotusguard/current/bin/twistd", "deploy/upgrade puts it there"
     assert words[1:4] == ["-n", "--pidfile=", "lotusguard"]
@@ -90,12 +90,12 @@ def test_systemd_supervises_and_reloads_the_service() -> None:
     assert section["SyslogIdentifier"] == "lotusguard"
 
 
-def test_a_wrong_setting_is_not_tried_every_second() -> None:
+def test_wrong_setting_does_not_cause_restarts() -> None:
     assert service()["Service"]["RestartPreventExitStatus"] == str(WRONG_SETTING)
     assert service()["Service"]["Restart"] == "always"
 
 
-def test_lk_jwt_service_is_moved_to_where_the_guard_expects_it() -> None:
+def test_lk_jwt_service_listens_where_the_guard_expects_it() -> None:
     drop_in = _Unit(UNITS / "lk-jwt-service.service.d" / "lotusguard.conf")["Service"]
     file = Path(drop_in["EnvironmentFile"])
     assert "Environment" not in drop_in, "an environment file of lk-jwt-service's would win over it"
@@ -119,7 +119,7 @@ def test_the_drop_in_listens_on_every_socket_that_systemd_holds() -> None:
     assert options["listen"] == ["systemd:domain=INET:index=0", "systemd:domain=INET6:index=1"]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_understands_the_units(tmp_path: Path) -> None:
     for name in ("lotusguard.service", "lotusguard.socket"):
         text = (UNITS / name).read_text(encoding="utf-8").replace("/opt/lotusguard/current/bin/twistd", "/bin/true")

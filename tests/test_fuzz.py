@@ -27,7 +27,7 @@ from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.sandbox.demo.sandbox import SERVER_NAME, Sandbox
 from tests.raw_http import Response, exchange, reactor
 
-# The reactor's own thread may draw a random number while an example is being made; hypothesis notices and warns.
+# The reactor's thread may draw a random number while an example is generated; hypothesis warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 FUZZED = settings(
@@ -46,7 +46,7 @@ ANSWERED_WITHIN = 30.0
 
 # -- bodies: nearly valid token requests as text, so that keys may occur twice -------------------------------------
 
-rooms = st.sampled_from((FULL, OPEN, NO_CAMERA, UNKNOWN))  # the first is drawn most often
+rooms = st.sampled_from((FULL, OPEN, NO_CAMERA, UNKNOWN))  # the first one is drawn most often
 users = st.sampled_from((ALICE, BOB, HOLDER))
 odd_text = st.sampled_from(("", "\ud800", "\0", "ſ", "K", "a" * 300, FULL + " ", "\\", '"', "\u2028<&>"))
 scalars = st.one_of(
@@ -65,7 +65,7 @@ KEYS = (
 
 @st.composite
 def spelt(draw: st.DrawFn, key: str) -> str:
-    """A key as JSON text in another spelling, which some parsers take for the same."""
+    """A key as JSON text in another spelling, which some parsers treat as the same."""
     spellings = (
         key.upper(), key.capitalize(), key[:-1] + key[-1:].upper(), key.replace("s", "ſ").replace("k", "\u212a"),
         draw(st.sampled_from(KEYS)),
@@ -136,7 +136,7 @@ def token_requests(draw: st.DrawFn) -> tuple[str, bytes]:
 no_bodies = st.tuples(st.just(""), st.binary(max_size=200))
 routed = st.one_of(token_requests(), token_requests(), token_requests(), token_requests(), no_bodies)
 
-# -- everything around them --------------------------------------------------------------------------------------------
+# -- requests around the bodies ----------------------------------------------------------------------------------------
 
 PROXIED = (
     "/_matrix/client/v1/rtc/livekit/get_token",
@@ -227,7 +227,7 @@ requests = st.one_of(
     st.binary(max_size=300).map(lambda noise: noise + b"\r\n\r\n\r\n\r\n"),
 )
 
-# -- what must hold ----------------------------------------------------------------------------------------------------
+# -- invariants -------------------------------------------------------------------------------------------------------
 
 
 @define
@@ -242,7 +242,7 @@ class Fuzzed:
 
     async def try_out(self, payload: bytes) -> None:
         seen = len(self.sandbox.upstream.seen)
-        # The sentinels end every example: bodies that promise more than they bring swallow some of them.
+        # The sentinels end every example: a body shorter than its Content-Length swallows some of them.
         for answer in await exchange(self.sandbox.url, payload + SENTINEL * 20, ANSWERED_WITHIN):
             self.answers += 1
             assert answer.code not in (500, 502, 503, 504), answer
@@ -259,7 +259,7 @@ class Fuzzed:
         assert not self.failures, self.failures
 
     def _judge(self, answer: Response) -> None:
-        """Whether what was answered may have been, by the room that upstream issued for."""
+        """Whether the answers agree with the policy of the room for which upstream issued a token."""
         content = json.loads(answer.body) if answer.body.startswith(b"{") else {}
         self.refusals += answer.code == 403
         if "jwt" not in content:
@@ -327,7 +327,7 @@ async def test_no_request_causes_an_error_hangs_or_bypasses_its_rooms_policy(fuz
         tried(fuzzed, payload)
 
     await deferToThread(fuzz)
-    # Else the examples say nothing: tokens must have been given, and refused.
+    # Otherwise the examples prove nothing: there must have been tokens, and refusals.
     assert fuzzed.answers > EXAMPLES / 2
     assert fuzzed.tokens > EXAMPLES / 200
     assert fuzzed.refusals or EXAMPLES < 1000

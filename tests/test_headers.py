@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Headers and bodies in both directions: what is forwarded unchanged, what stays on its hop, and header injection."""
+"""Headers and bodies in both directions: forwarded unchanged, or dropped as hop-by-hop; and header injection."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ async def test_chunked_body_is_forwarded_with_a_length(start_sandbox: StartSandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstream_answers_other_methods_than_post_on_token_routes(sandbox: Sandbox) -> None:
+async def test_other_methods_on_token_routes_are_answered_by_upstream(sandbox: Sandbox) -> None:
     for method, code in (("OPTIONS", 200), ("GET", 405), ("HEAD", 405), ("PUT", 405)):
         answer = await sandbox.request(method, sandbox.url + "/sfu/get", b"not json" if method == "PUT" else None)
         assert (method, answer.code, answer.body) == (method, code, b"")
@@ -242,9 +242,7 @@ async def test_malformed_answer_cannot_inject_a_header(start_sandbox: StartSandb
 @BOTH
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED)
 @pytest_twisted.ensureDeferred
-async def test_answer_that_cannot_be_parsed_becomes_502(
-    start_sandbox: StartSandbox, raw: bytes, payload: bytes
-) -> None:
+async def test_unparsable_answer_becomes_502(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> None:
     (answer,) = await injected(start_sandbox, raw, payload)
     assert (answer.code, answer.json()["errcode"]) == (502, "M_UNKNOWN")
     assert answer.all("access-control-allow-origin") == []
@@ -273,7 +271,7 @@ async def injected(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> l
 
 @pytest.mark.parametrize("value", [b"a%0d%0aSet-Cookie:%20evil=1", b"%E5%98%8A%E5%98%8DSet-Cookie:evil"])
 @pytest_twisted.ensureDeferred
-async def test_line_ends_in_reflected_values_stay_encoded(sandbox: Sandbox, value: bytes) -> None:
+async def test_line_breaks_in_reflected_values_stay_encoded(sandbox: Sandbox, value: bytes) -> None:
     """Upstream reflects paths in its redirects; the guard reflects request IDs."""
     payload = request(CLOSE, b"X-Request-ID: a%0d%0ab", target=b"//x/" + value)
     (answer,) = await exchange(sandbox.url, payload)
@@ -292,7 +290,7 @@ async def test_cookies_of_one_caller_never_reach_another(start_sandbox: StartSan
                 connection.requests.clear()
             cookies = [(b"Cookie: who=%d" % n,) if n % 2 else () for n in range(6)]
             payloads = [request(CLOSE, *cookie, method=method, target=target, body=body) for cookie in cookies]
-            for again in range(2):  # the second time on connections that others' answers came on
+            for again in range(2):  # the second time on connections that have carried others' answers
                 await gatherResults([Deferred.fromCoroutine(exchange(sandbox.url, payload)) for payload in payloads])
                 seen = [header(sent, b"cookie") for sent in upstream.requests]
                 wanted = sorted([[b"who=1"], [b"who=3"], [b"who=5"], [], [], []] * (again + 1))
@@ -316,7 +314,9 @@ async def test_redirect_of_a_dependency_is_not_followed_with_our_credentials(san
         sandbox.homeserver.fault = Fault.redirect(f"{elsewhere.url}/steal")
         sandbox.livekit.fault = Fault.redirect(f"{elsewhere.url}/steal", code=307)
         room_id = sandbox.homeserver.create_room(joined=["alice"])
-        assert (await sandbox.ask_token("@alice:sandbox.local", room_id)).code == 401  # nor does upstream follow
+        assert (
+            await sandbox.ask_token("@alice:sandbox.local", room_id)
+        ).code == 401  # upstream does not follow them either
         assert (await sandbox.operator("GET", "/readyz")).code == 503
         assert elsewhere.connections == []
 
@@ -333,7 +333,9 @@ async def test_compressed_answer_is_relayed_unchanged(start_sandbox: StartSandbo
         await one(
             sandbox.url, request(CLOSE, b"Accept-Encoding: gzip", method=b"POST", target=b"/sfu/get", body=TOKEN_BODY)
         )
-        assert header(upstream.requests[1], b"accept-encoding") == [b"identity"]  # else a token we could not read
+        assert header(upstream.requests[1], b"accept-encoding") == [
+            b"identity"
+        ]  # otherwise upstream could send a token that the guard cannot read
 
 
 @pytest_twisted.ensureDeferred
@@ -349,7 +351,7 @@ async def test_answers_without_a_body_have_none(start_sandbox: StartSandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_caller_can_tell_that_an_answer_ended_too_early(start_sandbox: StartSandbox) -> None:
+async def test_caller_can_tell_that_an_answer_was_truncated(start_sandbox: StartSandbox) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     async with recorder(raw) as upstream:
         sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
@@ -363,7 +365,7 @@ async def test_caller_can_tell_that_an_answer_ended_too_early(start_sandbox: Sta
 
 @pytest.mark.parametrize("first", ["caller", "upstream"])
 @pytest_twisted.ensureDeferred
-async def test_broken_off_answer_is_not_logged_as_an_error(start_sandbox: StartSandbox, first: str) -> None:
+async def test_truncated_answer_is_not_logged_as_an_error(start_sandbox: StartSandbox, first: str) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     async with recorder(raw) as upstream:
         sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)
@@ -380,8 +382,9 @@ async def test_broken_off_answer_is_not_logged_as_an_error(start_sandbox: StartS
 
 
 @pytest_twisted.ensureDeferred
-async def test_answer_for_a_caller_who_disconnected_reaches_nobody_else(sandbox: Sandbox) -> None:
+async def test_answer_for_a_caller_who_disconnected_reaches_nobody_else(start_sandbox: StartSandbox) -> None:
     """A caller disconnects; the next one, on a new connection, gets the answer to their own request."""
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_tokens="policy")
     sandbox.upstream.faults["sfu_get"] = Fault.delay(0.05, times=1)
     leaving = await connect(sandbox.url)
     leaving.send(request(method=b"POST", target=b"/sfu/get", body=TOKEN_BODY))
@@ -417,7 +420,7 @@ async def test_forwarded_requests_name_the_guard_in_via(start_sandbox: StartSand
 
 
 @pytest_twisted.ensureDeferred
-async def test_request_that_a_guard_has_forwarded_is_refused_at_once(sandbox: Sandbox) -> None:
+async def test_request_forwarded_by_a_guard_is_refused_at_once(sandbox: Sandbox) -> None:
     via = b"Via: 1.1 proxy, 1.1 lotusguard"
     with logged() as events:
         for target, method, body in (
@@ -434,7 +437,7 @@ async def test_request_that_a_guard_has_forwarded_is_refused_at_once(sandbox: Sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_guard_whose_upstream_leads_back_to_it_answers_once_and_is_not_ready(
+async def test_forwarding_loop_is_answered_once_and_the_guard_is_not_ready(
     start_sandbox: StartSandbox,
 ) -> None:
     first = await start_sandbox(guard_reconcile_interval=3600)

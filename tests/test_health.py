@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guard says about itself: `/readyz`, the gauges, and one log line when what is enforced changes."""
+"""The guard's report about itself: `/readyz`, gauges, and one log line for each change of what is enforced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Service:
 
 
 class Sources:
-    """Where room state comes from: the homeserver's admin API."""
+    """The source of room state: the homeserver's admin API."""
 
     def __init__(self, homeserver: Service) -> None:
         self._homeserver = homeserver
@@ -58,7 +58,7 @@ class Sources:
 
 
 class Guard:
-    """Health with the parts that it looks at, on a clock."""
+    """Health with stand-ins for the parts that it reads, on a clock."""
 
     def __init__(self, *, dry_run: bool = False, enforces_membership: bool = True, leased: bool = True) -> None:
         self.clock, self.metrics = Clock(), Metrics()
@@ -84,7 +84,7 @@ class Guard:
         return self.health.report().result  # type: ignore[return-value]
 
     def watch(self, seconds: int) -> None:
-        """What the service does every second."""
+        """Watch once a second, as the service does."""
         for _ in range(seconds):
             self.changes.round_at = self.clock.seconds()
             assert Deferred.fromCoroutine(self.health.watch()).called
@@ -110,7 +110,7 @@ def test_everything_is_enforced_while_all_dependencies_answer() -> None:
     [("livekit", {"limit", "sources", "in_call"}), ("homeserver", set(RULES)), ("upstream", set())],
 )
 @pytest.mark.parametrize("fault", ["timeout", "no_livekit_key", "no_matrix_token"])
-def test_a_dependency_that_fails_is_named_and_what_it_costs(service: str, off: set[str], fault: str) -> None:
+def test_failing_dependency_is_reported_with_the_rules_it_disables(service: str, off: set[str], fault: str) -> None:
     guard = Guard()
     getattr(guard, service).fault = fault
     report = guard.report()
@@ -129,7 +129,7 @@ def test_refused_credentials_count_even_if_the_probe_passes() -> None:
     assert report["credentials"] == {"livekit": True, "matrix": False}
 
 
-def test_membership_that_is_not_to_be_enforced_keeps_nobody_from_being_ready() -> None:
+def test_disabled_membership_check_does_not_prevent_readiness() -> None:
     report = Guard(enforces_membership=False).report()
     assert report["ready"]
     assert not report["enforcing"]["membership"]
@@ -160,7 +160,7 @@ def test_reconciling_that_does_not_finish_is_reported() -> None:
 @pytest.mark.parametrize(
     ("what", "rule"), [("secret_mismatch_at", "sources"), ("error_at", None)], ids=["secret_mismatch", "error"]
 )
-def test_what_went_wrong_lately_is_reported_for_ten_minutes(what: str, rule: str | None) -> None:
+def test_recent_errors_are_reported_for_ten_minutes(what: str, rule: str | None) -> None:
     guard = Guard()
     setattr(guard.decisions, what, guard.clock.seconds())
     report = guard.report()
@@ -171,7 +171,7 @@ def test_what_went_wrong_lately_is_reported_for_ten_minutes(what: str, rule: str
     assert guard.report()["ready"]
 
 
-def test_a_clock_that_differs_is_reported() -> None:
+def test_clock_skew_is_reported() -> None:
     guard = Guard()
     guard.livekit.clock_skew = -45.2
     report = guard.report()
@@ -187,10 +187,10 @@ def test_participants_whose_tokens_came_from_elsewhere_are_reported() -> None:
     assert "2 participants have tokens that this guard did not issue" in report["reasons"][0]
 
 
-# -- watched -----------------------------------------------------------------------------------------------
+# -- watching ----------------------------------------------------------------------------------------------
 
 
-def test_dependencies_are_asked_every_interval_without_anybody_asking_for_a_report() -> None:
+def test_dependencies_are_probed_at_every_interval_without_a_request() -> None:
     guard = Guard()
     guard.watch(int(WATCH_INTERVAL))
     assert guard.livekit.probes == 0
@@ -199,7 +199,7 @@ def test_dependencies_are_asked_every_interval_without_anybody_asking_for_a_repo
 
 
 @pytest.mark.parametrize("change", ["refused", "available", "lease", "secret_mismatch", "error"])
-def test_a_change_that_somebody_else_noticed_is_reported_within_a_second(change: str) -> None:
+def test_change_noticed_by_another_part_is_reported_within_a_second(change: str) -> None:
     guard = Guard()
     guard.watch(3)
     if change == "refused":
@@ -240,7 +240,7 @@ def test_the_log_has_one_line_for_each_change_and_the_gauges_follow() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_revoked_access_token_is_reported_at_once(start_sandbox: StartSandbox) -> None:
-    """A known policy still serves then, and nobody asks for a report."""
+    """The cached policy is still used then, and nobody asks for a report."""
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.1)
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)

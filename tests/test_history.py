@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators ask why: decisions are kept, on disk for seven days, and told by ``why`` and ``ejected``."""
+"""The history of decisions: kept on disk for seven days, and shown by ``why`` and ``ejected``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def history(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 
 async def eventually(history: DecisionHistory, question: Question, n: int) -> list[Record]:
-    """What is found, once it is this much: records are written behind."""
+    """The records found, once there are this many: they are written in the background."""
     for _ in range(1000):
         found = await history.find(question)
         if len(found) >= n:
@@ -165,7 +165,7 @@ async def test_memory_keeps_a_bounded_number() -> None:
 async def full_room(sandbox: Sandbox) -> str:
     """A room with one seat: Alice has it, Bob was refused, and Carol got in with an old token and was removed."""
     while "another guard" in str((await sandbox.operator("GET", "/readyz")).body):
-        await deferLater(reactor, 0.05)  # until it has the lease of its state directory
+        await deferLater(reactor, 0.05)  # until the guard holds the lease of its state directory
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     assert (await sandbox.ask_token(BOB, room_id)).code == 403
@@ -175,7 +175,7 @@ async def full_room(sandbox: Sandbox) -> str:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_guard_tells_operators_what_it_decided_and_nobody_else(sandbox: Sandbox) -> None:
+async def test_decisions_are_served_to_operators_only(sandbox: Sandbox) -> None:
     room_id = await full_room(sandbox)
     answer = await sandbox.operator("GET", f"/decisions?user={BOB}&kind=join")
     (refusal,) = json.loads(answer.body)["decisions"]
@@ -190,7 +190,7 @@ async def test_the_guard_tells_operators_what_it_decided_and_nobody_else(sandbox
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_refusals_line_tells_the_limit_and_names_users_at_debug_only(sandbox: Sandbox) -> None:
+async def test_line_of_a_refusal_has_the_limit_and_names_users_only_at_debug(sandbox: Sandbox) -> None:
     with logged() as events:
         await full_room(sandbox)
     (line,) = [text for text in named(events, "join") if text.startswith("refused")]
@@ -234,7 +234,7 @@ async def test_why_and_ejected_ask_the_running_guard(start_sandbox: StartSandbox
 
 
 @pytest_twisted.ensureDeferred
-async def test_why_says_what_is_missing_if_it_cannot_ask(sandbox: Sandbox) -> None:
+async def test_why_names_the_fault_if_it_cannot_ask(sandbox: Sandbox) -> None:
     wrong = await deferToThread(command, sandbox, "why", BOB, GUARD_ADMIN_TOKEN="wrong")
     assert wrong.returncode == 2
     assert "does not accept the operators' token: set GUARD_ADMIN_TOKEN" in wrong.stderr
@@ -248,7 +248,7 @@ async def test_why_says_what_is_missing_if_it_cannot_ask(sandbox: Sandbox) -> No
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_json_log_tells_the_same(sandbox: Sandbox) -> None:
+async def test_json_log_gives_the_same_answers(sandbox: Sandbox) -> None:
     with logged() as events:
         room_id = await full_room(sandbox)
     stream = io.StringIO()
@@ -273,7 +273,7 @@ def test_every_refusal_is_explained() -> None:
     assert set(REFUSED) == set(Refusal)
 
 
-def test_what_callers_wrote_cannot_control_the_terminal() -> None:
+def test_text_from_callers_cannot_control_the_terminal() -> None:
     stream = io.StringIO()
     hostile = "!a\x1b[2J\nrefused:b"
     tell([record(user=hostile, room_id=hostile, request_id=hostile, holders=(hostile,))], Terminal(stream, {}), "")

@@ -92,7 +92,7 @@ def test_urgent_work_does_not_wait_for_a_turn(work: Work) -> None:
     assert work.begun == ["a", "b", "d"]
 
 
-def test_an_urgent_request_takes_the_key_out_of_the_queue(work: Work) -> None:
+def test_urgent_request_removes_the_key_from_the_queue(work: Work) -> None:
     for key in "abc":
         work.worker.run(key, urgent=False)
     work.worker.run("c")
@@ -182,3 +182,22 @@ def test_stop_cancels_the_work_and_starts_nothing_more(work: Work) -> None:
     assert idle.called
     work.worker.run("d")
     assert work.begun == ["a", "b"]
+
+
+def test_thousands_of_queued_keys_may_end_at_once() -> None:
+    first: Deferred[None] = Deferred()
+    worked_on: list[str] = []
+
+    async def work(key: str) -> None:
+        if key == "first":
+            await first
+        worked_on.append(key)
+
+    worker = KeyedWorker(work, 1, lambda key, failure: None)
+    worker.run("first")
+    for number in range(2000):
+        worker.run(str(number), urgent=False)
+    idle = worker.idle()
+    first.callback(None)
+    assert worked_on == ["first", *map(str, range(2000))]
+    assert idle.called

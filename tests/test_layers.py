@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Packages and root modules, lowest first. Those in one row do not import each other."""
 RANKS = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 GLOBAL_REACTOR = {"tap.py", "commanding.py", "synapse_module.py"}
-"""Entry points. The last one is Synapse's, which hands out no reactor."""
+"""Entry points. The last one runs inside Synapse, which passes it no reactor."""
 
 MODULES = sorted(ROOT.rglob("*.py"))
 SERVICE = [path for path in MODULES if "sandbox" not in path.parts]

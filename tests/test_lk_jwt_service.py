@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long upstream has for an answer, what counts towards that, and how upstream is recognised."""
+"""Timeouts of requests to upstream, and how the probe recognises lk-jwt-service."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ PREFLIGHT = {"Access-Control-Allow-Methods": ["POST"]}
 
 
 def probed(code: int, headers: dict[str, list[str]]) -> list[str]:
-    """Why a probe failed that was answered like this; nothing if it did not fail."""
+    """The failure of a probe that got this answer; None if it passed."""
     guard, upstream, _ = service()
     probing, response = Deferred.fromCoroutine(guard.probe()), _Response()
     response.code, response.headers = code, Headers(headers)
@@ -198,7 +198,7 @@ def probed(code: int, headers: dict[str, list[str]]) -> list[str]:
     return failures
 
 
-def test_probe_wants_the_preflight_headers_of_the_token_route() -> None:
+def test_probe_requires_the_preflight_headers_of_the_token_route() -> None:
     assert probed(200, PREFLIGHT) == []
     for code, headers in (
         (200, {}),
@@ -209,7 +209,7 @@ def test_probe_wants_the_preflight_headers_of_the_token_route() -> None:
         assert probed(code, headers) == ["upstream: not_lk_jwt_service"]
 
 
-def test_probe_tells_a_loop_from_a_wrong_service() -> None:
+def test_probe_distinguishes_a_loop_from_a_wrong_service() -> None:
     assert probed(502, {"Via": ["1.1 lotusguard"]}) == ["upstream: loop"]
     assert probed(200, PREFLIGHT | {"Via": ["1.1 proxy, 1.1 lotusguard"]}) == ["upstream: loop"]
     assert probed(200, PREFLIGHT | {"Via": ["1.1 proxy"]}) == []

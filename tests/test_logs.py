@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log lines: one event one line, for people or for machines, whatever callers write into it."""
+"""Log lines: one line per event, as text or JSON, whatever callers put into its fields."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def lines(format_: str, level: str = "info", **event: Any) -> list[str]:
     stream = io.StringIO()
     log = Logger(namespace=event.pop("namespace", "lotusguard"), observer=observer_for(format_, level, stream))
     log.emit(event.pop("at", LogLevel.info), "refused in {room_id}", **event)
-    stream.getvalue().encode("utf-8")  # it can be written wherever it goes
+    stream.getvalue().encode("utf-8")  # it can be encoded for any output
     return stream.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("format_", ["text", "json"])
-def test_what_a_caller_writes_stays_within_its_line(format_: str) -> None:
+def test_text_from_callers_stays_on_its_line(format_: str) -> None:
     (line,) = lines(format_, room_id=HOSTILE)
     assert line.isprintable()
     assert r"\n2026-01-01 info allowed" in line
@@ -87,11 +87,11 @@ def test_connections_to_dependencies_are_logged_at_debug_only() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_join_is_one_line_with_all_that_was_decided(sandbox: Sandbox) -> None:
+async def test_join_is_one_line_with_the_whole_decision(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     sandbox.livekit.fault = Fault.status(500)
-    sandbox.upstream.full_access = ["nobody"]  # else it wants to make a room
+    sandbox.upstream.full_access = ["nobody"]  # otherwise upstream would create a room
     stream = io.StringIO()
     observer = observer_for("json", "info", stream)
     with logged() as events:
@@ -149,7 +149,9 @@ def test_each_line_of_a_traceback_has_its_priority() -> None:
     assert all(line.startswith("<2>") for line in lines)
 
 
-def test_the_journal_is_recognised_by_what_systemd_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_is_recognised_by_the_variable_that_systemd_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (tmp_path / "stream").open("w") as stream:
         assert not is_journal(stream)
         about = os.fstat(stream.fileno())
@@ -158,7 +160,7 @@ def test_the_journal_is_recognised_by_what_systemd_says(tmp_path: Path, monkeypa
         assert not is_journal(io.StringIO())
 
 
-def test_the_level_can_be_changed_while_it_runs() -> None:
+def test_level_can_be_changed_at_run_time() -> None:
     stream = io.StringIO()
     observer = observer_for("text", "warn", stream)
     log = Logger(observer=observer)

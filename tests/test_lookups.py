@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared lookups: one call in flight for each key, cancelled when nobody waits, never older than a caller asks for."""
+"""Shared lookups: one call in flight per key, cancelled when nobody waits, and never older than a caller wants."""
 
 from __future__ import annotations
 

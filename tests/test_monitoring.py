@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alerts, dashboard and documentation name metrics and labels that there are; the documentation names all of them."""
+"""Alerts, dashboard and documentation name only existing metrics and labels; the documentation names all of them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_s
 
 
 def families() -> list[Metric]:
-    """All metrics there are."""
+    """All metrics of the guard."""
     return list(Metrics().registry.collect())
 
 
-def test_every_metric_is_named_as_ours() -> None:
+def test_every_metric_name_begins_with_lotusguard() -> None:
     assert not [family.name for family in families() if not family.name.startswith("lotusguard_")]
 
 
 def samples() -> dict[str, set[str]]:
-    """Names as they stand in ``/metrics``, with their labels."""
+    """Names of samples as in ``/metrics``, with their labels."""
     registry = Metrics().registry
     found = {}
     for family in families():
@@ -56,7 +56,7 @@ def expressions() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("expression", list(expressions()))
-def test_expressions_are_over_metrics_and_labels_that_there_are(expression: str) -> None:
+def test_expressions_use_existing_metrics_and_labels(expression: str) -> None:
     known = samples()
     named = re.findall(r"(lotusguard_\w+)(?:\{([^}]*)\})?", expression)
     assert named or "up{" in expression
@@ -68,8 +68,8 @@ def test_expressions_are_over_metrics_and_labels_that_there_are(expression: str)
     assert grouped <= set().union(*(known[name] for name, _ in named), {"instance"})
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool")
-def test_prometheus_takes_the_expressions(tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_accepts_the_expressions(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m")}
         for number, expression in enumerate(expressions())
@@ -81,7 +81,7 @@ def test_prometheus_takes_the_expressions(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_alerts_say_uses_labels_that_survive() -> None:
+def test_alert_texts_use_labels_that_their_expressions_keep() -> None:
     for group in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]:
         for rule in group["rules"]:
             kept = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", rule["expr"]))))
@@ -91,7 +91,7 @@ def test_what_alerts_say_uses_labels_that_survive() -> None:
             assert used <= kept, rule["alert"]
 
 
-def test_every_alert_says_what_is_the_matter_and_is_in_the_documentation() -> None:
+def test_every_alert_has_a_summary_and_is_documented() -> None:
     troubleshooting = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     for group in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]:
         for rule in group["rules"]:
@@ -122,7 +122,7 @@ def test_every_cache_has_a_limit_and_is_documented(sandbox: Sandbox) -> None:
     assert caches == {"lotusguard_cache_entries": documented, "lotusguard_cache_limit": documented}
 
 
-def test_no_page_names_a_metric_that_there_is_not() -> None:
+def test_pages_name_only_existing_metrics() -> None:
     known = set(samples()) | {family.name for family in families()}
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for name in re.findall(r"\blotusguard_[a-z_]+", page.read_text(encoding="utf-8")):

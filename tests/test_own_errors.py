@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A failure of the guard's own code: the join goes on, its token is still rebuilt, and everybody who looks is told."""
+"""A failure of the guard's own code: the join goes on, its token is still rebuilt, and operators are told."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_a_token_that_cannot_be_rebuilt_passes_and_is_counted(
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_error_while_reading_a_request_is_a_400_and_reaches_nobody(
+async def test_error_while_reading_a_request_is_a_400_and_is_not_forwarded(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room_id = room_of(sandbox, 5)
@@ -107,7 +107,7 @@ async def test_a_loop_is_refused_with_one_request(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_readyz_wants_lk_jwt_service_and_not_any_http_server(sandbox: Sandbox) -> None:
+async def test_readyz_requires_lk_jwt_service_and_not_any_http_server(sandbox: Sandbox) -> None:
     await sandbox.guard.stopService()
     await sandbox.start_guard(guard_upstream=sandbox.homeserver.url)
     report = json.loads((await sandbox.request("GET", f"{sandbox.admin_url}/readyz")).body)
@@ -116,7 +116,7 @@ async def test_readyz_wants_lk_jwt_service_and_not_any_http_server(sandbox: Sand
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_revoked_matrix_token_is_said_at_once(sandbox: Sandbox) -> None:
+async def test_revoked_matrix_token_is_reported_at_once(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 5)
     await sandbox.ask_token(ALICE, room_id)
     sandbox.homeserver.logins.clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The archives: what is in them, that they come out the same each time, and that an installed wheel is a service."""
+"""The archives: their contents, reproducible builds, and an installed wheel that provides the service."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 def build(sources: Path, folder: Path, version: str = __version__) -> Path:
     """Archives of a copy of the sources, built as ``make dist`` does but without the network."""
     copy = folder / "sources"
-    shutil.copytree(sources, copy, copy_function=shutil.copy)  # its files' times are other ones
+    shutil.copytree(sources, copy, copy_function=shutil.copy)  # the copies have other times
     about = copy / "lotusguard" / "__init__.py"
     about.write_text(about.read_text(encoding="utf-8").replace(__version__, version), encoding="utf-8")
     done = run(
@@ -64,7 +64,7 @@ def build(sources: Path, folder: Path, version: str = __version__) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the archives are made of, without what lies around in a checkout."""
+    """The sources of the archives, without other files of the checkout."""
     folder = tmp_path_factory.mktemp("sources")
     for name in IN_THE_ARCHIVE:
         if (ROOT / name).exists():
@@ -87,7 +87,7 @@ def the_wheel(dist: Path) -> Path:
     return wheel
 
 
-def test_built_twice_the_archives_are_the_same_byte_for_byte(sources: Path, dist: Path, tmp_path: Path) -> None:
+def test_builds_are_reproducible_byte_for_byte(sources: Path, dist: Path, tmp_path: Path) -> None:
     again = build(sources, tmp_path)
     names = sorted(path.name for path in dist.iterdir())
     assert names == [f"lotusguard-{__version__}-py3-none-any.whl", f"lotusguard-{__version__}.tar.gz"]
@@ -95,13 +95,13 @@ def test_built_twice_the_archives_are_the_same_byte_for_byte(sources: Path, dist
         assert (dist / name).read_bytes() == (again / name).read_bytes()
 
 
-def test_the_index_would_take_them(dist: Path) -> None:
+def test_archives_pass_the_checks_of_the_package_index(dist: Path) -> None:
     done = run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *dist.iterdir(), cwd=dist)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("PASSED") == 2
 
 
-def test_the_wheel_lays_the_plugin_beside_twisteds_own(sources: Path, dist: Path) -> None:
+def test_wheel_holds_every_module_and_the_twisted_plugin(sources: Path, dist: Path) -> None:
     with zipfile.ZipFile(the_wheel(dist)) as archive:
         names = set(archive.namelist())
     assert {name for name in names if name.startswith("twisted/")} == {"twisted/plugins/lotusguard_plugin.py"}
@@ -112,7 +112,7 @@ def test_the_wheel_lays_the_plugin_beside_twisteds_own(sources: Path, dist: Path
     assert not any(name.startswith("tests") for name in names)
 
 
-def test_the_source_archive_has_what_operators_need(dist: Path) -> None:
+def test_source_archive_contains_what_operators_need(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     for name in ("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "docs/install.md", "tests/test_packaging.py"):
@@ -121,7 +121,7 @@ def test_the_source_archive_has_what_operators_need(dist: Path) -> None:
     assert not any("__pycache__" in name or "dropin.cache" in name for name in members)
 
 
-def test_constraints_pin_every_dependency_to_a_version_that_is_allowed() -> None:
+def test_constraints_pin_every_dependency_to_an_allowed_version() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
     pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
     assert all(pinned.values())
@@ -136,7 +136,7 @@ def test_constraints_pin_every_dependency_to_a_version_that_is_allowed() -> None
 
 @pytest.fixture(scope="module")
 def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A venv in which the wheel is installed; what it depends on is borrowed from ours."""
+    """A venv with the installed wheel. The dependencies come from the tests' own environment."""
     venv = tmp_path_factory.mktemp("installed") / "venv"
     folder = venv.parent
     assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=folder).returncode == 0
@@ -153,16 +153,19 @@ def twistd(venv: Path, *arguments: str, **environment: str) -> subprocess.Comple
     return run(venv / "bin" / "python", "-c", code, *arguments, cwd=venv, PYTHONPATH=SITE, **environment)
 
 
-def test_an_installed_wheel_is_a_service_for_twistd_and_twist(installed: Path) -> None:
+def test_installed_wheel_provides_the_service_to_twistd_and_twist(installed: Path) -> None:
     assert "lotusguard" in twistd(installed, "--help").stdout
     told = twistd(installed, "lotusguard", "--help")
     assert "--admin-listen" in told.stdout
-    twist = "from twisted.application.twist._twist import Twist; Twist.main()"
+    twist = (
+        "from importlib.metadata import entry_points as find; "
+        "(script,) = find(group='console_scripts', name='twist'); script.load()()"
+    )
     listed = run(installed / "bin" / "python", "-c", twist, "--help", cwd=installed, PYTHONPATH=SITE)
     assert "lotusguard" in listed.stdout
     where = "import lotusguard; print(lotusguard.__file__)"
     found = run(installed / "bin" / "python", "-c", where, cwd=installed, PYTHONPATH=SITE)
-    assert found.stdout.startswith(str(installed)), "it was the checkout that was tested"
+    assert found.stdout.startswith(str(installed)), "the checkout was tested instead of the wheel"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,7 @@ def test_an_installed_wheel_is_a_service_for_twistd_and_twist(installed: Path) -
         ("GUARD_SEAT_TTL", "0", "'0' is not valid"),
     ],
 )
-def test_a_wrong_setting_ends_the_start_with_one_line_that_names_it(
+def test_wrong_setting_stops_the_start_with_one_line_that_names_it(
     installed: Path, name: str, value: str, fault: str
 ) -> None:
     done = twistd(installed, "-n", "--pidfile=", "lotusguard", **{name: value})
@@ -185,7 +188,7 @@ def test_a_wrong_setting_ends_the_start_with_one_line_that_names_it(
     assert "expected" in line
 
 
-def test_a_port_that_is_taken_ends_the_start_with_a_line_that_names_the_setting(installed: Path) -> None:
+def test_port_in_use_stops_the_start_with_a_line_that_names_the_setting(installed: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         done = twistd(
@@ -195,15 +198,15 @@ def test_a_port_that_is_taken_ends_the_start_with_a_line_that_names_the_setting(
     assert done.returncode != 0
     assert "lotusguard: GUARD_BIND_PORT: cannot listen on" in done.stdout.splitlines()[-1]
     assert done.stdout.count("MATRIX_TOKEN is not set") == 1
-    assert not done.stderr, "what is in the log is said once"
+    assert not done.stderr, "the log has it already"
 
 
-def test_the_wheel_alone_plays_a_call(installed: Path) -> None:
+def test_installed_wheel_runs_the_demo(installed: Path) -> None:
     done = run(installed / "bin" / "lotusguard", "sandbox", "--demo", cwd=installed, PYTHONPATH=SITE)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# -- put in place ----------------------------------------------------------------------------------------
+# -- upgraded --------------------------------------------------------------------------------------------
 
 TWISTD = """#!{venv}/bin/python
 from twisted.scripts.twistd import run
@@ -212,7 +215,7 @@ run()
 
 
 class RealHost(Host):
-    """A host with the real thing installed; what that depends on is borrowed from our venv, ``twistd`` included."""
+    """A host with real releases. The dependencies come from the tests' own environment, ``twistd`` included."""
 
     def __init__(self, folder: Path, sandbox: Sandbox) -> None:
         super().__init__(folder)
@@ -242,7 +245,7 @@ class RealHost(Host):
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_real_release_is_checked_rehearsed_and_switched_to(
+async def test_real_release_is_checked_tried_and_switched_to(
     sources: Path, dist: Path, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     host = RealHost(tmp_path, sandbox)

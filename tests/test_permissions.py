@@ -277,7 +277,7 @@ DISGUISES: Iterable[TrackInfo] = (
 
 @pytest.mark.parametrize("disguise", DISGUISES)
 @pytest.mark.parametrize("forbidden", [frozenset({CAMERA}), SCREEN])
-def test_video_track_labelled_as_sound_is_found(disguise: TrackInfo, forbidden: frozenset[Source]) -> None:
+def test_video_track_labelled_as_audio_is_found(disguise: TrackInfo, forbidden: frozenset[Source]) -> None:
     assert disguised(participant(track(MICROPHONE), disguise), EVERY_SOURCE - forbidden) == [disguise]
     assert disguised(participant(disguise), EVERY_SOURCE) == []
 
@@ -295,7 +295,7 @@ def test_honest_or_muted_track_is_not_reported(honest: TrackInfo) -> None:
     assert disguised(participant(honest), frozenset({MICROPHONE})) == []
 
 
-def test_sources_are_livekits() -> None:
+def test_source_names_match_livekits() -> None:
     assert {source.name: source.value for source in ALL_SOURCES} == {
         name: number for name, number in TrackSource.items() if number
     }

@@ -135,7 +135,7 @@ def test_probing_starts_again_after_a_call_closed_the_circuit(setting: Setting, 
         setting.service.waiting.pop().callback(Response())
         assert outcome(in_flight) == 200
         assert not setting.dependency.breaker.open
-        setting.clock.advance(3)  # the probe that was due has nothing to do
+        setting.clock.advance(3)  # the pending probe finds the circuit closed
     setting.open_circuit()
     setting.service.state = "up"
     setting.clock.advance(3)
@@ -198,7 +198,7 @@ def test_a_full_queue_refuses_calls_and_leaves_the_circuit_closed(setting: Setti
     assert not setting.dependency.breaker.open
 
 
-def test_a_call_does_not_wait_for_its_turn_for_ever(setting: Setting) -> None:
+def test_wait_for_a_turn_is_limited(setting: Setting) -> None:
     setting.dependency.timeout = 10 * QUEUE_TIMEOUT
     setting.service.state = "silent"
     for _ in range(CALLS_AT_ONCE):
@@ -224,7 +224,7 @@ def test_refused_credentials_are_reported_at_once_and_until_they_are_accepted(se
     assert named(events, "credentials_accepted") == ["livekit accepts our credentials again"]
 
 
-def test_a_call_without_credentials_says_nothing_about_them(setting: Setting) -> None:
+def test_call_without_credentials_does_not_change_their_state(setting: Setting) -> None:
     setting.service.response = Response(401)
     outcome(setting.call())
     setting.service.response = Response(200)
@@ -232,7 +232,7 @@ def test_a_call_without_credentials_says_nothing_about_them(setting: Setting) ->
     assert setting.dependency.refused == "status_401"
 
 
-def test_another_api_does_not_show_that_the_forbidden_one_is_allowed(setting: Setting) -> None:
+def test_success_of_one_api_does_not_clear_the_refusal_of_another(setting: Setting) -> None:
     setting.service.response = Response(403)
     outcome(setting.call(b"/_synapse/admin/v1/rooms"))
     setting.service.response = Response(200)
@@ -251,7 +251,7 @@ def test_a_refusal_that_is_expected_concerns_no_credentials(setting: Setting) ->
 # -- clocks --
 
 
-def test_the_date_of_answers_shows_the_difference_of_the_clocks(setting: Setting) -> None:
+def test_date_header_of_answers_shows_clock_skew(setting: Setting) -> None:
     assert setting.dependency.skew is None
     for ahead in (-3600, 90, 0):
         setting.service.response = Response(headers=Headers({b"Date": [datetimeToString(int(NOW) + ahead)]}))
@@ -262,9 +262,9 @@ def test_the_date_of_answers_shows_the_difference_of_the_clocks(setting: Setting
 
 
 @pytest.mark.parametrize("date", [b"", b"yesterday", b"Sun, 06 Xxx 1994 08:49:37 GMT", b"\xff"])
-def test_a_date_that_cannot_be_read_tells_nothing(date: bytes) -> None:
+def test_unreadable_date_header_is_ignored(date: bytes) -> None:
     assert clock_skew(date, NOW, NOW) is None
 
 
-def test_the_time_that_an_answer_took_is_no_difference() -> None:
+def test_duration_of_a_call_does_not_count_as_clock_skew() -> None:
     assert clock_skew(datetimeToString(NOW + 5), NOW, NOW + 10) == 0.0

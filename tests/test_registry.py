@@ -25,7 +25,7 @@ def registry_in_memory() -> MemoryTokenRegistry:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_learned_is_known_after_a_restart(tmp_path: Path) -> None:
+async def test_registry_is_restored_after_a_restart(tmp_path: Path) -> None:
     for _ in range(2):
         store = open_state_store(tmp_path, reactor, Metrics())
         registry = MemoryTokenRegistry(store, Clock(), Metrics())
@@ -44,7 +44,7 @@ async def test_what_was_learned_is_known_after_a_restart(tmp_path: Path) -> None
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_withheld_stays_so_until_it_is_set_and_never_exceeds_the_ceiling() -> None:
+async def test_withheld_sources_are_kept_until_set_again_and_stay_within_the_ceiling() -> None:
     registry = registry_in_memory()
     await registry.learn("alias", SLOT, "i", "@a:s", "D", EVERYTHING, frozenset({CAMERA, SCREEN_SHARE}))
     await registry.learn("alias", SLOT, "i", "@a:s", "D", frozenset({CAMERA, MICROPHONE}))

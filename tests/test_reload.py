@@ -50,7 +50,7 @@ async def test_secrets_are_replaced_and_seats_are_kept(sandbox: Sandbox) -> None
 
 
 @pytest_twisted.ensureDeferred
-async def test_dry_run_can_be_switched_while_it_runs(sandbox: Sandbox) -> None:
+async def test_dry_run_can_be_switched_at_run_time(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     sandbox.guard.reload(changed(sandbox, guard_dry_run=True))
@@ -64,7 +64,7 @@ async def test_dry_run_can_be_switched_while_it_runs(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_cannot_be_changed_is_named_and_stays(sandbox: Sandbox) -> None:
+async def test_settings_that_need_a_restart_are_named_and_not_applied(sandbox: Sandbox) -> None:
     with logged() as events:
         sandbox.guard.reload(changed(sandbox, guard_seat_ttl=7, guard_token_ttl=60, livekit_secret=""))
     assert named(events, "reloaded") == ["settings were read again; changed: GUARD_TOKEN_TTL"]
@@ -122,7 +122,7 @@ async def test_sighup_reads_files_again_all_or_nothing(process: ProcessSandbox, 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_taken_port_ends_the_process_although_a_state_directory_is_in_use(
+async def test_port_in_use_ends_the_process_even_with_a_state_directory(
     process: ProcessSandbox, tmp_path: Path
 ) -> None:
     first: GuardProcess = process.process

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -16,7 +17,6 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.task import deferLater
 
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.faults import Fault
@@ -34,7 +34,7 @@ async def process(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
 
 
 async def survived(asking: Any) -> Answer | None:
-    """The answer, or nothing when the guard was killed meanwhile."""
+    """The answer; None if the guard was killed before it answered."""
     try:
         answer: Answer = await asking
     except Exception:
@@ -42,8 +42,23 @@ async def survived(asking: Any) -> Answer | None:
     return answer
 
 
+def listens(port: int) -> bool:
+    """Whether a connection to the port of loopback is accepted."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def written(path: Path) -> tuple[int, int, int]:
+    """How many aliases, identities and holds are on disk. Writes that no caller waits for are batched."""
+    with closing(sqlite3.connect(path)) as database:
+        return tuple(
+            database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("aliases", "identities", "holds")
+        )
+
+
 @pytest_twisted.ensureDeferred
-async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(process: ProcessSandbox) -> None:
+async def test_exactly_10_of_200_users_get_seats_despite_a_kill(process: ProcessSandbox) -> None:
     room_id = room_of(process, 10)
     users = [f"@u{number}:sandbox.local" for number in range(200)]
     for user in users:
@@ -58,7 +73,7 @@ async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(pro
         return answer.code if answer is not None else None
 
     first = gatherResults([Deferred.fromCoroutine(ask(user, n % 2 == 0)) for n, user in enumerate(users)])
-    await until(lambda: len(let_in) >= 3, seconds=20)
+    await until(lambda: len(let_in) >= 3, seconds=60)
     assert await process.end("KILL") == "SIGKILL"
     await first
     already = len(let_in)
@@ -69,12 +84,12 @@ async def test_200_users_on_10_seats_admit_exactly_10_with_a_kill_in_between(pro
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_killed_guard_knows_rooms_users_and_holds_when_it_is_back(process: ProcessSandbox) -> None:
+async def test_rooms_users_and_holds_survive_a_kill(process: ProcessSandbox, tmp_path: Path) -> None:
     room_id = room_of(process, 2)
     await process.enter(ALICE, room_id, new=True)
     assert (await process.ask_token(BOB, room_id)).code == 200
     await process.livekit.drained()
-    await deferLater(reactor, 0.6)  # «on disk within a second» is the promise for what nobody waits for
+    await until(lambda: written(tmp_path / "state" / "lotusguard.sqlite3") == (1, 2, 2))
     await process.end("KILL")
     await process.start_guard()
     assert (await process.ask_token(CAROL, room_id)).code == 403
@@ -89,7 +104,7 @@ async def test_sigterm_finishes_requests_in_flight_and_then_exits(process: Proce
     asking = Deferred.fromCoroutine(process.ask_token(ALICE, room_id))
     await until(lambda: process.upstream.seen)
     process.process.signal("TERM")
-    await deferLater(reactor, 0.2)
+    await until(lambda: not listens(process.port))
     assert not process.process.ended.called
     with pytest.raises(Exception, match="refused"):
         await process.request("GET", process.url + "/healthz")
@@ -98,7 +113,7 @@ async def test_sigterm_finishes_requests_in_flight_and_then_exits(process: Proce
 
 
 @pytest_twisted.ensureDeferred
-async def test_sigterm_waits_no_longer_than_upstream_may_take(tmp_path: Path) -> None:
+async def test_shutdown_waits_at_most_for_the_upstream_timeout(tmp_path: Path) -> None:
     sandbox = ProcessSandbox(reactor, guard_upstream_timeout=0.5, guard_upstream_grace=0.2)
     await sandbox.start()
     try:
@@ -114,7 +129,7 @@ async def test_sigterm_waits_no_longer_than_upstream_may_take(tmp_path: Path) ->
 
 
 @pytest_twisted.ensureDeferred
-@pytest.mark.parametrize("corrupt", [b"this is no database", b"SQLite format 3\x00" + b"\xff" * 4000])
+@pytest.mark.parametrize("corrupt", [b"not a database", b"SQLite format 3\x00" + b"\xff" * 4000])
 async def test_corrupt_state_is_set_aside(process: ProcessSandbox, tmp_path: Path, corrupt: bytes) -> None:
     room_id = room_of(process, 1)
     await process.end("KILL")
@@ -130,7 +145,7 @@ async def test_corrupt_state_is_set_aside(process: ProcessSandbox, tmp_path: Pat
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_unwritable_state_directory_is_reported_and_the_guard_goes_on(tmp_path: Path) -> None:
+async def test_guard_runs_in_memory_and_reports_an_unusable_state_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "file" / "state")
     await sandbox.start()
@@ -147,7 +162,7 @@ async def test_an_unwritable_state_directory_is_reported_and_the_guard_goes_on(t
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_decision_is_one_line_for_machines(process: ProcessSandbox) -> None:
+async def test_each_decision_is_one_json_line(process: ProcessSandbox) -> None:
     room_id = room_of(process, 1)
     await process.ask_token(ALICE, room_id)
     await process.ask_token(BOB, room_id)
@@ -161,8 +176,8 @@ async def test_one_decision_is_one_line_for_machines(process: ProcessSandbox) ->
 
 
 @pytest_twisted.ensureDeferred
-async def test_in_the_background_it_serves_and_keeps_issued_holds(tmp_path: Path) -> None:
-    """``twistd`` without ``-n`` forks after the service was made."""
+async def test_daemonized_guard_serves_and_keeps_issued_holds(tmp_path: Path) -> None:
+    """``twistd`` without ``-n`` forks after it has created the service."""
     sandbox = ProcessSandbox(reactor, guard_state_dir=tmp_path / "state")
     pidfile, logfile = tmp_path / "pid", tmp_path / "log"
     sandbox.twistd = [f"--pidfile={pidfile}", f"--logfile={logfile}", f"--rundir={tmp_path}"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets reach nobody: not the log at any level, no answer, no metric, no repr, no message about a wrong setting.
+"""Secrets appear nowhere: not in logs of any level, answers, metrics, reprs or messages about wrong settings.
 
-And a caller cannot make the guard ask anybody but its configured dependencies anything.
+A caller cannot make the guard contact any host but its configured dependencies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPERATORS_BAD_TOKEN = "a-wrong-token-of-an-operator"
 
 @contextmanager
 def logged(format_: str) -> Iterator[io.StringIO]:
-    """All that is logged meanwhile, at the lowest level."""
+    """Everything that is logged in the ``with`` block, at the lowest level."""
     stream = io.StringIO()
     observer: ILogObserver = observer_for(format_, "debug", stream)
     globalLogPublisher.addObserver(observer)
@@ -49,8 +49,8 @@ def logged(format_: str) -> Iterator[io.StringIO]:
         globalLogPublisher.removeObserver(observer)
 
 
-async def a_bad_day(sandbox: Sandbox) -> list[str]:
-    """Joins, refusals, forgeries, failures of every dependency. :return: what was answered, but for tokens."""
+async def every_failure(sandbox: Sandbox) -> list[str]:
+    """Joins, refusals, forgeries, failures of every dependency. :return: all answers that contain no token."""
     answers = []
     room_id = room_of(sandbox, 1, allow_camera=False)
 
@@ -93,7 +93,7 @@ async def a_bad_day(sandbox: Sandbox) -> list[str]:
 
 
 def secrets_of(sandbox: Sandbox) -> dict[str, str]:
-    """What must not be seen anywhere, by name. The API key is no secret: it is the ``iss`` of every token."""
+    """Secrets that must not appear anywhere, by name. The API key is not secret: it is the ``iss`` of every token."""
     found = {
         "the LiveKit secret": SECRET,
         "the admin's access token": sandbox.admin_token,
@@ -118,15 +118,17 @@ def nothing_of(secrets: dict[str, str], text: str) -> None:
 
 @pytest.mark.parametrize("format_", ["text", "json"])
 @pytest_twisted.ensureDeferred
-async def test_no_secret_in_logs_and_answers_while_everything_fails(start_sandbox: StartSandbox, format_: str) -> None:
+async def test_logs_and_answers_contain_no_secret_when_everything_fails(
+    start_sandbox: StartSandbox, format_: str
+) -> None:
     with logged(format_) as log:
         sandbox = await start_sandbox(guard_log_level="debug", guard_reconcile_interval=0.2)
-        answers = await a_bad_day(sandbox)
+        answers = await every_failure(sandbox)
         await sandbox.guard.stopService()
         secrets = secrets_of(sandbox)
     text = log.getvalue()
     for event in ("refused", "ignored a webhook", "not enforced", "unreadable", "did not sign", "is not called"):
-        assert event in text, f"the day was not bad enough: nothing {event}"
+        assert event in text, f"the scenario caused no {event!r}"
     assert len(secrets) > 20
     nothing_of(secrets, text)
     for answer in answers:
@@ -137,8 +139,8 @@ async def test_no_secret_in_logs_and_answers_while_everything_fails(start_sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_no_secret_in_the_repr_of_anything(sandbox: Sandbox) -> None:
-    await a_bad_day(sandbox)
+async def test_no_repr_contains_a_secret(sandbox: Sandbox) -> None:
+    await every_failure(sandbox)
     secrets = secrets_of(sandbox)
     guard = sandbox.guard
     seen: set[int] = set()
@@ -165,7 +167,7 @@ async def test_no_secret_in_the_repr_of_anything(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     "name", ["livekit_secret", "matrix_token", "guard_admin_token", "livekit_key_file", "guard_config"]
 )
-def test_no_secret_in_the_message_about_a_wrong_setting(
+def test_message_about_a_wrong_setting_contains_no_secret(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file"
@@ -182,7 +184,7 @@ def test_no_secret_in_the_message_about_a_wrong_setting(
     assert wrong.value.__suppress_context__
 
 
-def test_a_secret_in_the_wrong_place_of_the_file_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misplaced_secret_in_the_file_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "guard.yaml"
     monkeypatch.setenv("GUARD_CONFIG", str(path))
     for text in (
@@ -197,7 +199,7 @@ def test_a_secret_in_the_wrong_place_of_the_file_is_not_shown(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)])
-def test_files_with_secrets_that_others_can_read_are_warned_about(tmp_path: Path, mode: int, warned: bool) -> None:
+def test_secret_files_open_to_others_are_warned_about(tmp_path: Path, mode: int, warned: bool) -> None:
     for name in (
         "livekit_secret_from_file",
         "matrix_token_from_file",
@@ -212,7 +214,7 @@ def test_files_with_secrets_that_others_can_read_are_warned_about(tmp_path: Path
 
 
 @pytest.mark.parametrize("loose", [True, False])
-def test_a_configuration_with_secrets_that_others_can_read_is_warned_about(
+def test_configuration_file_open_to_others_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loose: bool
 ) -> None:
     path = tmp_path / "guard.yaml"
@@ -240,7 +242,7 @@ async def test_the_state_directory_is_readable_by_its_owner_only(tmp_path: Path)
         await store.close()
 
 
-# -- the operators' listener -------------------------------------------------------------------------------------
+# -- the operators' listener ---------------------------------------------------------------------------------
 
 
 def test_the_operators_listener_is_on_loopback_by_default() -> None:
@@ -249,7 +251,7 @@ def test_the_operators_listener_is_on_loopback_by_default() -> None:
 
 @pytest.mark.parametrize("configured", [ADMIN_TOKEN, ""], ids=["a token", "no token"])
 @pytest_twisted.ensureDeferred
-async def test_nothing_private_without_the_operators_token(start_sandbox: StartSandbox, configured: str) -> None:
+async def test_private_routes_require_the_operators_token(start_sandbox: StartSandbox, configured: str) -> None:
     sandbox = await start_sandbox(guard_admin_token=configured, guard_reconcile_interval=3600)
     room_id = room_of(sandbox, 3)
     await sandbox.enter(ALICE, room_id)
@@ -303,11 +305,11 @@ async def test_tokens_are_compared_in_constant_time(sandbox: Sandbox, monkeypatc
     assert len(compared) >= 2  # the signature's, and the body's hash
 
 
-# -- whom the guard asks ---------------------------------------------------------------------------------------
+# -- hosts that the guard contacts ------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_caller_cannot_make_the_guard_ask_anybody_else(sandbox: Sandbox) -> None:
+async def test_caller_cannot_make_the_guard_contact_other_hosts(sandbox: Sandbox) -> None:
     async with recorder() as canary:
         where = canary.url.removeprefix("http://")
         full = room_of(sandbox, 1)
@@ -340,7 +342,7 @@ async def test_a_caller_cannot_make_the_guard_ask_anybody_else(sandbox: Sandbox)
         note = json.dumps({"room_id": f"!x:{where}"}).encode()
         assert (await sandbox.operator("POST", "/policy-changed", note)).code == 202
         assert canary.connections == []
-        # and our homeserver was asked for no server's user but its own
+        # our homeserver was not asked about users of other servers either
         assert all(
             where not in asked.target.decode() for asked in sandbox.homeserver.seen if "openid" in str(asked.target)
         )

@@ -153,7 +153,7 @@ NOT_A_PATH = {
         "CONNECT": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: x\r\n\r\n",
         "asterisk form": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
         "a fragment": post(LENGTH, target=b"/sfu/get#x"),
-        "a byte that is no ASCII": post(LENGTH, target=b"/sfu/get\xa0"),
+        "a byte outside ASCII": post(LENGTH, target=b"/sfu/get\xa0"),
         "two Hosts": post(LENGTH, b"Host: y"),
         "two Hosts, equal": post(LENGTH, b"Host: x"),
     }.items()
@@ -228,7 +228,9 @@ async def test_upstream_sees_one_well_formed_request_or_none(sandbox: Sandbox, t
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest_twisted.ensureDeferred
-async def test_bytes_that_reach_upstream_are_our_own(start_sandbox: StartSandbox, table: dict[str, Attack]) -> None:
+async def test_forwarded_requests_are_well_formed_on_the_wire(
+    start_sandbox: StartSandbox, table: dict[str, Attack]
+) -> None:
     """The same on the wire, for an upstream that parses differently from the stand-in."""
     async with recorder() as upstream:
         sandbox = await start_sandbox(guard_upstream=upstream.url, guard_reconcile_interval=3600)

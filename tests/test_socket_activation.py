@@ -63,7 +63,7 @@ class Activated:
             await deferLater(reactor, 0.01)
 
     async def end(self) -> int | str:
-        """What ``systemctl stop`` does."""
+        """Stop the guard as ``systemctl stop`` does."""
         self.process.signal("TERM")
         return await self.process.ended
 

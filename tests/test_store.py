@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state store: a restart reads what was written last, whatever happened to the disk or the file."""
+"""The state store: a restart reads what was written last, despite faults of the disk or the file."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ async def test_old_rows_are_deleted_and_rows_beyond_the_limit(tmp_path: Path, mo
         assert file.execute("SELECT count(*) FROM holds").fetchone() == (0,)
 
 
-# -- a disk that does not work ---------------------------------------------------------------------------------
+# -- faults of the disk -------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -213,7 +213,7 @@ async def test_the_oldest_writes_are_dropped_beyond_the_limit(tmp_path: Path, mo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_write_that_cannot_be_stored_keeps_back_no_other(tmp_path: Path) -> None:
+async def test_invalid_write_does_not_block_others(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         store.put_hold_later(hold("@lone-surrogate-\ud800:s"))
         assert await store.put_hold(hold("@alice:s"))
@@ -302,7 +302,7 @@ async def test_a_file_that_others_could_read_is_made_private(tmp_path: Path) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_million_identities_do_not_delay_the_start(tmp_path: Path) -> None:
+async def test_million_identities_do_not_delay_the_start(tmp_path: Path) -> None:
     with database(tmp_path) as file:
         file.executescript(VERSION_1)
         file.execute("PRAGMA synchronous=OFF")
@@ -318,7 +318,7 @@ async def test_a_million_identities_do_not_delay_the_start(tmp_path: Path) -> No
     assert spent < 1.5
 
 
-# -- how long there has been a guard -----------------------------------------------------------------------------
+# -- since when a guard has been running --------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -346,7 +346,7 @@ async def test_a_guard_that_was_killed_was_alive_at_its_last_heartbeat(tmp_path:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_suspended_machine_begins_anew(tmp_path: Path) -> None:
+async def test_time_starts_again_after_the_machine_was_suspended(tmp_path: Path) -> None:
     clock, wall = stopped_clock(), Wall()
     async with opened(tmp_path, clock, wall=wall) as store:
         wall.now += 7200

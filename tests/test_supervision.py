@@ -25,7 +25,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 
 
 def told(end: socket.socket) -> list[bytes]:
-    """The messages that have arrived since the last call."""
+    """The messages since the last call."""
     messages = []
     try:
         while True:
@@ -34,7 +34,7 @@ def told(end: socket.socket) -> list[bytes]:
         return messages
 
 
-def test_systemd_is_told_when_the_guard_is_ready_and_when_it_stops(systemd: socket.socket) -> None:
+def test_systemd_is_notified_when_the_guard_is_ready_and_when_it_stops(systemd: socket.socket) -> None:
     supervised = SystemdNotifier(Clock())
     supervised.startService()
     assert told(systemd) == []

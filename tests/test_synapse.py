@@ -40,7 +40,7 @@ async def test_the_limit_of_a_room_holds_on_both_routes(guarded: Guarded, room_v
     """From version 12 on, room IDs contain no server name."""
     synapse, sandbox = guarded.synapse, guarded.sandbox
     alice, bob, carol = await users_of(synapse)
-    room_id = await synapse.create_room(alice, room_version=room_version)
+    room_id = await synapse.room_of(alice, bob, carol, room_version=room_version)
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
     await guarded.enter(alice, room_id)
     bobs = await guarded.enter(bob, room_id, new=True)
@@ -58,7 +58,7 @@ async def test_the_limit_of_a_room_holds_on_both_routes(guarded: Guarded, room_v
 async def test_a_raised_limit_admits_the_next_user(set_guarded: MakeGuarded) -> None:
     guarded = await set_guarded(guard_policy_ttl=0.01)
     alice, bob, _ = await users_of(guarded.synapse)
-    room_id = await guarded.synapse.create_room(alice)
+    room_id = await guarded.synapse.room_of(alice, bob)
     await guarded.synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
     await guarded.enter(alice, room_id)
     assert (await guarded.ask_token(bob, room_id, new=True)).code == 403
@@ -70,7 +70,7 @@ async def test_a_raised_limit_admits_the_next_user(set_guarded: MakeGuarded) -> 
 @pytest.mark.parametrize("new", [False, True])
 async def test_sources_that_the_rooms_admin_forbids_are_not_in_the_token(guarded: Guarded, new: bool) -> None:
     alice, bob, _ = await users_of(guarded.synapse)
-    room_id = await guarded.synapse.create_room(alice)
+    room_id = await guarded.synapse.room_of(alice, bob)
     await guarded.synapse.set_state(alice, room_id, ROOM_QUALITY, {"allow_screenshare": False, "allow_camera": True})
     answer = await guarded.ask_token(bob, room_id, new=new)
     assert video_of(answer)["canPublishSources"] == ["microphone", "camera"]
@@ -80,7 +80,8 @@ async def test_sources_that_the_rooms_admin_forbids_are_not_in_the_token(guarded
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_room_that_the_homeserver_does_not_know_has_no_policy(guarded: Guarded) -> None:
+async def test_a_room_that_the_homeserver_does_not_know_has_no_policy(set_guarded: MakeGuarded) -> None:
+    guarded = await set_guarded(guard_members_only="off", guard_tokens="policy")
     alice, _, _ = await users_of(guarded.synapse)
     answer = await guarded.ask_token(alice, "!nowhere:real.test")
     assert answer.code == 200
@@ -93,7 +94,7 @@ async def test_a_room_that_the_homeserver_does_not_know_has_no_policy(guarded: G
 @pytest.mark.parametrize("new", [False, True])
 async def test_a_bad_openid_token_gets_upstreams_own_401_from_a_full_room(guarded: Guarded, new: bool) -> None:
     alice, bob, carol = await users_of(guarded.synapse)
-    room_id = await guarded.synapse.create_room(alice)
+    room_id = await guarded.synapse.room_of(alice, bob, carol)
     await guarded.synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
     await guarded.enter(bob, room_id)
     false = {**await guarded.synapse.openid_token(carol), "access_token": "nobodysToken"}
@@ -105,9 +106,10 @@ async def test_a_bad_openid_token_gets_upstreams_own_401_from_a_full_room(guarde
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("new", [False, True])
 async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_verified_them(
-    guarded: Guarded, new: bool
+    set_guarded: MakeGuarded, new: bool
 ) -> None:
-    """The other homeserver is the sandbox's own: upstream can ask it, the guard cannot."""
+    """The other homeserver is the sandbox's stand-in, which upstream can ask and the guard cannot."""
+    guarded = await set_guarded(guard_members_only="off")
     synapse, sandbox = guarded.synapse, guarded.sandbox
     alice, _, _ = await users_of(synapse)
     room_id = await synapse.create_room(alice)
@@ -123,11 +125,11 @@ async def test_a_user_of_another_homeserver_is_decided_on_after_upstream_verifie
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_server_name_is_asked_of_the_homeserver_unless_it_is_set(set_guarded: MakeGuarded) -> None:
+async def test_server_name_is_read_from_the_homeserver_unless_it_is_set(set_guarded: MakeGuarded) -> None:
     """Users of the server whose name we know can be refused before upstream is asked."""
     synapse = (await set_guarded()).synapse
     alice, bob, _ = await users_of(synapse)
-    room_id = await synapse.create_room(alice)
+    room_id = await synapse.room_of(alice, bob)
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
     for settings, asked_upstream in (({}, 0), ({"guard_server_name": "elsewhere.test"}, 1)):
         guarded = await set_guarded(**settings)
@@ -138,19 +140,33 @@ async def test_the_server_name_is_asked_of_the_homeserver_unless_it_is_set(set_g
 
 
 @pytest_twisted.ensureDeferred
-async def test_with_an_admins_token_the_guard_is_ready(guarded: Guarded) -> None:
+async def test_guard_with_an_admins_token_is_ready(guarded: Guarded) -> None:
     code, report = await ready(guarded)
     assert (code, report["ready"], report["reasons"]) == (200, True, [])
 
 
 @pytest_twisted.ensureDeferred
-@pytest.mark.parametrize(("whose", "status"), [("of no admin", 403), ("of nobody", 401)])
-async def test_without_permission_to_read_policies_joins_are_allowed_and_the_guard_is_not_ready(
-    set_guarded: MakeGuarded, synapse: Synapse, whose: str, status: int
+async def test_with_an_ordinary_users_token_only_rooms_of_that_user_are_enforced(
+    set_guarded: MakeGuarded, synapse: Synapse
+) -> None:
+    alice, bob, carol = await users_of(synapse)
+    guarded = await set_guarded(matrix_token=carol.token, guard_tokens="policy")
+    room_id = await synapse.room_of(alice, bob)
+    await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
+    await guarded.enter(alice, room_id)
+    assert (await guarded.ask_token(bob, room_id)).code == 200
+    _, report = await ready(guarded)
+    assert report["rooms"]["admin_api"] == "no"
+    assert [reason for reason in report["reasons"] if reason.startswith("MATRIX_TOKEN is not an admin's")]
+
+
+@pytest_twisted.ensureDeferred
+async def test_with_an_invalid_token_joins_are_allowed_and_the_guard_is_not_ready(
+    set_guarded: MakeGuarded, synapse: Synapse
 ) -> None:
     alice, bob, _ = await users_of(synapse)
-    guarded = await set_guarded(matrix_token=alice.token if whose == "of no admin" else "syt_nobody")
-    room_id = await synapse.create_room(alice)
+    guarded = await set_guarded(matrix_token="syt_nobody", guard_tokens="policy")
+    room_id = await synapse.room_of(alice, bob)
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
     await guarded.enter(alice, room_id)
     answer = await guarded.ask_token(bob, room_id)
@@ -158,23 +174,23 @@ async def test_without_permission_to_read_policies_joins_are_allowed_and_the_gua
     assert json.loads(answer.body)["jwt"] == guarded.sandbox.upstream.issued[-1].token
     code, report = await ready(guarded)
     assert (code, report["ready"]) == (503, False)
-    assert report["enforcing"] == {"cap": False, "sources": False, "in_call": False}
-    assert [reason for reason in report["reasons"] if f"status_{status}" in reason]
+    assert report["enforcing"] == dict.fromkeys(("limit", "sources", "membership", "in_call"), False)
+    assert [reason for reason in report["reasons"] if "status_401" in reason]
 
 
 @pytest_twisted.ensureDeferred
 async def test_an_address_without_the_admin_api_does_not_mean_that_rooms_have_no_policy(
     set_guarded: MakeGuarded, synapse: Synapse
 ) -> None:
-    """A proxy that does not pass the admin API on answers 404 too."""
+    """A proxy that does not forward the admin API answers 404, too."""
     alice, _, _ = await users_of(synapse)
     guarded = await set_guarded(synapse_api=f"{synapse.url}/elsewhere")
     room_id = await synapse.create_room(alice)
     assert (await guarded.ask_token(alice, room_id)).code == 200
     decided = json.loads((await guarded.sandbox.operator("GET", "/rooms")).body)["decisions"][-1]
-    assert decided["unenforced"] == ["policy:status_404"]
+    assert decided["unenforced"] == ["policy:status_404", "membership:status_404"]
     code, report = await ready(guarded)
-    assert (code, report["enforcing"]["cap"]) == (503, False)
+    assert (code, report["enforcing"]["limit"]) == (503, False)
 
 
 @pytest_twisted.ensureDeferred

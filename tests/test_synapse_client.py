@@ -221,7 +221,9 @@ def test_an_older_release_without_memberships_is_not_asked_for_them_again_for_a_
     assert result(client.membership(ALICE, ROOM)) is Membership.BAN
 
 
-def test_without_an_endpoint_for_users_the_member_list_tells(client: SynapseClient, homeserver: Homeserver) -> None:
+def test_member_list_is_used_if_the_endpoint_for_users_is_missing(
+    client: SynapseClient, homeserver: Homeserver
+) -> None:
     homeserver.answers[f"/rooms/{ROOM}/members"] = (200, {"members": [ALICE], "total": 1})
     assert result(client.membership(ALICE, ROOM)) is Membership.JOIN
     assert result(client.membership("@bob:example.org", ROOM)) is Membership.ABSENT
@@ -229,7 +231,7 @@ def test_without_an_endpoint_for_users_the_member_list_tells(client: SynapseClie
 
 
 @pytest.mark.parametrize("answer", [(403, {"errcode": "M_FORBIDDEN"}), (404, "<html>"), BROKEN, (200, {})])
-def test_membership_is_unknown_if_the_homeserver_does_not_tell(
+def test_membership_is_unknown_if_the_homeserver_gives_no_answer(
     client: SynapseClient, homeserver: Homeserver, answer: tuple[int, Any]
 ) -> None:
     homeserver.answers[f"/users/{ALICE}/joined_rooms"] = answer

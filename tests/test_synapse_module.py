@@ -81,7 +81,7 @@ def test_the_token_is_configured_directly_or_by_a_file(tmp_path: Path) -> None:
         ({"url": URL, "token": TOKEN, "tokens": 1}, "tokens"),
     ],
 )
-def test_a_wrong_configuration_is_refused_in_one_line_that_names_the_key(config: dict[str, Any], key: str) -> None:
+def test_wrong_configuration_is_rejected_in_one_line_that_names_the_key(config: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as refused:
         PolicyPush.parse_config(config)
     text = refused.value.msg
@@ -269,7 +269,9 @@ def test_changes_during_a_request_are_reported_by_one_more_request(inside: Insid
     assert len(inside.tries) == 4
 
 
-def test_a_guard_that_is_down_is_tried_for_ten_seconds(inside: Inside, caplog: pytest.LogCaptureFixture) -> None:
+def test_report_is_retried_for_ten_seconds_while_the_guard_is_down(
+    inside: Inside, caplog: pytest.LogCaptureFixture
+) -> None:
     inside.answer = refused
     inside.changed()
     inside.run(1)
@@ -297,7 +299,9 @@ def test_a_request_that_is_not_answered_times_out(inside: Inside, caplog: pytest
 
 
 @pytest.mark.parametrize("code", [500, 503, 429])
-def test_a_guard_that_fails_is_told_again(inside: Inside, code: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_report_is_retried_after_an_error_of_the_guard(
+    inside: Inside, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
     inside.answer = lambda: succeed(Response(code if len(inside.tries) < 3 else 202))
     inside.changed()
     inside.run(60)
@@ -393,7 +397,7 @@ def test_joins_leave_room_for_more_urgent_changes(inside: Inside) -> None:
 async def sharing(guarded: Guarded) -> tuple[User, str, Participant]:
     """A room's admin who shares their screen in its call."""
     alice = await guarded.synapse.user("alice")
-    room_id = await guarded.synapse.create_room(alice)
+    room_id = await guarded.synapse.room_of(alice)
     alices: Participant = await guarded.enter(alice, room_id)
     assert alices.publish("MICROPHONE")
     assert alices.publish("SCREEN_SHARE")
@@ -423,11 +427,12 @@ async def test_a_new_limit_applies_to_the_next_join(set_guarded: MakeGuarded, sy
     guarded = await pushed(set_guarded, synapse)
     alice, room_id, _ = await sharing(guarded)
     bob = await synapse.user("bob")
+    await synapse.change_membership(bob, room_id, "join")
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})
-    await guarded.cap_becomes(room_id, 1)
+    await guarded.limit_becomes(room_id, 1)
     assert (await guarded.ask_token(bob, room_id)).code == 403
     await synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 2})
-    await guarded.cap_becomes(room_id, 2)
+    await guarded.limit_becomes(room_id, 2)
     assert (await guarded.ask_token(bob, room_id)).code == 200
 
 

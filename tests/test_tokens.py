@@ -47,7 +47,7 @@ def test_sources_that_are_not_allowed_are_withheld(video: dict[str, Any], source
 
 
 @pytest.mark.parametrize("data", [None, True, False])
-def test_data_stays_as_it_was_when_no_source_is_left(data: bool | None) -> None:
+def test_data_grant_is_kept_when_no_source_is_left(data: bool | None) -> None:
     video = {"canPublishSources": ["camera"]} | ({} if data is None else {"canPublishData": data})
     kept = rebuild(join_claims(**video), frozenset({MICROPHONE})).claims["video"]
     assert kept["canPublish"] is False
@@ -109,7 +109,7 @@ def issued(**times: Any) -> int:
     return expiry
 
 
-def test_life_is_cut_and_never_lengthened() -> None:
+def test_lifetime_is_shortened_and_never_extended() -> None:
     assert issued() == NOW + LIFE
     assert issued(exp=int(NOW) + 5) == NOW + 5
     assert issued(exp=NOW + 5.9) == NOW + 5
@@ -124,7 +124,7 @@ def test_token_without_a_usable_expiry_gets_one(expiry: Any) -> None:
 
 @pytest.mark.parametrize("error", [-3e8, -86_400, -3600, 3600, 3e8])
 @pytest.mark.parametrize("name", ["iat", "nbf"])
-def test_life_begins_when_upstream_issued_the_token_whatever_our_clock_says(error: float, name: str) -> None:
+def test_lifetime_begins_when_upstream_issued_the_token_whatever_our_clock_says(error: float, name: str) -> None:
     claims = join_claims()
     del claims["nbf"]
     assert rebuild(claims | {name: int(NOW)}, now=NOW + error).claims["exp"] == NOW + LIFE
@@ -176,7 +176,7 @@ ALLOWED = st.frozensets(st.sampled_from(list(Source)))
 
 
 @given(GRANTS, ALLOWED)
-def test_never_wider_than_it_came(video: dict[str, Any], allowed: frozenset[Source]) -> None:
+def test_rebuilt_token_never_grants_more_than_the_original(video: dict[str, Any], allowed: frozenset[Source]) -> None:
     token = rebuild({"iss": "key", "sub": "x", "video": video}, allowed)
     kept = token.claims["video"]
     before, after = set(granted_sources(video)), set(granted_sources(kept))

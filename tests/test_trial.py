@@ -31,13 +31,13 @@ async def tried(sandbox: Sandbox, **given: Any) -> str:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_working_guard_passes_and_no_room_is_left_on_the_sfu(sandbox: Sandbox) -> None:
+async def test_trial_passes_with_a_working_guard_and_leaves_no_sfu_room(sandbox: Sandbox) -> None:
     assert await tried(sandbox) == "a token was issued and rebuilt"
     assert not sandbox.livekit.rooms
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_guard_that_does_not_rebuild_tokens_fails(start_sandbox: StartSandbox) -> None:
+async def test_trial_fails_if_the_guard_does_not_rebuild_tokens(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_dry_run=True)
     with pytest.raises(TrialFailed, match="the guard did not rebuild it"):
         await tried(sandbox, guard_dry_run=False)
@@ -45,33 +45,33 @@ async def test_a_guard_that_does_not_rebuild_tokens_fails(start_sandbox: StartSa
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_refusal_fails_with_its_text(sandbox: Sandbox) -> None:
+async def test_trial_fails_with_the_text_of_a_refusal(sandbox: Sandbox) -> None:
     with pytest.raises(TrialFailed, match="You are not a member of this room"):
         await try_join(settings_of(sandbox), reactor, sandbox.url, "!elsewhere:sandbox.local")
 
 
 @pytest_twisted.ensureDeferred
-async def test_another_secret_fails(sandbox: Sandbox) -> None:
+async def test_trial_fails_if_another_secret_signed_the_token(sandbox: Sandbox) -> None:
     with pytest.raises(TrialFailed, match="our LIVEKIT_SECRET did not sign the token"):
         await tried(sandbox, livekit_secret="another-secret-of-the-same-length-1")
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_upstream_without_tokens_fails(sandbox: Sandbox) -> None:
+async def test_trial_fails_if_upstream_issues_no_token(sandbox: Sandbox) -> None:
     sandbox.upstream.fault = Fault.status(500, json.dumps({"errcode": "M_UNKNOWN", "error": "no"}).encode())
     with pytest.raises(TrialFailed, match="500 M_UNKNOWN"):
         await tried(sandbox)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_guard_that_does_not_answer_is_named(sandbox: Sandbox) -> None:
+async def test_trial_fails_if_nothing_listens(sandbox: Sandbox) -> None:
     await sandbox.guard.public.close(0)
     with pytest.raises(TrialFailed, match="nothing listens on"):
         await tried(sandbox)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_room_is_created_once_and_used_again(sandbox: Sandbox) -> None:
+async def test_trial_creates_its_room_once_and_uses_it_again(sandbox: Sandbox) -> None:
     for _ in range(2):
         assert await try_join(settings_of(sandbox), reactor, sandbox.url) == "a token was issued and rebuilt"
     assert len(sandbox.homeserver.rooms) == 1

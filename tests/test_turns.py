@@ -70,7 +70,7 @@ def test_a_waiter_that_is_cancelled_takes_no_turn() -> None:
     assert work.started == ["a1", "c1", "d1"]
 
 
-def test_work_that_fails_or_is_cancelled_gives_its_turn_back() -> None:
+def test_work_that_fails_or_is_cancelled_frees_its_turn() -> None:
     turns = FairSemaphore(1)
     work = Work(turns)
     first = work.begin("a1")
@@ -104,7 +104,20 @@ def test_a_full_queue_makes_room_for_another_key() -> None:
     assert work.started == ["a1", "b1", "c1", "b2"]
 
 
-def test_a_queue_limit_of_nothing_refuses_everybody_who_would_wait() -> None:
+def test_queue_limit_of_zero_refuses_every_waiter() -> None:
     work = Work(FairSemaphore(1, queue_limit=0))
     work.begin("a1")
     assert isinstance(outcome(work.begin("b1")), QueueFull)
+
+
+def test_thousands_of_waiters_may_end_their_turns_at_once() -> None:
+    turns = FairSemaphore(1)
+    first, others = turns.acquire("room"), [turns.acquire(f"room {number % 7}") for number in range(2000)]
+    assert first.called
+    for turn in others:
+        turn.addCallback(lambda _: turns.release())
+    turns.release()
+    assert all(turn.called for turn in others)
+    assert turns.idle
+    assert turns.acquire("room").called
+    assert not turns.idle

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``deploy/upgrade`` with real venvs, pip and processes. Only the releases are tiny, and fail when they are told to."""
+"""``deploy/upgrade`` with real venvs, pip and processes. The releases are tiny stand-ins that fail on request."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def main():
 
 
 def wheel(folder: Path, version: str, fault: str = "") -> Path:
-    """A release of lotusguard that is as small as can be."""
+    """A minimal release of lotusguard."""
     path = folder / f"lotusguard-{version}-py3-none-any.whl"
     about = f"lotusguard-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
@@ -94,7 +94,7 @@ def wheel(folder: Path, version: str, fault: str = "") -> Path:
 
 
 class Host:
-    """A machine that the guard is installed on, in a folder, with a restart command instead of systemd."""
+    """A host in a folder, with a restart command instead of systemd."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class Host:
             f'"{folder}/prefix/current/bin/twistd" -n --pidfile= lotusguard </dev/null >"{folder}/log" 2>&1 &\n'
             f'echo $! >"{self.pidfile}"',
         )
-        # venvs without a pip of their own are made in a moment; they get the one we run with
+        # a venv without pip is created faster; the tests' own pip installs into it
         python = self._script("python", f'exec "{sys.executable}" "$@" --without-pip')
         self.environment = os.environ | {
             "PORT": str(self.port),
@@ -141,7 +141,7 @@ class Host:
         )  # fmt: skip
 
     def running(self) -> str:
-        """The version that answers."""
+        """What the running release says about itself."""
         with urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=5) as answer:
             return str(answer.read())
 
@@ -171,7 +171,7 @@ def guarded(host: Host) -> Host:
     """A host with release 1.0 running."""
     done = host.upgrade(wheel(host.folder, "1.0"), LOTUSGUARD_RESTART="false")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not host.pidfile.exists(), "it was started before anybody had configured it"
+    assert not host.pidfile.exists(), "it was started before it was configured"
     subprocess.run([str(host.restart)], env=host.environment, check=True)
     for _ in range(200):
         with contextlib.suppress(URLError):
@@ -181,7 +181,7 @@ def guarded(host: Host) -> Host:
     return host
 
 
-def test_a_good_release_is_switched_to_and_the_way_back_stays_open(guarded: Host) -> None:
+def test_good_release_is_installed_and_can_be_reverted(guarded: Host) -> None:
     done = guarded.upgrade(wheel(guarded.folder, "1.1"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1.1" in guarded.running()
@@ -199,14 +199,14 @@ def test_a_good_release_is_switched_to_and_the_way_back_stays_open(guarded: Host
         ("fails_a_trial", "a trial join through it fails"),
     ],
 )
-def test_a_release_that_is_no_good_is_never_switched_to(guarded: Host, fault: str, said: str) -> None:
+def test_release_that_fails_before_the_switch_changes_nothing(guarded: Host, fault: str, said: str) -> None:
     before = guarded.pidfile.read_text()
     done = guarded.upgrade(wheel(guarded.folder, "1.1", fault))
     assert done.returncode == 1
     assert said in done.stderr
     assert guarded.current() == "1.0"
     assert "1.0" in guarded.running()
-    assert guarded.pidfile.read_text() == before, "it was restarted for nothing"
+    assert guarded.pidfile.read_text() == before, "it was restarted without need"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_release_that_is_no_good_is_never_switched_to(guarded: Host, fault: st
         ("fails_joins", "20 of 30 joins failed: going back to 1.0"),
     ],
 )
-def test_a_release_that_turns_out_broken_is_taken_out_by_itself(guarded: Host, fault: str, said: str) -> None:
+def test_release_that_fails_after_the_switch_is_reverted(guarded: Host, fault: str, said: str) -> None:
     done = guarded.upgrade(wheel(guarded.folder, "1.1", fault))
     assert done.returncode == 1
     assert said in done.stdout
@@ -229,14 +229,14 @@ def test_a_release_that_turns_out_broken_is_taken_out_by_itself(guarded: Host, f
     assert "1.0" in guarded.running()
 
 
-def test_what_cannot_be_installed_changes_nothing(guarded: Host) -> None:
+def test_failed_installation_changes_nothing(guarded: Host) -> None:
     done = guarded.upgrade("7.7")
     assert done.returncode == 1
     assert "7.7 could not be installed; nothing was changed" in done.stderr
     assert "1.0" in guarded.running()
 
 
-def test_when_nothing_comes_up_any_more_it_says_so_with_a_status_of_its_own(guarded: Host) -> None:
+def test_exit_status_is_3_if_the_old_release_does_not_start_either(guarded: Host) -> None:
     done = guarded.upgrade(wheel(guarded.folder, "1.1"), LOTUSGUARD_RESTART="false")
     assert done.returncode == 3
     assert "1.0 does not start again either" in done.stderr
@@ -244,13 +244,13 @@ def test_when_nothing_comes_up_any_more_it_says_so_with_a_status_of_its_own(guar
 
 
 @pytest.mark.parametrize("arguments", [(), ("--sideways",), ("1.0; reboot",), ("a", "b"), ("./none.whl",)])
-def test_wrong_usage_is_told_from_failure(host: Host, arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_exits_with_status_2(host: Host, arguments: tuple[str, ...]) -> None:
     done = host.upgrade(*arguments)
     assert done.returncode == 2
     assert done.stderr
 
 
-def test_two_upgrades_at_once_are_one_too_many(guarded: Host) -> None:
+def test_second_upgrade_at_the_same_time_is_refused(guarded: Host) -> None:
     lock = guarded.folder / "prefix" / ".upgrade.lock"
     with subprocess.Popen(
         ["flock", str(lock), "sh", "-c", "echo held; exec cat"],
@@ -272,7 +272,7 @@ def previous(host: Host) -> str:
     return (host.folder / "prefix" / "previous").readlink().name
 
 
-def test_a_failed_install_leaves_nothing_behind(guarded: Host) -> None:
+def test_failed_installation_leaves_nothing_behind(guarded: Host) -> None:
     broken = guarded.folder / "lotusguard-1.5-py3-none-any.whl"
     broken.write_bytes(b"this is not a wheel")
     done = guarded.upgrade(broken)
@@ -281,7 +281,7 @@ def test_a_failed_install_leaves_nothing_behind(guarded: Host) -> None:
     assert releases(guarded) == ["1.0"]
 
 
-def test_the_way_back_survives_a_release_that_was_taken_out(guarded: Host) -> None:
+def test_reverted_release_does_not_become_the_previous_one(guarded: Host) -> None:
     assert guarded.upgrade(wheel(guarded.folder, "1.1")).returncode == 0
     assert previous(guarded) == "1.0"
     assert guarded.upgrade(wheel(guarded.folder, "1.2", "fails_joins")).returncode == 1
@@ -289,7 +289,7 @@ def test_the_way_back_survives_a_release_that_was_taken_out(guarded: Host) -> No
     assert previous(guarded) == "1.0"
 
 
-def test_a_version_with_a_zero_at_its_end_is_the_same_version(guarded: Host) -> None:
+def test_versions_that_differ_only_in_trailing_zeros_are_the_same(guarded: Host) -> None:
     for name in ("1.0.0", "1"):
         done = guarded.upgrade(wheel(guarded.folder, name))
         assert done.returncode == 1
@@ -297,7 +297,7 @@ def test_a_version_with_a_zero_at_its_end_is_the_same_version(guarded: Host) -> 
     assert releases(guarded) == ["1.0"]
 
 
-def test_a_full_disk_is_noticed_before_anything_is_installed(guarded: Host) -> None:
+def test_lack_of_disk_space_is_noticed_before_anything_is_installed(guarded: Host) -> None:
     done = guarded.upgrade(wheel(guarded.folder, "1.1"), LOTUSGUARD_LEAST_SPACE="1000000000")
     assert done.returncode == 1
     assert "1000000000 are needed; nothing was changed" in done.stderr
@@ -318,7 +318,7 @@ def test_a_wheel_that_does_not_match_its_checksum_is_refused(guarded: Host) -> N
     assert f"{path.name} matches SHA256SUMS" in done.stdout
 
 
-def test_the_operators_listener_is_found_in_the_guards_settings(guarded: Host) -> None:
+def test_address_of_the_operators_listener_comes_from_the_guards_settings(guarded: Host) -> None:
     with (guarded.folder / "env").open("a") as env:
         env.write(f"GUARD_ADMIN_HOST=0.0.0.0\nGUARD_ADMIN_PORT={guarded.port}\n")
     told = guarded.upgrade("--status", LOTUSGUARD_ADMIN_URL="")
@@ -348,12 +348,12 @@ def test_an_interrupted_upgrade_leaves_the_old_release_running(guarded: Host, na
 
 
 def default_signals() -> None:
-    """A shell ignores signals that were ignored when it was started."""
+    """A shell keeps ignoring signals that were ignored when it started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-def test_the_stop_of_the_old_release_does_not_count_as_the_start_of_the_new(guarded: Host) -> None:
+def test_stopping_the_old_release_does_not_use_up_the_start_timeout(guarded: Host) -> None:
     slow = guarded.folder / "slow"
     slow.write_text(f'#!/bin/sh\nsleep 3\nexec "{guarded.restart}"\n')
     slow.chmod(0o755)

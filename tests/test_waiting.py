@@ -58,7 +58,7 @@ def test_a_result_that_is_there_already_is_returned_even_after_the_deadline() ->
     assert outcome(deadline.wait(succeed(7))) == 7
 
 
-def test_a_sooner_deadline_is_never_later_than_the_whole_one() -> None:
+def test_earlier_deadline_never_exceeds_the_original() -> None:
     clock = Clock()
     deadline = Deadline.after(clock, 1.5)
     assert deadline.sooner(0.5).at == 0.5

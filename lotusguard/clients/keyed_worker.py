@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -36,6 +37,8 @@ class KeyedWorker:
     _queued: dict[str, None] = field(factory=dict, init=False)
     _waiters: list[Deferred[None]] = field(factory=list, init=False)
     _stopped: bool = field(default=False, init=False)
+    _ending: deque[str] = field(factory=deque, init=False)
+    _starting_next: bool = field(default=False, init=False)
 
     def run(self, key: str, *, urgent: bool = True) -> None:
         """Ask for the key's work. Returns at once.
@@ -82,12 +85,24 @@ class KeyedWorker:
         running.addBoth(lambda _: self._ended(key))
 
     def _ended(self, key: str) -> None:
+        """Start what comes next. Work may end at once, so a loop does it: nested calls would exceed Python's limit."""
+        self._ending.append(key)
+        if self._starting_next:
+            return
+        self._starting_next = True
+        try:
+            while self._ending:
+                self._start_after(self._ending.popleft())
+        finally:
+            self._starting_next = False
+        self._tell_if_idle()
+
+    def _start_after(self, key: str) -> None:
         del self._running[key]
         if key in self._again:
             self._start(key)
         elif self._queued and len(self._running) < self._limit:
             self._start(next(iter(self._queued)))
-        self._tell_if_idle()
 
     def _tell_if_idle(self) -> None:
         if not self._running and not self._queued:

@@ -32,15 +32,21 @@ class FairSemaphore:
     """
 
     def __init__(self, limit: int, queue_limit: int | None = None) -> None:
-        self._free = limit
+        self._limit = self._free = limit
         self._queue_limit = queue_limit
         self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
         self._waiting = 0
+        self._giving = False
 
     @property
     def waiting(self) -> int:
         """The number of calls that wait for a turn."""
         return self._waiting
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has a turn or waits for one."""
+        return self._free == self._limit and not self._queues
 
     def acquire(self, key: Hashable = "") -> Deferred[None]:
         """A turn, which `release` must give back. Cancelling the Deferred leaves the queue.
@@ -48,7 +54,7 @@ class FairSemaphore:
         The Deferred fails with `QueueFull`, at once or when others crowd this waiter out.
         """
         turn: Deferred[None] = Deferred(lambda cancelled: self._leave(key, cancelled))
-        if self._free:
+        if self._free and not self._queues:
             self._free -= 1
             turn.callback(None)
         elif self._make_room(key):
@@ -59,10 +65,24 @@ class FairSemaphore:
         return turn
 
     def release(self) -> None:
-        """Give a turn back. The next key's first waiter gets it."""
-        if not self._queues:
-            self._free += 1
+        """Give a turn back. The next key's first waiter gets it.
+
+        A waiter may end its turn at once, for instance because a circuit is open. So a loop gives the turns away:
+        nested calls would exceed Python's limit, and lose turns for ever.
+        """
+        self._free += 1
+        if self._giving:
             return
+        self._giving = True
+        try:
+            while self._free and self._queues:
+                self._free -= 1
+                self._next().callback(None)
+        finally:
+            self._giving = False
+
+    def _next(self) -> Deferred[None]:
+        """Take the waiter out of the queue who gets the next turn."""
         key, queue = next(iter(self._queues.items()))
         turn, _ = queue.popitem(last=False)
         self._waiting -= 1
@@ -70,7 +90,7 @@ class FairSemaphore:
             self._queues.move_to_end(key)
         else:
             del self._queues[key]
-        turn.callback(None)
+        return turn
 
     @asynccontextmanager
     async def of(self, key: Hashable = "") -> AsyncIterator[None]:

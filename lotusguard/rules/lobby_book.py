@@ -136,6 +136,10 @@ class LobbyBook:
         entries = self._rooms.get(room_id, {}).values()
         return [entry.user for entry in entries if entry.state is LobbyState.WAITING]
 
+    def has_removed(self, room_id: str) -> bool:
+        """Whether anybody is kept out of this room's call because a moderator removed them."""
+        return any(entry.state is LobbyState.REMOVED for entry in self._rooms.get(room_id, {}).values())
+
     def rooms_with(self, state: LobbyState) -> list[str]:
         """The rooms that have entries in this state."""
         return [

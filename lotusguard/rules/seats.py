@@ -99,10 +99,10 @@ TABLE: dict[HoldState, StateRules] = {
         _E.ISSUE: _S.ISSUED, _E.ISSUE_LATE: _S.ISSUED_EXPIRED, _E.RELEASE: None,
     }),
     _S.ISSUED: StateRules(             True,  True,  True,  True,  False, False, {
-        _E.ARRIVE: _S.PRESENT, _E.EXPIRE: _S.ISSUED_EXPIRED, _E.REPLACE: None, _E.LEAVE: None,
+        _E.ARRIVE: _S.PRESENT, _E.EXPIRE: _S.ISSUED_EXPIRED, _E.REPLACE: None, _E.LEAVE: _S.LEFT,
     }),
     _S.ISSUED_EXPIRED: StateRules(     True,  True,  True,  False, True,  False, {
-        _E.ARRIVE: _S.PRESENT, _E.CONFIRM: None, _E.REPLACE: None, _E.LEAVE: None,
+        _E.ARRIVE: _S.PRESENT, _E.CONFIRM: None, _E.REPLACE: None, _E.LEAVE: _S.LEFT,
     }),
     _S.ISSUED_UNSEATED: StateRules(    False, False, False, False, False, False, {
         _E.SEAT: _S.ISSUED, _E.ARRIVE: _S.UNSEATED, _E.EXPIRE: None, _E.REPLACE: None, _E.LEAVE: None,

@@ -84,6 +84,12 @@ def granted_sources(video: Mapping[str, Any]) -> tuple[Source, ...]:
     return tuple(source for source in map(source_of_claim, listed) if source is not None)
 
 
+def ceiling_of(claims: Mapping[str, Any]) -> frozenset[Source]:
+    """The sources that a join token lets its user publish."""
+    video = _known(claims, _TOP_EXACT, others=False).get("video")
+    return frozenset(granted_sources(_known(video, _VIDEO_EXACT, others=False) if isinstance(video, Mapping) else {}))
+
+
 @frozen
 class Rebuilt:
     """A token's claims as the guard will sign them.

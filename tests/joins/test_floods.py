@@ -129,3 +129,15 @@ async def test_a_seat_issued_while_livekit_did_not_answer_is_checked_when_it_doe
     bob = sandbox.livekit.connect(content(answer)["jwt"])
     await until(lambda: not bob.connected)
     assert alice.connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_crowd_before_the_call_has_started_is_refused_with_few_lookups(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox)
+    sandbox.homeserver.set_state(room_id, "io.lotus.call_permissions", {"start": 50})
+    assert (await ask(sandbox, BOB, room_id)).code == 403
+    listings = calls_of(sandbox, "ListParticipants")
+    sandbox.livekit.faults["ListParticipants"] = Fault.delay(1.0)
+    answers = await gatherResults([ask(sandbox, BOB, room_id) for _ in range(200)])
+    assert {answer.code for answer in answers} == {403}
+    assert calls_of(sandbox, "ListParticipants") - listings < 20

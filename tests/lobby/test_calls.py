@@ -19,10 +19,12 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.permissions import Lobby as LobbyPolicy
 from lotusguard.rules.policy import Policy
-from tests.calls import BOB, room_of
+from lotusguard.sandbox.faults import Fault
+from tests.calls import ALICE, BOB, old_token, room_of, seen_in
 from tests.conftest import StartSandbox, until
 from tests.guardprocess import ProcessSandbox
 from tests.lobby.test_joining import asking, lobby_room, moderate, waiting_in, waits
+from tests.running_calls.test_restore import at_rest
 
 ROOM = "!room:example.org"
 ON = KnownPolicy(Policy(lobby=LobbyPolicy()), Freshness.FRESH, room_exists=True)
@@ -193,3 +195,34 @@ async def test_rooms_without_a_lobby_have_no_entries(start_sandbox: StartSandbox
     await sandbox.enter(BOB, room_id)
     assert await waiting_in(sandbox, room_id) == []
     assert await moderate(sandbox, room_id, BOB, "admit") == 404
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_removed_person_is_removed_again_where_nothing_else_is_checked(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_members_only="off")
+    room_id = room_of(sandbox)
+    for user in (ALICE, BOB):
+        await sandbox.enter(user, room_id)
+    await at_rest(sandbox)
+    assert await moderate(sandbox, room_id, BOB, "remove") == 200
+    sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
+    assert await seen_in(sandbox, room_id) == [(ALICE, True)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_person_whom_nobody_admitted_is_not_accepted_because_the_policy_was_out_of_date(
+    start_sandbox: StartSandbox,
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.01)
+    room_id = lobby_room(sandbox)
+    await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.homeserver.faults["room_state"] = Fault.status(500)
+    sandbox.livekit.connect(old_token(BOB, room_id))
+    await at_rest(sandbox)
+    assert await seen_in(sandbox, room_id) == [(ALICE, True), (BOB, True)]
+    sandbox.homeserver.faults.clear()
+    await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
+    await at_rest(sandbox)
+    assert await seen_in(sandbox, room_id) == [(ALICE, True)]

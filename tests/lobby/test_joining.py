@@ -302,3 +302,18 @@ async def test_stopping_drops_silent_requests_without_an_answer(start_sandbox: S
     await until(lambda: outcome)
     assert not isinstance(outcome[0], Answer)
     await sandbox.start_guard()
+
+
+@pytest.mark.parametrize("change", ["switched_off", "promoted"])
+@pytest_twisted.ensureDeferred
+async def test_a_remembered_refusal_does_not_outlast_what_the_room_says_now(
+    start_sandbox: StartSandbox, change: str
+) -> None:
+    sandbox = await start_sandbox(guard_lobby_wait=1, guard_policy_ttl=3600)
+    room_id = lobby_room(sandbox)
+    assert error_of(await sandbox.ask_token(BOB, room_id)) == (403, "Nobody admitted you in time.")
+    if change == "switched_off":
+        sandbox.homeserver.set_state(room_id, "io.lotus.lobby", {"enabled": False})
+    else:
+        sandbox.homeserver.set_state(room_id, "m.room.power_levels", {"users": {ALICE: 100, BOB: 50}})
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200

@@ -216,3 +216,15 @@ async def test_a_reaction_admits_over_the_wire(start_sandbox: StartSandbox, monk
     voice.hear("@alice:sandbox.local", "✅")
     assert (await answer).code == 200
     await until(lambda: voice.redacted)
+
+
+def test_a_flood_of_notices_in_other_rooms_does_not_open_the_lobby() -> None:
+    asked = Asked(operators=False)
+    asked.voice.seconds, asked.voice.clock = 1.0, asked.clock
+    for number in range(50):
+        asked.lobby.ask(f"!other{number}:example.org", EVE)
+    asked.lobby.ask(ROOM, BOB).held = 1
+    for _ in range(100):
+        asked.wait(1)
+        assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+    assert ROOM in [room_id for room_id, *_ in asked.voice.notices]

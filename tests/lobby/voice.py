@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attrs import define, field
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.rooms.voice import Reaction
@@ -16,6 +18,7 @@ class FakeVoice:
     """Implements `lotusguard.guard.rooms.voice.RoomVoice`.
 
     :ivar resident: whether the account is in every room. :ivar failing: whether the homeserver takes nothing.
+    :ivar seconds: how long sending a notice takes, on the clock.
     """
 
     resident: bool = True
@@ -24,12 +27,16 @@ class FakeVoice:
     reactions: list[tuple[str, str]] = field(factory=list)
     redacted: list[str] = field(factory=list)
     listeners: list[Callable[[Reaction], None]] = field(factory=list)
+    seconds: float = 0.0
+    clock: IReactorTime = field(factory=Clock)
 
     def can_speak(self, room_id: str) -> bool:
         return self.resident
 
     async def notice(self, room_id: str, text: str) -> str:
         self._fail()
+        if self.seconds:
+            await deferLater(self.clock, self.seconds)
         event_id = f"${len(self.notices)}"
         self.notices.append((room_id, event_id, text))
         return event_id

@@ -218,6 +218,16 @@ def test_hanging_up_ends_the_holds_issued_to_that_identity_before() -> None:
     assert refused(seats, "b", 1, 3) is None
 
 
+def test_hanging_up_a_session_that_was_never_seen_frees_no_seat_before_a_listing() -> None:
+    seats = room()
+    issue(seats, "a", 1)  # two sessions of it are in the call by now, and no webhook has said so
+    leave(seats, "a", 1, sid="PA_first")
+    arrive(seats, "late", 1, 2)
+    assert over(seats, 1, 2) == []
+    listing(seats, 1, 3, "a", "late")
+    assert over(seats, 1, 3) == ["late"]
+
+
 def test_a_delayed_leave_of_an_older_session_keeps_a_hold_issued_after_it() -> None:
     seats = room()
     enter(seats, "a", 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SFU rooms that we issued no token for: found among the homeserver's rooms, in searches that are few and bounded."""
+"""SFU rooms for which the guard issued no token: found among the homeserver's rooms, by few and bounded searches."""
 
 from __future__ import annotations
 
@@ -119,13 +119,13 @@ def test_aliases_wanted_during_a_search_wait_for_the_next_one() -> None:
     searching = Searching("!a:x", ROOM)
     waiting = searching.homeserver.waiting = Deferred()
     searching.want("nobody's")
-    for _ in range(10):  # reconciling goes on while a long list is being read
+    for _ in range(10):  # reconciling continues while a long list is read
         searching.want("nobody's")
     searching.want(ALIAS)
     assert searching.homeserver.searches == 1
     searching.homeserver.waiting = None
     waiting.callback(None)
-    assert searching.homeserver.searches == 2  # for the one that came too late for the first
+    assert searching.homeserver.searches == 2  # for the alias that was wanted too late for the first search
     assert searching.found == [ALIAS]
 
 
@@ -156,7 +156,7 @@ def test_a_failed_search_is_repeated_after_a_pause_that_grows() -> None:
     assert searching.found == [ALIAS]
 
 
-def test_a_slow_search_is_followed_by_a_rest() -> None:
+def test_a_slow_search_is_followed_by_a_pause() -> None:
     searching = Searching(ROOM)
     searching.homeserver.clock, searching.homeserver.seconds = searching.clock, 3.0
     searching.want("nobody's")

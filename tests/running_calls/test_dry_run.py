@@ -103,7 +103,7 @@ async def test_another_policy_is_logged_again_and_another_session_is_not(dry: Sa
     assert dry_run_skipped(dry)["revoke"] == 2
     again = dry.livekit.connect(old_token(ALICE, room_id))
     await at_rest(dry)
-    assert dry_run_skipped(dry)["revoke"] == 2  # the same again: clients reconnect often
+    assert dry_run_skipped(dry)["revoke"] == 2  # once more: clients reconnect often
     assert again.connected
     assert not alice.connected
 

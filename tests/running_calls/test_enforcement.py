@@ -50,7 +50,7 @@ def may_publish(who: Participant) -> set[str]:
 
 
 def other_flags(who: Participant) -> ParticipantPermission:
-    """A participant's permission without what it says about sources."""
+    """A participant's permission, without its fields about sources."""
     permission = who.grant.to_permission()
     del permission.can_publish_sources[:]
     permission.can_publish = False
@@ -72,7 +72,7 @@ def suffixed(sandbox: Sandbox, room_id: str) -> Participant:
     return sandbox.livekit.connect(old_token(ALICE, room_id), publish="xyz")
 
 
-def narrow_already(sandbox: Sandbox, room_id: str) -> Participant:
+def already_restricted(sandbox: Sandbox, room_id: str) -> Participant:
     return sandbox.livekit.connect(
         old_token(ALICE, room_id, canPublishSources=["screen_share", "camera", "microphone"])
     )
@@ -86,7 +86,7 @@ def listener(sandbox: Sandbox, room_id: str) -> Participant:
     return sandbox.livekit.connect(old_token(ALICE, room_id, canPublish=False, hidden=True))
 
 
-PARTICIPANTS = (wide, still_connecting, suffixed, narrow_already, camera_only, listener)
+PARTICIPANTS = (wide, still_connecting, suffixed, already_restricted, camera_only, listener)
 
 
 async def policy_then_join(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
@@ -109,12 +109,12 @@ async def join_then_push(sandbox: Sandbox, room_id: str, policy: dict[str, bool]
 
 
 async def join_then_track(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
-    """The change is not pushed, and noticed at the next webhook."""
+    """The change is not pushed, so it is noticed at the next webhook."""
     await sandbox.ask_token(BOB, room_id)
     who: Participant = joins(sandbox, room_id)
     await sandbox.livekit.drained()
     put_policy(sandbox, room_id, **policy)
-    sandbox.guard.policies.forget_freshness(room_id)  # as if its TTL were over
+    sandbox.guard.policies.forget_freshness(room_id)  # as if its TTL had expired
     for source in EVERYTHING:
         who.publish(source)
     who.activate()
@@ -122,13 +122,13 @@ async def join_then_track(sandbox: Sandbox, room_id: str, policy: dict[str, bool
 
 
 async def join_then_nothing(sandbox: Sandbox, room_id: str, policy: dict[str, bool], joins: Any) -> Participant:
-    """Neither a push nor a webhook: reconciling."""
+    """Neither a push nor a webhook, so reconciling notices the change."""
     await sandbox.ask_token(BOB, room_id)
     sandbox.livekit.webhooks.urls[:] = []
     who: Participant = joins(sandbox, room_id)
     for source in EVERYTHING:
         who.publish(source)
-    who.room.refresh_listed()  # as the SFU counts every five seconds
+    who.room.refresh_listed()  # the SFU counts participants every five seconds
     put_policy(sandbox, room_id, **policy)
     sandbox.guard.policies.forget_freshness(room_id)
     await sandbox.guard.changes.reconcile()
@@ -146,7 +146,7 @@ async def test_forbidden_sources_are_revoked_and_everything_else_stays(
     sandbox: Sandbox, policy: str, joins: Any, order: Any
 ) -> None:
     room_id = room_of(sandbox)
-    token: Participant = joins(sandbox, room_of(sandbox))  # the same token elsewhere, where nothing is forbidden
+    token: Participant = joins(sandbox, room_of(sandbox))  # the same token in a room where nothing is forbidden
     granted, flags = may_publish(token), other_flags(token)
     who = await order(sandbox, room_id, POLICIES[policy], joins)
     if joins is still_connecting and order is policy_then_join:
@@ -200,7 +200,7 @@ async def test_sources_are_revoked_at_each_arrival_with_an_old_token(sandbox: Sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_participants_of_unknown_ceiling_are_given_nothing(sandbox: Sandbox) -> None:
+async def test_nothing_is_granted_to_participants_of_unknown_ceiling(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_SCREEN)
     await sandbox.ask_token(CAROL, room_id)
     mute = sandbox.livekit.connect(old_token(ALICE, room_id, canPublish=False))
@@ -251,7 +251,7 @@ async def test_video_under_any_label_is_left_alone_where_all_video_is_allowed(sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_update_that_changed_nothing_is_noticed_and_tried_again(start_sandbox: StartSandbox) -> None:
+async def test_an_update_without_effect_is_detected_and_retried(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.1)
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
@@ -268,7 +268,7 @@ async def test_an_update_that_changed_nothing_is_noticed_and_tried_again(start_s
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_failed_update_is_counted_and_tried_again(start_sandbox: StartSandbox) -> None:
+async def test_a_failed_update_is_counted_and_retried(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.1)
     room_id = room_of(sandbox)
     alice = await sandbox.enter(ALICE, room_id)
@@ -309,7 +309,7 @@ async def test_a_participant_who_left_in_between_is_no_failure(sandbox: Sandbox)
     alice.room.remove(alice, 1)
     sandbox.livekit.faults["ListParticipants"] = Fault(
         "invalid_response", times=1, reply=_listing(gone, bob.info())
-    )  # Alice left just after this was told
+    )  # Alice left just after this listing
     await sandbox.livekit.drained()
     with logged() as events:
         await change_policy(sandbox, room_id, **NO_SCREEN)
@@ -328,20 +328,21 @@ def _listing(*participants: ParticipantInfo) -> Reply:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_lookup_that_began_before_a_push_is_not_believed(sandbox: Sandbox) -> None:
-    """Neither at the first look-up of a room nor at a later one."""
+async def test_a_lookup_that_began_before_a_push_is_not_used(sandbox: Sandbox) -> None:
+    """Neither the first lookup of a room nor a later one."""
     room_id = room_of(sandbox)
     for _ in range(2):
         put_policy(sandbox, room_id)
         sandbox.guard.policies.forget_freshness(room_id)
         before = sandbox.homeserver.asked["room_state"]
-        sandbox.homeserver.faults["room_state"] = Fault.drip(0.0005, times=5)  # tells what was so when it was asked
+        # slow answers, with the state at the time of the request
+        sandbox.homeserver.faults["room_state"] = Fault.drip(0.0005, times=5)
         entering: Deferred[Participant] = Deferred.fromCoroutine(sandbox.enter(ALICE, room_id))
         await until(lambda before=before: sandbox.homeserver.asked["room_state"] >= before + 5)  # type: ignore[misc]
         await change_policy(sandbox, room_id, **NO_SCREEN)
         assert not entering.called
         alice = await entering
-        assert alice.publish("SCREEN_SHARE")  # let in by the policy of when they asked
+        assert alice.publish("SCREEN_SHARE")  # admitted by the policy at the time of the request
         await until(lambda alice=alice: published(alice) == [])  # type: ignore[misc]
         answer = await sandbox.ask_token(BOB, room_id)
         bob = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
@@ -349,7 +350,7 @@ async def test_a_lookup_that_began_before_a_push_is_not_believed(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_push_while_a_room_is_being_worked_on_is_worked_on_next(sandbox: Sandbox) -> None:
+async def test_a_push_during_a_pass_leads_to_another_pass(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, **NO_CAMERA)
     alice = await sandbox.enter(ALICE, room_id)
     await sandbox.livekit.drained()

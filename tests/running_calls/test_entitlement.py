@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may stay in a call, on a clock: what a removal rests on, and how often memberships are read."""
+"""Who may stay in a call, on a clock: the reasons for removals, and how often memberships are read."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ Kind = ParticipantInfo.Kind
 
 
 class Homeserver:
-    """Answers at once, fails, or never answers.
+    """A homeserver that answers at once, fails, or never answers.
 
-    :ivar asked: how many single memberships and lists were asked for.
+    :ivar asked: number of requests for single memberships and for lists.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class NoLobby:
 
 
 class Call:
-    """A call and the guard's part that is tested."""
+    """A call, and the part of the guard that is tested."""
 
     def __init__(self, members_only: MembersOnly = MembersOnly.ON, homeservers: str = "*", name: str = "local") -> None:
         self.clock, self.metrics, self.homeserver = Clock(), Metrics(), Homeserver()
@@ -127,7 +127,7 @@ def sessions(users: Iterable[str]) -> list[ParticipantInfo]:
     return [session(user) for user in users]
 
 
-# -- what a removal rests on -----------------------------------------------------------------------------
+# -- reasons for a removal -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("membership", [Membership.LEAVE, Membership.BAN, Membership.INVITE, Membership.KNOCK])
@@ -207,12 +207,12 @@ def test_unknown_membership_removes_nobody_and_is_counted() -> None:
     assert call.removed(session(BOB)) == [BOB]
 
 
-def test_a_lookup_that_began_before_a_push_is_not_believed() -> None:
+def test_a_lookup_that_began_before_a_push_is_not_used() -> None:
     call = Call()
     call.join(BOB)
     assert call.removed(session(BOB)) == []
     call.set(BOB, Membership.BAN)
-    assert call.removed(session(BOB)) == []  # believed for a while
+    assert call.removed(session(BOB)) == []  # trusted for a while
     call.members.forget_freshness(ROOM, BOB)
     assert call.removed(session(BOB)) == [BOB]
 
@@ -265,7 +265,7 @@ def test_members_only_off_asks_nothing() -> None:
     call.set(BOB, Membership.BAN)
     assert call.removed(session(BOB)) == []
     assert not call.homeserver.asked
-    assert not call.entitlement.checks_everybody
+    assert not call.entitlement.checks(ROOM)
 
 
 # -- how often memberships are read ------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_an_arrival_whose_lookup_failed_still_counts_as_an_arrival() -> None:
     assert call.removed(session(BOB, "PA_2")) == [BOB]
 
 
-# -- how many requests it takes ----------------------------------------------------------------------------
+# -- number of requests --------------------------------------------------------------------------------
 
 MANY = [f"@user{number}:local" for number in range(500)]
 

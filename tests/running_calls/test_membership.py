@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Members only, during the call: whoever leaves the room, is kicked or banned is removed, and stays out."""
+"""Members only, during the call: users who leave the room, are kicked or banned are removed, and cannot return."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROXIED = "/_matrix/client/unstable/io.element.msc4195/rtc/livekit/get_token"
 
 
 async def enforced(sandbox: Sandbox) -> None:
-    """Everything that was reported has been worked on."""
+    """Wait until everything that was reported has been enforced."""
     await sandbox.livekit.drained()
     await sandbox.guard.enforcement.worker.idle()
 
@@ -35,7 +35,7 @@ async def push(sandbox: Sandbox, room_id: str, user: str = "") -> None:
 
 
 async def call_of(sandbox: Sandbox, *users: str) -> tuple[str, list[Participant]]:
-    """A room without a policy whose call these users are in. Everything about them is known."""
+    """A room without a policy, with these users in its call. The guard knows everything about them."""
     room_id = room_of(sandbox)
     everybody = [await sandbox.enter(user, room_id) for user in users]
     await enforced(sandbox)
@@ -72,7 +72,7 @@ async def test_a_departure_that_is_pushed_removes_the_participant(sandbox: Sandb
         await until(lambda: not bob.connected)
         await enforced(sandbox)
     assert alice.connected
-    assert sandbox.homeserver.asked["user_joined_rooms"] == lookups + 1  # Bob's alone
+    assert sandbox.homeserver.asked["user_joined_rooms"] == lookups + 1  # only Bob's
     assert counted(sandbox, "members_removed_total", reason="not_a_member") == 1
     assert named(events, "removed") == [f"removed {BOB} from the call of {room_id}: not_a_member"]
 
@@ -241,7 +241,7 @@ async def test_a_ban_while_the_homeserver_is_down_takes_effect_when_it_is_back(s
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_missing_entry_removes_only_after_a_second_look(
+async def test_a_missing_entry_removes_only_after_a_second_lookup(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entitlement, "ABSENT_FOR", 0.3)
@@ -251,16 +251,16 @@ async def test_a_missing_entry_removes_only_after_a_second_look(
     await push(sandbox, room_id, BOB)
     await enforced(sandbox)
     assert bob.connected
-    looks = 0
+    lookups = 0
 
     def removed() -> bool:
-        nonlocal looks
-        looks += 1
+        nonlocal lookups
+        lookups += 1
         sandbox.guard.enforcement.enforce(bob.room.name)
         return not bob.connected
 
     await until(removed)
-    assert looks > 1
+    assert lookups > 1
     assert alice.connected
 
 
@@ -268,7 +268,7 @@ async def test_a_missing_entry_removes_only_after_a_second_look(
 async def test_nobody_is_removed_from_a_room_whose_state_the_homeserver_has_forgotten(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So it answers once its last user has left: the room has no state and nobody is a member."""
+    """After its last user has left, a homeserver answers that the room has no state and no members."""
     monkeypatch.setattr(entitlement, "ABSENT_FOR", 0.0)
     monkeypatch.setattr(entitlement, "FOREIGN_ABSENT_FOR", 0.0)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
@@ -362,7 +362,7 @@ async def test_a_guard_without_the_lease_changes_nobody_until_it_gets_it(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_call_of_many_is_checked_with_few_requests(sandbox: Sandbox) -> None:
+async def test_a_large_call_is_checked_with_few_requests(sandbox: Sandbox) -> None:
     people = 60
     room_id = room_of(sandbox)
     users = [f"@person{number}:sandbox.local" for number in range(people)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Participants without a seat are removed from a full room; those who were in before, or may have been, never are."""
+"""Participants without a seat are removed from a full room, but never those who were or may have been in it before."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from tests.conftest import StartSandbox, until
 
 
 async def at_rest(sandbox: Sandbox) -> None:
-    """Every webhook has been delivered and worked on."""
+    """Wait until every webhook has been delivered and enforced."""
     await sandbox.livekit.drained()
     await sandbox.guard.enforcement.worker.idle()
 
 
 def removed(sandbox: Sandbox) -> list[str]:
-    """The users who were removed so far."""
+    """The users removed so far."""
     return [
         change.identity.split(":")[0] for change in sandbox.livekit.update_log if change.method == "RemoveParticipant"
     ]
@@ -92,7 +92,7 @@ async def test_an_arrival_with_an_old_token_takes_a_free_seat(sandbox: Sandbox) 
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_issued_hold_is_not_for_somebody_with_an_old_token(sandbox: Sandbox) -> None:
+async def test_an_old_token_does_not_use_the_hold_of_an_issued_one(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     answer = await sandbox.ask_token(ALICE, room_id)
     bob = sandbox.livekit.connect(old_token(BOB, room_id))
@@ -222,11 +222,11 @@ async def test_overflow_allow_only_logs(start_sandbox: StartSandbox) -> None:
     assert counted(sandbox, "dry_run_skipped_total", action="remove") == 1
     assert counted(sandbox, "members_removed_total", reason="full") == 0
     assert [bob.identity in text for text in named(events, "skipped")] == [True]
-    assert (await sandbox.ask_token(CAROL, room_id)).code == 403  # who asks is still refused
-    assert (await sandbox.ask_token(BOB, room_id)).code == 200  # and who is in is not
+    assert (await sandbox.ask_token(CAROL, room_id)).code == 403  # requests are still refused
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200  # but not those of participants
 
 
-# -- not while anything is unknown -------------------------------------------------------------------------
+# -- while something is unknown -------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -245,7 +245,7 @@ async def test_nobody_is_removed_while_participants_cannot_be_listed(sandbox: Sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_arrivals_while_the_policy_was_unknown_stay_when_it_is_known_again(
+async def test_participants_who_arrived_while_the_policy_was_unknown_stay(
     start_sandbox: StartSandbox,
 ) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.05, guard_policy_stale=0.1)
@@ -253,7 +253,7 @@ async def test_arrivals_while_the_policy_was_unknown_stay_when_it_is_known_again
     alice = await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)
     sandbox.homeserver.faults["room_state"] = Fault.status(500)
-    await deferLater(reactor, 0.12)  # it is too old to be of any use now
+    await deferLater(reactor, 0.12)  # too old to be used any more
     bob = await sandbox.enter(BOB, room_id)
     await at_rest(sandbox)
     del sandbox.homeserver.faults["room_state"]
@@ -266,8 +266,8 @@ async def test_arrivals_while_the_policy_was_unknown_stay_when_it_is_known_again
 
 
 async def in_another_slot(sandbox: Sandbox, room_id: str) -> Participant:
-    """Alice, on the only seat, in a slot of the room that others do not use."""
-    assert (await sandbox.ask_token(ALICE, room_id)).code == 200  # which is how the guard knows the usual one
+    """Alice has the only seat, in a slot of the room that others do not use."""
+    assert (await sandbox.ask_token(ALICE, room_id)).code == 200  # so the guard knows the usual slot
     answer = await sandbox.ask_token(ALICE, room_id, new=True, slot_id="m.call#second")
     alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
     await at_rest(sandbox)
@@ -324,7 +324,7 @@ async def test_a_pending_hold_removes_nobody(start_sandbox: StartSandbox) -> Non
     assert bob.connected
     assert (await asking).code == 504
     await enforce_again(sandbox, bob)
-    assert bob.connected  # nothing came of it: the seat is Bob's
+    assert bob.connected  # the join failed, so the seat is Bob's
     assert await seen_in(sandbox, room_id) == [(BOB, True)]
 
 
@@ -354,7 +354,7 @@ async def test_an_issued_hold_removes_an_arrival_without_a_seat(sandbox: Sandbox
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_failed_removal_is_tried_again(sandbox: Sandbox, fault: Fault, reason: str) -> None:
+async def test_a_failed_removal_is_retried(sandbox: Sandbox, fault: Fault, reason: str) -> None:
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)
@@ -386,7 +386,7 @@ async def test_a_404_of_a_proxy_empties_no_room_and_ends_no_hold(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_stale_entry_is_no_failure_and_keeps_nobody_else_in(sandbox: Sandbox) -> None:
+async def test_a_stale_entry_is_not_a_failure_and_does_not_stop_other_removals(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)

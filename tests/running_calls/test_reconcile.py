@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reconciling: what a round asks, that rooms do not delay each other, and restarts of the guard."""
+"""Reconciling: the requests of a round, the independence of rooms, and restarts of the guard."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def at_rest(sandbox: Sandbox) -> None:
 
 
 async def sharing(sandbox: Sandbox, room_id: str) -> Participant:
-    """Alice in a room, sharing her screen; the SFU has counted her."""
+    """Alice shares her screen in a room; the SFU has counted her."""
     alice = await sandbox.enter(ALICE, room_id)
     assert alice.publish("SCREEN_SHARE")
     alice.room.refresh_listed()
@@ -62,7 +62,7 @@ async def sharing(sandbox: Sandbox, room_id: str) -> Participant:
 
 
 async def calls_where_sharing_ends(sandbox: Sandbox, count: int) -> list[Participant]:
-    """Running calls whose rooms have just forbidden what is shared in them; nobody has told the guard."""
+    """Running calls in rooms that have just forbidden screen sharing; the guard has not been told."""
     rooms = [room_of(sandbox) for _ in range(count)]
     everybody = [await sharing(sandbox, room_id) for room_id in rooms]
     await at_rest(sandbox)
@@ -86,7 +86,7 @@ def asked_about(sandbox: Sandbox, method: str = "ListParticipants") -> list[str]
     ]
 
 
-# -- what it asks --------------------------------------------------------------------------------------------
+# -- requests -----------------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -94,13 +94,13 @@ def asked_about(sandbox: Sandbox, method: str = "ListParticipants") -> list[str]
 async def test_a_round_lists_the_rooms_and_then_participants_where_something_is_enforced(
     start_sandbox: StartSandbox, new: bool
 ) -> None:
-    """Of a room that was created just now, the list of rooms does not tell yet whether anybody is in it."""
+    """The list of rooms has no count of participants yet for a room that has just been created."""
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_members_only="off")
     with_policy = room_of(sandbox, 5)
     alice = await sharing(sandbox, with_policy)
     without = await sharing(sandbox, room_of(sandbox))
     empty = room_of(sandbox, 5)
-    await sandbox.ask_token(BOB, empty)  # a room with a policy, where nobody is yet
+    await sandbox.ask_token(BOB, empty)  # a room with a policy and no participants yet
     await at_rest(sandbox)
     assert len(sandbox.livekit.rooms) == 3
     for room in sandbox.livekit.rooms.values():
@@ -119,6 +119,7 @@ async def test_a_round_lists_the_rooms_and_then_participants_where_something_is_
 async def test_without_calls_a_round_lists_the_rooms_and_nothing_else(sandbox: Sandbox) -> None:
     await until(lambda: sandbox.guard.changes.round_at is not None)
     sandbox.livekit.asked.clear()
+    sandbox.homeserver.asked.clear()
     await sandbox.guard.changes.reconcile()
     assert sandbox.livekit.asked == {"ListRooms": 1}
     states = [asked.target for asked in sandbox.homeserver.seen if b"/state" in asked.target]
@@ -198,19 +199,19 @@ async def test_a_room_that_fails_does_not_delay_the_others(start_sandbox: StartS
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_round_leaves_alone_a_room_that_is_still_being_worked_on(sandbox: Sandbox) -> None:
+async def test_a_round_skips_a_room_whose_pass_is_still_running(sandbox: Sandbox) -> None:
     failing, other = await calls_where_sharing_ends(sandbox, 2)
     sandbox.livekit.room_faults[failing.room.name] = Fault.hang()
     sandbox.livekit.seen.clear()
     for rounds in range(1, 4):
-        await sandbox.guard.changes.reconcile()  # returns although that room hangs
+        await sandbox.guard.changes.reconcile()  # returns although that room's pass hangs
         await until(lambda: not sandbox.guard.enforcement.worker.is_busy(other.room.name))
         assert asked_about(sandbox).count(other.room.name) == rounds
     assert asked_about(sandbox).count(failing.room.name) == 1
 
 
 @pytest_twisted.ensureDeferred
-async def test_only_so_many_rooms_are_worked_on_at_once(sandbox: Sandbox) -> None:
+async def test_number_of_simultaneous_passes_is_limited(sandbox: Sandbox) -> None:
     everybody = await calls_where_sharing_ends(sandbox, 3 * ROOMS_AT_ONCE)
     sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.02)
     at_once = 0
@@ -240,15 +241,15 @@ async def test_webhooks_and_joins_are_handled_while_many_rooms_hang(start_sandbo
     await until(lambda: len(sandbox.livekit.in_flight) == ROOMS_AT_ONCE)
     assert enforcement.worker.is_busy(last.room.name)
     assert not ended(last)
-    await tell(sandbox, event_about("track_published", last))  # which does not wait for its turn
+    await tell(sandbox, event_about("track_published", last))  # urgent work does not wait for a turn
     await until(lambda: ended(last), seconds=8)
     assert (await sandbox.ask_token(ALICE, full)).code == 200
     assert (await sandbox.ask_token(BOB, full)).code == 403
-    assert len(sandbox.livekit.in_flight) == ROOMS_AT_ONCE  # they still hang
+    assert len(sandbox.livekit.in_flight) == ROOMS_AT_ONCE  # the others still hang
 
 
 @pytest_twisted.ensureDeferred
-async def test_urgent_work_on_a_room_takes_it_out_of_the_queue(sandbox: Sandbox) -> None:
+async def test_urgent_work_on_a_room_removes_it_from_the_queue(sandbox: Sandbox) -> None:
     everybody = await calls_where_sharing_ends(sandbox, ROOMS_AT_ONCE + 1)
     sandbox.livekit.faults["ListParticipants"] = Fault.delay(0.1, times=ROOMS_AT_ONCE)
     sandbox.livekit.seen.clear()
@@ -264,7 +265,7 @@ async def test_urgent_work_on_a_room_takes_it_out_of_the_queue(sandbox: Sandbox)
     await at_rest(sandbox)
 
 
-# -- every few seconds -------------------------------------------------------------------------------------------
+# -- the interval ---------------------------------------------------------------------------------------------
 
 
 class Rounds:
@@ -359,10 +360,10 @@ def test_stopping_the_service_cancels_the_running_round() -> None:
     assert not clock.getDelayedCalls()
 
 
-# -- started again, killed -----------------------------------------------------------------------------------------
+# -- restarts and kills -----------------------------------------------------------------------------------------
 
 UNUSUAL = {"new": True, "slot_id": "m.call#unusual"}
-"""A slot that nobody can guess, with identities that tell nothing: only the registry knows either."""
+"""An unguessable slot with hashed identities: only the registry knows room and users."""
 
 
 @pytest_twisted.ensureDeferred
@@ -381,7 +382,7 @@ async def test_rooms_and_identities_are_known_after_a_restart(start_sandbox: Sta
 
 
 class Output(ProcessProtocol):
-    """A guard in a process of its own; what it writes is shown when the test fails."""
+    """Forwards the output of a guard's process, which pytest shows when the test fails."""
 
     def __init__(self) -> None:
         self.gone: Deferred[None] = Deferred()
@@ -394,7 +395,7 @@ class Output(ProcessProtocol):
 
 
 class KillableSandbox(Sandbox):
-    """A sandbox whose guard is started as an operator starts it, and can be killed as a kernel kills it."""
+    """A sandbox whose guard is a process of its own that tests can kill."""
 
     def __init__(self, state_dir: Path) -> None:
         super().__init__(reactor)
@@ -468,12 +469,12 @@ async def test_a_policy_that_changed_while_the_guard_was_killed_is_enforced_when
         await until(lambda: registry.execute("SELECT 1 FROM identities").fetchone(), seconds=1)
     registry.close()
     put_policy(sandbox, room_id, 1, **NO_SCREEN)
-    await sandbox.kill()  # in the same breath: it cannot have noticed
+    await sandbox.kill()  # at once, so the guard cannot have noticed
     assert published(alice) == ["SCREEN_SHARE"]
     await sandbox.start_guard()
     await until(lambda: ended(alice), seconds=10)
     assert alice.connected
-    # That the hashed identity in the call is Alice's was on disk too:
+    # The state file also says that the hashed identity in the call is Alice's.
     assert (await sandbox.ask_token(ALICE, room_id)).code == 200
     assert (await sandbox.ask_token(BOB, room_id)).code == 403
     carol = sandbox.livekit.connect(old_token(CAROL, room_id))
@@ -495,9 +496,9 @@ async def test_a_pushed_change_does_not_wait_for_a_round(sandbox: Sandbox) -> No
 async def reconciled(
     sandbox: Sandbox, *, forbid: bool = True, **video: Any
 ) -> tuple[ParticipantPermission, ParticipantPermission]:
-    """The permission of somebody with an old token before and after a round, in a room where nobody may share."""
+    """A participant's permission before and after a round, in a room that forbids sharing. They have an old token."""
     room_id = room_of(sandbox, **({"allow_screenshare": False} if forbid else {}))
-    await sandbox.ask_token(BOB, room_id)  # whose room it is, is learnt from a token
+    await sandbox.ask_token(BOB, room_id)  # the guard learns from a token which room the SFU room belongs to
     sandbox.livekit.webhooks.urls.clear()
     participant = sandbox.livekit.connect(old_token(ALICE, room_id, **video))
     before = participant.info().permission

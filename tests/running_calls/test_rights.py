@@ -21,7 +21,7 @@ from tests.conftest import StartSandbox, until
 
 ALL = frozenset({"MICROPHONE", "CAMERA", "SCREEN_SHARE", "SCREEN_SHARE_AUDIO"})
 SCREEN = frozenset({"SCREEN_SHARE", "SCREEN_SHARE_AUDIO"})
-STAGE = {"microphone": 50, "camera": 50, "screen_share": 50}
+SPEAKERS = {"microphone": 50, "camera": 50, "screen_share": 50}
 """Only moderators speak."""
 
 
@@ -30,7 +30,7 @@ def may_publish(who: Participant) -> frozenset[str]:
 
 
 async def enforced(sandbox: Sandbox) -> None:
-    """Everything that was reported has been worked on."""
+    """Wait until everything that was reported has been enforced."""
     await sandbox.livekit.drained()
     await sandbox.guard.enforcement.worker.idle()
 
@@ -51,10 +51,10 @@ def set_permissions(sandbox: Sandbox, room_id: str, permissions: Mapping[str, An
     sandbox.homeserver.set_state(room_id, "io.lotus.call_permissions", permissions)
 
 
-async def stage_room(sandbox: Sandbox) -> tuple[str, Participant, Participant]:
+async def speakers_room(sandbox: Sandbox) -> tuple[str, Participant, Participant]:
     """A room where only moderators speak. Alice, a moderator, and Bob, a listener, are in the call."""
     room_id = room_of(sandbox)
-    set_permissions(sandbox, room_id, STAGE)
+    set_permissions(sandbox, room_id, SPEAKERS)
     alice, bob = await sandbox.enter(ALICE, room_id), await sandbox.enter(BOB, room_id)
     await enforced(sandbox)
     return room_id, alice, bob
@@ -65,7 +65,7 @@ async def stage_room(sandbox: Sandbox) -> tuple[str, Participant, Participant]:
 
 @pytest_twisted.ensureDeferred
 async def test_a_promotion_restores_and_a_demotion_revokes(sandbox: Sandbox) -> None:
-    room_id, alice, bob = await stage_room(sandbox)
+    room_id, alice, bob = await speakers_room(sandbox)
     for _ in range(2):
         assert may_publish(alice) == ALL
         assert may_publish(bob) == frozenset()
@@ -82,8 +82,8 @@ async def test_a_promotion_restores_and_a_demotion_revokes(sandbox: Sandbox) -> 
 
 @pytest_twisted.ensureDeferred
 async def test_changed_permissions_and_exceptions_take_effect_in_the_call(sandbox: Sandbox) -> None:
-    room_id, alice, bob = await stage_room(sandbox)
-    set_permissions(sandbox, room_id, STAGE | {"users": {BOB: {"microphone": True}, ALICE: {"camera": False}}})
+    room_id, alice, bob = await speakers_room(sandbox)
+    set_permissions(sandbox, room_id, SPEAKERS | {"users": {BOB: {"microphone": True}, ALICE: {"camera": False}}})
     await push(sandbox, room_id)
     assert may_publish(bob) == {"MICROPHONE"}
     assert may_publish(alice) == ALL - {"CAMERA"}
@@ -98,7 +98,7 @@ async def test_changed_permissions_and_exceptions_take_effect_in_the_call(sandbo
 
 @pytest_twisted.ensureDeferred
 async def test_what_the_room_forbids_everybody_is_not_restored_by_a_promotion(sandbox: Sandbox) -> None:
-    room_id, alice, bob = await stage_room(sandbox)
+    room_id, alice, bob = await speakers_room(sandbox)
     put_policy(sandbox, room_id, allow_camera=False)
     set_levels(sandbox, room_id, bob=100)
     await push(sandbox, room_id)
@@ -106,11 +106,11 @@ async def test_what_the_room_forbids_everybody_is_not_restored_by_a_promotion(sa
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_promotion_gives_nothing_that_upstream_did_not_grant(start_sandbox: StartSandbox) -> None:
+async def test_a_promotion_grants_nothing_beyond_what_upstream_granted(start_sandbox: StartSandbox) -> None:
     granted = {"video": {"canPublishSources": ["microphone", "camera"]}}
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     room_id = room_of(sandbox)
-    set_permissions(sandbox, room_id, STAGE)
+    set_permissions(sandbox, room_id, SPEAKERS)
     sandbox.upstream.extra_claims = {
         "video": {"roomJoin": True, "room": room_alias(room_id), "canPublish": True, "canSubscribe": True,
                   **granted["video"]}
@@ -124,8 +124,8 @@ async def test_a_promotion_gives_nothing_that_upstream_did_not_grant(start_sandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_promotion_gives_nothing_to_a_participant_of_unknown_ceiling(sandbox: Sandbox) -> None:
-    room_id, _, _ = await stage_room(sandbox)
+async def test_a_promotion_grants_nothing_to_a_participant_of_unknown_ceiling(sandbox: Sandbox) -> None:
+    room_id, _, _ = await speakers_room(sandbox)
     carol = sandbox.livekit.connect(old_token(CAROL, room_id))
     await enforced(sandbox)
     assert may_publish(carol) == frozenset()
@@ -136,7 +136,7 @@ async def test_a_promotion_gives_nothing_to_a_participant_of_unknown_ceiling(san
 
 @pytest_twisted.ensureDeferred
 async def test_a_refreshed_token_carries_the_rights_after_a_promotion(sandbox: Sandbox) -> None:
-    room_id, _, bob = await stage_room(sandbox)
+    room_id, _, bob = await speakers_room(sandbox)
     set_levels(sandbox, room_id, bob=50)
     await push(sandbox, room_id)
     again = sandbox.livekit.connect(sandbox.livekit.refreshed_token(bob.room.name, bob.identity))
@@ -150,7 +150,7 @@ async def test_a_promotion_that_is_not_pushed_takes_effect_when_the_policy_is_re
     start_sandbox: StartSandbox,
 ) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=0.1, guard_policy_ttl=0.2)
-    room_id, _, bob = await stage_room(sandbox)
+    room_id, _, bob = await speakers_room(sandbox)
     bob.room.refresh_listed()
     set_levels(sandbox, room_id, bob=50)
     await until(lambda: may_publish(bob) == ALL)
@@ -159,9 +159,9 @@ async def test_a_promotion_that_is_not_pushed_takes_effect_when_the_policy_is_re
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_withheld_is_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
+async def test_withheld_sources_are_known_after_a_restart(start_sandbox: StartSandbox, tmp_path: Any) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
-    room_id, _, bob = await stage_room(sandbox)
+    room_id, _, bob = await speakers_room(sandbox)
     await sandbox.guard.stopService()
     set_levels(sandbox, room_id, bob=50)
     bob.room.refresh_listed()
@@ -171,7 +171,7 @@ async def test_what_was_withheld_is_known_after_a_restart(start_sandbox: StartSa
 
 @pytest_twisted.ensureDeferred
 async def test_a_promotion_while_the_homeserver_is_down_takes_effect_when_it_is_back(sandbox: Sandbox) -> None:
-    room_id, alice, bob = await stage_room(sandbox)
+    room_id, alice, bob = await speakers_room(sandbox)
     await sandbox.homeserver.stop_listening()
     set_levels(sandbox, room_id, bob=50)
     await push(sandbox, room_id)
@@ -182,11 +182,11 @@ async def test_a_promotion_while_the_homeserver_is_down_takes_effect_when_it_is_
     await until(lambda: may_publish(bob) == ALL)
 
 
-# -- past the limit --------------------------------------------------------------------------------------------
+# -- over the limit --------------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_bypasses_the_limit_takes_no_seat_and_stays_when_demoted(sandbox: Sandbox) -> None:
+async def test_a_user_who_bypasses_the_limit_takes_no_seat_and_stays_when_demoted(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     set_permissions(sandbox, room_id, {"bypass_limit": 50})
     set_levels(sandbox, room_id, carol=50)
@@ -203,7 +203,7 @@ async def test_who_bypasses_the_limit_takes_no_seat_and_stays_when_demoted(sandb
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_arrival_past_the_limit_stays_if_the_user_bypasses_it_by_now(sandbox: Sandbox) -> None:
+async def test_an_arrival_over_the_limit_stays_if_the_user_may_now_bypass_it(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     bob = await sandbox.enter(BOB, room_id)
     set_permissions(sandbox, room_id, {"bypass_limit": 50})
@@ -218,7 +218,7 @@ async def test_an_arrival_past_the_limit_stays_if_the_user_bypasses_it_by_now(sa
     assert carol.connected
 
 
-# -- in whatever order -------------------------------------------------------------------------------------------
+# -- in any order -----------------------------------------------------------------------------------------------
 
 Step = Callable[[Sandbox, str], Awaitable[None]]
 
@@ -249,13 +249,13 @@ async def settled(sandbox: Sandbox, room_id: str) -> None:
 STEPS: tuple[Step, ...] = (pushed, reconciled, track_published, reconnected, settled)
 LEVELS = (0, 50, 100)
 PERMISSIONS: tuple[Mapping[str, Any], ...] = (
-    {}, STAGE, {"camera": 50}, {"microphone": 100, "users": {BOB: {"microphone": True}}},
+    {}, SPEAKERS, {"camera": 50}, {"microphone": 100, "users": {BOB: {"microphone": True}}},
 )  # fmt: skip
 SEEDS = range(int(os.environ.get("ORDERS", "8")))
 
 
 def expected(permissions: Mapping[str, Any], user: str, level: int) -> frozenset[str]:
-    """What a user may publish, straight from the event."""
+    """The sources that the event allows a user, computed without the guard's rules."""
     exceptions = permissions.get("users", {}).get(user, {})
     sources = {"microphone": {"MICROPHONE"}, "camera": {"CAMERA"}, "screen_share": SCREEN}
     allowed = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seats after departures and restarts: kept for those who come back, free at once after somebody has left."""
+"""Seats after departures and restarts: kept after a lost connection, free at once after a deliberate leave."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CHOSEN = ("CLIENT_INITIATED", "PARTICIPANT_REMOVED", "ROOM_DELETED")
 
 
 async def enforced(sandbox: Sandbox) -> None:
-    """Everything that was reported has been worked on."""
+    """Wait until everything that was reported has been enforced."""
     await sandbox.livekit.drained()
     await sandbox.guard.enforcement.worker.idle()
 
 
 async def only_seat(sandbox: Sandbox, **how: Any) -> tuple[str, str, Participant]:
-    """A room with one seat, which Alice has. :return: the room, Alice's token, Alice."""
+    """A room with one seat, taken by Alice. :return: the room, Alice's token, Alice."""
     room_id = room_of(sandbox, 1)
     token = json.loads((await sandbox.ask_token(ALICE, room_id, **how)).body)["jwt"]
     alice = sandbox.livekit.connect(token)
@@ -37,7 +37,7 @@ async def only_seat(sandbox: Sandbox, **how: Any) -> tuple[str, str, Participant
 
 
 async def returns(sandbox: Sandbox, token: str) -> None:
-    """Alice comes back with her token, and stays."""
+    """Alice reconnects with her token and is not removed."""
     again = sandbox.livekit.connect(token)
     await enforced(sandbox)
     assert again.connected
@@ -87,7 +87,7 @@ async def test_a_seat_is_kept_for_a_session_that_vanished_between_two_listings(s
 @pytest.mark.parametrize("new", [False, True])
 @pytest_twisted.ensureDeferred
 async def test_tokens_asked_for_after_the_arrival_keep_no_seat_after_hanging_up(sandbox: Sandbox, new: bool) -> None:
-    """Element Call asks twice more just after it has arrived."""
+    """Element Call asks for two more tokens just after it has connected."""
     how: dict[str, Any] = {"new": True, "member_id": "uuid"} if new else {}
     room_id, _, alice = await only_seat(sandbox, **how)
     for _ in range(2):
@@ -98,7 +98,7 @@ async def test_tokens_asked_for_after_the_arrival_keep_no_seat_after_hanging_up(
 
 
 @pytest_twisted.ensureDeferred
-async def test_arrivals_while_the_guard_was_down_were_not_there_before_it(
+async def test_participants_who_arrived_during_a_restart_have_no_prior_claim_to_a_seat(
     start_sandbox: StartSandbox, tmp_path: Any
 ) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)

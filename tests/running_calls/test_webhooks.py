@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiveKit's webhooks: all are passed on to upstream; only genuine ones are acted on, and only once."""
+"""LiveKit's webhooks: all are forwarded to upstream; the guard acts on genuine ones only, and once."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ async def deaf(start_sandbox: StartSandbox) -> Any:
 
 
 async def at_rest(sandbox: Sandbox) -> None:
-    """Everything that was reported has been worked on."""
+    """Wait until everything that was reported has been enforced."""
     await sandbox.guard.enforcement.worker.idle()
 
 
-# -- passed on ---------------------------------------------------------------------------------------
+# -- forwarded ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b' {"event" :\t"x"}\r\n\x00', b"\xff\xfe\x00 no json", b"x" * 70_000])
 @pytest.mark.parametrize("authorization", ["a.b.c", "Bearer xyz", None])
 @pytest_twisted.ensureDeferred
-async def test_every_request_is_passed_on_to_upstream_unchanged(
+async def test_every_request_is_forwarded_to_upstream_unchanged(
     deaf: Sandbox, body: bytes, authorization: str | None
 ) -> None:
     headers = {"Content-Type": "application/webhook+json", "X-Other": "kept"}
@@ -74,7 +74,7 @@ async def test_every_request_is_passed_on_to_upstream_unchanged(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_genuine_webhook_is_genuine_for_upstream_too(sandbox: Sandbox) -> None:
+async def test_upstream_can_verify_a_forwarded_webhook(sandbox: Sandbox) -> None:
     await sandbox.enter(ALICE, room_of(sandbox, 2))
     await sandbox.livekit.drained()
     assert [json.loads(seen.body)["event"] for seen in sandbox.upstream.webhooks][-1] == "participant_joined"
@@ -84,13 +84,13 @@ async def test_a_genuine_webhook_is_genuine_for_upstream_too(sandbox: Sandbox) -
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_answer_is_upstream_s(deaf: Sandbox) -> None:
+async def test_the_answer_comes_from_upstream(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
     deaf.upstream.faults["sfu_webhook"] = Fault.status(503, b"not now", times=1)
     event = event_about("participant_joined", alice)
     answer = await tell(deaf, event)
     assert (answer.code, answer.body) == (503, b"not now")
-    assert (await tell(deaf, event)).code == 200  # the SFU tries again
+    assert (await tell(deaf, event)).code == 200  # the SFU retries
     assert counted(deaf, "webhooks_total", outcome="accepted") == 1
     assert counted(deaf, "webhooks_total", outcome="duplicate") == 1
 
@@ -99,15 +99,15 @@ async def test_the_answer_is_upstream_s(deaf: Sandbox) -> None:
 async def test_the_answer_does_not_wait_for_our_work(deaf: Sandbox) -> None:
     alice = await deaf.enter(ALICE, room_of(deaf, 1))
     deaf.livekit.room_faults[alice.room.name] = Fault.hang()
-    looks = deaf.livekit.asked["ListParticipants"]
+    listings = deaf.livekit.asked["ListParticipants"]
     answer = await tell(deaf, event_about("participant_joined", alice))
     assert answer.code == 200
-    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
     assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_a_key_webhooks_are_passed_on_and_not_read(start_sandbox: StartSandbox) -> None:
+async def test_without_a_key_webhooks_are_forwarded_and_not_read(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_key="", livekit_secret="")
     assert (await tell(sandbox, b"{}", authorization="a.b.c")).code == 200
     assert sandbox.upstream.webhooks[-1].body == b"{}"
@@ -144,7 +144,7 @@ def forgeries(sandbox: Sandbox, body: bytes) -> dict[str, str]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_forged_webhook_changes_nothing_and_is_passed_on(deaf: Sandbox) -> None:
+async def test_a_forged_webhook_changes_nothing_and_is_forwarded(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 1)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
@@ -160,7 +160,7 @@ async def test_a_forged_webhook_changes_nothing_and_is_passed_on(deaf: Sandbox) 
         assert counted(deaf, "webhooks_total", outcome="forged") == number, name
         assert len(named(events, "webhook_forged")) == 1, name
     assert dict(deaf.livekit.asked) == before
-    await tell(deaf, body)  # while the true one does
+    await tell(deaf, body)  # the genuine one does
     assert await seen_in(deaf, room_id) == []
 
 
@@ -170,11 +170,11 @@ async def test_a_webhook_that_is_delivered_twice_is_acted_on_once(deaf: Sandbox)
     event = event_about("track_published", alice)
     await tell(deaf, event)
     await at_rest(deaf)
-    looks = deaf.livekit.asked["ListParticipants"]
+    listings = deaf.livekit.asked["ListParticipants"]
     for _ in range(3):
         await tell(deaf, event)
     await at_rest(deaf)
-    assert deaf.livekit.asked["ListParticipants"] == looks
+    assert deaf.livekit.asked["ListParticipants"] == listings
     assert counted(deaf, "webhooks_total", outcome="duplicate") == 3
 
 
@@ -189,7 +189,7 @@ async def test_events_without_an_id_are_no_duplicates_of_each_other(deaf: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_replayed_arrival_brings_nobody_back(deaf: Sandbox) -> None:
+async def test_a_replayed_arrival_adds_no_participant(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     joined = event_about("participant_joined", alice)
@@ -234,7 +234,7 @@ async def test_strange_events_are_answered_and_break_nothing(deaf: Sandbox, stra
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"not json", b"\xff", b"[" * 100_000])
 @pytest_twisted.ensureDeferred
-async def test_a_signed_body_that_is_not_an_event_is_passed_on(deaf: Sandbox, body: bytes) -> None:
+async def test_a_signed_body_that_is_not_an_event_is_forwarded(deaf: Sandbox, body: bytes) -> None:
     with logged() as events:
         assert (await tell(deaf, body)).code == 200
     assert crashes(events) == []
@@ -256,7 +256,7 @@ async def test_unknown_fields_and_absent_zero_values_are_accepted(deaf: Sandbox)
     await until(lambda: published(alice) == [])
 
 
-# -- who is there ------------------------------------------------------------------------------------
+# -- participants -----------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -277,7 +277,7 @@ async def test_a_session_that_never_became_active_frees_the_seat_too(sandbox: Sa
     room_id = room_of(sandbox, 1)
     answer = await sandbox.ask_token(ALICE, room_id)
     alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"], activate=False)
-    assert (await sandbox.ask_token(BOB, room_id)).code == 403  # that look saw Alice arrive
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403  # that listing contains Alice
     assert await seen_in(sandbox, room_id) == [(ALICE, True)]
     sandbox.livekit.disconnect(alice.room.name, alice.identity)
     await sandbox.livekit.drained()
@@ -350,7 +350,7 @@ async def test_a_reconnect_keeps_the_seat_in_a_room_whose_limit_was_lowered(sand
 
 @pytest_twisted.ensureDeferred
 async def test_a_listing_between_two_sessions_ends_no_seat(deaf: Sandbox) -> None:
-    """The SFU ends the old one first, and lists nobody for a moment."""
+    """The SFU ends the old session first, and lists no participant for a moment."""
     room_id = room_of(deaf, 2)
     alice, bob = await deaf.enter(ALICE, room_id), await deaf.enter(BOB, room_id)
     for who in (alice, bob):
@@ -372,16 +372,17 @@ async def test_a_listing_between_two_sessions_ends_no_seat(deaf: Sandbox) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_listing_that_began_before_a_departure_brings_nobody_back(deaf: Sandbox) -> None:
+async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf: Sandbox) -> None:
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
-    looks = deaf.livekit.asked["ListParticipants"]
-    deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)  # what it tells is what it was when asked
+    listings = deaf.livekit.asked["ListParticipants"]
+    # a slow answer, with the state at the time of the request
+    deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
     await tell(deaf, event_about("track_published", alice))
-    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
-    await deferLater(reactor, 0.02)  # it has begun to answer
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
+    await deferLater(reactor, 0.02)  # LiveKit has begun to answer
     deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
     assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
@@ -395,13 +396,13 @@ async def test_a_listing_that_began_before_an_arrival_ends_no_seat(deaf: Sandbox
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
     await at_rest(deaf)
-    looks = deaf.livekit.asked["ListParticipants"]
+    listings = deaf.livekit.asked["ListParticipants"]
     deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
     await tell(deaf, event_about("track_published", alice))
-    await until(lambda: deaf.livekit.asked["ListParticipants"] > looks)
+    await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
     await deferLater(reactor, 0.02)
-    deaf.livekit.room_faults[alice.room.name] = Fault.hang()  # the next look tells nothing
+    deaf.livekit.room_faults[alice.room.name] = Fault.hang()  # the next listing gets no answer
     bob = deaf.livekit.connect(old_token(BOB, room_id))
     await tell(deaf, event_about("participant_joined", bob))
-    await until(lambda: deaf.livekit.asked["ListParticipants"] == looks + 2)  # the first is over
+    await until(lambda: deaf.livekit.asked["ListParticipants"] == listings + 2)  # the first listing has ended
     assert await seen_in(deaf, room_id) == [(ALICE, True), (BOB, True)]

@@ -75,7 +75,7 @@ class Enforcement:
         began = self._clock.seconds()
         try:
             known = await self._policies.get(slot.room_id, self._deadline())
-            if not known.policy and not self._entitlement.checks_everybody and alias in self._unrestricted:
+            if not known.policy and not self._entitlement.checks(slot.room_id) and alias in self._unrestricted:
                 self._watch(alias, 0)
                 return
             self._unrestricted.pop(alias, None)

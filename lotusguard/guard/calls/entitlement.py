@@ -106,10 +106,13 @@ class Entitlement:
     def removes_non_members(self) -> bool:
         return self._members_only is MembersOnly.ON
 
-    @property
-    def checks_everybody(self) -> bool:
-        """Whether participants are checked in rooms without a policy too."""
-        return self._members_only is not MembersOnly.OFF or not self._homeservers.allows_all
+    def checks(self, room_id: str) -> bool:
+        """Whether participants of this room are checked although it has no policy."""
+        return (
+            self._members_only is not MembersOnly.OFF
+            or not self._homeservers.allows_all
+            or self._lobby.has_removed(room_id)
+        )
 
     def membership_pushed(self) -> None:
         """Somebody tells us of changed memberships: they are read less often now, until that seems to have ended."""
@@ -171,15 +174,15 @@ class Entitlement:
     async def _not_admitted(
         self, check: _Check, participants: Iterable[tuple[ParticipantInfo, str]]
     ) -> list[Unentitled]:
-        """Everybody who may stay is noted as accepted: they stay when their power level falls."""
+        """Everybody who may stay is noted as accepted: they stay when their power level falls. A policy that may be out
+        of date removes nobody, and accepts nobody."""
         room_id, known = check.room_id, check.policy
-        if not await self._switch.is_on(room_id, known):
+        if not await self._switch.is_on(room_id, known) or not known.is_certain:
             return []
         found = []
         for participant, user in participants:
             if (
                 self._lobby.state_of(room_id, user) is not LobbyState.ACCEPTED
-                and known.is_certain
                 and not known.policy.bypasses_lobby(user)
                 and not self._switch.joined_before_us(participant)
             ):

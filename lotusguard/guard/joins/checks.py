@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from attrs import define, field
-from twisted.internet.defer import CancelledError, DeferredLock, TimeoutError
+from twisted.internet.defer import CancelledError, TimeoutError
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import gather
+from lotusguard.clients.waiting import FairSemaphore, gather
 from lotusguard.guard.joins.decisions import Stage, Verdict
 from lotusguard.guard.joins.join import Join
 from lotusguard.guard.lobby import Lobby
@@ -57,7 +57,7 @@ class EntryChecks:
     _server_name: Callable[[], str]
     _lobby: Lobby
     _switch: LobbySwitch
-    _starting: dict[str, DeferredLock] = field(factory=dict, init=False)
+    _starting: dict[str, FairSemaphore] = field(factory=dict, init=False)
 
     @property
     def asks_membership(self) -> bool:
@@ -122,13 +122,12 @@ class EntryChecks:
     async def _start(self, join: Join) -> None:
         if self.may_start(join.policy, join.user) or await self._seats.owns_seat(join.room_id, join.user):
             return
-        lock = self._starting.setdefault(join.room_id, DeferredLock())
-        if lock.locked:
+        turns = self._starting.setdefault(join.room_id, FairSemaphore(1))
+        acquiring = turns.acquire()
+        if not acquiring.called:
             with join.log.stage(join.decision, Stage.CHECK):
-                await join.deadline.wait(lock.acquire())
+                await join.deadline.wait(acquiring)
             join.renew_lookups()
-        else:
-            await lock.acquire()
         try:
             await gather((
                 self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
@@ -136,8 +135,8 @@ class EntryChecks:
             if not await self._is_started(join):
                 join.refuse(Refusal.NOT_STARTED)
         finally:
-            lock.release()
-            if not lock.locked and self._starting.get(join.room_id) is lock:
+            turns.release()
+            if turns.idle and self._starting.get(join.room_id) is turns:
                 del self._starting[join.room_id]
 
     async def _is_started(self, join: Join) -> bool:
@@ -158,7 +157,7 @@ class EntryChecks:
         if not await self._switch.is_on(join.room_id, join.known):
             return
         state = self._lobby.state_of(join.room_id, join.user)
-        if state is None and not join.policy.bypasses_lobby(join.user):
+        if state not in (LobbyState.ACCEPTED, LobbyState.WAITING) and not join.policy.bypasses_lobby(join.user):
             await self.read_policy_again(join)
             if not await self._switch.is_on(join.room_id, join.known):
                 return

@@ -21,7 +21,7 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import user_of
 from lotusguard.rules.jwt import NotOurs, SfuKey, compact, read_unverified
 from lotusguard.rules.sources import EVERY_SOURCE, NO_SOURCE, Source
-from lotusguard.rules.tokens import issued_to, rebuilt
+from lotusguard.rules.tokens import ceiling_of, issued_to, rebuilt
 
 
 class Signer(Enum):
@@ -152,7 +152,7 @@ class TokenIssuer:
         """:return: the answer, the token's ceiling (``None`` if unknown), and what was withheld."""
         policy = join.policy
         if not policy and not self.all_tokens:
-            return answer, None, NO_SOURCE
+            return answer, _ceiling(token), NO_SOURCE
         if token.signer is Signer.MISMATCH:
             join.log.secret_mismatch(join.decision, token.fault)
             return answer, None, NO_SOURCE
@@ -172,6 +172,11 @@ class TokenIssuer:
             return answer, None, NO_SOURCE
         self._metrics.tokens_rebuilt.inc()
         return Answer(answer.code, answer.headers, body), new.granted, new.withheld
+
+
+def _ceiling(token: Token) -> frozenset[Source] | None:
+    """What upstream granted with a token that is passed on as it came; ``None`` if that cannot be verified."""
+    return ceiling_of(token.claims) if token.signer is Signer.US else None
 
 
 def no_token(join: Join, answer: Answer) -> None:

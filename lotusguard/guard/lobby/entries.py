@@ -191,6 +191,10 @@ class Lobby:
         """Users who wait in one room."""
         return self._book.waiting_in(room_id)
 
+    def has_removed(self, room_id: str) -> bool:
+        """Whether moderators removed anybody from this room's call a short while ago."""
+        return self._book.has_removed(room_id)
+
     def rooms_with(self, state: LobbyState) -> list[str]:
         return self._book.rooms_with(state)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from attrs import define, field
 from cachetools import LRUCache
-from twisted.internet.defer import Deferred, DeferredSemaphore, TimeoutError
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import Deadline, run_in_background
+from lotusguard.clients.waiting import Deadline, FairSemaphore, run_in_background
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.voice import Reaction, RoomVoice
@@ -66,7 +66,7 @@ class LobbyNotices:
     _notices: dict[_Key, _Notice] = field(factory=dict, init=False)
     _by_event: dict[str, _Notice] = field(factory=dict, init=False)
     _last: LRUCache[_Key, float] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
-    _turns: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(SENT_AT_ONCE), init=False)
+    _turns: FairSemaphore = field(factory=lambda: FairSemaphore(SENT_AT_ONCE), init=False)
 
     def start(self) -> None:
         """Take over the notices of an earlier run, and listen."""
@@ -112,10 +112,11 @@ class LobbyNotices:
 
     async def _send(self, notice: _Notice, entry: LobbyEntry) -> None:
         try:
-            sending = self._turns.run(
-                lambda: Deferred.fromCoroutine(self._voice.notice(notice.room_id, self._text(notice)))
-            )
-            event_id = await Deadline.after(self._clock, self._send_timeout).wait(sending)
+            event_id = await self._turns.run(notice.room_id, lambda: self._say(notice))
+        except CancelledError:  # it waited too long for its turn: tried again
+            self._notices.pop((notice.room_id, notice.user), None)
+            self._last.pop((notice.room_id, notice.user), None)
+            raise
         except (DependencyFailed, TimeoutError) as failed:
             self._notices.pop((notice.room_id, notice.user), None)
             self._failed(notice, getattr(failed, "reason", "timeout"))
@@ -131,6 +132,11 @@ class LobbyNotices:
         for key in _DECISIONS:
             reacting = Deferred.fromCoroutine(self._voice.react(notice.room_id, event_id, key))
             await Deadline.after(self._clock, self._send_timeout).wait(reacting)
+
+    def _say(self, notice: _Notice) -> Deferred[str]:
+        """Its time runs from its turn on: a flood must not open the lobby."""
+        sending = Deferred.fromCoroutine(self._voice.notice(notice.room_id, self._text(notice)))
+        return Deadline.after(self._clock, self._send_timeout).wait(sending)
 
     def _text(self, notice: _Notice) -> str:
         text = f"{notice.user} asks to join the call: {ADMIT} admit, {DENY} deny"
