@@ -273,7 +273,7 @@ def waiting(
     lobby.load()
     switch = LobbySwitch(
         lobby, given.policies, state.seats, given.roster, state.registry, clients.livekit, reactor,
-        lambda room_id: operators_can_decide or given.voice.can_speak(room_id), settings.guard_lookup_timeout,
+        lambda room_id: operators_can_decide or given.voice.is_heard_from(room_id), settings.guard_lookup_timeout,
     )  # fmt: skip
     notices = LobbyNotices(
         lobby, given.policies, given.voice, reactor, settings.guard_lookup_timeout, operators_can_decide

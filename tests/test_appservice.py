@@ -107,7 +107,9 @@ async def test_there_is_no_app_service_listener_by_default(sandbox: Sandbox) -> 
 
 @pytest_twisted.ensureDeferred
 async def test_every_request_must_carry_the_homeservers_token_if_one_is_set(start_sandbox: StartSandbox) -> None:
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0, guard_appservice_token="hs")
+    sandbox = await start_sandbox(
+        guard_reconcile_interval=3600, guard_appservice_port=0, guard_appservice_token="hs", guard_members_only="off"
+    )
     wrong = [{}, {"Authorization": "Bearer"}, {"Authorization": "Bearer h"}, {"Authorization": "hs"}]
     for path in (*PATHS, "/_matrix/app/v1/ping"):
         for given in wrong:
@@ -123,7 +125,10 @@ async def test_every_request_must_carry_the_homeservers_token_if_one_is_set(star
 async def test_requests_are_forwarded_with_their_identity_headers(start_sandbox: StartSandbox) -> None:
     async with recorder() as upstream:
         sandbox = await start_sandbox(
-            guard_upstream=upstream.url, guard_reconcile_interval=3600, guard_appservice_port=0
+            guard_upstream=upstream.url,
+            guard_reconcile_interval=3600,
+            guard_appservice_port=0,
+            guard_members_only="off",
         )
         for path in PATHS:
             answer = await ask(sandbox, path)

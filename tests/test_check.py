@@ -124,8 +124,22 @@ async def test_invalid_matrix_token_is_wrong(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_matrix_token_of_an_ordinary_user_is_wrong(sandbox: Sandbox) -> None:
-    report = await checked(sandbox, matrix_token=sandbox.homeserver.add_user("alice"))
+async def test_an_account_of_its_own_without_admin_rights_is_only_a_warning(sandbox: Sandbox) -> None:
+    finding = found(
+        await checked(sandbox, matrix_token=sandbox.homeserver.add_user("alice")), "synapse", "access token"
+    )
+    assert finding.state == "warning"
+    assert "only the rooms to which it was invited are enforced" in finding.reason
+
+
+@pytest.mark.parametrize("settings", [{}, {"guard_invites": "off"}])
+@pytest_twisted.ensureDeferred
+async def test_a_matrix_token_of_a_user_who_is_not_an_admin_and_accepts_no_invitations(
+    sandbox: Sandbox, settings: dict[str, str]
+) -> None:
+    if not settings:  # somebody else uses the account too
+        sandbox.homeserver.add_user("alice", device_id="PHONE")
+    report = await checked(sandbox, matrix_token=sandbox.homeserver.add_user("alice"), **settings)
     finding = found(report, "synapse", "access token")
     assert finding.state == "wrong"
     assert "@alice:sandbox.local's, who is not a server admin" in finding.reason

@@ -10,6 +10,7 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 
+from lotusguard.rules.jwt import read_unverified
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import crashes, logged, named
@@ -392,7 +393,13 @@ async def test_answer_for_a_caller_who_disconnected_reaches_nobody_else(start_sa
     sandbox.homeserver.add_user("alice")
     answer = await sandbox.ask_token("@alice:sandbox.local", room_id)
     assert answer.code == 200
-    assert sandbox.upstream.issued[-1].token == json.loads(answer.body)["jwt"]
+    issued, given = (
+        read_unverified(token) for token in (sandbox.upstream.issued[-1].token, json.loads(answer.body)["jwt"])
+    )
+    assert issued is not None
+    assert given is not None
+    assert (given["sub"], given["video"]["room"]) == (issued["sub"], issued["video"]["room"])
+    assert given["sub"].startswith("@alice:")
 
 
 # -- loops -------------------------------------------------------------------------------------------------

@@ -81,7 +81,9 @@ class HomeserverCheck:
         by_invitation = self._settings.guard_invites in ("local", "any")
         if (answer.code == 404 or (answer.code == 200 and not version)) and not by_invitation:
             self._say.wrong(
-                "reachable", f"{base} is a homeserver, but its admin API does not answer ({answer.code})", MAIN_PROCESS
+                "reachable",
+                f"{base} is a homeserver, but its admin API does not answer ({answer.code})",
+                f"{MAIN_PROCESS}; if this homeserver has no admin API, set GUARD_INVITES=local",
             )
             return False
         self._say.fine("reachable", f"{base}, Synapse {version}" if version else f"{base}, version unknown")
@@ -114,7 +116,7 @@ class HomeserverCheck:
     async def _room_for_admins(self, user: str) -> str | None:
         """The ID of some room; ``""`` if there is none, None if we may not list rooms."""
         answer = await self._synapse.ask("GET", "/_synapse/admin/v1/rooms?limit=1", headers=self._headers)
-        if answer.code in (403, 404) and self._settings.guard_invites in ("local", "any"):
+        if answer.code in (403, 404) and await self._accepts_invitations():
             self._say.warning(
                 "access token",
                 f"{user} is not a server admin: only the rooms to which it was invited are enforced",
@@ -135,6 +137,15 @@ class HomeserverCheck:
             return None
         self._say.fine("access token", f"{user}, a server admin")
         return str(rooms[0].get("room_id", "")) if rooms else ""
+
+    async def _accepts_invitations(self) -> bool:
+        """Whether an account that is no admin's accepts invitations. By default, only if nobody else uses it."""
+        invites = self._settings.guard_invites
+        if invites is not None:
+            return invites != "off"
+        answer = await self._synapse.ask("GET", "/_matrix/client/v3/devices", headers=self._headers)
+        devices = json_of(answer).get("devices")
+        return answer.code == 200 and isinstance(devices, list) and len(devices) <= 1
 
     async def _type_filter(self, room_id: str) -> None:
         if not room_id:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 from attrs import field, frozen
 
@@ -73,6 +74,10 @@ class CallPermissions:
     def __bool__(self) -> bool:
         """Whether the event says anything at all."""
         return bool(self.needed or self.users)
+
+    def names(self, action: Action) -> bool:
+        """Whether the event says who may do something, by level or by an exception."""
+        return action in self.needed or any(action in exceptions for exceptions in self.users.values())
 
     def allows(self, action: Action, user: str, levels: PowerLevels | None) -> bool:
         """Whether a user may do something.
@@ -147,6 +152,18 @@ def _read_exceptions(content: object) -> tuple[dict[str, dict[Action, bool]], se
 
 
 _ABSENT = object()
+
+
+def permissions_as_json(permissions: CallPermissions | None) -> dict[str, Any]:
+    """The permissions as the event writes them, without what cannot be used."""
+    if permissions is None:
+        return {}
+    users = {
+        user: {action.value: allowed for action, allowed in exceptions.items()}
+        for user, exceptions in permissions.users.items()
+    }
+    needed = {action.value: level for action, level in permissions.needed.items()}
+    return {**needed, "users": users} if users else needed
 
 
 def read_lobby(content: object) -> tuple[Lobby | None, frozenset[str]]:

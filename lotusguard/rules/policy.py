@@ -71,6 +71,11 @@ class Policy:
         """Whether a user may join while nobody is in the call."""
         return self.allows(Action.START, user)
 
+    @property
+    def has_bypass(self) -> bool:
+        """Whether the room says who may join although all seats are taken."""
+        return self.permissions is not None and self.permissions.names(Action.BYPASS_LIMIT)
+
     def bypasses_limit(self, user: str) -> bool:
         """Whether a user may join although all seats are taken."""
         return self.allows(Action.BYPASS_LIMIT, user)

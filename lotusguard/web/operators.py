@@ -29,6 +29,7 @@ from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
+from lotusguard.rules.permissions import permissions_as_json
 from lotusguard.rules.seats import HoldState
 from lotusguard.web.answers import (
     BAD_MODERATION,
@@ -144,9 +145,8 @@ class OperatorApi:
             "policy": {
                 "max_users": policy.max_users,
                 "forbidden": sorted(source.claim for source in policy.forbidden),
-                "permissions": {action.value: level for action, level in policy.permissions.needed.items()}
-                if policy.permissions
-                else {},
+                "permissions": permissions_as_json(policy.permissions),
+                "lobby": policy.lobby is not None,
             },
             "seats_held": snapshot.seats_taken,
             "awaited": list(snapshot.awaited),

@@ -91,6 +91,15 @@ async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> N
 
 
 @pytest_twisted.ensureDeferred
+async def test_nobody_waits_on_in_a_room_of_unknown_policy_where_nobody_could_admit_them() -> None:
+    clock, call = Clock(), Call()
+    lobby, switch = switched(clock, call, decidable=False)
+    lobby.ask(ROOM, BOB)
+    assert not await switch.is_on(ROOM, UNKNOWN)
+    assert lobby.state_of(ROOM, BOB) is None
+
+
+@pytest_twisted.ensureDeferred
 async def test_rooms_whose_lobby_nobody_could_decide_are_counted() -> None:
     _, switch = switched(Clock(), Call(), decidable=False)
     assert not await switch.is_on(ROOM, ON)

@@ -33,6 +33,9 @@ class FakeVoice:
     def can_speak(self, room_id: str) -> bool:
         return self.resident
 
+    def is_heard_from(self, room_id: str) -> bool:
+        return self.resident
+
     async def notice(self, room_id: str, text: str) -> str:
         self._fail()
         if self.seconds:

@@ -125,6 +125,19 @@ async def test_status_names_limit_participants_and_what_is_forbidden(start_sandb
 
 
 @pytest_twisted.ensureDeferred
+async def test_status_names_rights_exceptions_and_the_lobby(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox)
+    content = {"microphone": 50, "users": {BOB: {"microphone": True}, CAROL: {"join": False}}}
+    sandbox.homeserver.set_state(room_id, "io.lotus.call_permissions", content)
+    sandbox.homeserver.set_state(room_id, "io.lotus.lobby", {"enabled": True})
+    assert (await answer_to(sandbox, room_id, ALICE, "!call")).splitlines() == [
+        "No limit.", "In the call: nobody.", "Power levels: microphone 50.",
+        f"Exceptions: {BOB} (microphone), {CAROL} (no join).", "Lobby: on.",
+    ]  # fmt: skip
+
+
+@pytest_twisted.ensureDeferred
 async def test_status_says_what_is_not_enforced(start_sandbox: StartSandbox) -> None:
     sandbox = await resident_sandbox(start_sandbox, guard_dry_run=True)
     room_id = await invited_room(sandbox, 3)

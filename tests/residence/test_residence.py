@@ -124,7 +124,8 @@ async def test_room_without_the_guard_passes_and_readiness_says_so(start_sandbox
     code, report = await readiness(sandbox)
     assert code == 200, report
     assert report["rooms"] == {
-        "admin_api": "no", "invites": "local", "sync": "alive", "sync_error": None, "resident": 0,
+        "admin_api": "no", "invites": "local", "invites_off_because": None, "sync": "alive", "sync_error": None,
+        "resident": 0,
     }  # fmt: skip
     assert any("only the rooms that its account is in (0)" in reason for reason in report["reasons"])
     assert counted(sandbox, "fail_open_total", check="policy", reason="not_resident") >= 1
@@ -149,6 +150,7 @@ async def test_account_of_an_admin_never_syncs(start_sandbox: StartSandbox) -> N
     await until(lambda: sandbox.guard.residence.status.value == "off")
     _, report = await readiness(sandbox)
     assert report["rooms"]["invites"] == "off"
+    assert report["rooms"]["invites_off_because"] == "the account is an admin's"
     await sandbox.enter(BOB, room_id)
     with pytest.raises(Refused, match="full"):
         await sandbox.enter(CAROL, room_id)
@@ -167,6 +169,7 @@ async def test_account_with_other_devices_never_syncs(start_sandbox: StartSandbo
     code, report = await readiness(sandbox)
     assert code == 503
     assert report["dependencies"]["synapse"]["error"] == "no_admin_and_no_invites"
+    assert report["rooms"]["invites_off_because"] == "the account has other devices"
     assert sandbox.homeserver.asked["sync"] == 0
 
 
@@ -280,3 +283,18 @@ async def test_rooms_lists_where_state_comes_from(start_sandbox: StartSandbox) -
     await sandbox.enter(BOB, room_id)
     rooms = json.loads((await sandbox.operator("GET", "/rooms")).body)["rooms"]
     assert [(room["room_id"], room["source"]) for room in rooms] == [(room_id, "residence")]
+
+
+@pytest_twisted.ensureDeferred
+async def test_rooms_lists_rights_and_the_lobby(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox)
+    content = {"camera": 50, "users": {BOB: {"camera": True, "microphone": False}}}
+    sandbox.homeserver.set_state(room_id, "io.lotus.call_permissions", content)
+    await until(lambda: sandbox.guard.policies.last_known(room_id).permissions)
+    await sandbox.enter(BOB, room_id)
+    await sandbox.livekit.drained()
+    await sandbox.guard.enforcement.worker.idle()
+    (room,) = json.loads((await sandbox.operator("GET", "/rooms")).body)["rooms"]
+    assert room["policy"] == {"max_users": None, "forbidden": [], "permissions": content, "lobby": False}
+    assert [one["allowed"] for one in room["present"]] == [["camera", "screen_share", "screen_share_audio"]]

@@ -218,6 +218,59 @@ async def test_an_arrival_over_the_limit_stays_if_the_user_may_now_bypass_it(san
     assert carol.connected
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_promotion_in_mid_call_frees_the_seat_and_a_demotion_takes_the_place_from_nobody(
+    sandbox: Sandbox,
+) -> None:
+    room_id = room_of(sandbox, 1)
+    set_permissions(sandbox, room_id, {"bypass_limit": 50})
+    bob = await sandbox.enter(BOB, room_id)
+    await enforced(sandbox)
+    assert (await sandbox.ask_token(CAROL, room_id)).code == 403
+    set_levels(sandbox, room_id, bob=50)
+    await push(sandbox, room_id)
+    carol = await sandbox.enter(CAROL, room_id)
+    set_levels(sandbox, room_id)
+    await push(sandbox, room_id)
+    await sandbox.guard.changes.reconcile()
+    await enforced(sandbox)
+    assert bob.connected
+    assert carol.connected
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200  # a client asks again in mid-call
+    assert (await sandbox.ask_token(DAVE, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_promotion_that_was_not_pushed_frees_the_seat_for_the_next_join(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    set_permissions(sandbox, room_id, {"bypass_limit": 50})
+    bob = await sandbox.enter(BOB, room_id)
+    await enforced(sandbox)
+    set_levels(sandbox, room_id, bob=50)
+    carol = await sandbox.enter(CAROL, room_id)
+    await enforced(sandbox)
+    assert bob.connected
+    assert carol.connected
+    assert (await sandbox.ask_token(DAVE, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_user_who_bypassed_the_limit_and_left_needs_a_seat_once_demoted(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    set_permissions(sandbox, room_id, {"bypass_limit": 50})
+    set_levels(sandbox, room_id, carol=50)
+    await sandbox.enter(BOB, room_id)
+    carol = await sandbox.enter(CAROL, room_id)
+    await enforced(sandbox)
+    set_levels(sandbox, room_id)
+    await push(sandbox, room_id)
+    sandbox.livekit.disconnect(carol.room.name, carol.identity)
+    await enforced(sandbox)
+    await sandbox.guard.changes.reconcile()  # a listing confirms that she has left
+    await enforced(sandbox)
+    assert (await sandbox.ask_token(CAROL, room_id)).code == 403
+
+
 # -- in any order -----------------------------------------------------------------------------------------------
 
 Step = Callable[[Sandbox, str], Awaitable[None]]

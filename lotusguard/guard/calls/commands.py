@@ -28,6 +28,7 @@ from lotusguard.guard.rooms.voice import RoomVoice
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.metrics import Metrics
 from lotusguard.rules.commands import USAGE, Authority, Command, NotACommand, Verb, read_command
+from lotusguard.rules.permissions import Action
 from lotusguard.rules.state import VOICE_LIMIT
 
 log = Logger()
@@ -225,6 +226,14 @@ class Commands:
         if needed:
             levels = sorted((action.value, level) for action, level in needed.items())
             lines.append("Power levels: " + ", ".join(f"{action} {level}" for action, level in levels) + ".")
+        if policy.permissions is not None:
+            exceptions = policy.permissions.users.items()
+            named = [
+                f"{user} ({', '.join(map(_exception, sorted(found.items(), key=str)))})" for user, found in exceptions
+            ]
+            lines += [f"Exceptions: {_names(named)}."] if named else []
+        if policy.lobby is not None:
+            lines.append("Lobby: on.")
         lines += [f"Not enforced now: {reason}." for reason in await self._reasons()]
         return "\n".join(lines)
 
@@ -235,6 +244,11 @@ GOODBYE = "I leave this room, and no longer hear what changes here."
 def _names(users: Sequence[str]) -> str:
     more = len(users) - USERS_NAMED
     return (", ".join(users[:USERS_NAMED]) + (f" and {more} more" if more > 0 else "")) or "nobody"
+
+
+def _exception(exception: tuple[Action, bool]) -> str:
+    action, allowed = exception
+    return action.value if allowed else f"no {action.value}"
 
 
 def _mentioned(content: Mapping[str, Any]) -> list[str]:

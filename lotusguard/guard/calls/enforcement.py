@@ -161,11 +161,8 @@ class Enforcement:
             before: while that is unknown, nobody is removed.
         """
         room_id, policy = slot.room_id, known.policy
-        over = await self._seats.overflow(room_id, policy.max_users)
-        for hold in over:
-            if policy.bypasses_limit(hold.user):
-                await self._seats.exempt(room_id, hold.user)
-        if not over:
+        await self._roster.exempt(room_id, policy)
+        if not await self._seats.overflow(room_id, policy.max_users):
             return
         await self._roster.refresh(room_id, since, self._deadline(), slot.slot_id)
         for hold in await self._seats.overflow(room_id, policy.max_users):

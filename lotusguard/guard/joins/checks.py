@@ -187,10 +187,7 @@ class EntryChecks:
     def restricts_start(self, policy: Policy) -> bool:
         """Whether not everybody may start a call in a room with this policy."""
         permissions = policy.permissions
-        by_room = permissions is not None and (
-            Action.START in permissions.needed or any(Action.START in entry for entry in permissions.users.values())
-        )
-        return by_room or not self._start_homeservers.allows_all
+        return (permissions is not None and permissions.names(Action.START)) or not self._start_homeservers.allows_all
 
 
 async def _failing_open(join: Join, name: str, check: Awaitable[None]) -> None:

@@ -90,8 +90,10 @@ class Seating:
         policy = join.policy
         exempt = policy.max_users is not None and policy.bypasses_limit(join.user)
         since = self._clock.seconds() - ROSTER_AGE
-        if policy.max_users is not None and not exempt and await self._needs_listing(join, since):
-            await self._refresh(join, since)
+        if policy.max_users is not None and not exempt:
+            if await self._needs_listing(join, since):
+                await self._refresh(join, since)
+            await self._roster.exempt(join.room_id, policy)
         refreshed: float | None = None
         while True:
             taken = await self._seats.take(

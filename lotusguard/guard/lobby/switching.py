@@ -75,7 +75,7 @@ class LobbySwitch:
         if seen is Seen.ON and before is not Seen.ON:
             for user in await self._seats.occupants(room_id):
                 self._lobby.let_in(room_id, user)
-        elif seen not in _IS_ON and known.freshness is not Freshness.UNKNOWN:
+        elif seen not in _IS_ON and (known.freshness is not Freshness.UNKNOWN or not self._can_decide(room_id)):
             self._lobby.switched_off(room_id)
         if seen is Seen.UNDECIDABLE and before is not seen:
             log.warn(

@@ -11,7 +11,7 @@ from attrs import define
 
 from lotusguard.clients.dependency import DependencyFailed, DependencyRefused
 from lotusguard.clients.synapse import MatrixClient, SynapseClient
-from lotusguard.guard.rooms.residence.account import AdminAccess, GuardAccount
+from lotusguard.guard.rooms.residence.account import AdminAccess, GuardAccount, Invites
 from lotusguard.guard.rooms.residence.residence import Residence, SyncStatus
 from lotusguard.guard.rooms.source import PushedState
 from lotusguard.rules.membership import Membership
@@ -131,10 +131,15 @@ class RoomSources:
         return {
             "admin_api": self._account.admin.value,
             "invites": self._account.invites.value if self._account.user_id else "unknown",
+            "invites_off_because": self._account.why_off if self._is_off else None,
             "sync": self._residence.status.value,
             "sync_error": self._residence.reason or None,
             "resident": len(self._residence),
         }
+
+    @property
+    def _is_off(self) -> bool:
+        return bool(self._account.user_id) and self._account.invites is Invites.OFF
 
     def shortcomings(self) -> list[str]:
         """What is not known, in words."""

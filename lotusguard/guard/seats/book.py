@@ -109,7 +109,7 @@ class SeatBook(Protocol):
         """Whether this user is in the call."""
 
     async def exempt(self, room_id: str, user: str) -> None:
-        """This user, who is in the call, takes no seat from now on."""
+        """This user takes no seat from now on, for as long as they are in the call or hold a seat."""
 
     async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
         """Sessions under these identities belong to this user."""

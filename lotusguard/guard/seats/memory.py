@@ -136,7 +136,10 @@ class MemorySeatBook:
         return room is not None and room.seats.is_present(user)
 
     async def exempt(self, room_id: str, user: str) -> None:
-        self._room(room_id).seats.exempt(user)
+        room = self._rooms.get(room_id)
+        if room is not None and not room.seats.is_exempt(user):
+            room.seats.exempt(user)
+            self._wake(room)
 
     async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
         room = self._rooms.get(room_id)

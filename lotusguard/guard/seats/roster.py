@@ -18,6 +18,7 @@ from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, alias_cache_info, room_alias
 from lotusguard.rules.participants import ended_by_choice, joined_at, takes_seat
+from lotusguard.rules.policy import Policy
 from lotusguard.rules.seats import Arrival
 
 Listing = Fetched[Sequence[ParticipantInfo]]
@@ -107,6 +108,14 @@ class Roster:
         existing = self.sfu_rooms
         alive = [*known][-SLOTS_LISTED:] if existing is None else [alias for alias in known if alias in existing]
         return {main, *alive, *await self._seats.aliases(room_id)}
+
+    async def exempt(self, room_id: str, policy: Policy) -> None:
+        """Users in the call who bypass the limit take no seat from now on. They keep their place when that ends."""
+        if policy.max_users is None or not policy.has_bypass:
+            return
+        for user in await self._seats.occupants(room_id):
+            if policy.bypasses_limit(user):
+                await self._seats.exempt(room_id, user)
 
     @property
     def unissued(self) -> int:

@@ -40,6 +40,10 @@ class ResidenceStore(Protocol):
         """Write all of these rows, or none. :return: whether they are on disk."""
 
 
+SILENCE = 60.0
+"""Seconds that a sync may start or fail before nobody is told to wait for a moderator's answer any more."""
+
+
 class SyncStatus(Enum):
     """How ``/sync`` goes."""
 
@@ -74,10 +78,12 @@ class Residence:
     _members: int = field(default=0, init=False)
     _size: int = field(default=0, init=False)
     _current_at: float = field(default=0.0, init=False)
+    _silent_since: float = field(init=False)
     _unsaved: dict[str, int] = field(factory=dict, init=False)
     _saves: int = field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._silent_since = self._clock.seconds()
         self._metrics.resident_rooms.set_function(lambda: len(self._rooms))
         self._metrics.sync_alive.set_function(lambda: int(self.alive))
 
@@ -87,6 +93,23 @@ class Residence:
     def alive(self) -> bool:
         """Whether every change in the rooms reaches us now."""
         return self.status is SyncStatus.ALIVE
+
+    def hears(self, room_id: str) -> bool:
+        """Whether reactions and commands in a room reach us, now or soon.
+
+        A sync that starts, or fails, is expected to work within `SILENCE`. Which rooms the account is in may be known
+        only then.
+        """
+        silence = self._clock.seconds() - self._silent_since
+        match self.status:
+            case SyncStatus.ALIVE:
+                return self.is_resident(room_id)
+            case SyncStatus.STARTING:
+                return silence < SILENCE
+            case SyncStatus.FAILING:
+                return self.is_resident(room_id) and silence < SILENCE
+            case SyncStatus.OFF:
+                return False
 
     def __len__(self) -> int:
         return len(self._rooms)
@@ -153,6 +176,8 @@ class Residence:
 
     def failing(self, reason: str) -> None:
         """The sync failed: what is known is not current from now on."""
+        if self.alive:
+            self._silent_since = self._clock.seconds()
         self.status, self.reason = SyncStatus.FAILING, reason
 
     def turn_off(self, reason: str) -> None:

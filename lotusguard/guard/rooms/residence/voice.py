@@ -68,6 +68,10 @@ class ResidentVoice:
         """Whether the guard's account is in the room and hears what happens there."""
         return self._residence.alive and self._residence.is_resident(room_id)
 
+    def is_heard_from(self, room_id: str) -> bool:
+        """Whether moderators' answers from the room reach us, now or soon. Until then notices wait."""
+        return self._residence.hears(room_id)
+
     async def notice(self, room_id: str, text: str) -> str:
         """Send an ``m.notice``, in clear in encrypted rooms too. It mentions nobody. :return: its event ID.
 

@@ -381,6 +381,7 @@ function Seats.seat_everybody(now)
   for _, hold in ipairs(holds_where(function(hold) return hold.state == 'unseated' end)) do move(hold, 'seat', now) end
 end
 
+-- Returns whether this is new: somebody who waits may find a seat.
 function Seats.exempt(now, name)
   local user = users[name]
   if user and not user.exempt then
@@ -388,7 +389,9 @@ function Seats.exempt(now, name)
       if user[column] > 0 then total[column] = total[column] - 1 end
     end
     user.exempt, room.exempt[name] = true, true
+    return true
   end
+  return false
 end
 
 function Seats.rename(now, alias, identity, name)

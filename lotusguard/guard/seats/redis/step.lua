@@ -78,7 +78,7 @@ function Writing.recognise(alias, identities, user)
 end
 
 function Writing.exempt(user)
-  Seats.exempt(now, user)
+  ended = Seats.exempt(now, user) or ended
   return true
 end
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running call while a service is down, as people see it in Element Call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from tests.real.element_call.calls import two_in_a_call
+from tests.real.element_call.conftest import OpenPage
+from tests.real.element_call.person import PATIENCE, Person
+from tests.real.element_call.rooms import call_room, members
+from tests.real.element_call.site import Site
+from tests.real.stack import Stack
+
+MODE = "compatibility"
+AWAY = 8_000.0
+"""Milliseconds: longer than the guard needs to notice."""
+
+
+Call = tuple[str, Person, Person]
+
+
+@pytest.fixture
+def call(services: Stack, sites: Callable[[str], Site], open_page: OpenPage) -> Call:
+    """Two people in a call with two seats: the room, and both pages."""
+    services.run_guard(pushed=True)
+    users = members(services, "Alice", "Bob")
+    room_id = call_room(services, users, 2)
+    return room_id, *two_in_a_call(open_page, sites(MODE), room_id, users)
+
+
+def goes_on(stack: Stack, call: Call) -> None:
+    """Both are in the call, see each other, and pictures arrive."""
+    room_id, *people = call
+    for person in people:
+        person.sees_tiles(2)
+        person.sees_moving_pictures(2)
+    assert len(stack.participants(room_id)) == 2
+
+
+def test_a_call_goes_on_while_the_guard_is_killed_and_restarted(services: Stack, call: Call) -> None:
+    room_id, alice, _ = call
+    services.kill_guard()
+    goes_on(services, call)
+    alice.page.wait_for_timeout(AWAY)
+    alice.picture("guard-away")
+    goes_on(services, call)
+    assert services.guard is not None
+    services.guard.start()
+    goes_on(services, call)
+    assert services.ask_token(services.moderator, room_id).status == 403
+    goes_on(services, call)
+
+
+def test_a_call_goes_on_while_the_homeserver_does_not_answer(services: Stack, call: Call) -> None:
+    _, alice, _ = call
+    with services.synapse.suspended():
+        alice.page.wait_for_timeout(AWAY)
+        alice.picture("homeserver-hangs")
+    goes_on(services, call)
+
+
+def test_element_call_leaves_by_itself_when_the_homeserver_refuses_connections(services: Stack, call: Call) -> None:
+    room_id, alice, bob = call
+    services.synapse.stop()
+    try:
+        for person in (alice, bob):
+            person.sees("Connection lost")
+        alice.picture("homeserver-away")
+    finally:
+        services.synapse.start()
+    for person in (alice, bob):
+        person.page.get_by_role("button", name="Reconnect").click(timeout=PATIENCE)
+    for person in (alice, bob):
+        person.sees_tiles(2)
+    alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
+
+
+def test_a_restart_of_livekit_ends_the_call_if_its_room_is_not_created_again(services: Stack, call: Call) -> None:
+    room_id, alice, bob = call
+    services.sfu.restart()
+    for person in (alice, bob):
+        person.sees("Reconnecting")
+    alice.page.wait_for_timeout(20_000)
+    alice.picture("livekit-restarted")
+    assert services.participants(room_id) == []
+    for person in (alice, bob):
+        person.page.reload()
+        person.press_join()
+    goes_on(services, call)
+
+
+def test_a_call_goes_on_after_a_restart_of_livekit_if_its_room_is_created_again(services: Stack, call: Call) -> None:
+    room_id, alice, _ = call
+    services.sfu.restart()
+    assert services.sfu_call("CreateRoom", {"name": room_alias(room_id, ROOM_SLOT)}).status == 200
+    alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
+    goes_on(services, call)
+    alice.picture("livekit-room-created-again")
