@@ -185,3 +185,15 @@ async def test_exempt_users_enter_past_the_limit(url: str, room: str, exempt: bo
         await issue(guard, room, "a")
         taken = await guard.book.take(room, "b", 1, ALIAS, exempt=exempt)
         assert (taken is Refusal.FULL) is not exempt
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_user_who_becomes_exempt_frees_the_seat_at_all_guards(url: str, room: str) -> None:
+    async with guards(url, 2) as (first, second):
+        await listed(first, room, 1)
+        await issue(first, room, "a")
+        assert await second.book.take(room, "b", 1, ALIAS) is Refusal.FULL
+        await first.book.exempt(room, "a")
+        assert await first.book.overflow(room, 1) == []
+        assert await second.book.owns_seat(room, "a")
+        assert isinstance(await second.book.take(room, "b", 1, ALIAS), str)
