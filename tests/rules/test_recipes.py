@@ -43,7 +43,7 @@ def sources(recipe: str, *users: str) -> list[frozenset[object]]:
 
 
 def test_only_speakers_talk_on_a_stage() -> None:
-    assert sources("Stage: only speakers talk", MODERATOR, REGULAR) == [EVERY_SOURCE, frozenset()]
+    assert sources("Only speakers talk", MODERATOR, REGULAR) == [EVERY_SOURCE, frozenset()]
 
 
 def test_moderators_start_the_call() -> None:
