@@ -42,7 +42,7 @@ def sources(recipe: str, *users: str) -> list[frozenset[object]]:
     return [frozenset(policy.allowed_sources(user)) for user in users]
 
 
-def test_only_speakers_talk() -> None:
+def test_only_speakers_talk_on_a_stage() -> None:
     assert sources("Only speakers talk", MODERATOR, REGULAR) == [EVERY_SOURCE, frozenset()]
 
 
