@@ -12,6 +12,7 @@ from lotusguard.rules.identity import (
     alias_cache_info,
     base_identities,
     hashed_identities,
+    is_matrix_user,
     is_short_name,
     legacy_identity,
     proxied_identities,
@@ -109,3 +110,20 @@ def test_long_names_are_not_cached() -> None:
     for number in range(50):
         assert room_alias(f"!{number}" + "x" * 1_000_000) != room_alias("!room:x", f"{number}" + "ä" * 128)
     assert alias_cache_info().currsize <= before + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("@alice:example.org", True),
+        ("@alice:example.org:8448", True),
+        ("@alice:[2001:db8::1]:8448", True),
+        ("@:example.org", True),
+        (user_of("@alice:example.org:DEV:ICE"), False),
+        ("TK4o8wNCXi5t5936bOvIzE", False),
+        ("@alice", False),
+        ("@alice:", False),
+    ],
+)
+def test_names_that_can_be_matrix_users(name: str, expected: bool) -> None:
+    assert is_matrix_user(name) is expected

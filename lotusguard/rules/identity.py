@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -81,6 +82,15 @@ def _identities(parts: Sequence[str]) -> frozenset[str]:
 def server_of(user_id: str) -> str:
     """The server part of a Matrix user ID: everything after the *first* colon, because it may contain a port."""
     return user_id.partition(":")[2]
+
+
+_USER = re.compile(r"@[^:]*:(\[[^\[\]]+\]|[^:\[\]]+)(:[0-9]{1,5})?")
+
+
+def is_matrix_user(name: str) -> bool:
+    """Whether this can be a Matrix user. What is left of an identity whose device ID holds a colon cannot: it would
+    name a server with a port that is not a number."""
+    return _USER.fullmatch(name) is not None
 
 
 def is_room_id(text: str) -> bool:

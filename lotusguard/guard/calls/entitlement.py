@@ -19,7 +19,7 @@ from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
-from lotusguard.rules.identity import server_of
+from lotusguard.rules.identity import is_matrix_user, server_of
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
@@ -268,8 +268,3 @@ class Entitlement:
                 user=user, room_id=check.room_id, membership=membership.value, event_name="not_a_member",
             )  # fmt: skip
         return None
-
-
-def is_matrix_user(user: str) -> bool:
-    """Whether an identity was resolved to a Matrix user."""
-    return user.startswith("@") and ":" in user

@@ -18,10 +18,10 @@ from twisted.logger import Logger
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient, NodeGone, NoSuchParticipant
 from lotusguard.clients.waiting import gather_in_turns
-from lotusguard.guard.calls.entitlement import is_matrix_user
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
+from lotusguard.rules.identity import is_matrix_user
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.sources import (
     EVERY_SOURCE,

@@ -258,7 +258,12 @@ class Admission:
     def _may_refuse(self, join: Join) -> bool:
         """Whether the caller may turn out to be refused. A room that was never read may have any policy."""
         known = self._policies.is_remembered(join.room_id)
-        return not known or self._checks.may_refuse(self._policies.last_known(join.room_id))
+        return (
+            not known
+            or not join.is_main_slot
+            or self._lobby.has_removed(join.room_id)
+            or self._checks.may_refuse(self._policies.last_known(join.room_id))
+        )
 
     async def _forward(self, join: Join, forward: Forward, body: bytes) -> Answer:
         with self._log.stage(join.decision, Stage.UPSTREAM):
