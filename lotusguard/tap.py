@@ -40,6 +40,8 @@ log = Logger()
 
 BACKLOG = 4096
 """Connections that the kernel may keep waiting to be accepted. Clients that find no place try again after 1, 3, 7 s."""
+WATCH_EVERY = 1.0
+"""Seconds between two looks at whether what is enforced has changed."""
 OPERATORS_GRACE = 1.0
 """Seconds that operators' requests may take when the guard stops."""
 WRONG_SETTING = 78
@@ -246,7 +248,7 @@ class Guard(MultiService):
             PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
             PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
             PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
-            PeriodicService("watching what is enforced", 1.0, health.watch, self._reactor),
+            PeriodicService("watching what is enforced", WATCH_EVERY, health.watch, self._reactor),
             PeriodicService("keeping lobbies", 1.0, keep_lobbies, self._reactor),
             PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, self._reactor),
             PeriodicService("pruning", 60.0, prune, self._reactor),

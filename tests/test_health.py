@@ -238,6 +238,7 @@ def test_the_log_has_one_line_for_each_change_and_the_gauges_follow() -> None:
 # -- the whole service -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("probes")
 @pytest_twisted.ensureDeferred
 async def test_a_revoked_access_token_is_reported_at_once(start_sandbox: StartSandbox) -> None:
     """The cached policy is still used then, and nobody asks for a report."""

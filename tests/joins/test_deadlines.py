@@ -15,7 +15,7 @@ from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, counted, room_of
 from tests.conftest import StartSandbox, until
-from tests.joins.helpers import EVE, FULL, NOT_A_MEMBER, ask, content, other_homeserver
+from tests.joins.helpers import EVE, FULL, NOT_A_MEMBER, ask, bodies, content, other_homeserver
 
 LOOKUP, UPSTREAM = 1.0, 1.5
 BUSY = 1.0
@@ -57,9 +57,9 @@ async def test_everybody_is_answered_within_one_deadline_although_upstream_hangs
 async def test_a_participant_does_not_wait_behind_requests_in_flight(sandbox: Sandbox, new: bool) -> None:
     room_id = room_of(sandbox, 2)
     await sandbox.enter(ALICE, room_id)
-    sandbox.upstream.faults["sfu_get"] = Fault.hang(times=1)
+    sandbox.upstream.faults["sfu_get"] = Fault.hang()
     hanging = ask(sandbox, BOB, room_id)
-    await until(lambda: len(sandbox.upstream.seen) >= 2)
+    await until(lambda: len(bodies(sandbox)) == 2)
     sandbox.upstream.faults.clear()
     waiting = ask(sandbox, CAROL, room_id)
     answer = await ask(sandbox, ALICE, room_id, new=new, device="TABLET").addTimeout(10, reactor)
@@ -78,7 +78,7 @@ async def test_callers_whom_nobody_has_verified_hold_no_seat(sandbox: Sandbox) -
     openid = sandbox.homeserver.openid_token(BOB)
     doubtful = [openid | {"access_token": "made-up"}, openid | {"matrix_server_name": "hangs.example"}]
     hanging = [ask(sandbox, BOB, room_id, openid_token=token) for token in doubtful]
-    await until(lambda: len(sandbox.upstream.seen) == 2)
+    await until(lambda: len(bodies(sandbox)) == 2)
     answer = await ask(sandbox, ALICE, room_id, new=True).addTimeout(10, reactor)
     assert answer.code == 200
     for left in hanging:
