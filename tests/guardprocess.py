@@ -79,7 +79,8 @@ class ProcessSandbox(Sandbox):
         arguments = [sys.executable, "-c", TWISTD, *self.twistd, "lotusguard"]
         reactor.spawnProcess(self.process, sys.executable, arguments, environment)
         self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
-        while "public listener listens" not in self.process.output and "-n" in self.twistd:
+        listeners = ("public listener listens", "operators' listener listens")
+        while "-n" in self.twistd and not all(said in self.process.output for said in listeners):
             assert not self.process.ended.called, self.process.output
             await deferLater(reactor, 0.01)
 
