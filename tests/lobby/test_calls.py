@@ -19,6 +19,7 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.permissions import Lobby as LobbyPolicy
 from lotusguard.rules.policy import Policy
+from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, old_token, room_of, seen_in
 from tests.conftest import StartSandbox, until
