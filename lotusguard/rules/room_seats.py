@@ -16,7 +16,7 @@ from attrs import Factory, define, field
 
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seat_count import SeatCount
-from lotusguard.rules.seats import Arrival, Hold, HoldEvent, HoldState, IdentityKey, Session
+from lotusguard.rules.seats import TABLE, Arrival, Hold, HoldEvent, HoldState, IdentityKey, Session
 
 K = TypeVar("K")
 
@@ -396,7 +396,7 @@ class RoomSeats:
             if hold.rules.in_call:
                 hold.began = now if event is HoldEvent.ARRIVE else hold.began
                 self._put_session(Session(hold.alias, hold.sid), hold)
-            elif not (before in _IN_CALL and (key in self.reserved or key in self._sessions_of)):
+            elif not (TABLE[before].in_call and (key in self.reserved or key in self._sessions_of)):
                 # else the identity has a newer token or session, which keeps the seat
                 if event in (HoldEvent.LEAVE, HoldEvent.VANISH):
                     hold.began = now
@@ -472,7 +472,6 @@ class RoomSeats:
         self._listed = {alias: since for alias, since in self._listed.items() if alias in self._aliases}
 
 
-_IN_CALL = (HoldState.PRESENT, HoldState.UNSEATED)
 _ENDINGS = (HoldEvent.LEAVE, HoldEvent.VANISH, HoldEvent.EXPIRE)
 
 

@@ -95,7 +95,6 @@ class DecisionLog:
     secret_mismatch_at: float | None = field(default=None, init=False)
     error_at: float | None = field(default=None, init=False)
     history: JoinHistory = field(init=False)
-    _stage_seconds: dict[str, object] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.history = JoinHistory(self._clock)
