@@ -336,7 +336,7 @@ def calls(
         waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, enforcement, reactor,
         settings.guard_lookup_timeout,
     )  # fmt: skip
-    ender = CallEnder(given.roster, state.seats, state.registry, participants, reactor, settings.guard_lookup_timeout)
+    ender = CallEnder(given.roster, state.registry, participants, reactor, settings.guard_lookup_timeout)
     return Calls(entitlement, participants, enforcement, changes, moderator, ender)
 
 

@@ -177,7 +177,8 @@ class EntryChecks:
         if state is not None:
             return False
         deadline = join.deadline.sooner(join.lookups.left())
-        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline)
+        slot = join.request.slot_id
+        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline, slot)
 
     async def read_policy_again(self, join: Join) -> None:
         """Read the policy as it is now, before a refusal rests on it."""
