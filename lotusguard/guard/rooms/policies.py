@@ -31,7 +31,7 @@ FAILURE_REMEMBERED = 1.0
 ENTRY_SIZE = 1024
 """Bytes that an entry costs beside its event contents."""
 USUAL_TEXT, TEXT_COST = 500, 15
-"""Characters of its events that an entry's size allows for, and the bytes that a policy takes in memory for each further
+"""Characters of its events that an entry's size allows for, and the bytes that a policy takes for each further
 one: measured with exceptions for 2,600 users in one event, and with 5,000 values that cannot be used."""
 MALFORMED_LOGGED = 10
 """Keys of one change that are logged as unusable; the others are counted."""

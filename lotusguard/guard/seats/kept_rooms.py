@@ -43,6 +43,11 @@ class KeptRooms:
     _rooms: dict[str, Room] = field(factory=dict, init=False)
     _of_caller: dict[str, dict[str, None]] = field(factory=dict, init=False)
 
+    @property
+    def limit(self) -> int:
+        """The most rooms."""
+        return ROOMS_KEPT
+
     def __len__(self) -> int:
         return len(self._rooms)
 
@@ -54,7 +59,7 @@ class KeptRooms:
 
     def add(self, room_id: str, seats: RoomSeats, now: float) -> Room:
         """A new room. If there are too many, those are dropped first that matter least."""
-        if len(self._rooms) >= ROOMS_KEPT:
+        if len(self._rooms) >= self.limit:
             self._make_place(now)
         room = self._rooms[room_id] = Room(seats)
         return room
@@ -105,7 +110,7 @@ class KeptRooms:
             self._drop(room_id)
         log.warn(
             "the seats of {count} rooms were forgotten, {occupied} of them with people in the call: more than {limit} "
-            "rooms are in use", count=len(leaving), occupied=occupied, limit=ROOMS_KEPT, event_name="rooms_forgotten",
+            "rooms are in use", count=len(leaving), occupied=occupied, limit=self.limit, event_name="rooms_forgotten",
         )  # fmt: skip
 
     def _drop(self, room_id: str) -> None:

@@ -10,7 +10,7 @@ from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
-from lotusguard.guard.seats.kept_rooms import ROOMS_KEPT, KeptRooms, Room
+from lotusguard.guard.seats.kept_rooms import KeptRooms, Room
 from lotusguard.guard.seats.store import StateStore, StoredHold
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
@@ -46,7 +46,7 @@ class MemorySeatBook:
 
     def __attrs_post_init__(self) -> None:
         self._rooms = KeptRooms(self._dropped)
-        self._metrics.cache_limit.labels("seats").set(ROOMS_KEPT)
+        self._metrics.cache_limit.labels("seats").set(self._rooms.limit)
         self._metrics.cache_entries.labels("seats").set_function(lambda: len(self._rooms))
         self._metrics.seats_held.set_function(self._seats_taken)
 
