@@ -14,7 +14,7 @@ import pytest_twisted
 from twisted.logger import Logger, LogLevel
 from twisted.web.client import _HTTP11ClientFactory
 
-from lotusguard.logs import is_journal, observer_for
+from lotusguard.logs import is_journal, observer_for, write_error
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, logged, room_of
@@ -169,3 +169,14 @@ def test_level_can_be_changed_at_run_time() -> None:
     log.info("second")
     assert "first" not in stream.getvalue()
     assert "second" in stream.getvalue()
+
+
+def test_an_error_before_there_is_a_log_has_its_priority_in_the_journal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "stream").open("w", encoding="utf-8") as stream:
+        write_error("lotusguard: one", stream)
+        about = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{about.st_dev}:{about.st_ino}")
+        write_error("lotusguard: two", stream)
+    assert (tmp_path / "stream").read_text(encoding="utf-8") == "lotusguard: one\n<3>lotusguard: two\n"
