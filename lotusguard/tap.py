@@ -20,7 +20,7 @@ from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
-from lotusguard.logs import LevelObserver, observer_for
+from lotusguard.logs import LevelObserver, observer_for, write_error
 from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.reload import Reloader
@@ -75,7 +75,7 @@ def makeService(options: Options) -> Unbuilt:
     try:
         settings = read_settings()
     except ConfigurationError as error:
-        sys.stderr.write(f"lotusguard: {error}\n")
+        write_error(f"lotusguard: {error}", sys.stderr)
         raise SystemExit(WRONG_SETTING) from None
     use_monotonic_time(reactor)
     reactor.callWhenRunning(tune_garbage_collector)
