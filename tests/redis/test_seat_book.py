@@ -117,7 +117,7 @@ async def test_a_listing_that_began_before_a_departure_says_nothing_about_it(url
 @pytest_twisted.ensureDeferred
 async def test_a_step_whose_answer_was_lost_gives_the_same_answer_again(url: str, room: str) -> None:
     async with guards(url, 1) as (guard,):
-        steps = RoomSteps(guard.client, reactor, 0.0)
+        steps = RoomSteps(guard.client, reactor, 0.0, guard.rebuilding)
         hold_id = token_hex(8)
         take = ("take", hold_id, "a", 1, ALIAS, False, None, 4.5)
         assert await steps.run(room, take) == await steps.run(room, take) == [""]

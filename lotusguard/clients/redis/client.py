@@ -25,6 +25,7 @@ CALL_TIMEOUT = 1.0
 """Seconds for one call. A script takes less than a millisecond; 0.3 s are a slow network."""
 RECONNECT_WAIT = 0.5
 """Seconds for which a call whose connection was lost waits for a new one."""
+NO_SCRIPT = "no_script"
 CALLS_AT_ONCE = 4096
 """Calls that may wait for an answer at the same time."""
 
@@ -138,11 +139,20 @@ class RedisClient:
     async def run(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
         """Run a script on keys that belong together. :raises DependencyFailed: no usable answer in time."""
         try:
-            return await self.call("EVALSHA", script.sha, len(keys), *keys, *arguments)
+            return await self.run_loaded(script, keys, *arguments)
         except DependencyFailed as failed:
-            if failed.reason != "no_script":
+            if failed.reason != NO_SCRIPT:
                 raise
-        return await self.call("EVAL", script.text, len(keys), *keys, *arguments)
+        await self.load(script)
+        return await self.run_loaded(script, keys, *arguments)
+
+    async def run_loaded(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
+        """The same in one round trip. :raises DependencyFailed: with `NO_SCRIPT` if the server does not know it."""
+        return await self.call("EVALSHA", script.sha, len(keys), *keys, *arguments)
+
+    async def load(self, script: Script) -> None:
+        """Let the server know a script. It forgets scripts when it restarts."""
+        await self.call("SCRIPT", "LOAD", script.text)
 
     async def connected_again(self) -> None:
         """Wait a moment for a new connection. :raises DependencyFailed: there is none."""
@@ -171,7 +181,7 @@ class RedisClient:
             raise
         except Exception as error:
             reason = self._reason(error)
-            if reason == "no_script":
+            if reason == NO_SCRIPT:
                 raise DependencyFailed(NAME, reason) from None
             self._failed(reason)
             raise DependencyFailed(NAME, reason, error) from None
@@ -184,7 +194,7 @@ class RedisClient:
     def _reason(self, error: Exception) -> str:
         if isinstance(error, txredisapi.ResponseError):
             if str(error).startswith("NOSCRIPT"):
-                return "no_script"
+                return NO_SCRIPT
             reason = reason_of(error)
             if reason == "error":
                 log.error("Redis answered {error}", error=str(error)[:300], event_name="redis_error")

@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import define, field
 
+from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.clients.waiting import gather
 from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
@@ -16,7 +17,7 @@ from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
 from lotusguard.guard.seats.redis.scripts import WAKE_CHANNEL, room_key
-from lotusguard.guard.seats.redis.steps import Listed, RoomSteps
+from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, Listed, RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
@@ -54,29 +55,43 @@ class RedisSeatBook:
     _pending: dict[str, tuple[str, str]] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        self._steps = RoomSteps(self._redis, self._reactor, self._guarding_since)
+        self._steps = RoomSteps(self._redis, self._reactor, self._guarding_since, self._rebuilding)
         self._waiting = WaitingJoins(self._owners, self._reactor)
         self._redis.listen(WAKE_CHANNEL, self._waiting.wake)
-        self._redis.on_server.append(lambda _: self._steps.forget())
+        self._redis.on_server.append(lambda _: self._steps.forget_time())
+        self._rebuilding.on_data_set.append(self._steps.forget)
 
     # -- joins -------------------------------------------------------------------------------------------
 
     async def take(
         self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False
     ) -> str | Refusal:
-        if limit is not None and not exempt:
-            await self._rebuilding.wait()
-        hold_id = token_hex(8)
-        slots = SLOTS_PER_ROOM if new_slot else None
+        hold_id, capped = token_hex(8), limit is not None and not exempt
+        operation = ("take", hold_id, user, limit, alias, exempt, SLOTS_PER_ROOM if new_slot else None, self._lease)
         self._pending[hold_id] = (room_id, user)  # renewed from now on: the answer may take long
         taken = False
         try:
-            refusal = await self._step(room_id, "take", hold_id, user, limit, alias, exempt, slots, self._lease)
+            refusal = await self._take(room_id, operation, capped)
             taken = not refusal
         finally:
             if not taken:
                 self._pending.pop(hold_id, None)
         return hold_id if taken else Refusal(refusal)
+
+    async def _take(self, room_id: str, operation: Sequence[Any], capped: bool) -> str:
+        """:param capped: the seat is one of a limited number. It is taken only from a data set that is complete."""
+        if not capped:
+            return str((await self._steps.run(room_id, operation))[0])
+        for left in reversed(range(ATTEMPTS)):
+            await self._rebuilding.wait()
+            try:
+                return str((await self._steps.run(room_id, operation, certain=True))[0])
+            except DependencyFailed as failed:
+                if failed.reason != DATA_LOST or not left:
+                    raise
+            await self._steps.run(room_id, ("release", operation[1]))
+            await self._rebuilding.look_again()
+        raise AssertionError("not reached")
 
     async def wait_for_seat(self, room_id: str, user: str, *, again: bool) -> None:
         await self._waiting.wait(room_id, user, again=again)

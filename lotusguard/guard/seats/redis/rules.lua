@@ -429,6 +429,21 @@ function Seats.distrust(now)
   room.listed = {}
 end
 
+-- The server's clock was set back: what was written before counts from the new time.
+function Seats.shift(by)
+  room.unlimited_at, room.touched, room.vacated = room.unlimited_at + by, room.touched + by, room.vacated + by
+  if room.waited_until then room.waited_until = room.waited_until + by end
+  for _, hold in ipairs(holds_where(function() return true end)) do
+    hold.began, hold.expires = hold.began + by, hold.expires + by
+    if hold.lease then hold.lease = hold.lease + by end
+  end
+  for alias, since in pairs(room.listed) do room.listed[alias] = since + by end
+  for at, ended in pairs(room.ended) do room.ended[at] = ended + by end
+  for _, chain in pairs(room.chains) do
+    chain.expires, chain.asked = chain.expires + by, chain.asked + by
+  end
+end
+
 -- How many requests in flight of a guard are renewed.
 function Seats.renew(now, hold_ids, lease)
   local renewed = 0

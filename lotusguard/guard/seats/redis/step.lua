@@ -1,6 +1,7 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- One step on one room: read it, let everything expire that has, do what is asked, write it.
 -- KEYS[1]: the room. ARGV[1]: JSON {epoch, guarding_since, remembered_since, room_id, operations = [[name, arguments…]…]}.
+-- "epoch" names the data set. A guard that does not know yet that it is another one gets {"stale"}.
 -- The answer is JSON {now, listed = {alias → time}, aliases, results}. Times are text, because cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
@@ -23,11 +24,13 @@ local room = stored and cmsgpack.unpack(stored) or {
   unlimited_at = request.guarding_since, touched = now, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {},
   vacated = now, epoch = request.epoch,
 }
+if room.before == request.epoch then return cjson.encode({'stale'}) end
 Seats.open(room)
+if room.at and room.at > now + CLOCK_STEP then Seats.shift(now - room.at) end
 local ended = Seats.advance(now)  -- whether a request in flight has ended: somebody who waits may find a seat
 if room.epoch ~= request.epoch then
   Seats.distrust(now)
-  room.epoch = request.epoch
+  room.before, room.epoch = room.epoch, request.epoch
 end
 
 local function has_ended() return not Seats.is_occupied(now) and now - room.vacated >= CALL_ENDED_AFTER end
@@ -101,7 +104,8 @@ function Writing.apply_listing(alias, present, limit, since, ttl)
       room.started = true  -- the call is older than our memory of it, and somebody must have started it
     end
   end
-  Seats.apply_listing(now, alias, arrivals, given(limit), since)
+  -- a guard that has not noticed that this clock was set back would name a time to come
+  Seats.apply_listing(now, alias, arrivals, given(limit), math.min(since, now))
   Seats.forget_old(now, ttl, LISTING_KEPT)
   return true
 end
@@ -151,6 +155,7 @@ end
 
 if writes then
   if has_ended() then room.started = nil end
+  room.at = now
   if room.waited_until and room.waited_until <= now then room.waited_until = nil end
   local kept = Seats.is_idle(now) and IDLE_ROOM or OCCUPIED_ROOM
   redis.call('SET', KEYS[1], cmsgpack.pack(Seats.close()), 'EX', kept)

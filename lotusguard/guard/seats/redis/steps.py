@@ -12,13 +12,18 @@ from attrs import define, field, frozen
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.failures import DependencyFailed
-from lotusguard.clients.redis.client import RedisClient
+from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient
+from lotusguard.clients.waiting import gather
+from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.clock import ServerClock
 from lotusguard.guard.seats.redis.scripts import STEP, room_key
 
 Operation = Sequence[Any]
 """The name of an operation of ``step.lua``, and its arguments."""
 ROOMS_NOTED = 20_000
+ATTEMPTS = 3
+STALE, DATA_LOST = "stale", "data_lost"
+"""Reasons: another guard has seen a newer data set; the data set was lost while the step was made."""
 
 
 @frozen
@@ -45,8 +50,9 @@ class RoomSteps:
     _redis: RedisClient
     _clock: IReactorTime
     _guarding_since: float
+    _rebuilding: Rebuilding
     clock: ServerClock = field(init=False, factory=ServerClock)
-    _epoch: str = field(init=False, default="")
+    _data_set: str = field(init=False, default="")
     _remembered_since: float = field(init=False)
     _listed: OrderedDict[str, Listed] = field(init=False, factory=OrderedDict)
     _first: OrderedDict[str, list[Operation]] = field(init=False, factory=OrderedDict)
@@ -54,13 +60,17 @@ class RoomSteps:
     def __attrs_post_init__(self) -> None:
         self._remembered_since = self._guarding_since
 
-    def forget(self) -> None:
-        """The server may be another one, or have another data set. Calls may be older than what it remembers."""
+    def forget_time(self) -> None:
+        """The server may be another one, with another clock."""
         self.clock.reset()
         self._listed.clear()
-        if self._epoch and self._epoch != self._redis.epoch:
+
+    def forget(self) -> None:
+        """The data set is another one. Calls may be older than what it remembers."""
+        self._listed.clear()
+        if self._data_set:
             self._remembered_since = self._clock.seconds()
-        self._epoch = self._redis.epoch
+        self._data_set = self._rebuilding.data_set
 
     def first(self, room_id: str, operation: Operation) -> None:
         """Do this at the beginning of the next step on a room. It saves a script of its own."""
@@ -68,35 +78,56 @@ class RoomSteps:
         while len(self._first) > ROOMS_NOTED:
             self._first.popitem(last=False)
 
-    async def run(self, room_id: str, *operations: Operation) -> list[Any]:
+    async def run(self, room_id: str, *operations: Operation, certain: bool = False) -> list[Any]:
         """If the connection is lost, the step is made again: the answer may have been lost after the script ran. So the
         same operations must have the same results.
 
+        :param certain: fail with `DATA_LOST` if the data set was deleted before the step.
         :return: the operations' results. :raises DependencyFailed: Redis gives no usable answer.
         """
         before = self._first.pop(room_id, [])
-        try:
-            results = await self._once(room_id, [*before, *operations])
-        except DependencyFailed as failed:
-            if failed.reason != "connection_lost":
-                raise
-            await self._redis.connected_again()
-            results = await self._once(room_id, [*before, *operations])
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                results = await self._once(room_id, [*before, *operations], certain)
+                break
+            except DependencyFailed as failed:
+                if not left:
+                    raise
+                if failed.reason == "connection_lost":
+                    await self._redis.connected_again()
+                elif failed.reason == NO_SCRIPT:
+                    await self._redis.load(STEP)
+                elif failed.reason == STALE:
+                    await self._rebuilding.look_again()
+                else:
+                    raise
         return results[len(before) :]
 
-    async def _once(self, room_id: str, operations: list[Operation]) -> list[Any]:
+    async def _once(self, room_id: str, operations: list[Operation], certain: bool) -> list[Any]:
+        data_set = await self._rebuilding.named()
         await self.know_time()
         request = {
-            "epoch": self._redis.epoch,
+            "epoch": data_set,
             "guarding_since": self.clock.to_server(self._guarding_since),
             "remembered_since": self.clock.to_server(self._remembered_since),
             "room_id": room_id,
             "operations": operations,
         }
         sent = self._clock.seconds()
-        answer = await self._redis.run(STEP, [room_key(room_id)], json.dumps(request))
+        asked = self._redis.run_loaded(STEP, [room_key(room_id)], json.dumps(request))
+        if certain:  # both are sent at once, and answered in this order
+            answer, still = await gather((asked, self._rebuilding.still(data_set)))
+            if not still:
+                raise DependencyFailed("redis", DATA_LOST)
+        else:
+            answer = await asked
+        return self._read(room_id, answer, sent)
+
+    def _read(self, room_id: str, answer: Any, sent: float) -> list[Any]:
         try:
             now, listed, aliases, results = json.loads(answer)
+            if now == STALE:
+                raise DependencyFailed("redis", STALE)
             self.clock.learn(float(now), sent, self._clock.seconds())
             self._note(room_id, {alias: float(since) for alias, since in dict(listed).items()}, tuple(aliases))
             return list(results)
