@@ -48,6 +48,7 @@ class RedisClient:
     """Talks to one server over two connections: one for commands, one for what is published.
 
     :param on_server: called with every new connection before anybody uses it.
+    :ivar on_messages: called when messages come again after a time in which they were lost.
     :ivar epoch: names the server's data set; see `ServerInfo`.
     """
 
@@ -57,12 +58,14 @@ class RedisClient:
     timeout: float = field(default=CALL_TIMEOUT, kw_only=True)
     epoch: str = field(init=False, default="")
     on_server: list[Callable[[ServerInfo], None]] = field(init=False, factory=list)
+    on_messages: list[Callable[[], None]] = field(init=False, factory=list)
     breaker: CircuitBreaker = field(init=False, factory=CircuitBreaker)
     _prober: Prober = field(init=False, repr=False)
     _commands: Link[CommandProtocol] = field(init=False, repr=False)
     _messages: Link[SubscriberProtocol] = field(init=False, repr=False)
     _listeners: dict[str, Listener] = field(init=False, factory=dict)
     _waiting: int = field(init=False, default=0)
+    _subscribed: bool = field(init=False, default=False)
     _seconds: Histogram = field(init=False, repr=False)
     _outcomes: dict[str, Counter] = field(init=False, repr=False)
 
@@ -110,6 +113,10 @@ class RedisClient:
         protocol.on_message = self._message
         if self._listeners:
             await protocol.subscribe(list(self._listeners))
+        if self._subscribed:
+            for told in self.on_messages:
+                told()
+        self._subscribed = True
 
     # -- messages ----------------------------------------------------------------------------------------
 

@@ -62,6 +62,10 @@ class FailoverSeatBook:
         """Whether this guard decides alone."""
         return self._alone is not None
 
+    @property
+    def is_remote(self) -> bool:
+        return self._alone is None
+
     # -- joins -------------------------------------------------------------------------------------------
 
     async def take(

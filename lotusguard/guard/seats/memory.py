@@ -55,6 +55,7 @@ class MemorySeatBook:
     _seat_ttl: float
     _guarding_since: float
     unshared: bool = field(default=False, init=False)
+    is_remote: bool = field(default=False, init=False)
     _rooms: dict[str, _Room] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -58,7 +58,7 @@ class Sharing:
 
         book = FailoverSeatBook(redis, shared, alone, own, reactor, wall, seat_ttl)
         rebuilding.give_back = book.give_back
-        return cls(guard, redis, book, shared, rebuilding, RoomLeases(redis, guard))
+        return cls(guard, redis, book, shared, rebuilding, RoomLeases(redis, guard, reactor))
 
     def registry(self, own: MemoryTokenRegistry, clock: IReactorTime) -> RedisTokenRegistry:
         """The shared registry. :param own: becomes this guard's cache."""

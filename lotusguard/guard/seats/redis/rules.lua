@@ -335,6 +335,13 @@ local function by_precedence(present)
   return sorted
 end
 
+-- Tokens that were issued while the roster was unknown get the seats that are free, first come first served.
+function Seats.seat_failed_open(now, limit)
+  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
+    if owns_seat(hold.user) or owners_besides(hold.user) < limit then move(hold, 'seat', now) end
+  end
+end
+
 function Seats.apply_listing(now, alias, present, limit, since)
   local listed = room.listed[alias]
   if listed and since < listed then return end  -- a later listing overtook it
@@ -357,11 +364,7 @@ function Seats.apply_listing(now, alias, present, limit, since)
   for _, hold in ipairs(holds_where(function(hold)
     return TABLE[hold.state].unconfirmed and (hold.alias == alias or hold.alias == '') and hold.expires <= since
   end)) do move(hold, 'confirm', now) end
-  if limit then
-    for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
-      if owns_seat(hold.user) or owners_besides(hold.user) < limit then move(hold, 'seat', now) end
-    end
-  end
+  if limit then Seats.seat_failed_open(now, limit) end
   forget_ended(now)
 end
 

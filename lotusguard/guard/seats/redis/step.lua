@@ -37,10 +37,27 @@ local function has_ended() return not Seats.is_occupied(now) and now - room.vaca
 
 local Writing = {}
 
+-- All that is asked before somebody is refused: a further step for each question would cost more.
+local function full()
+  local seated, unseated, owners, strangers = {}, {}, {}, {}
+  for _, name in ipairs(Seats.occupants(now)) do
+    local list = Seats.owns_seat(now, name) and seated or unseated
+    list[#list + 1] = name
+  end
+  for _, name in ipairs(Seats.awaited(now)) do owners[#owners + 1] = name end
+  for _, hold in ipairs(Seats.sessions(now)) do
+    if string.sub(hold.user, 1, 1) ~= '@' then strangers[#strangers + 1] = hold.identity end
+  end
+  return {text(Seats.listing_required_since(now)), seated, unseated, owners, strangers}
+end
+
+-- The answer is a list: the refusal, or '', and for a room that is full what full() tells.
 function Writing.take(hold_id, user, limit, alias, exempt, slots, lease)
+  -- a guard that was alone has issued tokens: they come before somebody new
+  if given(limit) and next(room.listed) then Seats.seat_failed_open(now, limit) end
   local refusal = Seats.take(now, hold_id, user, given(limit), alias, exempt, given(slots), now + lease)
   if refusal == 'seat_pending' then room.waited_until = now + WAIT_LONGEST end
-  return refusal or ''
+  return {refusal or '', refusal == 'full' and full() or false}
 end
 
 function Writing.issue(hold_id, user, alias, identity, device, ttl)
@@ -67,6 +84,7 @@ function Writing.renew(hold_ids, lease) return Seats.renew(now, hold_ids, now + 
 -- A hold that its guard gives back. Without a seat it gets one at the next listing, if one is free.
 function Writing.restore(hold_id, user, alias, identity, expires, seated)
   if Seats.knows(alias, identity) or expires <= now then return false end
+  room.started = true  -- else no token had been issued
   if seated then
     Seats.restore(now, hold_id, user, alias, identity, false, expires)
   else
