@@ -16,13 +16,14 @@ from twisted.logger import Logger
 from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
 from lotusguard.clients.failures import CircuitOpen, DependencyFailed
 from lotusguard.clients.redis.link import NAME, CommandProtocol, Link, ServerInfo, SubscriberProtocol, reason_of
+from lotusguard.clients.redis.patience import with_timeout
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import RedisAddress
 
 log = Logger()
 
 CALL_TIMEOUT = 1.0
-"""Seconds for one call. A script takes less than a millisecond; 0.3 s are a slow network."""
+"""Seconds without any answer. A script takes less than a millisecond; 0.3 s are a slow network."""
 RECONNECT_WAIT = 0.5
 """Seconds for which a call whose connection was lost waits for a new one."""
 NO_SCRIPT = "no_script"
@@ -183,7 +184,7 @@ class RedisClient:
         self._waiting += 1
         try:
             asked: Deferred[Any] = protocol.execute_command(*words)
-            answer = await asked.addTimeout(self.timeout, self._reactor)
+            answer = await with_timeout(asked, self.timeout, self._reactor, lambda: protocol.heard)
         except CancelledError:
             raise
         except Exception as error:

@@ -56,9 +56,16 @@ class _Events:
     """Mixed into txredisapi's protocols: authentication is ours, and the end of the connection is an event.
 
     :ivar untrusted: whether the connection ended because of the server's certificate.
+    :ivar heard: when anything was last received, on the reactor's clock.
     """
 
     untrusted = False
+    heard = 0.0
+    now: Callable[[], float]
+
+    def dataReceived(self, data: bytes, unpause: bool = False) -> None:
+        self.heard = self.now()
+        super().dataReceived(data, unpause)  # type: ignore[misc]
 
     def connectionMade(self) -> None:
         self._ready = True
@@ -216,7 +223,12 @@ class Link(Generic[P]):
         raise DependencyFailed(NAME, "no_master")
 
     def _open(self, protocol: type[Any], server: HostPort | None) -> Deferred[Any]:
-        factory = Factory.forProtocol(lambda: protocol(charset="utf-8", convertNumbers=False))
+        def build() -> Any:
+            made = protocol(charset="utf-8", convertNumbers=False)
+            made.now = self._reactor.seconds
+            return made
+
+        factory = Factory.forProtocol(build)
         factory.noisy = False
         return endpoint_for(self._reactor, self._address, server, CONNECT_TIMEOUT).connect(factory)
 
