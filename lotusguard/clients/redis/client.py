@@ -22,7 +22,7 @@ from lotusguard.rules.redis_address import RedisAddress
 
 log = Logger()
 
-CALL_TIMEOUT = 1.0
+CALL_TIMEOUT = 2.0
 """Seconds without any answer. A script takes less than a millisecond; 0.3 s are a slow network."""
 RECONNECT_WAIT = 0.5
 """Seconds for which a call whose connection was lost waits for a new one."""

@@ -37,12 +37,15 @@ class Caller:
 
     async def post(self, port: int, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         """:return: the status, 0 if the connection is lost, and the body."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                return await self._post(port, path, body, headers)
-        except (OSError, asyncio.IncompleteReadError, TimeoutError):
-            self._drop(port)
-            return 0, b""
+        for kept in (port in self._connections, False):
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    return await self._post(port, path, body, headers)
+            except (OSError, asyncio.IncompleteReadError, TimeoutError):
+                self._drop(port)
+                if not kept:  # else the guard may have closed it as unused
+                    break
+        return 0, b""
 
     async def _post(self, port: int, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         if port not in self._connections:

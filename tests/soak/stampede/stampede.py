@@ -55,9 +55,8 @@ class Stampede:
         ports = await World(self.sfu).start()
         self.valkey = Valkey(self.directory / "valkey")
         self.valkey.start()
-        told = environment(
-            ports, self.valkey.port, GUARD_SEAT_TTL=str(SEAT_TTL), GUARD_RECONCILE_INTERVAL=str(RECONCILE), **settings
-        )
+        own = {"GUARD_SEAT_TTL": str(SEAT_TTL), "GUARD_RECONCILE_INTERVAL": str(RECONCILE)}
+        told = environment(ports, self.valkey.port, **own | settings)
         for number in range(self.guards_count):
             self.guards.append(GuardUnderStampede(self.directory / f"guard{number + 1}", told))
         for guard in self.guards:
