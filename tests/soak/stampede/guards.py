@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,14 @@ class Valkey:
                     raise
             else:
                 self._server, self.port = server, server.port
+                self._prefer()
                 return
+
+    def _prefer(self) -> None:
+        """In operation Valkey does not wait for a core behind the guards, the callers and whatever else is tested here:
+        guards would take that for a Valkey that is gone."""
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, self.client.info("server")["process_id"], -10)
 
     def save(self) -> None:
         """Write what is there now: the next start reads it."""
