@@ -240,7 +240,7 @@ class Guard(MultiService):
                 lease.renew()
 
         async def keep_lobbies() -> None:
-            waiting.lobby.pass_time()
+            await waiting.lobby.pass_time()
             waiting.notices.pass_time()
 
         interval = self._settings.guard_reconcile_interval

@@ -47,6 +47,7 @@ class RedisClient:
     """Talks to one server over two connections: one for commands, one for what is published.
 
     :param on_server: called with every new connection before anybody uses it.
+    :ivar on_subscribed: called with every new subscription: messages may have been lost before.
     :ivar epoch: names the server's data set; see `ServerInfo`.
     """
 
@@ -56,6 +57,7 @@ class RedisClient:
     timeout: float = field(default=CALL_TIMEOUT, kw_only=True)
     epoch: str = field(init=False, default="")
     on_server: list[Callable[[ServerInfo], None]] = field(init=False, factory=list)
+    on_subscribed: list[Callable[[], None]] = field(init=False, factory=list)
     breaker: CircuitBreaker = field(init=False, factory=CircuitBreaker)
     _prober: Prober = field(init=False, repr=False)
     _commands: Link[CommandProtocol] = field(init=False, repr=False)
@@ -109,12 +111,18 @@ class RedisClient:
         protocol.on_message = self._message
         if self._listeners:
             await protocol.subscribe(list(self._listeners))
+        for told in self.on_subscribed:
+            told()
 
     # -- messages ----------------------------------------------------------------------------------------
 
     def listen(self, channel: str, listener: Listener) -> None:
         """Call ``listener`` with each message of a channel. It must be called before `start`. Messages may be lost."""
         self._listeners[channel] = listener
+
+    def subscribe_again(self) -> None:
+        """Make a new connection for messages: this one seems to lose them."""
+        self._messages.drop()
 
     async def publish(self, channel: str, message: str) -> None:
         """Send a message to all guards, this one included. :raises DependencyFailed: it was not sent."""

@@ -191,9 +191,13 @@ class MatrixClient:
         """Have the homeserver forget a room that the account has left."""
         await self._call("POST", f"{_room(room_id)}/forget", ok, {}, turn=room_id)
 
-    async def send(self, room_id: str, kind: str, content: Mapping[str, Any]) -> str:
-        """Send an event that is not state. :return: its event ID."""
-        return await self._put(room_id, f"send/{quote(kind, safe='')}/{token_hex(8)}", content)
+    async def send(self, room_id: str, kind: str, content: Mapping[str, Any], transaction: str = "") -> str:
+        """Send an event that is not state. :return: its event ID.
+
+        :param transaction: names it. The homeserver takes the same name for the same event, and sends it once.
+        """
+        name = quote(transaction or token_hex(8), safe="")
+        return await self._put(room_id, f"send/{quote(kind, safe='')}/{name}", content)
 
     async def redact(self, room_id: str, event_id: str) -> str:
         """Redact an event. :return: the ID of the redaction."""
