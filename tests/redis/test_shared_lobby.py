@@ -228,8 +228,8 @@ async def test_a_guard_that_starts_learns_what_was_decided(url: str, room: str) 
         await first.lobby.remove(room, BOB, "")
         await first.lobby.ask(room, CAROL)
         async with lobbies(url, 1) as (started,):
-            assert started.lobby.state_of(room, BOB) is S.REMOVED
-            assert started.lobby.waiting_in(room) == [CAROL]
+            await started.knows(room, S.REMOVED)
+            await started.knows(room, S.WAITING, CAROL)
 
 
 @pytest_twisted.ensureDeferred
@@ -331,7 +331,7 @@ async def test_all_entries_are_read_in_pages(url: str, room: str) -> None:
         asked = [Deferred.fromCoroutine(first.lobby.let_in(name, BOB)) for name in rooms]
         await gatherResults(asked)
         async with lobbies(url, 1) as (started,):
-            assert {started.lobby.state_of(name, BOB) for name in rooms} == {S.ACCEPTED}
+            await until(lambda: {started.lobby.state_of(name, BOB) for name in rooms} == {S.ACCEPTED})
 
 
 @pytest_twisted.ensureDeferred
