@@ -234,7 +234,7 @@ def rooms(
 ) -> Rooms:
     invites = Invites(settings.guard_invites) if settings.guard_invites is not None else None
     account = GuardAccount(clients.homeserver, clients.matrix, invites)
-    residence = Residence(state.store, reactor, wall, metrics)
+    residence = Residence(state.store if state.sharing is None else state.sharing.turns, reactor, wall, metrics)
     sources = RoomSources(clients.homeserver, clients.matrix, residence, account)
     policies = Policies(
         sources, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
@@ -270,7 +270,11 @@ def syncing(
         moderation, waiting, health.not_enforced, reactor, metrics,
     )  # fmt: skip
     events.commands = commands
-    return SyncService(clients.matrix, given.account, given.residence, events, invites, reactor), commands
+    in_turns = state.sharing is not None
+    service = SyncService(clients.matrix, given.account, given.residence, events, invites, reactor, in_turns=in_turns)
+    if state.sharing is not None:
+        state.sharing.turns.listener, state.sharing.turns.idle = service, commands.worker.idle
+    return service, commands
 
 
 def waiting(

@@ -119,15 +119,16 @@ class MatrixClient:
 
         return await self._call("GET", f"{_CLIENT}/devices", read, expected=(400, 401, 403, 404))
 
-    async def sync(self, user_id: str, since: str, room_filter: str) -> SyncAnswer:
+    async def sync(self, user_id: str, since: str, room_filter: str, *, wait: bool) -> SyncAnswer:
         """What is new. The first answer, without ``since``, tells the whole state of all rooms.
 
         It asks for no presence, and does not make the account appear online. It deletes the to-device messages of the
         account's device, which nothing prevents: never call it for an account that somebody else uses too.
 
+        :param wait: for something new, if there is nothing yet.
         :raises TokenUnknown: the homeserver does not know this ``since`` any more.
         """
-        query = {"filter": room_filter, "set_presence": "offline", "timeout": str(int(POLL * 1000)) if since else "0"}
+        query = {"filter": room_filter, "set_presence": "offline", "timeout": str(int(POLL * 1000)) if wait else "0"}
         if since:
             query["since"] = since
 

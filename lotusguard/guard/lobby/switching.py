@@ -46,7 +46,7 @@ class Seen(Enum):
 
 
 _IS_ON = (Seen.ON, Seen.ON_FROM_THE_START)
-_ENDS_WAITING = (Seen.OFF, Seen.UNDECIDABLE, Seen.UNDECIDABLE_AND_UNKNOWN)
+_UNDECIDABLE = (Seen.UNDECIDABLE, Seen.UNDECIDABLE_AND_UNKNOWN)
 
 
 @define(eq=False)
@@ -80,7 +80,7 @@ class LobbySwitch:
         if seen is Seen.ON and before is not Seen.ON:
             for user in await self._seats.occupants(room_id):
                 await self._lobby.let_in(room_id, user)
-        elif seen in _ENDS_WAITING and seen is not before:  # if it was so before, another guard may know better
+        elif seen in _UNDECIDABLE or (seen is Seen.OFF and before is not seen):  # later another guard may know better
             await self._lobby.switched_off(room_id)
         if seen is Seen.UNDECIDABLE and before is not seen:
             log.warn(
