@@ -102,7 +102,9 @@ class RoomModel:
 
     # -- the operations of step.lua ----------------------------------------------------------------------
 
-    def _take(self, now: float, hold_id: str, user: str, limit: Any, alias: str, exempt: bool, slots: Any, lease: float) -> None:  # noqa: E501
+    def _take(
+        self, now: float, hold_id: str, user: str, limit: Any, alias: str, exempt: bool, slots: Any, lease: float
+    ) -> None:
         seats = self._now.seats
         if limit is not None:
             seats.seat_failed_open(limit)
@@ -119,7 +121,9 @@ class RoomModel:
             self._issue_without_seat(now, hold_id, user, alias, identity, device, ttl)
         seats.forget_old(now, ttl)
 
-    def _issue_without_seat(self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float) -> None:  # noqa: E501
+    def _issue_without_seat(
+        self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float
+    ) -> None:
         seats = self._now.seats
         if not any(hold.id == hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
             seats.issue_without_seat(hold_id, user, alias, identity, now, ttl)
@@ -131,9 +135,11 @@ class RoomModel:
         for hold_id in hold_ids:
             self._now.leases[hold_id] = now + lease
 
-    def _restore(self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool) -> None:  # noqa: E501
+    def _restore(
+        self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool
+    ) -> None:
         seats, key = self._now.seats, IdentityKey(alias, identity)
-        if seats.knows(key) or expires <= now:
+        if seats.find(key) is not None or expires <= now:
             return
         if seated:
             if all(hold.id != hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
@@ -147,7 +153,9 @@ class RoomModel:
     def _leave(self, now: float, alias: str, sid: str, identity: str, left_by: float, by_choice: bool) -> None:
         self._now.seats.leave(alias, sid, identity, now, left_by, by_choice=by_choice)
 
-    def _apply_listing(self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float, ttl: float) -> None:  # noqa: E501
+    def _apply_listing(
+        self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float, ttl: float
+    ) -> None:
         seats = self._now.seats
         seats.apply_listing(alias, [Arrival(*who) for who in present], limit, min(since, now), now)
         seats.forget_old(now, ttl)

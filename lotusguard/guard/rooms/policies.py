@@ -101,6 +101,7 @@ class Policies:
     _with_policy: LRUCache[str, _Entry] = field(init=False)
     _without_policy: LRUCache[str, _Entry] = field(init=False)
     _changed: LRUCache[str, float] = field(factory=lambda: LRUCache(20_000), init=False)
+    _all_changed: float = field(default=0.0, init=False)
     _failed: LRUCache[str, tuple[float, str]] = field(factory=lambda: LRUCache(20_000), init=False)
     _lookups: FreshLookups[str, _Entry] = field(init=False)
 
@@ -123,7 +124,8 @@ class Policies:
         if pushed is not None and pushed.live and since is None:
             self._metrics.cache_lookups.labels("policies", "hit").inc()
             return KnownPolicy(self._read_pushed(room_id, pushed).policy, Freshness.FRESH, room_exists=True)
-        needed = max(self._clock.seconds() - self.ttl, self._changed.get(room_id, 0.0), since or 0.0)
+        changed = max(self._changed.get(room_id, 0.0), self._all_changed)
+        needed = max(self._clock.seconds() - self.ttl, changed, since or 0.0)
         entry = self._entry(room_id)
         if entry is not None and entry.began >= needed:
             self._metrics.cache_lookups.labels("policies", "hit").inc()
@@ -159,6 +161,10 @@ class Policies:
         """
         self._changed[room_id] = self._clock.seconds()
         self._failed.pop(room_id, None)
+
+    def forget_all_freshness(self) -> None:
+        """Any policy may have changed unseen."""
+        self._all_changed = self._clock.seconds()
 
     def forget(self, room_id: str) -> None:
         """The room's state cannot be known any more: not even the last known policy holds."""
