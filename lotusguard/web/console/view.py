@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attrs import define, field, frozen
@@ -15,6 +15,7 @@ from lotusguard.guard.joins.history import Minute
 from lotusguard.guard.lobby import Waiting
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
+from lotusguard.web.console.names import RoomNames
 
 DECISIONS_SHOWN = 20
 REPORT_AGE = 10.0
@@ -23,9 +24,10 @@ REPORT_AGE = 10.0
 
 @frozen
 class RoomRow:
-    """One live call. :ivar limit: its seats, ``None`` for no limit."""
+    """One live call. :ivar name: the room's, "" if it is not known. :ivar limit: its seats, ``None`` for no limit."""
 
     room_id: str
+    name: str
     seats_taken: int
     limit: int | None
     present: Sequence[Presence]
@@ -43,6 +45,8 @@ class Overview:
     minutes: Sequence[Minute]
     began: Callable[[float], float]
     """turns a time on the guard's clock into seconds since the epoch"""
+    names: Mapping[str, str]
+    """names of rooms in which somebody waits, or about which something was decided"""
 
 
 @define(eq=False)
@@ -56,6 +60,7 @@ class ConsoleView:
     _clock: IReactorTime
     _wall: Callable[[], float]
     _waiting: Callable[[], Sequence[Waiting]]
+    names: RoomNames
     _report: dict[str, Any] = field(factory=dict, init=False)
     _reported_at: float | None = field(default=None, init=False)
 
@@ -66,9 +71,11 @@ class ConsoleView:
             self._reported_at = self._clock.seconds()
         rooms = sorted((self._row(s) for s in await self._seats.snapshots()), key=lambda row: -len(row.present))
         decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
+        waiting = self._waiting()
+        named = {*(one.room_id for one in waiting), *(decision.room_id or "" for decision in decisions)} - {""}
         return Overview(
-            self._report, rooms, self._waiting(), decisions, self._decision_log.history.last_hour(),
-            self._since_epoch,
+            self._report, rooms, waiting, decisions, self._decision_log.history.last_hour(),
+            self._since_epoch, {room_id: self.names.of(room_id) for room_id in named},
         )  # fmt: skip
 
     def _since_epoch(self, at: float) -> float:
@@ -89,4 +96,7 @@ class ConsoleView:
 
     def _row(self, snapshot: RoomSnapshot) -> RoomRow:
         policy = self._policies.last_known(snapshot.room_id)
-        return RoomRow(snapshot.room_id, snapshot.seats_taken, policy.max_users, snapshot.present, snapshot.awaited)
+        return RoomRow(
+            snapshot.room_id, self.names.of(snapshot.room_id), snapshot.seats_taken, policy.max_users,
+            snapshot.present, snapshot.awaited,
+        )  # fmt: skip

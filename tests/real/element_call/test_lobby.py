@@ -197,24 +197,21 @@ def test_people_wait_for_long_behind_nginx_and_caddy(
     services: Stack, guard_account: str, sites: Callable[[str], Site], open_page: OpenPage, tmp_path: Path
 ) -> None:
     run_resident_guard(services, guard_account)
-    users = members(services, "Bob", "Carol")
-    lobby = open_lobby(services, guard_account, users, first_moderates=False)
+    waiting = []
     with ExitStack() as running:
-        people = []
-        for user, snippet in zip(users, ("nginx.conf", "Caddyfile"), strict=True):
-            through = running.enter_context(running_proxy(services, snippet, tmp_path / snippet))
-            people.append(open_page(user, through=through))
-            joins(people[-1], sites(MODE).room_url(lobby.room_id))
-        waits(lobby, *people)
-        asked = [len(person.requests) for person in people]
-        people[0].page.wait_for_timeout(LONG)
-        waits(lobby, *people)
-        people[0].picture("lobby-waiting-nginx")
-        people[1].picture("lobby-waiting-caddy")
-        assert [len(person.requests) for person in people] == asked, "no request was cut off"
-        for person in people:
+        for user, snippet in zip(members(services, "Bob", "Carol"), ("nginx.conf", "Caddyfile"), strict=True):
+            lobby = open_lobby(services, guard_account, [user], first_moderates=False)
+            person = open_page(
+                user, through=running.enter_context(running_proxy(services, snippet, tmp_path / snippet))
+            )
+            joins(person, sites(MODE).room_url(lobby.room_id))
+            waits(lobby, person)
+            waiting.append((lobby, person, len(person.requests)))
+        waiting[0][1].page.wait_for_timeout(LONG)
+        for lobby, person, asked in waiting:
+            waits(lobby, person)
+            assert len(person.requests) == asked, "a request was cut off"
             lobby.react(asks_the_room(lobby, person), ADMIT)
-        in_the_call(lobby, *people)
-        people[1].picture("lobby-admitted-behind-proxies")
-        for person in people:
+            in_the_call(lobby, person)
             assert all(request.endswith(" 200") for request in person.asked())
+            assert {request.method for request in person.requests} == {"OPTIONS", "POST"}
