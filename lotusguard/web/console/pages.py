@@ -31,24 +31,20 @@ _GOOD = (Verdict.ALLOWED, Verdict.WAITING)
 
 def sign_in(fault: str = "") -> Tag:
     """The sign-in form. :param fault: why the last try failed."""
-    return document(
-        "Sign in",
-        tags.h2("Sign in"),
-        tags.p(fault, class_="fault", role="alert") if fault else "",
-        tags.form(
-            tags.label("Operators' token (GUARD_ADMIN_TOKEN)", for_="token"),
-            tags.input(type="password", name="token", id="token", autocomplete="current-password", required="required"),
-            tags.button("Sign in", type="submit"),
-            method="post",
-            action="/console/sign-in",
-        ),
-        signed_in=False,
+    form = tags.form(
+        tags.label("Operators' token (GUARD_ADMIN_TOKEN)", for_="token"),
+        tags.input(type="password", name="token", id="token", autocomplete="current-password", required="required"),
+        tags.button("Sign in", type="submit"),
+        method="post",
+        action="/console/sign-in",
     )
+    said = tags.p(fault, class_="fault", role="alert") if fault else ""
+    return document("Sign in", tags.section(tags.h2("Sign in"), said, form), signed_in=False)
 
 
 def message(title: str, text: str) -> Tag:
     """A page that says one thing."""
-    return document(title, tags.h2(title), tags.p(text), signed_in=True)
+    return document(title, tags.section(tags.h2(title), tags.p(text)), signed_in=True)
 
 
 def confirm(question: str, button: str, csrf: str, fields: dict[str, str], name: str) -> Tag:
@@ -56,14 +52,16 @@ def confirm(question: str, button: str, csrf: str, fields: dict[str, str], name:
     hidden = [tags.input(type="hidden", name=key, value=value) for key, value in {**fields, "csrf": csrf}.items()]
     return document(
         "Confirm",
-        tags.h2(question),
-        tags.p("Room: ", *room_label(fields["room_id"], name)),
-        tags.form(
-            *hidden,
-            tags.button(button, type="submit"),
-            tags.a("Cancel", href="/", class_="action"),
-            method="post",
-            action="/console/act",
+        tags.section(
+            tags.h2(question),
+            tags.p("Room: ", *room_label(fields["room_id"], name)),
+            tags.form(
+                *hidden,
+                tags.button(button, type="submit"),
+                tags.a("Cancel", href="/", class_="action"),
+                method="post",
+                action="/console/act",
+            ),
         ),
         signed_in=True,
     )
@@ -79,10 +77,15 @@ def live_part(shown: Overview) -> list[Any]:
     return [
         _health(shown.report),
         _lobby(shown),
-        _rooms(shown.rooms),
+        _rooms(shown.rooms, shown.calls),
         _charts(shown.minutes),
         _decisions(shown),
     ]
+
+
+def all_rooms(rooms: Sequence[RoomRow]) -> Tag:
+    """All live calls."""
+    return document("Live calls", _rooms(rooms, len(rooms)), signed_in=True)
 
 
 def room(row: RoomRow, rights: dict[str, list[str]]) -> Tag:
@@ -100,12 +103,17 @@ def room(row: RoomRow, rights: dict[str, list[str]]) -> Tag:
     ]
     return document(
         "Call",
-        tags.h2(row.name or "Call"),
-        tags.p(tags.code(row.room_id)),
-        tags.p(*seats(row.seats_taken, row.limit)),
-        tags.p(action(row.room_id, "", "refresh", "Read policy and members again")),
-        table("In the call", ("User", "Seat", "May publish", "Actions"), rows, "Nobody is in this call."),
-        tags.p(f"Have a token and have not arrived: {', '.join(row.awaited)}") if row.awaited else "",
+        tags.section(
+            tags.h2(row.name or "Call"),
+            tags.p(tags.code(row.room_id)),
+            tags.p("Seats: ", *seats(row.seats_taken, row.limit)),
+            tags.p(f"Have a token and have not arrived: {', '.join(row.awaited)}") if row.awaited else "",
+            tags.p(action(row.room_id, "", "refresh", "Read policy and members again")),
+        ),
+        tags.section(
+            tags.h2("In the call"),
+            table("In the call", ("User", "Seat", "May publish", "Actions"), rows, "Nobody is in this call."),
+        ),
         signed_in=True,
     )
 
@@ -149,16 +157,19 @@ def _lobby(shown: Overview) -> Tag | str:
     )
 
 
-def _rooms(rooms: Sequence[RoomRow]) -> Tag:
+def _rooms(rooms: Sequence[RoomRow], calls: int) -> Tag:
+    """:param calls: how many there are, these included."""
     rows = []
     for row in rooms:
         users = sorted({one.user for one in row.present})
         more = f" and {len(users) - SHOWN_NAMES} more" if len(users) > SHOWN_NAMES else ""
         people = (", ".join(users[:SHOWN_NAMES]) + more) or "nobody yet"
         rows.append(Row(room_link(row.room_id, row.name), (seats(row.seats_taken, row.limit), people)))
+    all_of_them = tags.p(tags.a(f"Show all {calls} calls", href="/console/rooms")) if calls > len(rooms) else ""
     return tags.section(
-        tags.h2(f"Live calls ({len(rooms)})"),
+        tags.h2(f"Live calls ({calls})"),
         table("Live calls", ("Room", "Seats", "In the call"), rows, "There are no calls."),
+        all_of_them,
     )
 
 

@@ -84,6 +84,12 @@ class Console:
         else:
             await _send(request, 200, pages.overview(await self._view.overview()))
 
+    @app.route("/rooms", methods=["GET"])
+    async def rooms(self, request: GuardRequest) -> None:
+        """All live calls."""
+        self._signed_in(request)
+        await _send(request, 200, pages.all_rooms(await self._view.rooms()))
+
     @app.route("/room", methods=["GET"])
     async def room(self, request: GuardRequest) -> None:
         """One call."""

@@ -18,6 +18,8 @@ from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
 from lotusguard.web.console.names import RoomNames
 
 DECISIONS_SHOWN = 20
+ROOMS_SHOWN = 50
+"""Calls on the front page, the largest first; another page has all of them."""
 REPORT_AGE = 10.0
 """Seconds for which a health report is shown again: making one asks every dependency."""
 
@@ -36,9 +38,10 @@ class RoomRow:
 
 @frozen
 class Overview:
-    """Everything on the front page."""
+    """Everything on the front page. :ivar calls: how many live calls there are."""
 
     report: dict[str, Any]
+    calls: int
     rooms: Sequence[RoomRow]
     waiting: Sequence[Waiting]
     decisions: Sequence[Decision]
@@ -69,17 +72,26 @@ class ConsoleView:
         if self._reported_at is None or now - self._reported_at >= REPORT_AGE:
             self._report = await self._health.report()
             self._reported_at = self._clock.seconds()
-        rooms = sorted((self._row(s) for s in await self._seats.snapshots()), key=lambda row: -len(row.present))
+        snapshots = await self._sorted()
+        rooms = [self._row(snapshot) for snapshot in snapshots[:ROOMS_SHOWN]]
         decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
         waiting = self._waiting()
         named = {*(one.room_id for one in waiting), *(decision.room_id or "" for decision in decisions)} - {""}
         return Overview(
-            self._report, rooms, waiting, decisions, self._decision_log.history.last_hour(),
+            self._report, len(snapshots), rooms, waiting, decisions, self._decision_log.history.last_hour(),
             self._since_epoch, {room_id: self.names.of(room_id) for room_id in named},
         )  # fmt: skip
 
     def _since_epoch(self, at: float) -> float:
         return self._wall() - (self._clock.seconds() - at)
+
+    async def rooms(self) -> list[RoomRow]:
+        """All live calls."""
+        return [self._row(snapshot) for snapshot in await self._sorted()]
+
+    async def _sorted(self) -> list[RoomSnapshot]:
+        """The largest calls first."""
+        return sorted(await self._seats.snapshots(), key=lambda snapshot: (-len(snapshot.present), snapshot.room_id))
 
     async def room(self, room_id: str) -> RoomRow | None:
         """One call; ``None`` if there is none."""
