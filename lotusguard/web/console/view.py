@@ -18,7 +18,7 @@ from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
 from lotusguard.web.console.names import RoomNames
 
 DECISIONS_SHOWN = 20
-ROOMS_SHOWN = 50
+ROOMS_SHOWN = 25
 """Calls on the front page, the largest first; another page has all of them."""
 REPORT_AGE = 10.0
 """Seconds for which a health report is shown again: making one asks every dependency."""

@@ -12,6 +12,7 @@ import pytest
 
 from lotusguard.web.held import PUBLIC_SILENCE
 from tests.proxies import PROXIES, Place, begun, free_port, is_listening, program_for
+from tests.real.element_call.calls import USUAL_MODE, in_mode
 from tests.real.element_call.conftest import OpenPage
 from tests.real.element_call.person import Person
 from tests.real.element_call.rooms import call_room, members
@@ -20,7 +21,6 @@ from tests.real.lobby import ADMIT, DENY, LobbyRoom, run_resident_guard
 from tests.real.processes import eventually
 from tests.real.stack import Stack
 
-MODE = "compatibility"
 LONG = 90_000.0
 """Milliseconds: longer than proxies wait for an answer by default, and than the guard stays silent."""
 SHORT = 5_000.0
@@ -59,7 +59,8 @@ def in_the_call(lobby: LobbyRoom, *people: Person) -> None:
     for person in people:
         person.sees_tiles(len(people))
         person.sees_moving_pictures(len(people))
-    assert len(lobby.stack.participants(lobby.room_id)) == len(people)
+    stack = lobby.stack
+    people[0].until(lambda: len(stack.participants(lobby.room_id)) == len(people), "one connection for each")
 
 
 def test_a_person_who_waits_is_admitted_by_a_reaction(
@@ -68,7 +69,7 @@ def test_a_person_who_waits_is_admitted_by_a_reaction(
     run_resident_guard(services, guard_account)
     users = members(services, "Alice", "Bob")
     lobby = open_lobby(services, guard_account, users)
-    url = sites(MODE).room_url(lobby.room_id)
+    url = sites(USUAL_MODE).room_url(lobby.room_id)
     alice, bob = (open_page(user) for user in users)
     joins(alice, url)
     alice.sees_tiles(1)
@@ -102,7 +103,7 @@ def test_a_person_who_is_denied_at_once_is_told_so(
     waits(lobby, bob)
     lobby.react(asks_the_room(lobby, bob), DENY)
     bob.is_refused("You were not admitted to this call.")
-    bob.picture(f"lobby-denied-{mode}")
+    bob.picture(in_mode("lobby-denied", mode))
     assert all(request.endswith(" 403") for request in bob.asked())
 
 
@@ -113,7 +114,7 @@ def test_a_person_who_is_denied_late_sees_an_error_without_the_reason(
     users = members(services, "Bob")
     lobby = open_lobby(services, guard_account, users, first_moderates=False)
     bob = open_page(users[0])
-    joins(bob, sites(MODE).room_url(lobby.room_id))
+    joins(bob, sites(USUAL_MODE).room_url(lobby.room_id))
     waits(lobby, bob)
     bob.page.wait_for_timeout(PUBLIC_SILENCE * 1000 + SHORT)
     lobby.react(asks_the_room(lobby, bob), DENY)
@@ -130,7 +131,7 @@ def test_a_person_whom_nobody_admits_is_told_so(
     users = members(services, "Bob")
     lobby = open_lobby(services, guard_account, users, first_moderates=False)
     bob = open_page(users[0])
-    joins(bob, sites(MODE).room_url(lobby.room_id))
+    joins(bob, sites(USUAL_MODE).room_url(lobby.room_id))
     bob.is_refused("Nobody admitted you in time.")
     bob.picture("lobby-unanswered")
 
@@ -143,7 +144,7 @@ def test_a_moderators_command_admits_everybody(
     lobby = open_lobby(services, guard_account, users, first_moderates=False)
     people = [open_page(user) for user in users]
     for person in people:
-        joins(person, sites(MODE).room_url(lobby.room_id))
+        joins(person, sites(USUAL_MODE).room_url(lobby.room_id))
     waits(lobby, *people)
     lobby.say(f"!call admit {users[0]}")
     in_the_call(lobby, people[0])
@@ -161,7 +162,7 @@ def test_a_person_waits_on_while_the_guard_is_restarted(
     users = members(services, "Bob")
     lobby = open_lobby(services, guard_account, users, first_moderates=False)
     bob = open_page(users[0])
-    joins(bob, sites(MODE).room_url(lobby.room_id))
+    joins(bob, sites(USUAL_MODE).room_url(lobby.room_id))
     waits(lobby, bob)
     notice = asks_the_room(lobby, bob)
     asked = len(bob.requests)
@@ -204,7 +205,7 @@ def test_people_wait_for_long_behind_nginx_and_caddy(
             person = open_page(
                 user, through=running.enter_context(running_proxy(services, snippet, tmp_path / snippet))
             )
-            joins(person, sites(MODE).room_url(lobby.room_id))
+            joins(person, sites(USUAL_MODE).room_url(lobby.room_id))
             waits(lobby, person)
             waiting.append((lobby, person, len(person.requests)))
         waiting[0][1].page.wait_for_timeout(LONG)
