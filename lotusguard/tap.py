@@ -26,6 +26,7 @@ from lotusguard.process import raise_file_limit, tune_garbage_collector, use_mon
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.names import RoomNames
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
 from lotusguard.web.console.view import ConsoleView
@@ -194,8 +195,9 @@ class Guard(MultiService):
         if has_operators:
             token = settings.guard_admin_token.get_secret_value()
             view = ConsoleView(
-                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting
-            )
+                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting,
+                RoomNames(rooms.sources, reactor),
+            )  # fmt: skip
             sessions = self._reloader.sessions = Sessions(token, reactor)
             operators = self._reloader.operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
