@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Any
 
-import treq
-from attrs import field, frozen
-from twisted.internet.defer import CancelledError, Deferred
+from attrs import define, field, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
@@ -21,6 +24,7 @@ __all__ = [
     "BodyTooLarge",
     "BytesBody",
     "FixedAgent",
+    "answer_of",
     "collected",
     "connection_pool",
     "fetch",
@@ -41,17 +45,24 @@ class Answer:
     body: bytes = field(repr=False)
 
 
-async def fetch(
+def fetch(
     agent: IAgent, method: bytes, target: bytes, headers: Headers, body: bytes | None = None, *, limit: int
-) -> Answer:
+) -> Deferred[Answer]:
     """Make one call and return the whole answer. Cancelled, it drops the connection.
 
+    A Deferred and no coroutine: each thing that a join awaits resumes all the coroutines around it.
+
     :param agent: takes request targets (`FixedAgent`).
-    :param limit: bytes that the body of the answer may have.
-    :raises BodyTooLarge: the body is longer; the connection is dropped.
+    :param limit: bytes that the body of the answer may have. Fails with `BodyTooLarge` if it is longer; the connection
+        is dropped.
     """
-    response = await agent.request(method, target, headers, None if body is None else BytesBody(body))
-    return Answer(response.code, response.headers, await collected(response, limit))
+    asked = agent.request(method, target, headers, None if body is None else BytesBody(body))
+    return asked.addCallback(answer_of, limit)
+
+
+def answer_of(response: IResponse, limit: int) -> Deferred[Answer]:
+    """The whole answer, for the head of one. See `fetch`."""
+    return collected(response, limit).addCallback(lambda body: Answer(response.code, response.headers, body))
 
 
 @implementer(IBodyProducer)
@@ -73,44 +84,49 @@ class BytesBody:
     def stopProducing(self) -> None: ...
 
 
-async def collected(response: IResponse, limit: int) -> bytes:
+def collected(response: IResponse, limit: int) -> Deferred[bytes]:
     """The whole body of a response. Cancelled, it drops the connection.
 
-    :raises BodyTooLarge: it is longer than ``limit`` bytes; the connection is dropped.
+    :param limit: bytes. Fails with `BodyTooLarge` if there are more; the connection is dropped.
     """
-    parts: list[bytes] = []
-    size = 0
-
-    def part(chunk: bytes) -> None:
-        nonlocal size
-        size += len(chunk)
-        if size > limit:
-            raise BodyTooLarge
-        parts.append(chunk)
-
-    abortable = _Abortable(response)
-    try:
-        await treq.collect(cast(IResponse, abortable), part)
-    except CancelledError:
-        abortable.abort()
-        raise
-    return b"".join(parts)
+    collector = _Collector(limit)
+    response.deliverBody(collector)
+    return collector.body
 
 
-class _Abortable:
-    """A response whose delivery can be aborted. treq would read a body that never ends for ever."""
+@define(slots=False, eq=False)
+class _Collector(Protocol):
+    """Like Twisted's ``readBody``, which has no limit.
 
-    def __init__(self, response: IResponse) -> None:
-        self._response = response
-        self.length = response.length
-        self._receiver: Any = None
+    :ivar body: fires with the whole body.
+    """
 
-    def deliverBody(self, receiver: Any) -> None:
-        self._receiver = receiver
-        self._response.deliverBody(receiver)
+    _limit: int
+    _parts: list[bytes] = field(init=False, factory=list)
+    body: Deferred[bytes] = field(init=False)
 
-    def abort(self) -> None:
-        transport = getattr(self._receiver, "transport", None)
+    def __attrs_post_init__(self) -> None:
+        self.body = Deferred(lambda _: self._abort())
+
+    def dataReceived(self, data: bytes) -> None:
+        self._limit -= len(data)
+        if self._limit >= 0:
+            self._parts.append(data)
+        elif not self.body.called:
+            self._parts.clear()
+            self._abort()
+            self.body.errback(BodyTooLarge())
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self.body.called:
+            return
+        if reason.check(ResponseDone, PotentialDataLoss):  # the latter: it ends with its connection, as in HTTP/1.0
+            self.body.callback(b"".join(self._parts))
+        else:
+            self.body.errback(reason)
+
+    def _abort(self) -> None:
+        transport: Any = self.transport
         if transport is not None:
             transport.loseConnection()
 
