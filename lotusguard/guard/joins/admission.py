@@ -166,7 +166,7 @@ class Admission:
             waited.request, waited.room_id, waited.decision, waited.log,
             Deadline(self._clock, now + self._lookup_timeout + self._upstream_timeout + SLACK),
             Deadline(self._clock, now + self._lookup_timeout), self._lookup_timeout, waited.dry_run, caller,
-            arrived=now,
+            arrived=now, not_before=now,
         )  # fmt: skip
         if caller.identified is Identified.PROVEN:
             join.user = caller.user
@@ -209,12 +209,14 @@ class Admission:
 
     async def _look_up_policy(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "policy"):
-            join.learn_policy(await self._policies.get(join.room_id, deadline))
+            join.learn_policy(await self._policies.get_anew(join.room_id, deadline, join.not_before))
 
     async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "membership"):
             if self._checks.asks_membership:
-                join.membership = await self._members.get(join.room_id, join.user, deadline)
+                join.membership = await self._members.get(
+                    join.room_id, join.user, deadline, not_before=join.not_before
+                )
 
     @contextmanager
     def _failing_open(self, join: Join, check: str) -> Iterator[None]:

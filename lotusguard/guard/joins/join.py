@@ -28,6 +28,8 @@ class Join:
     :ivar user: who asks, once that is proven; "" before.
     :ivar arrived: when the request arrived, or was decided anew after waiting in the lobby. No refusal rests on a
         lookup that began before.
+    :ivar not_before: after a wait, nothing that was looked up before this time counts, whatever it says. What is pushed
+        does.
     """
 
     request: TokenRequest
@@ -43,6 +45,7 @@ class Join:
     membership: KnownMembership | None = None
     user: str = ""
     arrived: float = field(default=Factory(lambda join: join.decision.began, takes_self=True), kw_only=True)
+    not_before: float = field(default=0.0, kw_only=True)
 
     @property
     def policy(self) -> Policy:

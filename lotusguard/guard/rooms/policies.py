@@ -116,6 +116,11 @@ class Policies:
             self._metrics.cache_limit.labels(name).set(cache.maxsize // ENTRY_SIZE)
             self._metrics.cache_entries.labels(name).set_function(cache.__len__)
 
+    async def get_anew(self, room_id: str, deadline: Deadline, since: float) -> KnownPolicy:
+        """The room's policy, as it is pushed now or looked up no earlier than ``since``. See `get`."""
+        pushed = self._pushed.state_of(room_id)
+        return await self.get(room_id, deadline, None if pushed is not None and pushed.live else since)
+
     async def get(self, room_id: str, deadline: Deadline, since: float | None = None) -> KnownPolicy:
         """The room's policy. Never fails, and never waits beyond the deadline.
 
