@@ -214,9 +214,7 @@ class Admission:
     async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "membership"):
             if self._checks.asks_membership:
-                join.membership = await self._members.get(
-                    join.room_id, join.user, deadline, not_before=join.not_before
-                )
+                join.membership = await self._members.get(join.room_id, join.user, deadline, not_before=join.not_before)
 
     @contextmanager
     def _failing_open(self, join: Join, check: str) -> Iterator[None]:

@@ -79,7 +79,8 @@ class Members:
     ) -> KnownMembership:  # fmt: skip
         """A user's membership. Never fails, and never waits beyond the deadline.
 
-        :param since: the lookup must have begun at this time or later. :param not_before: the same, unless it is pushed.
+        :param since: the lookup must have begun at this time or later.
+        :param not_before: the same, but a membership that is pushed counts too.
         :param max_age: seconds for which a membership is believed here, instead of the TTL.
         """
         if since is None and self._pushed.is_joined(room_id, user):
