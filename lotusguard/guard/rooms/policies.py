@@ -172,6 +172,11 @@ class Policies:
         """Whether anything is known about the room."""
         return room_id in self._with_policy or room_id in self._without_policy
 
+    def has_existed(self, room_id: str) -> bool:
+        """Whether the homeserver knew the room when it was last read."""
+        entry = self._entry(room_id)
+        return entry is not None and entry.room_exists
+
     def forget_freshness(self, room_id: str) -> None:
         """The policy has changed: an answer to an earlier lookup is not believed.
 
