@@ -100,6 +100,7 @@ class Link(Generic[P]):
 
     :param ready: prepares a new connection before anybody uses it; if it fails, the connection is closed.
     :param quiet: another link to the same server says in the log what happens to both.
+    :param logged: the faults that one of the server's links has logged since the last of them connected.
     :ivar protocol: the connection; ``None`` while there is none.
     :ivar fault: why there is none.
     """
@@ -109,6 +110,7 @@ class Link(Generic[P]):
     _ready: Callable[[P, ServerInfo], Awaitable[None]]
     _reactor: Any
     _quiet: bool = field(default=False, kw_only=True)
+    _logged: set[str] = field(factory=set, kw_only=True)
     protocol: P | None = field(init=False, default=None)
     fault: str = field(init=False, default=NOT_CONNECTED)
     _running: Deferred[None] | None = field(init=False, default=None)
@@ -152,6 +154,7 @@ class Link(Generic[P]):
                 self._failed(reason_of(error))
             else:
                 pause, self.protocol, self.fault = RETRY_FIRST, protocol, ""
+                self._logged.clear()
                 waiting, self._waiting = self._waiting, []
                 fire_all(waiting, None)
                 if not self._quiet:
@@ -165,7 +168,9 @@ class Link(Generic[P]):
             pause = min(2 * pause, RETRY_LAST)
 
     def _failed(self, reason: str) -> None:
-        if reason != self.fault and self._wanted and not (self._quiet and reason in _BOTH_LINKS):
+        unsaid = reason != self.fault and reason not in self._logged
+        if unsaid and self._wanted and not (self._quiet and reason in _BOTH_LINKS):
+            self._logged.add(reason)
             log.error(
                 "no connection to Redis at {server} for {what}: {reason}. {advice}",
                 what="messages" if self._quiet else "commands",
