@@ -29,6 +29,7 @@ FORBIDDEN, LIMITED, UNKNOWN = "M_FORBIDDEN", "M_LIMIT_EXCEEDED", "M_UNKNOWN"
         (JoinRefused(Refusal.FULL), 403, FORBIDDEN),
         (JoinRefused(Refusal.NOT_A_MEMBER), 403, FORBIDDEN),
         (JoinRefused(Refusal.HOMESERVER_NOT_ALLOWED), 403, FORBIDDEN),
+        (JoinRefused(Refusal.OTHER_SERVER), 401, "M_UNAUTHORIZED"),
         (JoinRefused(Refusal.JOIN_LEVEL), 403, FORBIDDEN),
         (JoinRefused(Refusal.NOT_STARTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.REMOVED), 403, FORBIDDEN),
