@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from tests.calls import ALICE, BOB, CAROL, counted, room_of
+from tests.calls import ALICE, BOB, CAROL, counted, old_token, room_of
 from tests.conftest import StartSandbox, until
 from tests.joins.helpers import ask, calls_of, content
 
@@ -141,3 +141,21 @@ async def test_a_crowd_before_the_call_has_started_is_refused_with_few_lookups(s
     answers = await gatherResults([ask(sandbox, BOB, room_id) for _ in range(200)])
     assert {answer.code for answer in answers} == {403}
     assert calls_of(sandbox, "ListParticipants") - listings < 20
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_user_who_names_many_rooms_delays_no_lookup_for_others(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=4)
+    full = room_of(sandbox, 1)
+    named = [sandbox.homeserver.create_room(joined=(CAROL,)) for _ in range(80)]
+    sandbox.livekit.connect(old_token(ALICE, full))
+    await sandbox.livekit.drained()
+    await sandbox.guard.enforcement.worker.idle()
+    sandbox.guard.policies.forget(full)
+    openid = sandbox.homeserver.openid_token(CAROL)
+    assert (await sandbox.ask_token(CAROL, named.pop(), openid_token=openid)).code == 200
+    sandbox.homeserver.faults["room_state"] = Fault.delay(0.4)
+    flooding = [ask(sandbox, CAROL, room_id, openid_token=openid) for room_id in named]
+    await until(lambda: sandbox.homeserver.asked["room_state"] > 20)
+    assert (await sandbox.ask_token(BOB, full)).code == 403
+    assert {answer.code for answer in await gatherResults(flooding)} == {200}

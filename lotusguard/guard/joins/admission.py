@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-from attrs import define
-from twisted.internet.defer import CancelledError
+from attrs import define, field
+from twisted.internet.defer import CancelledError, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.lk_jwt_service import UpstreamFailed
-from lotusguard.clients.waiting import Deadline, gather
+from lotusguard.clients.waiting import Deadline, FairSemaphore, QueueFull, gather
 from lotusguard.guard.joins.callers import Caller, Callers, Identified
 from lotusguard.guard.joins.checks import EntryChecks, MustWait
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Stage, Verdict
@@ -35,6 +35,9 @@ Forward = Callable[[bytes, float], Awaitable[Answer]]
 """Sends a body to upstream; the second argument is the time on the guard's clock by which it must have answered."""
 SLACK = 0.5
 """Seconds that a join may take beside lookups and upstream."""
+UNKNOWN_ROOMS_AT_ONCE, UNKNOWN_ROOMS_QUEUED = 8, 2048
+"""Rooms that are not in memory and are looked up at the same time, and joins that may wait for that. They are six calls
+each, and the homeserver gets 32 at once."""
 STALE_SHARE = 2 / 3
 """Part of the lookup timeout after which the last known policy serves; the rest is for the roster."""
 
@@ -63,6 +66,9 @@ class Admission:
     dry_run: bool
     _lobby: Lobby
     _longest_wait: float
+    _turns: FairSemaphore = field(
+        factory=lambda: FairSemaphore(UNKNOWN_ROOMS_AT_ONCE, UNKNOWN_ROOMS_QUEUED), init=False
+    )
 
     async def join(
         self, request: TokenRequest, request_id: str, forward: Forward, patience: Patience = SILENT
@@ -190,7 +196,7 @@ class Admission:
                     self._look_up_policy(join, deadline),
                 ))  # fmt: skip
             else:
-                await self._look_up_caller(join, join.lookups, self._look_up_room)
+                await self._look_up_caller(join, join.lookups, self._look_up_unknown_room)
 
     async def _look_up_caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
         """:param then: what is looked up once the caller is proven."""
@@ -199,6 +205,21 @@ class Admission:
             if caller.identified is Identified.PROVEN:
                 join.user = join.decision.user = caller.user
                 await then(join, deadline)
+
+    async def _look_up_unknown_room(self, join: Join, deadline: Deadline) -> None:
+        await gather((self._look_up_policy_in_turn(join, deadline), self._look_up_membership(join, deadline)))
+
+    async def _look_up_policy_in_turn(self, join: Join, deadline: Deadline) -> None:
+        """Users take turns: however many rooms one of them names, lookups for the others are not late."""
+        try:
+            await deadline.wait(self._turns.acquire(join.user))
+        except (QueueFull, TimeoutError):
+            join.unenforced("policy", "queue_full")
+            return
+        try:
+            await self._look_up_policy(join, deadline)
+        finally:
+            self._turns.release()
 
     async def _look_up_room(self, join: Join, deadline: Deadline) -> None:
         await gather((self._look_up_policy(join, deadline), self._look_up_membership(join, deadline)))
