@@ -98,6 +98,12 @@ def is_journal(stream: IO[str]) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"
 
 
+def write_error(text: str, stream: IO[str]) -> None:
+    """Write one line about an error before there is a log; in the journal it has that priority."""
+    prefix = f"<{PRIORITIES['error']}>" if is_journal(stream) else ""
+    stream.write(f"{prefix}{text}\n")
+
+
 def _with_priority(text: str, event: LogEvent) -> str:
     """The journal takes each line for an entry, so that each line of a traceback needs the prefix."""
     prefix = f"<{PRIORITIES[event.get('log_level', LogLevel.info).name]}>"

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import _HTTP11ClientFactory
 
 from lotusguard.log_limit import LINES_AT_ONCE
-from lotusguard.logs import is_journal, observer_for
+from lotusguard.logs import is_journal, observer_for, write_error
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, logged, room_of
@@ -232,3 +232,14 @@ def test_only_joins_that_failed_are_limited(verdict: str, limited: bool) -> None
 def test_the_same_failure_fills_no_disk() -> None:
     failed = {"log_failure": Failure(ValueError("no")), "log_format": "reading a token request failed"}
     assert len(written(*[(1.0, "log", failed)] * 200)) == LINES_AT_ONCE + 1
+
+
+def test_an_error_before_there_is_a_log_has_its_priority_in_the_journal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "stream").open("w", encoding="utf-8") as stream:
+        write_error("lotusguard: one", stream)
+        about = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{about.st_dev}:{about.st_ino}")
+        write_error("lotusguard: two", stream)
+    assert (tmp_path / "stream").read_text(encoding="utf-8") == "lotusguard: one\n<3>lotusguard: two\n"

@@ -16,7 +16,6 @@ from lotusguard.clients.http import Answer
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
-from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import room_alias
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.permissions import Lobby as LobbyPolicy
@@ -27,6 +26,7 @@ from tests.calls import ALICE, BOB, CAROL, old_token, room_of, seen_in
 from tests.conftest import StartSandbox, until
 from tests.guardprocess import ProcessSandbox
 from tests.lobby.test_joining import asking, lobby_room, moderate, waiting_in, waits
+from tests.lobby.voice import lobby_on
 from tests.running_calls.test_restore import at_rest
 
 ROOM = "!room:example.org"
@@ -46,7 +46,7 @@ class Call:
 
 
 def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby, LobbySwitch]:
-    lobby = Lobby(None, clock, clock.seconds, Metrics(), 600.0)
+    lobby = lobby_on(clock)
     stub: Any = call
     return lobby, LobbySwitch(lobby, stub, stub, stub, stub, stub, clock, lambda room_id: decidable, 1.5)
 
@@ -55,7 +55,7 @@ def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby
 async def test_people_are_accepted_until_the_call_has_been_empty_for_a_minute() -> None:
     clock, call = Clock(), Call()
     lobby, switch = switched(clock, call)
-    lobby.let_in(ROOM, BOB)
+    await lobby.let_in(ROOM, BOB)
     call.users = {BOB}
     for _ in range(60):
         clock.advance(2.0)
@@ -88,7 +88,7 @@ async def test_people_in_a_call_are_accepted_when_its_lobby_is_switched_on_but_n
 async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> None:
     lobby, switch = switched(Clock(), Call())
     await switch.is_on(ROOM, ON)
-    lobby.ask(ROOM, BOB)
+    await lobby.ask(ROOM, BOB)
     assert not await switch.is_on(ROOM, UNKNOWN)
     assert lobby.state_of(ROOM, BOB) is LobbyState.WAITING
 
@@ -97,7 +97,7 @@ async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> N
 async def test_nobody_waits_on_in_a_room_of_unknown_policy_where_nobody_could_admit_them() -> None:
     clock, call = Clock(), Call()
     lobby, switch = switched(clock, call, decidable=False)
-    lobby.ask(ROOM, BOB)
+    await lobby.ask(ROOM, BOB)
     assert not await switch.is_on(ROOM, UNKNOWN)
     assert lobby.state_of(ROOM, BOB) is None
 

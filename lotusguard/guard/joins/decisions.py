@@ -158,11 +158,12 @@ class DecisionLog:
             decision.reason = "internal_error"
         total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
         self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
+        waited = decision.stages.get(Stage.LOBBY.value, 0.0)
         for name, seconds in decision.stages.items():
-            self._metrics.observe_stage(name, seconds)
+            # An alert on slow joins must not fire because somebody waits for a moderator.
+            self._metrics.observe_stage(name, seconds - waited if name == Stage.TOTAL.value else seconds)
         if decision.verdict is Verdict.WAITING:
             return
-        waited = decision.stages.get(Stage.LOBBY.value, 0.0)
         self.decisions.append(decision)
         self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total - waited)
         self._keep(decision)

@@ -42,6 +42,7 @@ class MemorySeatBook:
     _seat_ttl: float
     _guarding_since: float
     unshared: bool = field(default=False, init=False)
+    is_remote: bool = field(default=False, init=False)
     _rooms: KeptRooms = field(init=False)
 
     def __attrs_post_init__(self) -> None:

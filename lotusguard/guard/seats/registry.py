@@ -86,6 +86,9 @@ class TokenRegistry(Protocol):
     async def entry(self, alias: str, identity: str) -> IdentityEntry | None:
         """What is known about an identity, or about the one it is made of (see `base_identities`)."""
 
+    async def read_ahead(self, alias: str, identities: Collection[str]) -> None:
+        """These identities are going to be asked about."""
+
     async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
         """The sources that are withheld from an identity from now on. An unknown identity stays unknown: nothing may
         be given to it anyway."""
@@ -204,6 +207,9 @@ class MemoryTokenRegistry:
                 self._identities.touch((alias, base))
                 return known.entry
         return None
+
+    async def read_ahead(self, alias: str, identities: Collection[str]) -> None:
+        """All are in memory."""
 
     async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
         entry = await self.entry(alias, identity)

@@ -90,6 +90,7 @@ class Roster:
         slot = await self._registry.slot_of(alias)
         participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
         if slot is not None:
+            await self._registry.read_ahead(alias, [participant.identity for participant in participants])
             present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
             await self._count_unissued(alias, present)
             # Whoever asks for a listing has read the policy. It is not read again: the homeserver may be slow.

@@ -359,6 +359,13 @@ local function by_age(present)
   return sorted
 end
 
+-- Tokens that were issued while the roster was unknown get the seats that are free, first come first served.
+function Seats.seat_failed_open(now, limit)
+  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
+    if owns_seat(hold.user) or total.owns_seat < limit then move(hold, 'seat', now) end
+  end
+end
+
 function Seats.apply_listing(now, alias, present, limit, since)
   local listed = room.listed[alias]
   if listed and since < listed then return end  -- a later listing overtook it
@@ -381,11 +388,7 @@ function Seats.apply_listing(now, alias, present, limit, since)
   for _, hold in ipairs(holds_where(function(hold)
     return TABLE[hold.state].unconfirmed and (hold.alias == alias or hold.alias == '') and hold.expires <= since
   end)) do move(hold, 'confirm', now) end
-  if limit then
-    for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
-      if owns_seat(hold.user) or total.owns_seat < limit then move(hold, 'seat', now) end
-    end
-  end
+  if limit then Seats.seat_failed_open(now, limit) end
   forget_ended(now)
 end
 
@@ -451,6 +454,21 @@ function Seats.distrust(now)
     move(hold, 'release', now)
   end
   room.listed = {}
+end
+
+-- The server's clock was set back: what was written before counts from the new time.
+function Seats.shift(by)
+  room.unlimited_at, room.touched, room.vacated = room.unlimited_at + by, room.touched + by, room.vacated + by
+  if room.waited_until then room.waited_until = room.waited_until + by end
+  for _, hold in ipairs(holds_where(function() return true end)) do
+    hold.began, hold.expires = hold.began + by, hold.expires + by
+    if hold.lease then hold.lease = hold.lease + by end
+  end
+  for alias, since in pairs(room.listed) do room.listed[alias] = since + by end
+  for at, ended in pairs(room.ended) do room.ended[at] = ended + by end
+  for _, chain in pairs(room.chains) do
+    chain.expires, chain.asked = chain.expires + by, chain.asked + by
+  end
 end
 
 -- How many requests in flight of a guard are renewed.

@@ -24,6 +24,8 @@ WAIT_LONGEST = 30.0
 """Seconds for which somebody may wait for a request in flight."""
 LISTING_KEPT = 60.0
 """Seconds for which the time of the last listing of an SFU room is kept although nobody is in it."""
+CLOCK_STEP = 0.5
+"""Seconds by which the server's clock may be behind the last step; it was set back if it is more."""
 
 _CONSTANTS = MappingProxyType(
     {
@@ -36,6 +38,7 @@ _CONSTANTS = MappingProxyType(
         "OCCUPIED_ROOM": OCCUPIED_ROOM,
         "WAIT_LONGEST": WAIT_LONGEST,
         "LISTING_KEPT": LISTING_KEPT,
+        "CLOCK_STEP": CLOCK_STEP,
         "WAKE_CHANNEL": WAKE_CHANNEL,
     }
 )
