@@ -29,6 +29,11 @@ def entry(user: str, state: LobbyState = LobbyState.ACCEPTED, expires: float = 1
     return LobbyEntry(f"id{next(_ids)}", user, state, 0.0, expires)
 
 
+def happen(book: LobbyBook, event: LobbyEvent, user: str, now: float = 0.0, room_id: str = ROOM) -> bool:
+    """:return: whether the event had an effect."""
+    return book.happen(event, room_id, user, f"id{next(_ids)}", now).applied
+
+
 def users(book: LobbyBook) -> list[str]:
     return sorted(entry.user for _, entry in book.entries())
 
@@ -37,8 +42,8 @@ def test_entries_of_an_earlier_run_are_restored_up_to_the_limit(small: LobbyBook
     for user in "abcd":
         small.restore(f"!{user}", entry(user))
     assert users(small) == ["a", "b", "c"]
-    assert small.decide("!a", "a", LobbyEvent.REMOVE, 0.0)
-    assert small.apply("!b", "b", LobbyEvent.LEAVE, 0.0)
+    assert happen(small, LobbyEvent.REMOVE, "a", room_id="!a")
+    assert happen(small, LobbyEvent.LEAVE, "b", room_id="!b")
     small.restore("!e", entry("e"))
     small.restore("!f", entry("f"))
     assert users(small) == ["a", "c", "e"]
@@ -48,19 +53,19 @@ def test_beyond_the_limit_the_entry_that_expires_first_is_dropped_unless_it_wait
     small.restore(ROOM, entry("late", expires=200.0))
     small.restore(ROOM, entry("waiting", LobbyState.WAITING, expires=3.0))
     small.restore(ROOM, entry("early", expires=100.0))
-    small.let_in(ROOM, "new", "id", 1.0)
+    happen(small, LobbyEvent.LET_IN, "new", 1.0)
     assert users(small) == ["late", "new", "waiting"]
     dropped = [change for change in small.take_changes() if change.after is None]
     assert [(change.entry.user, change.event) for change in dropped] == [("early", LobbyEvent.EXPIRE)]
-    small.remove(ROOM, "newer", "id", 1.0)
+    happen(small, LobbyEvent.LET_IN, "newer", 2.0)
     assert users(small) == ["new", "newer", "waiting"]
 
 
 def test_a_book_at_its_limit_has_room_after_an_entry_ended(small: LobbyBook) -> None:
     for user in "abc":
-        small.let_in(ROOM, user, "id", 0.0)
-    assert small.apply(ROOM, "a", LobbyEvent.LEAVE, 1.0)
-    small.let_in(ROOM, "d", "id", 1.0)
+        happen(small, LobbyEvent.LET_IN, user)
+    assert happen(small, LobbyEvent.LEAVE, "a", 1.0)
+    happen(small, LobbyEvent.LET_IN, "d", 1.0)
     assert users(small) == ["b", "c", "d"]
 
 
@@ -73,7 +78,7 @@ def test_as_many_wait_in_a_room_as_are_allowed(monkeypatch: pytest.MonkeyPatch) 
     assert book.waiting_in_all == WAITING_PER_ROOM + 1
     monkeypatch.setattr(lobby_book, "WAITING_IN_ALL", WAITING_PER_ROOM + 1)
     assert book.ask("!third", "one-more", "id", 0.0) is Refusal.LOBBY_FULL
-    book.apply(ROOM, "u0", LobbyEvent.LEAVE, 0.0)
+    happen(book, LobbyEvent.LEAVE, "u0")
     assert isinstance(book.ask(ROOM, "one-more", "id", 0.0), LobbyEntry)
 
 
@@ -116,31 +121,31 @@ def test_a_decision_keeps_the_beginning_of_a_state_that_stays() -> None:
     waiting = book.find(ROOM, "a", 2.0)
     assert waiting is not None
     assert (waiting.began, waiting.expires) == (0.0, 2.0 + TABLE[LobbyState.WAITING].lifetime)
-    assert book.decide(ROOM, "a", LobbyEvent.ADMIT, 3.0)
+    assert happen(book, LobbyEvent.ADMIT, "a", 3.0)
     assert (waiting.began, waiting.expires) == (3.0, 3.0 + TABLE[LobbyState.ACCEPTED].lifetime)
-    assert not book.decide(ROOM, "nobody", LobbyEvent.ADMIT, 3.0)
+    assert not happen(book, LobbyEvent.ADMIT, "nobody", 3.0)
 
 
 def test_removing_somebody_again_is_told_again_and_letting_in_twice_is_not() -> None:
     book = LobbyBook(LONGEST_WAIT)
     for _ in range(2):
-        assert book.let_in(ROOM, "a", "id", 0.0)
+        assert happen(book, LobbyEvent.LET_IN, "a")
     assert len(book.take_changes()) == 1
     for _ in range(2):
-        book.remove(ROOM, "a", "id", 0.0)
+        assert happen(book, LobbyEvent.REMOVE, "a")
     assert len(book.take_changes()) == 2
     assert book.has_removed(ROOM)
     assert not book.has_removed("!other")
     assert book.rooms_with(LobbyState.REMOVED) == [ROOM]
     assert book.rooms_with(LobbyState.ACCEPTED) == []
-    assert not book.let_in(ROOM, "a", "id", 0.0)
+    assert not happen(book, LobbyEvent.LET_IN, "a")
 
 
 def test_what_happens_to_a_room_happens_to_all_its_entries_and_to_no_others() -> None:
     book = LobbyBook(LONGEST_WAIT)
     for room_id, user in ((ROOM, "a"), (ROOM, "b"), ("!other", "c")):
-        book.let_in(room_id, user, "id", 0.0)
-    book.apply_to_room(ROOM, LobbyEvent.CALL_ENDED, 1.0)
+        happen(book, LobbyEvent.LET_IN, user, room_id=room_id)
+    book.happen_in_room(LobbyEvent.CALL_ENDED, ROOM, 1.0)
     assert users(book) == ["c"]
     book.pass_time(TABLE[LobbyState.ACCEPTED].lifetime)
     assert users(book) == []
