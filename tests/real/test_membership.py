@@ -13,7 +13,7 @@ from tests.real.timings import ban_holder_of_tokens, remove_publisher, session_l
 
 RECONNECTIONS = 10
 PATIENCE = 20.0
-"""Seconds that a removal may take on a busy machine. `benchmarks.real_stack` measures how long it takes on an idle one."""
+"""Seconds that a removal may take on a busy machine. `benchmarks.real_stack` measures it on an idle one."""
 
 
 @pytest.mark.parametrize("new", [False, True])

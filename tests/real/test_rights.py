@@ -10,7 +10,7 @@ from tests.real.stack import Stack, claims_in
 from tests.real.timings import SPEAKERS, demote, promote, silent_audience
 
 PATIENCE = 20.0
-"""Seconds that a change may take on a busy machine. `benchmarks.real_stack` measures how long it takes on an idle one."""
+"""Seconds that a change may take on a busy machine. `benchmarks.real_stack` measures it on an idle one."""
 
 
 @pytest.mark.parametrize("needed", [{}, {"camera": 100, "screen_share": 100}])
