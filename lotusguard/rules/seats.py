@@ -22,6 +22,7 @@ The life of a seat:
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 from attrs import define, frozen
 
@@ -122,16 +123,14 @@ TABLE: dict[HoldState, StateRules] = {
 }  # fmt: skip
 
 
-@frozen
-class Session:
+class Session(NamedTuple):
     """One connection to the SFU. ``sid`` is the SFU's name for it and never used again."""
 
     alias: str
     sid: str
 
 
-@frozen
-class IdentityKey:
+class IdentityKey(NamedTuple):
     """Somebody who was given a token for an SFU room, or was in it."""
 
     alias: str

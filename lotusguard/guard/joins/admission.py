@@ -180,10 +180,14 @@ class Admission:
         """Find out who asks and what the room wants, concurrently.
 
         For a room that is not in memory nothing is looked up before the caller is known. For one that is, a slow
-        homeserver leaves time to ask LiveKit.
+        homeserver leaves time to ask LiveKit. A policy that needs no lookup needs nothing done at once either.
         """
         with self._log.stage(join.decision, Stage.LOOKUP):
-            if self._policies.is_remembered(join.room_id):
+            known = self._policies.in_memory(join.room_id)
+            if known is not None:
+                join.learn_policy(known)
+                await self._look_up_caller(join, join.lookups, self._look_up_membership)
+            elif self._policies.is_remembered(join.room_id):
                 deadline = join.lookups.sooner(self._lookup_timeout * STALE_SHARE)
                 await gather((
                     self._look_up_caller(join, deadline, self._look_up_membership),
@@ -205,11 +209,7 @@ class Admission:
 
     async def _look_up_policy(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "policy"):
-            join.known = await self._policies.get(join.room_id, deadline)
-            if join.known.freshness is Freshness.UNKNOWN:
-                join.unenforced("policy", join.known.reason)
-            elif join.policy and join.decision.verdict is Verdict.ALLOWED:
-                join.decision.reason = "policy" if join.known.is_certain else "stale_policy"
+            join.learn_policy(await self._policies.get(join.room_id, deadline))
 
     async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "membership"):
