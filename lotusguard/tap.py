@@ -16,6 +16,8 @@ from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
 from lotusguard import wiring
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.livekit_link import LiveKitLink
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.health import Health
@@ -256,6 +258,8 @@ class Guard(MultiService):
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
+        link = LiveKitLink(self._reactor, self._settings.livekit_api, self.changes.livekit_returned, _not_looked)
+        link.setServiceParent(self)
         if sharing is not None:
             changes = self.changes
             sharing.leases.enforce = self.enforcement.enforce
@@ -332,6 +336,13 @@ class Guard(MultiService):
 
 def _report(failure: Failure) -> None:
     log.failure("a change that another guard announced could not be handled", failure)
+
+
+def _not_looked(failure: Failure) -> None:
+    if failure.check(DependencyFailed):
+        log.debug("LiveKit is back and does not answer yet: {reason}", reason=failure.getErrorMessage())
+    else:
+        log.failure("what LiveKit has lost could not be found", failure)
 
 
 def _endpoint(host: str, port: int) -> str:
