@@ -45,7 +45,7 @@ def homeserver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 async def residents(homeserver: Homeserver, start_sandbox: StartSandbox) -> AsyncIterator[Residents]:
     """A guard that hears of everything, or does not know it."""
     settings = {"synapse_api": homeserver.url, "guard_reconcile_interval": NEVER, **NO_LOOKUPS}
-    sandbox = await start_sandbox(**settings, guard_admin_token="", guard_invites="local")
+    sandbox = await start_sandbox(**settings, guard_admin_token="")
     yield await Residents.of(Guarded(homeserver, sandbox))
 
 
