@@ -85,6 +85,7 @@ class Synapse(Homeserver):
             "rc_login": {"address": plenty, "account": plenty, "failed_attempts": plenty},
             "rc_joins": {"local": plenty, "remote": plenty},
             "rc_room_creation": plenty,
+            "rc_invites": {"per_room": plenty, "per_user": plenty, "per_issuer": plenty},
             "rc_admin_redaction": plenty,
             "modules": [
                 {

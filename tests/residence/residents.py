@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from statistics import median
 from typing import Any
 
@@ -44,11 +45,22 @@ class Latency:
 class Residents:
     """A guard with an account of its own, and three users. Everything but the homeserver is the sandbox's."""
 
-    def __init__(self, guarded: Guarded, account: User, users: list[User]) -> None:
-        self.guarded, self.account = guarded, account
+    def __init__(self, guarded: Guarded, account: User | None, users: list[User]) -> None:
+        self.guarded, self._account = guarded, account
         self.homeserver: Homeserver = guarded.synapse
         self.sandbox: Sandbox = guarded.sandbox
         self.alice, self.bob, self.carol = users
+
+    @property
+    def account(self) -> User:
+        """The guard's."""
+        assert self._account is not None
+        return self._account
+
+    @classmethod
+    def looking_up(cls, guarded: Guarded, users: list[User]) -> Residents:
+        """A guard that is in no room, and reads all of them through the admin API."""
+        return cls(guarded, None, users)
 
     @classmethod
     async def of(cls, guarded: Guarded, **settings: object) -> Residents:
@@ -119,13 +131,21 @@ class Residents:
         await self.said(room_id, answer)
 
 
-async def latency_of(residents: Residents, room_id: str, participant: Participant, changes: int = 20) -> Latency:
+async def latency_of(
+    residents: Residents,
+    room_id: str,
+    participant: Participant,
+    changes: int = 20,
+    before_each: Callable[[], Awaitable[None]] | None = None,
+) -> Latency:
     """How long it takes from sending a state event until a screen share is revoked on the SFU."""
     seconds = []
     for _ in range(changes):
         await residents.put(room_id, QUALITY, {"allow_screenshare": True})
         await until(lambda: participant.grant.may_publish(SCREEN_SHARE), PATIENCE)
         participant.publish("SCREEN_SHARE")
+        if before_each is not None:
+            await before_each()
         began = reactor.seconds()
         await residents.put(room_id, QUALITY, {"allow_screenshare": False})
         await until(lambda: not published(participant), PATIENCE)
