@@ -27,6 +27,7 @@ from twisted.web.client import Agent
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.http import BytesBody
+from lotusguard.clients.nesting import parse_json
 
 SERVER_NAME = "real.test"
 START_WITHIN = 60.0
@@ -133,12 +134,21 @@ class Homeserver:
 
     async def ask(self, method: str, path: str, token: str = "", content: object = None) -> tuple[int, Any]:
         """Make one request. :return: the status and the JSON of the answer."""
+        body = None if content is None else json.dumps(content).encode()
+        code, answered = await self._exchange(method, path, token, body)
+        return code, parse_json(answered)
+
+    async def post_bytes(self, method: str, path: str, token: str, body: bytes) -> int:
+        """Make one request with any body. :return: the status."""
+        return (await self._exchange(method, path, token, body))[0]
+
+    async def _exchange(self, method: str, path: str, token: str, body: bytes | None) -> tuple[int, bytes]:
         if self._agent is None:
             self._agent = Agent(reactor, connectTimeout=5)
         headers = Headers({"Authorization": [f"Bearer {token}"]} if token else {})
-        body = None if content is None else BytesBody(json.dumps(content).encode())
-        answer = await self._agent.request(method.encode(), f"{self.url}{path}".encode(), headers, body)
-        return answer.code, json.loads(await treq.content(answer))
+        producer = None if body is None else BytesBody(body)
+        answer = await self._agent.request(method.encode(), f"{self.url}{path}".encode(), headers, producer)
+        return answer.code, await treq.content(answer)
 
     async def done(self, method: str, path: str, token: str = "", content: object = None) -> Any:
         """Make one request that must succeed. :return: the JSON of the answer."""

@@ -21,12 +21,14 @@ from tests.homeserver import Homeserver
 from tests.real.homeservers import MAKES
 from tests.residence.helpers import NEVER
 from tests.residence.residents import LIMIT, NO_LOOKUPS, PATIENCE, QUALITY, SCREEN_SHARE, Residents
-from tests.synapse import Guarded
+from tests.synapse import Guarded, Synapse
 
 SYNAPSE = "SYNAPSE"
 NAMED = [make for make in MAKES if os.environ.get(make)]
 ENCRYPTED = [{"type": "m.room.encryption", "state_key": "", "content": {"algorithm": "m.megolm.v1.aes-sha2"}}]
 MICROPHONE = 2
+DEEP = 5000
+"""Levels; more than Python's parser follows."""
 
 
 @pytest.fixture(scope="module", params=[SYNAPSE, *NAMED])
@@ -230,3 +232,14 @@ async def test_check_finds_nothing_wrong_with_the_homeserver(residents: Resident
     assert found["access token"].state == "warning", found
     assert "invited" in found["access token"].reason
     assert found["OpenID"].state == "fine", found
+
+
+@pytest_twisted.ensureDeferred
+async def test_deeply_nested_events_keep_nothing_from_being_heard(residents: Residents) -> None:
+    room_id = await residents.room()
+    deep = b'{"msgtype": "m.text", "body": "!call", "x": ' + b"[" * DEEP + b"]" * DEEP + b"}"
+    path = f"/_matrix/client/v3/rooms/{room_id}/send/m.room.message/deep"
+    code = await residents.homeserver.post_bytes("PUT", path, residents.bob.token, deep)
+    assert (code == 200) is not isinstance(residents.homeserver, Synapse)  # which refuses it
+    await residents.set_limit(room_id, 1)
+    await residents.command(room_id, "!call", "Limit: 1")
