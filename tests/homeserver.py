@@ -27,7 +27,7 @@ from twisted.web.client import Agent
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.http import BytesBody
-from lotusguard.clients.nesting import parse_json
+from lotusguard.clients.json_answers import parse_json
 
 SERVER_NAME = "real.test"
 START_WITHIN = 60.0

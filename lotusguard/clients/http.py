@@ -13,7 +13,7 @@ from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from lotusguard.clients.fixed_agent import IDLE_CONNECTIONS, FixedAgent, connection_pool
-from lotusguard.clients.nesting import parse_json
+from lotusguard.clients.json_answers import parse_json
 
 __all__ = [
     "IDLE_CONNECTIONS",

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from attrs import define, field
+from cachetools import LRUCache
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
@@ -32,8 +33,10 @@ USERS_NAMED = 20
 """Memberships that change in one answer and are passed on one by one; with more, the whole room is read again."""
 ROOMS_AT_ONCE = 4
 """Rooms whose members are read at the same time."""
-READ_AGAIN = 10.0
-"""Seconds after which a member list that could not be read is read again."""
+READ_AGAIN, READ_AGAIN_LATEST = 10.0, 600.0
+"""Seconds after which something that could not be read is read again: twice as many each time, up to the latter."""
+EVENTS_REMEMBERED = 10_000
+"""Commands and reactions. A homeserver that sends one twice has it done once."""
 OLDEST = 60.0
 """Seconds after which a command or a reaction is not answered any more: the guard was away."""
 CANNOT_READ = (
@@ -79,6 +82,9 @@ class RoomEvents:
     _due: dict[str, set[str]] = field(factory=dict, init=False)
     _left: set[str] = field(factory=set, init=False)
     _recent: dict[str, dict[str, bool]] = field(factory=dict, init=False)
+    _heard: LRUCache[str, None] = field(factory=lambda: LRUCache(EVENTS_REMEMBERED), init=False)
+    _pauses: dict[str, float] = field(factory=dict, init=False)
+    _waiting: set[str] = field(factory=set, init=False)
     _tellers: KeyedWorker = field(init=False)
     _readers: KeyedWorker = field(init=False)
     _being_read: set[str] = field(factory=set, init=False)
@@ -119,6 +125,7 @@ class RoomEvents:
         """The account is not in a room any more: it was removed, or it left."""
         log.info("no longer in {room_id}", room_id=room_id, event_name="room_left")
         self._recent.pop(room_id, None)
+        self._pauses.pop(room_id, None)
         self._left.add(room_id)
         self._pass_on(room_id, {""})
         self._start(self._client.forget(room_id))
@@ -128,6 +135,10 @@ class RoomEvents:
         for event in news.timeline:
             if event.sender == self._account.user_id or event.state_key is not None or event.age > OLDEST:
                 continue
+            if event.event_id in self._heard:
+                continue
+            if event.type == REACTION or is_command(event):
+                self._heard[event.event_id] = None
             if event.type == REACTION:
                 self._hear(room_id, event)
             elif is_command(event) and self.commands is not None:
@@ -175,20 +186,54 @@ class RoomEvents:
             members = await self._client.joined_members(room_id)
         except DependencyFailed as failed:
             log.debug("the members of {room_id} were not read: {reason}", room_id=room_id, reason=failed.reason)
-            self._start(self._read_members_later(room_id))
+            room.members_read(None)
+            too_large = failed.reason == "too_large"
+            pause = READ_AGAIN_LATEST if too_large else 2 * self._pauses.get(room_id, READ_AGAIN / 2)
+            self._read_members_later(room_id, min(pause, READ_AGAIN_LATEST))
         else:
-            self._residence.members_read(room_id, members)
+            self._pauses.pop(room_id, None)
+            if not self._residence.members_read(room_id, members):
+                self._read_members_later(room_id, READ_AGAIN_LATEST, len(members))
         finally:
             self._being_read.discard(room_id)
 
-    async def _read_members_later(self, room_id: str) -> None:
-        await deferLater(self._clock, READ_AGAIN)
-        self.read_members(room_id)
+    def _read_members_later(self, room_id: str, pause: float, count: int = 0) -> None:
+        """:param count: how many members the list has, if it did not fit."""
+        self._pauses[room_id] = pause
+        if room_id not in self._waiting:
+            self._waiting.add(room_id)
+            self._start(self._wait_to_read_members(room_id, count))
+
+    async def _wait_to_read_members(self, room_id: str, count: int) -> None:
+        try:
+            await deferLater(self._clock, self._pauses.get(room_id, READ_AGAIN))
+            while self._residence.is_resident(room_id) and not self._residence.has_room_for(count):
+                await deferLater(self._clock, READ_AGAIN_LATEST)
+        finally:
+            self._waiting.discard(room_id)
+        room = self._residence.room(room_id)
+        if room is not None and room.joined is None:
+            self._readers.run(room_id, urgent=False)
+
+    def read_missing_members(self) -> None:
+        """The homeserver answers again: read what could not be read."""
+        for room_id, pause in self._pauses.items():
+            if pause < READ_AGAIN_LATEST:
+                self._readers.run(room_id, urgent=False)
 
     async def _read_again(self, room_id: str, kind: str) -> None:
-        """A state event was redacted: read what is left of it."""
-        events = await self._client.room_state(room_id, (kind,))
-        self._residence.put_state(room_id, events.get(kind) or StateEvent(kind, {}))
+        """A state event was redacted: read what is left of it, unless a newer one is heard in between."""
+        pause = READ_AGAIN
+        while (room := self._residence.room(room_id)) is not None and (redacted := room.state.get(kind)) is not None:
+            try:
+                events = await self._client.room_state(room_id, (kind,))
+            except DependencyFailed:
+                await deferLater(self._clock, pause)
+                pause = min(READ_AGAIN_LATEST, 2 * pause)
+                continue
+            if room.state.get(kind) is redacted:
+                self._residence.put_state(room_id, events.get(kind) or StateEvent(kind, {}))
+            break
         self._pass_on(room_id, {""})
 
     async def _say_it_cannot_read(self, room_id: str) -> None:

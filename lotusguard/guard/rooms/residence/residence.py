@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import Protocol
 
@@ -24,7 +24,7 @@ log = Logger()
 ROOMS_KEPT = 2_000
 """Rooms beyond these are not resident: they are looked up like any other."""
 STATE_KEPT = 64 * 1024 * 1024
-"""Bytes of the state of all rooms; rooms that do not fit are not resident."""
+"""Bytes of the state of all rooms. If they are exceeded, the state of the largest rooms is looked up."""
 MEMBERS_KEPT = 500_000
 """User IDs of all rooms; in rooms that do not fit, memberships are looked up."""
 _SYNC, _ROOM, _INVITE = "sync", "room ", "invite "
@@ -139,14 +139,19 @@ class Residence:
 
     # -- what /sync says -----------------------------------------------------------------------------------
 
-    def apply(self, answer: SyncAnswer) -> tuple[dict[str, RoomChange], list[str]]:
-        """Take over an answer. :return: what changed in which rooms, and the rooms that the account is not in any more.
+    def apply(
+        self, answer: SyncAnswer, all_rooms: Collection[str] | None = None
+    ) -> tuple[dict[str, RoomChange], list[str]]:
+        """Take over an answer.
 
-        The first answer without a token before it names all rooms: others are not resident any more.
+        :param all_rooms: all rooms that the account is in, if that is known; others are not resident any more.
+        :return: what changed in which rooms, and the rooms that the account is not in any more.
         """
-        gone = [room_id for room_id in answer.left if room_id in self._rooms]
-        if not self.since:
-            gone += [room_id for room_id in self._rooms if room_id not in answer.joined]
+        gone = [
+            room_id
+            for room_id in self._rooms
+            if room_id in answer.left or (all_rooms is not None and room_id not in all_rooms)
+        ]
         for room_id in gone:
             self.drop(room_id)
         changes = {}
@@ -156,23 +161,33 @@ class Residence:
                 self._metrics.residence_overflow.labels("room").inc()
                 continue
             members, size = len(room.joined or ()), room.size
-            change = room.apply(news)
+            changes[room_id] = change = room.apply(news)
             self._rooms[room_id] = room
             self._members += len(room.joined or ()) - members
             self._size += room.size - size
             self.settle_invite(room_id)
-            if self._size > STATE_KEPT:
-                self.drop(room_id)
-                self._metrics.residence_overflow.labels("state").inc()
-                continue
-            changes[room_id] = change
             if change.state:
                 self._touch(_ROOM + room_id)
         for room_id in answer.left:
             self.settle_invite(room_id)
-        self.since = answer.since
-        self.status, self.reason, self._current_at = SyncStatus.ALIVE, "", self._clock.seconds()
+        self._keep_within_bounds()
         return changes, gone
+
+    def continue_from(self, since: str) -> None:
+        """Everything before this token is taken over: what is known is current."""
+        self.since = since
+        self.status, self.reason, self._current_at = SyncStatus.ALIVE, "", self._clock.seconds()
+
+    def _keep_within_bounds(self) -> None:
+        """Forget the state of the largest rooms, if all states are too large. These rooms are looked up from now on."""
+        while self._size > STATE_KEPT:
+            room_id = max(self._rooms, key=lambda each: self._rooms[each].size)
+            room = self._rooms[room_id]
+            self._size -= room.size
+            room.forget_state()
+            self._touch(_ROOM + room_id)
+            self._metrics.residence_overflow.labels("state").inc()
+            log.warn("the state of {room_id} is too large to be kept", room_id=room_id, event_name="state_too_large")
 
     def failing(self, reason: str) -> None:
         """The sync failed: what is known is not current from now on."""
@@ -212,17 +227,22 @@ class Residence:
             self._members -= len(room.joined)
             room.joined = None
 
-    def members_read(self, room_id: str, members: frozenset[str] | None) -> None:
-        """The members of a room were read; ``None`` if they could not be."""
+    def has_room_for(self, members: int) -> bool:
+        """Whether a list of so many members fits."""
+        return self._members + members <= MEMBERS_KEPT
+
+    def members_read(self, room_id: str, members: frozenset[str]) -> bool:
+        """The members of a room were read. :return: whether they fit; if not, they are looked up one by one."""
         room = self._rooms.get(room_id)
         if room is None:
-            return
+            return True
         before = len(room.joined or ())
-        if members is not None and self._members - before + len(members) > MEMBERS_KEPT:
+        fits = self.has_room_for(len(members) - before)
+        if not fits:
             self._metrics.residence_overflow.labels("members").inc()
-            members = None
-        room.members_read(members)
+        room.members_read(members if fits else None)
         self._members += len(room.joined or ()) - before
+        return fits
 
     # -- invitations ---------------------------------------------------------------------------------------
 

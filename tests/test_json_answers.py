@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON answers that are nested deeper than Python's parser follows."""
+"""JSON answers with what Python's parser refuses: deep nesting and long numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotusguard.clients.nesting import DEEPEST, parse_json
+from lotusguard.clients.json_answers import DEEPEST, parse_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -49,6 +49,12 @@ def test_only_what_is_nested_too_deeply_is_left_out(levels: int) -> None:
     assert (value["first"], value["last"]) == (['"[[{', 1], {"x": "]]\\"})
     assert depth_of(value["deep"]) == DEEPEST - 1
     assert json.loads(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize("deep", [b"1", nested(5_000)])
+def test_only_integers_that_are_too_long_are_left_out(deep: bytes) -> None:
+    value = parse_json(b'{"long": ' + b"7" * 5_000 + b', "short": -12, "deep": ' + deep + b"}")
+    assert (value["long"], value["short"]) == (None, -12)
 
 
 @pytest.mark.parametrize("text", [b"", b"[", b"[" * 5_000, b"[" * 5_000 + b"]" * 4_999, b'{"a": nul}', b"]" * 300])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of any depth, parsed without recursion errors.
+"""JSON answers, parsed whatever events are in them.
 
-Every member of a room can send an event that is nested deeper than Python's parser follows, and some homeservers pass
-it on. One such event must not make a whole answer unreadable.
+Every member of a room can send an event that is nested deeper, or has a longer number, than Python's parser accepts,
+and some homeservers pass it on. One such event must not make a whole answer unreadable.
 """
 
 from __future__ import annotations
@@ -13,20 +13,33 @@ from typing import Any
 
 DEEPEST = 100
 """Levels of an answer that are read; what is nested deeper is replaced by null. Events use about ten."""
+LONGEST_INTEGER = 400
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_json(text: bytes) -> Any:
-    """The value of a JSON text, without what is nested deeper than `DEEPEST`.
+    """The value of a JSON text. What is nested deeper than `DEEPEST` is null, and so is an integer of more than
+    `LONGEST_INTEGER` digits if Python refuses one.
 
     :raises ValueError: it is no JSON.
     """
     try:
-        value = json.loads(text)
+        value = _parse(text)
         too_deep = text.count(b"[") + text.count(b"{") > DEEPEST and _is_deeper(value)
     except RecursionError:
         too_deep = True
-    return json.loads(_pruned(text)) if too_deep else value
+    return _parse(_pruned(text)) if too_deep else value
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | None:
+    return int(digits) if len(digits) <= LONGEST_INTEGER else None
 
 
 def _is_deeper(value: Any) -> bool:
