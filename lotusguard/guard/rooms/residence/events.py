@@ -223,17 +223,19 @@ class RoomEvents:
 
     async def _read_again(self, room_id: str, kind: str) -> None:
         """A state event was redacted: read what is left of it, unless a newer one is heard in between."""
-        pause = READ_AGAIN
-        while (room := self._residence.room(room_id)) is not None and (redacted := room.state.get(kind)) is not None:
+        room, pause = self._residence.room(room_id), READ_AGAIN
+        redacted = room.state.get(kind) if room is not None else None
+        while room is not None and redacted is not None and room.state.get(kind) is redacted:
             try:
                 events = await self._client.room_state(room_id, (kind,))
             except DependencyFailed:
                 await deferLater(self._clock, pause)
                 pause = min(READ_AGAIN_LATEST, 2 * pause)
-                continue
-            if room.state.get(kind) is redacted:
-                self._residence.put_state(room_id, events.get(kind) or StateEvent(kind, {}))
-            break
+            else:
+                if room.state.get(kind) is redacted:
+                    self._residence.put_state(room_id, events.get(kind) or StateEvent(kind, {}))
+                break
+            room = self._residence.room(room_id)
         self._pass_on(room_id, {""})
 
     async def _say_it_cannot_read(self, room_id: str) -> None:
