@@ -28,6 +28,8 @@ ROOMS_WITHOUT_POLICY_KEPT = 8 * 1024 * 1024
 """Bytes of rooms without one. They are kept apart, so that a flood of made-up rooms forgets no policy."""
 FAILURE_REMEMBERED = 1.0
 """Seconds for which a failed lookup is not tried again for the same room."""
+MALFORMED_NAMED = 10
+"""Keys of a room's events that are named in the log, after each change: there may be thousands."""
 ENTRY_SIZE = 1024
 """Bytes that an entry costs beside its event contents."""
 
@@ -233,8 +235,10 @@ class Policies:
     def _tell(self, room_id: str, entry: _Entry, before: _Entry | None) -> None:
         """Log what changed."""
         known = before.malformed if before is not None else frozenset()
-        for wrong in sorted(entry.malformed - known):
+        malformed = sorted(entry.malformed - known)
+        for wrong in malformed:
             self._metrics.malformed_policies.labels(wrong.event_type).inc()
+        for wrong in malformed[:MALFORMED_NAMED]:
             log.warn(
                 "{room_id}: {event_type}: {key} cannot be used and is ignored",
                 room_id=room_id, event_type=wrong.event_type, key=wrong.key or "its content",
