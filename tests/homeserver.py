@@ -138,7 +138,7 @@ class Homeserver:
         code, answered = await self._exchange(method, path, token, body)
         return code, parse_json(answered)
 
-    async def post_bytes(self, method: str, path: str, token: str, body: bytes) -> int:
+    async def send_bytes(self, method: str, path: str, token: str, body: bytes) -> int:
         """Make one request with any body. :return: the status."""
         return (await self._exchange(method, path, token, body))[0]
 
@@ -188,6 +188,13 @@ class Homeserver:
         for member in members:
             await self.change_membership(member, room_id, "join")
         return room_id
+
+    async def upgrade(self, by: User, room_id: str, version: str) -> str:
+        """Upgrade a room. :return: the ID of the new one."""
+        new: str = (await self.done("POST", f"{_room(room_id)}/upgrade", by.token, {"new_version": version}))[
+            "replacement_room"
+        ]
+        return new
 
     async def state(self, by: User, room_id: str, kind: str) -> dict[str, Any]:
         """The content of the state event with the empty key."""

@@ -21,7 +21,7 @@ from tests.homeserver import Homeserver
 from tests.real.homeservers import MAKES
 from tests.residence.helpers import NEVER
 from tests.residence.residents import LIMIT, NO_LOOKUPS, PATIENCE, QUALITY, SCREEN_SHARE, Residents
-from tests.synapse import Guarded, Synapse
+from tests.synapse import Guarded
 
 SYNAPSE = "SYNAPSE"
 NAMED = [make for make in MAKES if os.environ.get(make)]
@@ -29,6 +29,8 @@ ENCRYPTED = [{"type": "m.room.encryption", "state_key": "", "content": {"algorit
 MICROPHONE = 2
 DEEP = 5000
 """Levels; more than Python's parser follows."""
+DIGITS = 5000
+"""More than Python accepts."""
 
 
 @pytest.fixture(scope="module", params=[SYNAPSE, *NAMED])
@@ -234,12 +236,41 @@ async def test_check_finds_nothing_wrong_with_the_homeserver(residents: Resident
     assert found["OpenID"].state == "fine", found
 
 
+@pytest.mark.parametrize(
+    ("value", "how"),
+    [(b"[" * DEEP + b"]" * DEEP, {}), (b"7" * DIGITS, {"room_version": "5"})],
+    ids=["deep", "long_number"],
+)
 @pytest_twisted.ensureDeferred
-async def test_deeply_nested_events_keep_nothing_from_being_heard(residents: Residents) -> None:
-    room_id = await residents.room()
-    deep = b'{"msgtype": "m.text", "body": "!call", "x": ' + b"[" * DEEP + b"]" * DEEP + b"}"
-    path = f"/_matrix/client/v3/rooms/{room_id}/send/m.room.message/deep"
-    code = await residents.homeserver.post_bytes("PUT", path, residents.bob.token, deep)
-    assert (code == 200) is not isinstance(residents.homeserver, Synapse)  # which refuses it
+async def test_events_that_python_cannot_parse_keep_nothing_from_being_heard(
+    residents: Residents, value: bytes, how: dict[str, Any]
+) -> None:
+    room_id = await residents.room(**how)
+    message = b'{"msgtype": "m.text", "body": "hello", "x": ' + value + b"}"
+    path = f"/_matrix/client/v3/rooms/{room_id}/send/m.room.message/odd"
+    code = await residents.homeserver.send_bytes("PUT", path, residents.bob.token, message)
+    assert code in (200, 400)  # Dendrite passes on what is deep
     await residents.set_limit(room_id, 1)
     await residents.command(room_id, "!call", "Limit: 1")
+
+
+@pytest_twisted.ensureDeferred
+async def test_new_room_after_an_upgrade_is_enforced_once_the_guard_is_invited(residents: Residents) -> None:
+    old = await residents.room(room_version="10")
+    await residents.set_limit(old, 1)
+    new = await residents.homeserver.upgrade(residents.alice, old, "11")
+    for user in (residents.bob, residents.carol):
+        await residents.homeserver.change_membership(user, new, "join")
+    assert not residents.sandbox.guard.residence.is_resident(new)
+    await residents.invite(new)
+    await residents.set_limit(new, 1)  # upgrading copies no settings of calls
+    for room_id in (old, new):
+        await residents.guarded.enter(residents.bob, room_id)
+        with pytest.raises(Refused, match="full"):
+            await residents.guarded.enter(residents.carol, room_id)
+
+
+@pytest_twisted.ensureDeferred
+async def test_place_in_the_stream_that_the_homeserver_does_not_know_is_refused(residents: Residents) -> None:
+    code, _ = await residents.homeserver.ask("GET", "/_matrix/client/v3/sync?since=unknown", residents.account.token)
+    assert code in (400, 404)  # what leads to a full sync

@@ -31,8 +31,8 @@ SYNC_GRACE = 5.0
 FIRST_SYNC = 60.0
 """Seconds that the first ``/sync``, or any other answer of the homeserver's, may take."""
 SINCE_UNKNOWN = "since_unknown"
-LARGEST_SYNC = 64 * 1024 * 1024
-"""Bytes."""
+LARGEST_SYNC = 16 * 1024 * 1024
+"""Bytes. Nothing else happens in the guard while an answer is parsed: 0.2 s for this one."""
 _CLIENT = "/_matrix/client/v3"
 MOST_EVENTS = 50
 """Events of a room's timeline in one answer; a gap before them is reported as such."""

@@ -167,7 +167,7 @@ class Commands:
 
     async def _do(self, room_id: str, event: RoomEvent) -> str:
         pushed = self._residence.state_of(room_id)
-        if pushed is None:
+        if pushed is None or not pushed.live:  # the sender's power level is not known
             raise DependencyFailed("synapse", "no_state")
         authority = Authority.of_state(pushed.events)
         if not authority.may_moderate(event.sender):

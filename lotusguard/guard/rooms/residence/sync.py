@@ -35,8 +35,8 @@ TIMELINES = (MOST_EVENTS, 5, 1)
 FILTERS = tuple(sync_filter(TIMELINE_TYPES, STATE_TYPES, most_events=most) for most in TIMELINES)
 FIRST_FILTER = sync_filter((), STATE_TYPES, most_events=1)
 """For a full sync: nothing that was said earlier is answered."""
-ROOMS_A_PART = 50
-"""Rooms in one answer, if a full sync is too large. Their IDs are in the request target."""
+ROOMS_A_PART = 20
+"""Rooms in one answer, if a full sync is too large. Whatever their state is, the answer is not too large then."""
 BURST, RATE, PAUSE = 50, 20.0, 0.1
 """Answers that are asked for at once, and per second in the long run; the pause in seconds if there are more."""
 STUCK = 1.0
