@@ -20,7 +20,17 @@ from tests.conftest import StartSandbox, until
 from tests.homeserver import Homeserver
 from tests.real.homeservers import MAKES
 from tests.residence.helpers import NEVER
-from tests.residence.residents import LIMIT, NO_LOOKUPS, PATIENCE, QUALITY, SCREEN_SHARE, Residents
+from tests.residence.residents import (
+    HEARD_WITHIN,
+    LIMIT,
+    NO_LOOKUPS,
+    PATIENCE,
+    QUALITY,
+    SCREEN_SHARE,
+    Residents,
+    latency_of,
+    say,
+)  # fmt: skip
 from tests.synapse import Guarded
 
 SYNAPSE = "SYNAPSE"
@@ -70,6 +80,15 @@ async def test_limit_rights_and_bans_hold_as_soon_as_they_change(residents: Resi
     with pytest.raises(Refused, match="not a member"):
         await residents.guarded.enter(residents.bob, room_id)
     await residents.guarded.enter(residents.carol, room_id)
+
+
+@pytest_twisted.ensureDeferred
+async def test_changes_take_effect_at_once(residents: Residents) -> None:
+    """``docs/resident.md`` has the figures."""
+    room_id = await residents.room()
+    latency = await latency_of(residents, room_id, await residents.guarded.enter(residents.bob, room_id))
+    say(f"{type(residents.homeserver).__name__}, the guard is in the room: {latency}")
+    assert latency.median < HEARD_WITHIN
 
 
 @pytest_twisted.ensureDeferred

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from statistics import median
 from typing import Any
@@ -21,10 +22,17 @@ from tests.synapse import Guarded
 
 LIMIT, QUALITY = "io.lotus.voice_limit", "io.lotus.room_quality"
 SCREEN_SHARE = 3
+HEARD_WITHIN = 3.0
+"""Seconds, on a very busy machine; usually 0.1. Without a push it would be ten."""
 PATIENCE = 60.0
 """Seconds, on a busy machine; usually well below one."""
 NO_LOOKUPS: dict[str, object] = {"guard_policy_ttl": NEVER, "guard_membership_interval": NEVER}
 """Settings of a guard that looks nothing up again: what it knows is new, it has heard."""
+
+
+def say(text: str) -> None:
+    """Print a figure; ``pytest -s`` shows it."""
+    sys.stdout.write(f"\n{text}\n")
 
 
 @frozen
