@@ -94,7 +94,7 @@ class SyncService(Service):
             log.info("invitations are not accepted: {reason}", reason=self._account.why_off, event_name="invites_off")
             return
         for room_id in self._residence.room_ids():
-            self._events.read_members(room_id)
+            self._events.member_lists.read(room_id)
         self._invites.resume()
         failures = 0
         while True:
@@ -196,7 +196,7 @@ class SyncService(Service):
             self._residence.continue_from(since)
             if not was_alive:
                 log.info("changes in {count} rooms arrive at once", count=len(self._residence), event_name="sync_alive")
-                self._events.read_missing_members()
+                self._events.member_lists.read_missing()
         for room_id in gone:
             self._events.left(room_id)
         for room_id, change in changes.items():
