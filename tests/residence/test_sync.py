@@ -77,10 +77,10 @@ class ScriptedHomeserver:
     async def devices(self) -> int:
         return 1
 
-    async def sync(self, user_id: str, since: str, room_filter: str) -> SyncAnswer:
+    async def sync(self, user_id: str, since: str, room_filter: str, *, wait: bool) -> SyncAnswer:
         self.syncs.append(Asked(since, json.loads(room_filter)["room"]))
         if not self.script:
-            await deferLater(self.clock, 10.0)
+            await deferLater(self.clock, 10.0 if wait else 0.0)
             return answer(since)
         step = self.script.pop(0)
         if isinstance(step, DependencyFailed):

@@ -132,14 +132,14 @@ class Commands:
                 user=event.sender, command=str(event.mapping["body"])[:200], room_id=room_id, outcome=outcome,
                 event_name="command",
             )  # fmt: skip
-            await self._say(room_id, text)
+            await self._say(room_id, text, f"call-{event.event_id}" if event.event_id else "")
             if outcome == "leaving":
                 await self._leave(room_id)
         self._queues.pop(room_id, None)
 
-    async def _say(self, room_id: str, text: str) -> None:
+    async def _say(self, room_id: str, text: str, transaction: str = "") -> None:
         try:
-            await self._voice.notice(room_id, text)
+            await self._voice.notice(room_id, text, transaction)
         except DependencyFailed as failed:
             log.warn("could not answer in {room_id}: {reason}", room_id=room_id, reason=failed.reason)
 

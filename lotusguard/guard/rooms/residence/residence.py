@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from enum import Enum
 
 from attrs import define, field
@@ -12,7 +13,7 @@ from twisted.logger import Logger
 
 from lotusguard.clients.synapse.sync_answer import SyncAnswer
 from lotusguard.guard.rooms.residence.room import ResidentRoom, RoomChange
-from lotusguard.guard.rooms.residence.stored import Stored, StoredRows
+from lotusguard.guard.rooms.residence.stored import ROOM_ROW, Stored, StoredRows
 from lotusguard.guard.rooms.source import PushedState
 from lotusguard.metrics import Metrics
 from lotusguard.rules.state import CREATE, StateEvent
@@ -40,6 +41,8 @@ class SyncStatus(Enum):
     ALIVE = "alive"
     FAILING = "failing"
     """The last attempt failed. What is known may have changed."""
+    FOLLOWING = "following"
+    """Another guard calls it, and tells which rooms there are. What is known may have changed."""
 
 
 @define(eq=False)
@@ -91,7 +94,7 @@ class Residence:
                 return self.is_resident(room_id)
             case SyncStatus.STARTING:
                 return silence < SILENCE
-            case SyncStatus.FAILING:
+            case SyncStatus.FAILING | SyncStatus.FOLLOWING:
                 return self.is_resident(room_id) and silence < SILENCE
             case SyncStatus.OFF:
                 return False
@@ -247,10 +250,30 @@ class Residence:
         """Take over what an earlier run stored: last known policies hold before the homeserver has answered."""
         stored = self._rows.read()
         if stored is not None:
-            self._rooms, self.invites = stored.rooms, stored.invites
+            self._rooms, self.invites, self._members = stored.rooms, stored.invites, 0
             self._size = sum(room.size for room in self._rooms.values())
             self._user_id, self.since = stored.user_id, stored.since
             self._current_at = self._clock.seconds() - max(0.0, self._wall() - stored.saved_at)
+
+    def follow(self, changed: Mapping[str, str | None], *, heard: bool) -> None:
+        """Another guard listens. :param changed: rows that it stored. :param heard: whether it hears the rooms."""
+        if self.status is not SyncStatus.FOLLOWING or heard:
+            self._silent_since = self._clock.seconds()
+        self.status, self.reason = SyncStatus.FOLLOWING, ""
+        for name, text in changed.items():
+            if name.startswith(ROOM_ROW):
+                self._follow_room(name.removeprefix(ROOM_ROW), text)
+        self._current_at = self._clock.seconds() if heard else self._current_at
+
+    def _follow_room(self, room_id: str, text: str | None) -> None:
+        before = self._rooms.pop(room_id, None)
+        if before is not None:
+            self._members -= len(before.joined or ())
+            self._size -= before.size
+        if text is not None:
+            with suppress(ValueError):
+                room = self._rooms[room_id] = ResidentRoom.loaded(text)
+                self._size += room.size
 
     def belong_to(self, user_id: str) -> None:
         """The account is known now: what another one knew does not count."""

@@ -15,7 +15,9 @@ from lotusguard.guard.rooms.residence.room import ResidentRoom
 
 log = Logger()
 
-_SYNC, _ROOM, _INVITE = "sync", "room ", "invite "
+ROOM_ROW = "room "
+"""What the name of a room's row begins with."""
+_SYNC, _INVITE = "sync", "invite "
 
 
 class ResidenceStore(Protocol):
@@ -55,7 +57,7 @@ class StoredRows:
 
     def room_changed(self, room_id: str) -> None:
         """A room's row has to be written with the next save."""
-        self._unsaved[_ROOM + room_id] = self._saves + 1
+        self._unsaved[ROOM_ROW + room_id] = self._saves + 1
 
     def invite_changed(self, room_id: str) -> None:
         """An invitation's row has to be written with the next save."""
@@ -68,10 +70,12 @@ class StoredRows:
             return None
         try:
             place = json.loads(rows[_SYNC])
+            rooms = {name: ResidentRoom.loaded(text) for name, text in rows.items() if name.startswith(ROOM_ROW)}
+            invites = {name: str(json.loads(text)) for name, text in rows.items() if name.startswith(_INVITE)}
             return Stored(
                 str(place["user_id"]), str(place["since"]), float(place["at"]),
-                {name.removeprefix(_ROOM): ResidentRoom.loaded(rows[name]) for name in rows if name.startswith(_ROOM)},
-                {name.removeprefix(_INVITE): str(json.loads(rows[name])) for name in rows if name.startswith(_INVITE)},
+                {name.removeprefix(ROOM_ROW): room for name, room in rooms.items()},
+                {name.removeprefix(_INVITE): inviter for name, inviter in invites.items()},
             )  # fmt: skip
         except (KeyError, ValueError, TypeError) as error:
             log.warn("stored rooms are not used: {reason}", reason=str(error), event_name="residence_not_loaded")
@@ -95,8 +99,8 @@ class StoredRows:
 
 def _row(now: Stored, name: str) -> str | None:
     """The value of a row; ``None`` if it is to be deleted."""
-    if name.startswith(_ROOM):
-        room = now.rooms.get(name.removeprefix(_ROOM))
+    if name.startswith(ROOM_ROW):
+        room = now.rooms.get(name.removeprefix(ROOM_ROW))
         return room.dumped() if room is not None else None
     inviter = now.invites.get(name.removeprefix(_INVITE))
     return json.dumps(inviter) if inviter is not None else None

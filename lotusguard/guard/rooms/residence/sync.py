@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any
 
 from attrs import define, field
 from twisted.application.internet import backoffPolicy
@@ -53,6 +55,9 @@ class SyncService(Service):
     """One ``/sync`` after another. A failed one is tried again later and later, with jitter.
 
     Where ``GUARD_INVITES`` is off, it asks whose account it is and never syncs.
+
+    :param in_turns: of several guards one listens: only between `listen` and `pause`.
+    :ivar ready: whether it may listen: the account is known, and accepts invitations.
     """
 
     _client: MatrixClient
@@ -62,6 +67,8 @@ class SyncService(Service):
     _invites: InviteHandler
     _clock: IReactorTime
     _pause: Callable[[int], float] = _BACKOFF
+    _in_turns: bool = field(default=False, kw_only=True)
+    ready: bool = field(default=False, init=False)
     _running: Deferred[None] | None = field(default=None, init=False)
     _saved_at: float = field(default=0.0, init=False)
     _size: int = field(default=0, init=False)
@@ -73,7 +80,32 @@ class SyncService(Service):
 
     def startService(self) -> None:
         super().startService()
-        self._running = Deferred.fromCoroutine(self._run())
+        self._start(self._run())
+
+    @property
+    def hears(self) -> bool:
+        """Whether what happens in the rooms reaches us now."""
+        return self._residence.alive
+
+    def listen(self) -> None:
+        """Begin to listen, from where the stored rows say."""
+        self._residence.load()
+        self._residence.belong_to(self._account.user_id)
+        self._start(self._listen())
+
+    async def pause(self) -> None:
+        """Stop listening, and write what is known."""
+        if self._running is not None:
+            self._running.cancel()
+        with suppress(DependencyFailed):  # another guard listens already
+            await self._residence.save()
+
+    def follow(self, changed: Mapping[str, str | None], *, heard: bool) -> None:
+        """Another guard listens. :param changed: rows that it stored. :param heard: whether it hears the rooms."""
+        self._residence.follow(changed, heard=heard)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._running = Deferred.fromCoroutine(work)
         self._running.addErrback(_log_unless_cancelled)
 
     def stopService(self) -> Deferred[None]:
@@ -83,7 +115,7 @@ class SyncService(Service):
             self._running.cancel()
         self._invites.stop()
         self._events.stop()
-        return Deferred.fromCoroutine(self._residence.save())
+        return Deferred.fromCoroutine(self._residence.save() if not self._in_turns else self.pause())
 
     async def _run(self) -> None:
         self._residence.load()
@@ -93,6 +125,11 @@ class SyncService(Service):
             self._residence.turn_off(self._account.why_off)
             log.info("invitations are not accepted: {reason}", reason=self._account.why_off, event_name="invites_off")
             return
+        self.ready = True
+        if not self._in_turns:
+            await self._listen()
+
+    async def _listen(self) -> None:
         for room_id in self._residence.room_ids():
             self._events.member_lists.read(room_id)
         self._invites.resume()
@@ -137,22 +174,25 @@ class SyncService(Service):
 
     async def _sync(self) -> None:
         """One answer, or all that a full sync takes."""
-        since, began = self._residence.since, self._clock.seconds()
+        since = self._residence.since
         if not since:
             await (self._sync_in_parts() if self._in_parts else self._sync_fully())
             self._in_parts = False
             return
-        await self._follow(await self._ask(since, FILTERS[self._size]))
+        waited, began = self._residence.alive, self._clock.seconds()
+        await self._hear(await self._ask(since, FILTERS[self._size], wait=waited))
         self._size = 0
-        if self._residence.since == since and self._clock.seconds() - began < STUCK:
+        if waited and self._residence.since == since and self._clock.seconds() - began < STUCK:
             await deferLater(self._clock, STUCK)
         elif not self._pace.take():
             await deferLater(self._clock, PAUSE)
 
-    async def _ask(self, since: str, room_filter: str) -> SyncAnswer:
-        """While all is well, an answer that is late shows that the connection hangs."""
-        seconds = POLL + SYNC_GRACE if self._residence.alive and since else FIRST_SYNC
-        asking = self._client.sync(self._account.user_id, since, room_filter)
+    async def _ask(self, since: str, room_filter: str, *, wait: bool = False) -> SyncAnswer:
+        """:param wait: for news, while all is well; then a late answer shows that the connection hangs. Otherwise the
+        answer has to come at once: nothing is heard before it.
+        """
+        seconds = POLL + SYNC_GRACE if wait else FIRST_SYNC
+        asking = self._client.sync(self._account.user_id, since, room_filter, wait=wait)
         return await Deadline.after(self._clock, seconds).wait(Deferred.fromCoroutine(asking))
 
     async def _sync_fully(self) -> None:
@@ -171,13 +211,14 @@ class SyncService(Service):
             self._apply(answer, first if number == len(parts) else "", all_rooms=room_ids)
         await self._save()
 
-    async def _follow(self, answer: SyncAnswer) -> None:
+    async def _hear(self, answer: SyncAnswer) -> None:
         """Take over what is new, and hear what people said in rooms that were known before."""
         known = set(self._residence.room_ids())
         changed = self._apply(answer, answer.since)
         said = [(room_id, answer.joined[room_id]) for room_id in changed if room_id in known]
         commands = any(self._events.holds_commands(news) for _, news in said)  # after a crash, none is done twice
-        if commands or self._clock.seconds() - self._saved_at >= SAVE_INTERVAL:
+        moved = self._in_turns and known != set(self._residence.room_ids())  # the other guards have to know
+        if commands or moved or self._clock.seconds() - self._saved_at >= SAVE_INTERVAL:
             await self._save()
         for room_id, news in said:
             self._events.said(room_id, news)
