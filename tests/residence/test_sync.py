@@ -57,13 +57,17 @@ class Asked:
 
 @define
 class ScriptedHomeserver:
-    """A `MatrixClient` whose syncs answer as a script says; after that there is no news."""
+    """A `MatrixClient` whose syncs answer as a script says; after that there is no news.
+
+    :ivar reading: seconds that reading a member list takes; it tells who was joined when it began.
+    """
 
     clock: Clock
     script: list[Script]
     rooms: list[str] = Factory(list)
     members: frozenset[str] | DependencyFailed = frozenset({GUARD, ALICE})
     state: Mapping[str, StateEvent] | DependencyFailed = Factory(dict)
+    reading: float = 0.0
     syncs: list[Asked] = Factory(list)
     calls: list[str] = Factory(list)
 
@@ -92,9 +96,12 @@ class ScriptedHomeserver:
 
     async def joined_members(self, room_id: str) -> frozenset[str]:
         self.calls.append("members")
-        if isinstance(self.members, DependencyFailed):
-            raise self.members
-        return self.members
+        members = self.members
+        if self.reading:
+            await deferLater(self.clock, self.reading)
+        if isinstance(members, DependencyFailed):
+            raise members
+        return members
 
     async def room_state(self, room_id: str, kinds: Collection[str]) -> Mapping[str, StateEvent]:
         self.calls.append("state")
@@ -322,6 +329,30 @@ def test_member_list_is_read_as_soon_as_the_homeserver_answers_again() -> None:
     guard.homeserver.members = frozenset({GUARD, ALICE})
     guard.wait(40)
     assert guard.residence.is_joined(ROOM, ALICE)
+
+
+def test_flood_that_causes_gap_after_gap_does_not_have_a_long_member_list_read_each_time() -> None:
+    gap = {"!large:here": {"timeline": {"events": [], "limited": True}}}
+    gaps = [read_sync({"next_batch": f"s{number}", "rooms": {"join": gap}}, GUARD) for number in range(2, 1_000)]
+    members = frozenset({ALICE, *(f"@{number}:here" for number in range(5_000))})
+    guard = Listening(created(["!large:here"]), *gaps, members=members)
+    guard.wait(30)
+    assert 2 <= guard.homeserver.calls.count("members") <= 5
+    guard.homeserver.script.clear()
+    guard.wait(30)
+    assert guard.residence.is_joined("!large:here", ALICE)
+
+
+def test_member_list_that_was_read_across_a_gap_is_not_believed() -> None:
+    gap = {ROOM: {"timeline": {"events": [], "limited": True}}}
+    guard = Listening(created([ROOM]), read_sync({"next_batch": "s2", "rooms": {"join": gap}}, GUARD), reading=5.0)
+    guard.wait(4)
+    guard.homeserver.members = frozenset({GUARD})
+    guard.wait(4)
+    assert not guard.residence.is_joined(ROOM, ALICE)
+    guard.wait(10)
+    assert guard.residence.is_joined(ROOM, GUARD)
+    assert not guard.residence.is_joined(ROOM, ALICE)
 
 
 def redacted() -> list[dict[str, Any]]:

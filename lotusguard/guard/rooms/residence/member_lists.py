@@ -24,6 +24,8 @@ ROOMS_AT_ONCE = 4
 """Rooms whose members are read at the same time."""
 READ_AGAIN, READ_AGAIN_LATEST = 10.0, 600.0
 """Seconds after which something that could not be read is read again: twice as many each time, up to the latter."""
+MEMBERS_PER_SECOND = 500
+"""Members of a room that are read per second in the long run: whoever floods a large room causes gap after gap."""
 
 
 @define(eq=False)
@@ -35,8 +37,10 @@ class MemberLists:
     _clock: IReactorTime
     _recent: dict[str, dict[str, bool]] = field(factory=dict, init=False)
     _pauses: dict[str, float] = field(factory=dict, init=False)
+    _not_before: dict[str, float] = field(factory=dict, init=False)
     _waiting: set[str] = field(factory=set, init=False)
     _being_read: set[str] = field(factory=set, init=False)
+    _outdated: set[str] = field(factory=set, init=False)
     _readers: KeyedWorker = field(init=False)
     _background: BackgroundWork = field(factory=BackgroundWork, init=False)
 
@@ -55,7 +59,13 @@ class MemberLists:
                 event.state_key: event.mapping.get("membership") == "join" for event in members if event.state_key
             }
         self._residence.members_unknown(room_id)
-        self._readers.run(room_id, urgent=room_id in self._being_read)
+        pause = self._not_before.get(room_id, 0.0) - self._clock.seconds()
+        if room_id in self._being_read:
+            self._outdated.add(room_id)
+        elif pause > 0:
+            self._read_later(room_id, pause)
+        else:
+            self._readers.run(room_id, urgent=False)
 
     def read_missing(self) -> None:
         """The homeserver answers again: read what could not be read."""
@@ -67,6 +77,7 @@ class MemberLists:
         """The account is not in the room any more."""
         self._recent.pop(room_id, None)
         self._pauses.pop(room_id, None)
+        self._not_before.pop(room_id, None)
 
     async def _read(self, room_id: str) -> None:
         room = self._residence.room(room_id)
@@ -84,10 +95,16 @@ class MemberLists:
             self._read_later(room_id, min(pause, READ_AGAIN_LATEST))
         else:
             self._pauses.pop(room_id, None)
-            if not self._residence.members_read(room_id, members):
+            spacing = min(len(members) / MEMBERS_PER_SECOND, READ_AGAIN_LATEST)
+            self._not_before[room_id] = self._clock.seconds() + spacing if spacing >= 1 else 0.0
+            if room_id in self._outdated:  # there was another gap: what was read may be older
+                room.members_read(None)
+                self._read_later(room_id, spacing)
+            elif not self._residence.members_read(room_id, members):
                 self._read_later(room_id, READ_AGAIN_LATEST, len(members))
         finally:
             self._being_read.discard(room_id)
+            self._outdated.discard(room_id)
 
     def _read_later(self, room_id: str, pause: float, count: int = 0) -> None:
         """:param count: how many members the list has, if it did not fit."""
