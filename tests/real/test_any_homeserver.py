@@ -178,8 +178,20 @@ async def test_in_an_encrypted_room_everything_but_commands_works_and_is_said_on
         await residents.guarded.enter(residents.carol, room_id)
     await residents.sandbox.guard.stopService()
     await residents.start_guard()
+    assert residents.sandbox.guard.residence.is_resident(room_id)
     await residents.set_limit(room_id, 2)
     assert len(await residents.notices(room_id)) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_command_is_not_done_again_by_a_guard_that_starts_anew(residents: Residents) -> None:
+    room_id = await residents.room()
+    await residents.command(room_id, "!call help", "Commands:")
+    await residents.sandbox.guard.stopService()
+    await residents.start_guard()
+    assert residents.sandbox.guard.residence.is_resident(room_id)  # and not only after old answers of the homeserver
+    await residents.command(room_id, "!call", "No limit.")
+    assert len([one for one in await residents.notices(room_id) if one.startswith("Commands:")]) == 1
 
 
 @pytest_twisted.ensureDeferred

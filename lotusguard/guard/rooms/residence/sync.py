@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
+from secrets import token_hex
 from typing import Any
 
 from attrs import define, field
@@ -35,8 +36,6 @@ TOO_LARGE = "too_large"
 TIMELINES = (MOST_EVENTS, 5, 1)
 """Events of a room in one answer. If an answer is too large, the next number is used: what is missing is a gap."""
 FILTERS = tuple(sync_filter(TIMELINE_TYPES, STATE_TYPES, most_events=most) for most in TIMELINES)
-FIRST_FILTER = sync_filter((), STATE_TYPES, most_events=1)
-"""For a full sync: nothing that was said earlier is answered."""
 ROOMS_A_PART = 20
 """Rooms in one answer, if a full sync is too large. Whatever their state is, the answer is not too large then."""
 BURST, RATE, PAUSE = 50, 20.0, 0.1
@@ -47,7 +46,7 @@ PATIENCE = 10
 """Failures of the homeserver in a row after which our place in its stream is given up: it may be what it fails at."""
 SAVE_INTERVAL = 2.0
 """Seconds between two writes of what the answers changed. A restart continues from the last one."""
-_BACKOFF = backoffPolicy(initialDelay=0.5, maxDelay=30.0, factor=1.7)
+_BACKOFF = backoffPolicy(initialDelay=0.5, maxDelay=5.0, factor=1.7)
 
 
 @define(eq=False, slots=False)
@@ -196,7 +195,7 @@ class SyncService(Service):
         return await Deadline.after(self._clock, seconds).wait(Deferred.fromCoroutine(asking))
 
     async def _sync_fully(self) -> None:
-        answer = await self._ask("", FIRST_FILTER)
+        answer = await self._ask("", _full_filter())
         self._apply(answer, answer.since, all_rooms=answer.joined.keys())
         await self._save()
 
@@ -206,7 +205,7 @@ class SyncService(Service):
         parts = [room_ids[start : start + ROOMS_A_PART] for start in range(0, len(room_ids), ROOMS_A_PART)] or [[]]
         first = ""
         for number, part in enumerate(parts, 1):
-            answer = await self._ask("", sync_filter((), STATE_TYPES, most_events=1, rooms=part))
+            answer = await self._ask("", _full_filter(part))
             first = first or answer.since
             self._apply(answer, first if number == len(parts) else "", all_rooms=room_ids)
         await self._save()
@@ -254,6 +253,11 @@ class SyncService(Service):
         if self._residence.status is not SyncStatus.FAILING or self._residence.reason != reason:
             log.warn("changes in rooms do not arrive: {reason}", reason=reason, event_name="sync_failing")
         self._residence.failing(reason)
+
+
+def _full_filter(rooms: Collection[str] | None = None) -> str:
+    """A filter for a full sync: nothing that was said earlier is answered."""
+    return sync_filter((), STATE_TYPES, most_events=1, rooms=rooms, nonce=token_hex(8))
 
 
 def _is_its_own(reason: str) -> bool:
