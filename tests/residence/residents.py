@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from statistics import median
@@ -28,6 +29,10 @@ PATIENCE = 60.0
 """Seconds, on a busy machine; usually well below one."""
 NO_LOOKUPS: dict[str, object] = {"guard_policy_ttl": NEVER, "guard_membership_interval": NEVER}
 """Settings of a guard that looks nothing up again: what it knows is new, it has heard."""
+
+
+CHANGES = 20 if os.environ.get("LATENCIES") else 5
+"""How many changes a latency is measured with."""
 
 
 def say(text: str) -> None:
@@ -143,7 +148,7 @@ async def latency_of(
     residents: Residents,
     room_id: str,
     participant: Participant,
-    changes: int = 20,
+    changes: int = CHANGES,
     before_each: Callable[[], Awaitable[None]] | None = None,
 ) -> Latency:
     """How long it takes from sending a state event until a screen share is revoked on the SFU."""
