@@ -9,6 +9,7 @@ from typing import Any
 from attrs import define, field, frozen
 from twisted.internet.interfaces import IReactorTime
 
+from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.joins.history import Minute
@@ -17,6 +18,8 @@ from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
 
 DECISIONS_SHOWN = 20
+LOOKUP_TIME = 1.0
+"""Seconds in which policies are looked up that only other guards know."""
 REPORT_AGE = 10.0
 """Seconds for which a health report is shown again: making one asks every dependency."""
 
@@ -64,7 +67,7 @@ class ConsoleView:
         if self._reported_at is None or now - self._reported_at >= REPORT_AGE:
             self._report = await self._health.report()
             self._reported_at = self._clock.seconds()
-        rooms = sorted((self._row(s) for s in await self._seats.snapshots()), key=lambda row: -len(row.present))
+        rooms = sorted((self._row(s) for s in await self._snapshots()), key=lambda row: -len(row.present))
         decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
         return Overview(
             self._report, rooms, self._waiting(), decisions, self._decision_log.history.last_hour(),
@@ -76,10 +79,17 @@ class ConsoleView:
 
     async def room(self, room_id: str) -> RoomRow | None:
         """One call; ``None`` if there is none."""
-        for snapshot in await self._seats.snapshots():
+        for snapshot in await self._snapshots():
             if snapshot.room_id == room_id:
                 return self._row(snapshot)
         return None
+
+    async def _snapshots(self) -> Sequence[RoomSnapshot]:
+        """All live calls, with their policies known: other guards may know rooms that this one never read."""
+        snapshots = await self._seats.snapshots()
+        deadline = Deadline.after(self._clock, LOOKUP_TIME)
+        await self._policies.look_up_unknown([snapshot.room_id for snapshot in snapshots], deadline)
+        return snapshots
 
     def allowed(self, room_id: str, user: str) -> list[str]:
         """What a user may publish in a room, by the names that people know."""
