@@ -223,6 +223,17 @@ async def test_nobody_waits_longer_than_the_setting_says(url: str, room: str) ->
 
 
 @pytest_twisted.ensureDeferred
+async def test_nobody_waits_longer_without_redis(own_server: OwnServer, room: str) -> None:
+    async with lobbies(own_server.url, 1, longest_wait=1.0) as (guard,):
+        held = await guard.ask(room)
+        own_server.stop()
+        await guard.connected(False)
+        await guard.lobby.pass_time()
+        assert await held is S.UNANSWERED
+        assert guard.entries.alone
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_guard_that_starts_learns_what_was_decided(url: str, room: str) -> None:
     async with lobbies(url, 1) as (first,):
         await first.lobby.remove(room, BOB, "")
