@@ -20,12 +20,13 @@ from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
-from lotusguard.logs import LevelObserver, observer_for
+from lotusguard.logs import LevelObserver, observer_for, write_error
 from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
 from lotusguard.web.appservice import AppServiceApi
+from lotusguard.web.console.names import RoomNames
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
 from lotusguard.web.console.view import ConsoleView
@@ -75,7 +76,7 @@ def makeService(options: Options) -> Unbuilt:
     try:
         settings = read_settings()
     except ConfigurationError as error:
-        sys.stderr.write(f"lotusguard: {error}\n")
+        write_error(f"lotusguard: {error}", sys.stderr)
         raise SystemExit(WRONG_SETTING) from None
     use_monotonic_time(reactor)
     reactor.callWhenRunning(tune_garbage_collector)
@@ -194,8 +195,9 @@ class Guard(MultiService):
         if has_operators:
             token = settings.guard_admin_token.get_secret_value()
             view = ConsoleView(
-                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting
-            )
+                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting,
+                RoomNames(rooms.sources, reactor),
+            )  # fmt: skip
             sessions = self._reloader.sessions = Sessions(token, reactor)
             operators = self._reloader.operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,

@@ -25,6 +25,7 @@ from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.ending import CallEnder
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.calls.moderation import Moderation
 from lotusguard.guard.calls.moderator import Moderator
 from lotusguard.guard.calls.participants import ParticipantEnforcer
@@ -342,14 +343,15 @@ def calls(
     )  # fmt: skip
     changes = CallChanges(
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
-        Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
+        Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement,
+        LostRooms(clients.livekit, reactor, acts=not settings.guard_dry_run), reactor, metrics,
         tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
     )  # fmt: skip
     moderator = Moderator(
         waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, enforcement, reactor,
         settings.guard_lookup_timeout,
     )  # fmt: skip
-    ender = CallEnder(given.roster, state.seats, state.registry, participants, reactor, settings.guard_lookup_timeout)
+    ender = CallEnder(given.roster, state.registry, participants, reactor, settings.guard_lookup_timeout)
     return Calls(entitlement, participants, enforcement, changes, moderator, ender)
 
 

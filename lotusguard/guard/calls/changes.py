@@ -15,6 +15,7 @@ from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook
@@ -58,6 +59,7 @@ class CallChanges:
     _discovery: Discovery
     _entitlement: Entitlement
     _enforcement: Enforcement
+    _lost_rooms: LostRooms
     _clock: IReactorTime
     _metrics: Metrics
     _tell_others: Callable[[str, str, str], Awaitable[None]] | None = None
@@ -145,7 +147,9 @@ class CallChanges:
         """
         began = self._clock.seconds()
         rooms = await self._livekit.list_rooms()
-        self._roster.rooms_listed(room.name for room in rooms)
+        listed = {room.name for room in rooms}
+        lost = [alias for alias in self._enforcement.watched if alias not in listed and self._roster.may_exist(alias)]
+        self._roster.rooms_listed(listed)
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
@@ -157,6 +161,7 @@ class CallChanges:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
                 self._enforcement.enforce(alias, urgent=False)
+        await self._lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
 

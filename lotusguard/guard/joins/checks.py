@@ -6,7 +6,7 @@ A refusal never rests on a lookup that began before the request arrived, and wha
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, TimeoutError
@@ -73,7 +73,16 @@ class EntryChecks:
             ("removed", self._removed),
             ("lobby", self._wait_in_lobby),
         ):
-            await _failing_open(join, name, check(join))
+            try:
+                await check(join)
+            except (JoinRefused, MustWait, CancelledError):
+                raise
+            except TimeoutError:  # what cannot be checked refuses nobody
+                join.unenforced(name, "timeout")
+            except DependencyFailed as failed:
+                join.unenforced(name, failed.reason)
+            except Exception:
+                join.log.failure(join.decision, name)
 
     def homeserver_may_join(self, join: Join, server_name: str) -> None:
         """:raises JoinRefused: no user of this homeserver may join calls here."""
@@ -180,7 +189,8 @@ class EntryChecks:
         if state is not None:
             return False
         deadline = join.deadline.sooner(join.lookups.left())
-        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline)
+        slot = join.request.slot_id
+        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline, slot)
 
     async def read_policy_again(self, join: Join) -> None:
         """Read the policy as it is now, before a refusal rests on it."""
@@ -191,17 +201,3 @@ class EntryChecks:
         """Whether not everybody may start a call in a room with this policy."""
         permissions = policy.permissions
         return (permissions is not None and permissions.names(Action.START)) or not self._start_homeservers.allows_all
-
-
-async def _failing_open(join: Join, name: str, check: Awaitable[None]) -> None:
-    """Run a check. If it cannot be done, the join goes on without it."""
-    try:
-        await check
-    except (JoinRefused, MustWait, CancelledError):
-        raise
-    except TimeoutError:
-        join.unenforced(name, "timeout")
-    except DependencyFailed as failed:
-        join.unenforced(name, failed.reason)
-    except Exception:
-        join.log.failure(join.decision, name)

@@ -19,7 +19,7 @@ from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.guard.seats.roster import Roster
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.identity import ROOM_SLOT
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.participants import joined_at
 
@@ -112,18 +112,21 @@ class LobbySwitch:
             return False
         return self._clock.seconds() - (self._livekit.now() - joined) < self._started
 
-    async def was_in_before_us(self, room_id: str, user: str, since: float, deadline: Deadline) -> bool:
+    async def was_in_before_us(
+        self, room_id: str, user: str, since: float, deadline: Deadline, requested: str = ROOM_SLOT
+    ) -> bool:
         """Whether a user is in the call, and was so before this guard ran.
 
+        :param requested: the slot that the user is about to enter.
         :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError: not in time.
         """
         if self._seen.get(room_id) is not Seen.ON_FROM_THE_START:
             return False
-        alias = room_alias(room_id, ROOM_SLOT)
-        for participant in (await self._roster.list(alias, since, deadline)).value:
-            is_theirs = await self._registry.user_behind(alias, participant.identity) == user
-            if is_theirs and self.joined_before_us(participant):
-                return True
+        for alias, listing in await self._roster.list_all(room_id, since, deadline, requested):
+            for participant in listing.value:
+                is_theirs = await self._registry.user_behind(alias, participant.identity) == user
+                if is_theirs and self.joined_before_us(participant):
+                    return True
         return False
 
     async def pass_time(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from attrs import define, field, frozen
 from cachetools import LRUCache
@@ -29,8 +30,7 @@ FEDERATION_LOOK = 0.5
 """The same for users of other homeservers without any entry: federation lags. Repeated until the deadline."""
 
 
-@frozen
-class _Key:
+class _Key(NamedTuple):
     room_id: str
     user: str
 

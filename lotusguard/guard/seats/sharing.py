@@ -62,7 +62,7 @@ class Sharing:
         book = FailoverSeatBook(redis, shared, alone, own, reactor, wall, seat_ttl)
         rebuilding.give_back = book.give_back
         turns = AccountTurns(redis, guard, reactor)
-        return cls(guard, redis, book, shared, rebuilding, RoomLeases(redis, guard), turns)
+        return cls(guard, redis, book, shared, rebuilding, RoomLeases(redis, guard, reactor), turns)
 
     def registry(self, own: MemoryTokenRegistry, clock: IReactorTime) -> RedisTokenRegistry:
         """The shared registry. :param own: becomes this guard's cache."""
@@ -87,9 +87,12 @@ class Sharing:
 
     def fault(self) -> str:
         """Why the seats are not shared now, and what to do; "" if they are."""
-        fault = self.redis.fault
+        fault = self.redis.fault or (self.redis.trouble if self.book.unshared else "")
         if fault:
             return f"Redis: {fault}. {ADVICE.get(fault, '')}".strip()
         if self.book.unshared:
             return "Redis: no answer a moment ago"
+        if self.redis.message_fault:
+            fault = self.redis.message_fault
+            return f"Redis: messages of other guards do not arrive: {fault}. {ADVICE.get(fault, '')}".strip()
         return "" if self.rebuilding.complete else "Redis: what it may have lost is being collected"
