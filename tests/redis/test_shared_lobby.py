@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from random import Random
 from secrets import token_hex
 
 import pytest
@@ -354,3 +355,49 @@ async def test_what_guards_know_already_costs_no_script(url: str, room: str) -> 
         assert await first.lobby.let_in(room, BOB)
         await first.lobby.switched_off("!nobody-waits-here:example.org")
         assert not first.entries.alone
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest_twisted.ensureDeferred
+async def test_whatever_happens_all_guards_know_the_same_in_the_end(
+    own_server: OwnServer, room: str, seed: int
+) -> None:
+    random = Random(seed)
+    users = [f"@{number}:example.org" for number in range(6)]
+    async with lobbies(own_server.url, 3) as guards:
+        for step in range(120):
+            guard, user = random.choice(guards).lobby, random.choice(users)
+            match random.choice(["ask", "ask", "let_in", "admit", "deny", "remove", "leave", "tick", "subscription"]):
+                case "ask":
+                    assert (await guard.ask(room, user)).user == user
+                case "let_in":
+                    await guard.let_in(room, user)
+                case "admit":
+                    await guard.decide(room, user, admit=True, by="")
+                case "deny":
+                    await guard.decide(room, user, admit=False, by="")
+                case "remove":
+                    await guard.remove(room, user, "")
+                case "leave":
+                    await guard.left_room(room, user)
+                case "tick":
+                    await guard.pass_time()
+                case "subscription":
+                    random.choice(guards).client.subscribe_again()
+            if step % 40 == 20:
+                own_server.stop()
+            elif step % 40 == 30:
+                own_server.start_again()
+        await until(lambda: all(guard.client.available and not guard.entries.alone for guard in guards))
+
+        def known(guard: GuardLobby) -> list[LobbyState | None]:
+            return [guard.lobby.state_of(room, user) for user in users]
+
+        end = reactor.seconds() + 15
+        while not known(guards[0]) == known(guards[1]) == known(guards[2]):
+            assert reactor.seconds() < end, [known(guard) for guard in guards]
+            for guard in guards:
+                await guard.lobby.pass_time()
+            await deferLater(reactor, 0.1)
+        in_redis = [await guards[0].lobby.read(room, user) for user in users]
+        assert in_redis == known(guards[0])
