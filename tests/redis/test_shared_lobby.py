@@ -366,22 +366,22 @@ async def test_whatever_happens_all_guards_know_the_same_in_the_end(
     users = [f"@{number}:example.org" for number in range(6)]
     async with lobbies(own_server.url, 3) as guards:
         for step in range(120):
-            guard, user = random.choice(guards).lobby, random.choice(users)
+            lobby, user = random.choice(guards).lobby, random.choice(users)
             match random.choice(["ask", "ask", "let_in", "admit", "deny", "remove", "leave", "tick", "subscription"]):
                 case "ask":
-                    assert (await guard.ask(room, user)).user == user
+                    assert (await lobby.ask(room, user)).user == user
                 case "let_in":
-                    await guard.let_in(room, user)
+                    await lobby.let_in(room, user)
                 case "admit":
-                    await guard.decide(room, user, admit=True, by="")
+                    await lobby.decide(room, user, admit=True, by="")
                 case "deny":
-                    await guard.decide(room, user, admit=False, by="")
+                    await lobby.decide(room, user, admit=False, by="")
                 case "remove":
-                    await guard.remove(room, user, "")
+                    await lobby.remove(room, user, "")
                 case "leave":
-                    await guard.left_room(room, user)
+                    await lobby.left_room(room, user)
                 case "tick":
-                    await guard.pass_time()
+                    await lobby.pass_time()
                 case "subscription":
                     random.choice(guards).client.subscribe_again()
             if step % 40 == 20:
