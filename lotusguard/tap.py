@@ -207,7 +207,7 @@ class Guard(MultiService):
                 metrics=metrics,
                 lobby=waiting.lobby, moderation=calls.moderator,
                 console=Console(view, sessions, calls.moderator, calls.changes, reactor), token=token,
-                guard=lambda: self.public.place,
+                guard=lambda: self.public.place, clock=reactor,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
