@@ -11,7 +11,7 @@ from attrs import define, field
 
 from lotusguard.guard.seats.redis.scripts import room_key
 from lotusguard.rules.room_seats import RoomSeats
-from lotusguard.rules.seats import Arrival, HoldState, IdentityKey
+from lotusguard.rules.seats import Arrival, IdentityKey
 
 from .direct import Server
 
@@ -39,6 +39,7 @@ class _State:
     seats: ModelSeats
     leases: dict[str, float] = field(factory=dict)
     epoch: str = ""
+    before: str = ""
     made: bool = False
 
 
@@ -72,6 +73,8 @@ class RoomModel:
         state = self._now
         if not state.made and all(operation[0] in READING for operation in request["operations"]):
             return  # it leaves nothing behind
+        if state.made and state.before == request["epoch"]:
+            return  # rejected: the guard does not know of the new data set yet
         if not state.made:
             state.seats, state.epoch, state.made = ModelSeats(request["guarding_since"]), request["epoch"], True
             state.seats.vacated = now
@@ -81,7 +84,7 @@ class RoomModel:
         self._advance(now)
         if state.epoch != request["epoch"]:
             state.seats.distrust()
-            state.epoch = request["epoch"]
+            state.before, state.epoch = state.epoch, request["epoch"]
         for name, *arguments in request["operations"]:
             if name not in READING:
                 getattr(self, f"_{name}")(now, *arguments)
@@ -102,7 +105,9 @@ class RoomModel:
 
     # -- the operations of step.lua ----------------------------------------------------------------------
 
-    def _take(self, now: float, hold_id: str, user: str, limit: Any, alias: str, exempt: bool, slots: Any, lease: float) -> None:  # noqa: E501
+    def _take(
+        self, now: float, hold_id: str, user: str, limit: Any, alias: str, exempt: bool, slots: Any, lease: float
+    ) -> None:
         seats = self._now.seats
         if limit is not None:
             seats.seat_failed_open(limit)
@@ -119,7 +124,9 @@ class RoomModel:
             self._issue_without_seat(now, hold_id, user, alias, identity, device, ttl)
         seats.forget_old(now, ttl)
 
-    def _issue_without_seat(self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float) -> None:  # noqa: E501
+    def _issue_without_seat(
+        self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float
+    ) -> None:
         seats = self._now.seats
         if not any(hold.id == hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
             seats.issue_without_seat(hold_id, user, alias, identity, now, ttl)
@@ -131,7 +138,9 @@ class RoomModel:
         for hold_id in hold_ids:
             self._now.leases[hold_id] = now + lease
 
-    def _restore(self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool) -> None:  # noqa: E501
+    def _restore(
+        self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool
+    ) -> None:
         seats, key = self._now.seats, IdentityKey(alias, identity)
         if seats.knows(key) or expires <= now:
             return
@@ -147,7 +156,9 @@ class RoomModel:
     def _leave(self, now: float, alias: str, sid: str, identity: str, left_by: float, by_choice: bool) -> None:
         self._now.seats.leave(alias, sid, identity, now, left_by, by_choice=by_choice)
 
-    def _apply_listing(self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float, ttl: float) -> None:  # noqa: E501
+    def _apply_listing(
+        self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float, ttl: float
+    ) -> None:
         seats = self._now.seats
         seats.apply_listing(alias, [Arrival(*who) for who in present], limit, min(since, now), now)
         seats.forget_old(now, ttl)
@@ -161,4 +172,3 @@ local shown = {}
 for place, hold in ipairs(cmsgpack.unpack(stored).holds) do shown[place] = {user = hold.user, state = hold.state} end
 return #shown > 0 and cjson.encode(shown) or '[]'
 """
-PENDING = HoldState.PENDING

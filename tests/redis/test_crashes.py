@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -312,5 +311,3 @@ Guards.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck), print_blob=True,
 )  # fmt: skip
 TestGuards = Guards.TestCase
-
-_ = json

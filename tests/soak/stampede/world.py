@@ -192,4 +192,3 @@ class Synapse(Http):
             self.answer(json.dumps({"sub": asked["access_token"][0]}).encode(), head)
         else:
             self.answer(b"{}", head, JSON, b"404 Not Found")
-

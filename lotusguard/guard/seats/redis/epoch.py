@@ -4,8 +4,8 @@
 Redis confirms writes before they are on its disk or on a replica. After a restart or a failover, holds that were issued
 may be gone: nobody new is seated in a room with a limit until every guard of the last seconds has given back its own.
 
-A data set has a name: the server's epoch, and a *generation* that the first guard wrote into it. If everything is deleted
-while the server runs (``FLUSHALL``), or the server comes back with older data, the generation is another one.
+A data set has a name: the server's epoch, and a *generation* that the first guard wrote into it. If everything is
+deleted while the server runs (``FLUSHALL``), or the server comes back with older data, the generation is another one.
 """
 
 from __future__ import annotations

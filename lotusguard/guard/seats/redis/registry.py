@@ -48,7 +48,7 @@ WITHHELD_CHANNEL = PREFIX + "identity"
 ALIASES_READ = 256
 """The latest SFU rooms of one Matrix room, which Redis keeps."""
 NOBODY = ""
-"""The entry of an identity about which some guard has asked, and of which nothing is known: that guard is to be told."""
+"""The entry of an unknown identity about which some guard has asked: it is to be told."""
 ASKED_AGAIN = 10.0
 """Seconds after which Redis is asked again about what it did not know, or about a room's SFU rooms. Guards tell each
 other about identities at once, and the SFU rooms in which somebody holds a seat are in the seat book."""

@@ -16,8 +16,8 @@ from twisted.python.failure import Failure
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient
 from lotusguard.clients.waiting import gather, run_in_background
-from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.clock import ServerClock
+from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.scripts import STEP, room_key
 
 log = Logger()
