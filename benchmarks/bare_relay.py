@@ -3,6 +3,9 @@
 
 Sends the body of each request to upstream, and the answer back. It decides, counts and logs nothing. This is what any
 HTTP proxy in Twisted costs; the rest of what a join costs is the guard's.
+
+``RELAY_LOOKUPS`` makes it ask the homeserver as often as the guard does for a join of somebody whom it does not know:
+one call after the other, whose answers it throws away.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ import os
 from typing import Any
 
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.web.client import readBody
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
 from lotusguard.clients.http import BytesBody, FixedAgent, connection_pool
-from lotusguard.process import raise_file_limit
+from lotusguard.process import raise_file_limit, tune_garbage_collector
 
-_HEADERS = Headers({b"Content-Type": [b"application/json"]})
+_JSON = Headers({b"Content-Type": [b"application/json"]})
+_LOOKUP = b"/_synapse/admin/v1/users/%40user0%3Abench.local/joined_rooms"
 
 
 class Relay(Resource):
@@ -27,33 +32,39 @@ class Relay(Resource):
 
     isLeaf = True
 
-    def __init__(self, agent: FixedAgent) -> None:
+    def __init__(self, upstream: FixedAgent, homeserver: FixedAgent, lookups: int) -> None:
         super().__init__()
-        self._agent = agent
+        self._upstream = upstream
+        self._homeserver = homeserver
+        self._lookups = lookups
+        self._headers = Headers({b"Authorization": [b"Bearer " + os.environ["MATRIX_TOKEN"].encode()]})
 
     def render(self, request: Any) -> int:
-        body = request.content.read()
-        asked = self._agent.request(request.method, request.uri, _HEADERS, BytesBody(body) if body else None)
-        asked.addCallback(self._answered, request)
+        Deferred.fromCoroutine(self._relay(request))
         return NOT_DONE_YET
 
-    def _answered(self, response: Any, request: Any) -> None:
+    async def _relay(self, request: Any) -> None:
+        for _ in range(self._lookups):
+            await readBody(await self._homeserver.request(b"GET", _LOOKUP, self._headers))
+        body = request.content.read()
+        response = await self._upstream.request(request.method, request.uri, _JSON, BytesBody(body) if body else None)
+        answer = await readBody(response)
         request.setResponseCode(response.code)
-        readBody(response).addCallback(self._read, request)
-
-    def _read(self, body: bytes, request: Any) -> None:
-        request.setHeader(b"Content-Length", b"%d" % len(body))
-        request.write(body)
+        request.setHeader(b"Content-Length", b"%d" % len(answer))
+        request.write(answer)
         request.finish()
 
 
 def main() -> None:
     raise_file_limit()
     loop: Any = reactor
-    agent = FixedAgent(loop, os.environ["GUARD_UPSTREAM"], connection_pool(loop), 15)
-    site = Site(Relay(agent))
+    pool = connection_pool(loop)
+    upstream = FixedAgent(loop, os.environ["GUARD_UPSTREAM"], pool, 15)
+    homeserver = FixedAgent(loop, os.environ["SYNAPSE_API"], pool, 15)
+    site = Site(Relay(upstream, homeserver, int(os.environ.get("RELAY_LOOKUPS", "0"))))
     site.log = lambda request: None  # type: ignore[method-assign]
     loop.listenTCP(int(os.environ["GUARD_BIND_PORT"]), site, backlog=1024, interface=os.environ["GUARD_BIND_HOST"])
+    loop.callWhenRunning(tune_garbage_collector)
     loop.run()
 
 

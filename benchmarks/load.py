@@ -13,12 +13,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import count, cycle
 from typing import Any
 
 from attrs import asdict, define
 
-from benchmarks.prepared_answers import DEVICE, NEW_USERS, SERVER_NAME, USERS_A_ROOM, user_id
+from benchmarks.prepared_answers import DEVICE, NEW_USERS, SERVER_NAME, USERS_A_ROOM, stranger_id, user_id
 
 PATIENCE = 90.0
 """Seconds after which all callers give up."""
@@ -32,6 +32,8 @@ class Load:
     :ivar rate: requests per second over all callers, sent whether or not answers came; 0 is as fast as answered.
     :ivar fresh: a connection for each request, as nginx does by default.
     :ivar room: the room IDs' part before their number. :ivar rooms: how many rooms, ``first`` the first's number.
+    :ivar strangers: 0 for users who ask again and again; else each request is of a user who was never seen, and this is
+        the first one's number.
     """
 
     port: int
@@ -42,9 +44,15 @@ class Load:
     room: str = "!room"
     first: int = 0
     rooms: int = 50
+    strangers: int = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        """The requests, over and over: every room's users in turn."""
+        """The requests: every room's users in turn and over and over, or users who were never seen, room by room."""
+        if self.strangers:
+            return (
+                _request(f"{self.room}{number % self.rooms}:{SERVER_NAME}", stranger_id(number, number % self.rooms))
+                for number in count(self.strangers)
+            )
         return cycle(
             [
                 _request(f"{self.room}{number}:{SERVER_NAME}", user_id(number * USERS_A_ROOM + NEW_USERS + user))

@@ -43,9 +43,18 @@ def user_id(number: int) -> str:
     return f"@user{number}:{SERVER_NAME}"
 
 
+def stranger_id(number: int, room: int) -> str:
+    """A user who makes one request: a member of the one room that the name tells."""
+    return f"@new{number}-{room}:{SERVER_NAME}"
+
+
 @lru_cache(maxsize=100_000)
 def joined_rooms(user: str) -> bytes:
     """The admin API's answer about the rooms of a user: those that this user joins in the scenarios."""
+    if user.startswith("@new"):
+        return json.dumps(
+            {"joined_rooms": [room_id(int(user.partition("-")[2].partition(":")[0]))], "total": 1}
+        ).encode()
     number = int(user.removeprefix("@user").partition(":")[0])
     rooms = {number // USERS_A_ROOM, (number - NEW_USERS) // USERS_A_ROOM}
     names = [f"{prefix}{room}:{SERVER_NAME}" for room in sorted(rooms) for prefix in ("!room", BIG_ROOM)]

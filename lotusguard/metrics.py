@@ -44,7 +44,10 @@ class Metrics:
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         """A stage of a join took so long."""
-        self.join_seconds.labels(stage).observe(seconds)
+        observed = self._stages.get(stage)
+        if observed is None:  # `labels` takes a lock and looks for the child
+            observed = self._stages[stage] = self.join_seconds.labels(stage)
+        observed.observe(seconds)
 
     def _count_joins(self) -> None:
         self.joins = self._counter(
@@ -53,6 +56,7 @@ class Metrics:
             known=[*product(("refused", "would_refuse"), _REFUSALS), ("error", "internal_error"),
                    *product(("failed",), ("upstream_timeout", "upstream_unreachable", "caller_disconnected"))],
         )  # fmt: skip
+        self._stages: dict[str, Histogram] = {}
         self.join_seconds = self._histogram("join_stage_seconds", "Time of a join by stage", "stage")
         self.fail_open = self._counter(
             "fail_open", "Checks that a join passed without being enforced", "check", "reason",

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from attrs import define, field
 from prometheus_client import Counter, Histogram
-from twisted.internet.defer import CancelledError, Deferred, TimeoutError
+from twisted.internet.defer import CancelledError, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.web.client import ResponseFailed
@@ -167,8 +167,8 @@ class Dependency:
         self, method: bytes, path: bytes, headers: Headers, body: bytes | None, turn: str, is_probe: bool
     ) -> Answer:
         try:
-            acquiring = self._turns.acquire(turn)
-            await (acquiring if acquiring.called else acquiring.addTimeout(QUEUE_TIMEOUT, self._clock))
+            if not self._turns.take():
+                await self._turns.acquire(turn).addTimeout(QUEUE_TIMEOUT, self._clock)
         except (QueueFull, TimeoutError):
             self._outcomes["queue_full"].inc()
             raise TooManyCalls(self.name) from None
@@ -176,7 +176,7 @@ class Dependency:
         try:
             self._check_circuit(is_probe)  # it may have opened while this call waited for its turn
             asked_at = self._wall_clock()
-            exchange = Deferred.fromCoroutine(fetch(self._agent, method, path, headers, body, limit=self._limit))
+            exchange = fetch(self._agent, method, path, headers, body, limit=self._limit)
             answer = await exchange.addTimeout(self.timeout, self._clock)
             self._compare_clocks(answer, asked_at)
             return answer

@@ -9,6 +9,7 @@ from typing import Any, cast
 import treq
 from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
@@ -21,6 +22,7 @@ __all__ = [
     "BodyTooLarge",
     "BytesBody",
     "FixedAgent",
+    "answer_of",
     "collected",
     "connection_pool",
     "fetch",
@@ -41,17 +43,24 @@ class Answer:
     body: bytes = field(repr=False)
 
 
-async def fetch(
+def fetch(
     agent: IAgent, method: bytes, target: bytes, headers: Headers, body: bytes | None = None, *, limit: int
-) -> Answer:
+) -> Deferred[Answer]:
     """Make one call and return the whole answer. Cancelled, it drops the connection.
 
+    A Deferred and no coroutine: each thing that a join awaits resumes all the coroutines around it.
+
     :param agent: takes request targets (`FixedAgent`).
-    :param limit: bytes that the body of the answer may have.
-    :raises BodyTooLarge: the body is longer; the connection is dropped.
+    :param limit: bytes that the body of the answer may have. Fails with `BodyTooLarge` if it is longer; the connection
+        is dropped.
     """
-    response = await agent.request(method, target, headers, None if body is None else BytesBody(body))
-    return Answer(response.code, response.headers, await collected(response, limit))
+    asked = agent.request(method, target, headers, None if body is None else BytesBody(body))
+    return asked.addCallback(answer_of, limit)
+
+
+def answer_of(response: IResponse, limit: int) -> Deferred[Answer]:
+    """The whole answer, for the head of one. See `fetch`."""
+    return collected(response, limit).addCallback(lambda body: Answer(response.code, response.headers, body))
 
 
 @implementer(IBodyProducer)
@@ -73,13 +82,14 @@ class BytesBody:
     def stopProducing(self) -> None: ...
 
 
-async def collected(response: IResponse, limit: int) -> bytes:
+def collected(response: IResponse, limit: int) -> Deferred[bytes]:
     """The whole body of a response. Cancelled, it drops the connection.
 
-    :raises BodyTooLarge: it is longer than ``limit`` bytes; the connection is dropped.
+    :param limit: bytes. Fails with `BodyTooLarge` if there are more; the connection is dropped.
     """
     parts: list[bytes] = []
     size = 0
+    abortable = _Abortable(response)
 
     def part(chunk: bytes) -> None:
         nonlocal size
@@ -88,13 +98,12 @@ async def collected(response: IResponse, limit: int) -> bytes:
             raise BodyTooLarge
         parts.append(chunk)
 
-    abortable = _Abortable(response)
-    try:
-        await treq.collect(cast(IResponse, abortable), part)
-    except CancelledError:
-        abortable.abort()
-        raise
-    return b"".join(parts)
+    def failed(reason: Failure) -> Failure:
+        if reason.check(CancelledError):
+            abortable.abort()
+        return reason
+
+    return treq.collect(cast(IResponse, abortable), part).addCallbacks(lambda _: b"".join(parts), failed)
 
 
 class _Abortable:

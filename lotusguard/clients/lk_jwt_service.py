@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from attrs import define, field, frozen
@@ -11,12 +11,13 @@ from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost, DNSLookupError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
 from twisted.web.client import ResponseNeverReceived
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IResponse
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, collected
+from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, answer_of
 from lotusguard.metrics import Metrics
 
 T = TypeVar("T")
@@ -64,6 +65,10 @@ class Forwarded:
     headers: Headers
     body: bytes | None
 
+    def with_body(self, body: bytes) -> Forwarded:
+        """The same request with another body."""
+        return Forwarded(self.method, self.target, self.headers, body)
+
 
 @define
 class LkJwtService:
@@ -107,7 +112,7 @@ class LkJwtService:
     async def _attempted(
         self,
         request: Forwarded,
-        attempt: Callable[[Forwarded], Coroutine[Any, Any, T]],
+        attempt: Callable[[Forwarded], Deferred[T]],
         deadline: float | None,
     ) -> T:
         """Make an attempt, and further ones if upstream has not seen the request.
@@ -120,7 +125,8 @@ class LkJwtService:
         pause, stale = FIRST_PAUSE, 0
         while True:
             try:
-                outcome = await self._within(attempt(request), deadline)
+                seconds = self._seconds_left(deadline)
+                outcome = await attempt(request).addTimeout(seconds, self._clock)
             except (CancelledError, UpstreamFailed):
                 raise
             except TimeoutError:
@@ -142,30 +148,30 @@ class LkJwtService:
                 self._answered.inc()
                 return outcome
 
-    async def _within(self, attempt: Coroutine[Any, Any, T], deadline: float | None) -> T:
-        """One attempt. :raises TimeoutError: it took ``timeout``, or until the deadline."""
-        seconds = self._timeout
-        if deadline is not None:
-            seconds = min(seconds, deadline - self._clock.seconds())
+    def _seconds_left(self, deadline: float | None) -> float:
+        """What one attempt may take. :raises TimeoutError: there is no time left for one."""
+        if deadline is None:
+            return self._timeout
+        seconds = min(self._timeout, deadline - self._clock.seconds())
         if seconds <= 0:
-            attempt.close()
             raise TimeoutError
-        return await Deferred.fromCoroutine(attempt).addTimeout(seconds, self._clock)
+        return seconds
 
-    async def _send(self, request: Forwarded) -> IResponse:
+    def _send(self, request: Forwarded) -> Deferred[IResponse]:
         producer = None if request.body is None else BytesBody(request.body)
-        return await self._agent.request(request.method, request.target, request.headers, producer)
+        return self._agent.request(request.method, request.target, request.headers, producer)
 
-    async def _whole(self, request: Forwarded) -> Answer:
-        response = await self._send(request)
-        try:
-            return Answer(response.code, response.headers, await collected(response, TOKEN_ANSWER_LIMIT))
-        except CancelledError:
-            raise
-        except BodyTooLarge:
-            raise self._failed(502, "too_large") from None
-        except Exception:
-            raise self._failed(502, "truncated") from None
+    def _whole(self, request: Forwarded) -> Deferred[Answer]:
+        return self._send(request).addCallback(self._read_whole)
+
+    def _read_whole(self, response: IResponse) -> Deferred[Answer]:
+        return answer_of(response, TOKEN_ANSWER_LIMIT).addErrback(self._incomplete)
+
+    def _incomplete(self, failure: Failure) -> Failure:
+        """:raises UpstreamFailed: the body did not arrive in full."""
+        if failure.check(CancelledError):
+            return failure
+        raise self._failed(502, "too_large" if failure.check(BodyTooLarge) else "truncated")
 
     async def probe(self) -> None:
         """Check that lk-jwt-service answers, by the preflight headers of its token route.
@@ -175,7 +181,7 @@ class LkJwtService:
         """
         headers = Headers()
         mark(headers)
-        asked = Deferred.fromCoroutine(self._whole(Forwarded(b"OPTIONS", b"/sfu/get", headers, None)))
+        asked = self._whole(Forwarded(b"OPTIONS", b"/sfu/get", headers, None))
         try:
             answer = await asked.addTimeout(PROBE_TIMEOUT, self._clock)
         except CancelledError:

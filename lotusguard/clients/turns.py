@@ -48,14 +48,19 @@ class FairSemaphore:
         """Whether nobody has a turn or waits for one."""
         return self._free == self._limit and not self._queues
 
+    def take(self) -> bool:
+        """A turn that is free now, without waiting. :return: whether there was one; `release` must give it back."""
+        free = self._free > 0 and not self._queues
+        self._free -= free
+        return free
+
     def acquire(self, key: Hashable = "") -> Deferred[None]:
         """A turn, which `release` must give back. Cancelling the Deferred leaves the queue.
 
         The Deferred fails with `QueueFull`, at once or when others crowd this waiter out.
         """
         turn: Deferred[None] = Deferred(lambda cancelled: self._leave(key, cancelled))
-        if self._free and not self._queues:
-            self._free -= 1
+        if self.take():
             turn.callback(None)
         elif self._make_room(key):
             self._queues.setdefault(key, OrderedDict())[turn] = None

@@ -72,12 +72,15 @@ class SfuKey:
     def _signature(self, signed: bytes) -> bytes:
         return base64url_encode(_hs256.sign(signed, self.secret.encode()))
 
-    def room_service_token(self, now: float, *, room: str | None = None) -> str:
+    def room_service_token(self, now: float, *, room: str | None = None, create: bool = False) -> str:
         """A token for RoomService: ``roomAdmin`` of one SFU room, or ``roomList`` without a room.
 
         :param now: seconds since the epoch.
+        :param create: ``roomCreate`` instead.
         """
         grant: dict[str, object] = {"roomList": True} if room is None else {"roomAdmin": True, "room": room}
+        if create:
+            grant = {"roomCreate": True}
         return self.sign({"iss": self.key, "nbf": int(now) - 30, "exp": int(now) + 600, "video": grant})
 
 

@@ -60,6 +60,8 @@ class Policy:
 
     def allowed_sources(self, user: str) -> frozenset[Source]:
         """The sources that a user may publish: what their permissions allow and nobody is forbidden."""
+        if self.permissions is None:
+            return EVERY_SOURCE - self.forbidden
         withheld = (sources for action, sources in SOURCES_OF.items() if not self.allows(action, user))
         return EVERY_SOURCE.difference(self.forbidden, *withheld)
 

@@ -7,7 +7,7 @@ import re
 from random import getrandbits
 from typing import Any
 
-from attrs import define, evolve, field
+from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -68,7 +68,7 @@ class RequestHandler:
         going = forwarded(request, asked.body, request_id, keep_identity=self._keep_identity)
 
         async def forward(body: bytes, deadline: float | None) -> Answer:
-            return await self._upstream.ask(evolve(going, body=body), deadline)
+            return await self._upstream.ask(going.with_body(body), deadline)
 
         held = HeldRequest(request, self._clock, self._silence, prefers_polling(request))
         try:

@@ -84,6 +84,7 @@ class Channel(HTTPChannel):
 class GuardRequest(Request):
     """A request whose body is kept in memory, within the site's pool.
 
+    :ivar canonical_path: the one spelling of its path.
     :ivar token_route: the token route that its path is, on a listener that serves one there.
     :ivar answering: the Deferred of its answer, cancelled if the caller disconnects.
     :ivar early_head: whether a 200 head was sent before the answer was known; see ``web/held.py``.
@@ -92,6 +93,7 @@ class GuardRequest(Request):
     site: GuardSite
     channel: Any
     content: Any
+    canonical_path: str
     token_route: TokenRoute | None = None
     answering: Deferred[None] | None = None
     early_head: bool = False
@@ -160,12 +162,9 @@ class GuardRequest(Request):
         return bytes(self.content.getvalue())
 
     def process(self) -> None:
-        """Refuse it, or hand it to the site. Klein routes on ``postpath``: the one spelling of the path, quoted, so
-        that every path is printable ASCII."""
-        path = canonical_path(self.path)
-        self.token_route = self.site.token_route(path)
-        self.prepath: list[bytes] = []
-        self.postpath = quote(path).encode("ascii").split(b"/")[1:]
+        """Refuse it, or hand it to the site."""
+        self.canonical_path = canonical_path(self.path)
+        self.token_route = self.site.token_route(self.canonical_path)
         reply = self._malformed()
         if reply is None:
             self.site.dispatch(self)
@@ -216,6 +215,8 @@ class GuardSite(Site):
 
     protocol = Channel  # type: ignore[assignment]
     displayTracebacks = False
+    noisy = False
+    """The listener's own line says where it listens."""
 
     def __init__(
         self,
@@ -243,7 +244,9 @@ class GuardSite(Site):
         """Answer a well-formed request."""
         if self._answer_token is not None and request.asks_for_token:
             self._answer_token(request)
-        else:
+        else:  # Klein routes on ``postpath``, quoted so that every path is printable ASCII
+            request.prepath = []
+            request.postpath = quote(request.canonical_path).encode("ascii").split(b"/")[1:]
             request.render(self.resource)
 
     async def emptied(self) -> None:

@@ -119,7 +119,7 @@ class DirectClient:
     connected: bool = False
     dead: bool = False
     on_server: list[Callable[[ServerInfo], None]] = field(factory=list)
-    on_messages: list[Callable[[], None]] = field(factory=list)
+    on_subscribed: list[Callable[[], None]] = field(factory=list)
     fault: str = "connection_lost"
 
     @property

@@ -142,7 +142,7 @@ class RoomModel:
         self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool
     ) -> None:
         seats, key = self._now.seats, IdentityKey(alias, identity)
-        if seats.knows(key) or expires <= now:
+        if seats.find(key) is not None or expires <= now:
             return
         if seated:
             if all(hold.id != hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):

@@ -59,7 +59,7 @@ class RedisClient:
     """Talks to one server over two connections: one for commands, one for what is published.
 
     :param on_server: called with every new connection before anybody uses it.
-    :ivar on_messages: called when messages come again after a time in which they were lost.
+    :ivar on_subscribed: called with every new subscription: messages may have been lost before.
     :ivar epoch: names the server's data set; see `ServerInfo`.
     :ivar trouble: why the last write failed; "" if it succeeded.
     """
@@ -71,14 +71,13 @@ class RedisClient:
     epoch: str = field(init=False, default="")
     trouble: str = field(init=False, default="")
     on_server: list[Callable[[ServerInfo], None]] = field(init=False, factory=list)
-    on_messages: list[Callable[[], None]] = field(init=False, factory=list)
+    on_subscribed: list[Callable[[], None]] = field(init=False, factory=list)
     breaker: CircuitBreaker = field(init=False, factory=CircuitBreaker)
     _prober: Prober = field(init=False, repr=False)
     _commands: Link[CommandProtocol] = field(init=False, repr=False)
     _messages: Link[SubscriberProtocol] = field(init=False, repr=False)
     _listeners: dict[str, Listener] = field(init=False, factory=dict)
     _waiting: int = field(init=False, default=0)
-    _subscribed: bool = field(init=False, default=False)
     _seconds: Histogram = field(init=False, repr=False)
     _outcomes: dict[str, Counter] = field(init=False, repr=False)
 
@@ -134,16 +133,18 @@ class RedisClient:
         protocol.on_message = self._message
         if self._listeners:
             await protocol.subscribe(list(self._listeners))
-        if self._subscribed:
-            for told in self.on_messages:
-                told()
-        self._subscribed = True
+        for told in self.on_subscribed:
+            told()
 
     # -- messages ----------------------------------------------------------------------------------------
 
     def listen(self, channel: str, listener: Listener) -> None:
         """Call ``listener`` with each message of a channel. It must be called before `start`. Messages may be lost."""
         self._listeners[channel] = listener
+
+    def subscribe_again(self) -> None:
+        """Make a new connection for messages: this one seems to lose them."""
+        self._messages.drop()
 
     async def publish(self, channel: str, message: str) -> None:
         """Send a message to all guards, this one included. :raises DependencyFailed: it was not sent."""

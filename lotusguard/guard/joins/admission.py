@@ -98,13 +98,12 @@ class Admission:
     async def _decide(self, request: TokenRequest, decision: Decision, forward: Forward, patience: Patience) -> Answer:
         arrived = decision.began
         deadline = Deadline(self._clock, arrived + self._lookup_timeout + self._upstream_timeout + SLACK)
-        if request.room_id is None:
-            decision.reason = "no_room"
-            return await forward(request.body, deadline.at)
         lookups = Deadline(self._clock, arrived + self._lookup_timeout)
         join = Join(
-            request, request.room_id, decision, self._log, deadline, lookups, self._lookup_timeout, self.dry_run
+            request, request.room_id or "", decision, self._log, deadline, lookups, self._lookup_timeout, self.dry_run
         )
+        if request.room_id is None:
+            return await self._admit_without_room(join, forward)
         try:
             if request.openid is not None:
                 self._checks.homeserver_may_join(join, request.openid.server_name)
@@ -115,6 +114,12 @@ class Admission:
         except Exception:
             self._log.failure(decision, "join")
         return await self._admit_unchecked(join, forward)
+
+    async def _admit_without_room(self, join: Join, forward: Forward) -> Answer:
+        """The body names no room, so that upstream refuses it. A token that it issues all the same is rebuilt."""
+        join.decision.reason = "no_room"
+        answer = await self._forward(join, forward, join.request.body)
+        return self._issuer.rebuild(join, answer)
 
     async def _admit_unchecked(self, join: Join, forward: Forward) -> Answer:
         """Our own code failed: the join goes on without a seat, and its token is rebuilt as far as that is possible."""
@@ -175,10 +180,14 @@ class Admission:
         """Find out who asks and what the room wants, concurrently.
 
         For a room that is not in memory nothing is looked up before the caller is known. For one that is, a slow
-        homeserver leaves time to ask LiveKit.
+        homeserver leaves time to ask LiveKit. A policy that needs no lookup needs nothing done at once either.
         """
         with self._log.stage(join.decision, Stage.LOOKUP):
-            if self._policies.is_remembered(join.room_id):
+            known = self._policies.in_memory(join.room_id)
+            if known is not None:
+                join.learn_policy(known)
+                await self._look_up_caller(join, join.lookups, self._look_up_membership)
+            elif self._policies.is_remembered(join.room_id):
                 deadline = join.lookups.sooner(self._lookup_timeout * STALE_SHARE)
                 await gather((
                     self._look_up_caller(join, deadline, self._look_up_membership),
@@ -200,11 +209,7 @@ class Admission:
 
     async def _look_up_policy(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "policy"):
-            join.known = await self._policies.get(join.room_id, deadline)
-            if join.known.freshness is Freshness.UNKNOWN:
-                join.unenforced("policy", join.known.reason)
-            elif join.policy and join.decision.verdict is Verdict.ALLOWED:
-                join.decision.reason = "policy" if join.known.is_certain else "stale_policy"
+            join.learn_policy(await self._policies.get(join.room_id, deadline))
 
     async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "membership"):

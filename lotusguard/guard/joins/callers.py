@@ -72,7 +72,8 @@ class Callers:
         user: str | None = self._known.get(key)
         if user is None:
             try:
-                await deadline.wait(Deferred.fromCoroutine(self._homeserver.know_server_name()))
+                if not self._homeserver.server_name:
+                    await deadline.wait(Deferred.fromCoroutine(self._homeserver.know_server_name()))
                 if not self._homeserver.is_local(openid):
                     return Caller(Identified.FOREIGN)
                 user = await deadline.wait(Deferred.fromCoroutine(self._homeserver.local_user(openid)))

@@ -6,7 +6,7 @@ A refusal never rests on a lookup that began before the request arrived, and wha
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, TimeoutError
@@ -73,7 +73,16 @@ class EntryChecks:
             ("removed", self._removed),
             ("lobby", self._wait_in_lobby),
         ):
-            await _failing_open(join, name, check(join))
+            try:
+                await check(join)
+            except (JoinRefused, MustWait, CancelledError):
+                raise
+            except TimeoutError:  # what cannot be checked refuses nobody
+                join.unenforced(name, "timeout")
+            except DependencyFailed as failed:
+                join.unenforced(name, failed.reason)
+            except Exception:
+                join.log.failure(join.decision, name)
 
     def homeserver_may_join(self, join: Join, server_name: str) -> None:
         """:raises JoinRefused: no user of this homeserver may join calls here."""
@@ -110,7 +119,7 @@ class EntryChecks:
             if self._members_only is MembersOnly.LOG:
                 join.unenforced("membership", f"{known.membership.value}_logged_only")
             else:
-                self._lobby.left_room(join.room_id, join.user)
+                await self._lobby.left_room(join.room_id, join.user)
                 join.refuse(Refusal.NOT_A_MEMBER)
 
     async def _join_level(self, join: Join) -> None:
@@ -150,7 +159,9 @@ class EntryChecks:
         return await self._seats.is_started(join.room_id)
 
     async def _removed(self, join: Join) -> None:
-        if self._lobby.state_of(join.room_id, join.user) is LobbyState.REMOVED:
+        if self._lobby.state_of(join.room_id, join.user) is not LobbyState.REMOVED:
+            return
+        if await self._lobby.read(join.room_id, join.user) is LobbyState.REMOVED:  # nobody has admitted them since
             join.refuse(Refusal.REMOVED)
 
     async def _wait_in_lobby(self, join: Join) -> None:
@@ -162,12 +173,12 @@ class EntryChecks:
             if not await self._switch.is_on(join.room_id, join.known):
                 return
         if state is LobbyState.ACCEPTED or join.policy.bypasses_lobby(join.user) or await self._was_in(join, state):
-            self._lobby.let_in(join.room_id, join.user)
+            await self._lobby.let_in(join.room_id, join.user)
             return
         if join.dry_run:
             join.decision.verdict, join.decision.reason = Verdict.WOULD_REFUSE, "lobby"
             return
-        entry = self._lobby.ask(join.room_id, join.user)
+        entry = await self._lobby.ask(join.room_id, join.user)
         if entry.rules.refusal is not None:
             join.refuse(entry.rules.refusal)
         raise MustWait(entry)
@@ -177,7 +188,8 @@ class EntryChecks:
         if state is not None:
             return False
         deadline = join.deadline.sooner(join.lookups.left())
-        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline)
+        slot = join.request.slot_id
+        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline, slot)
 
     async def read_policy_again(self, join: Join) -> None:
         """Read the policy as it is now, before a refusal rests on it."""
@@ -188,17 +200,3 @@ class EntryChecks:
         """Whether not everybody may start a call in a room with this policy."""
         permissions = policy.permissions
         return (permissions is not None and permissions.names(Action.START)) or not self._start_homeservers.allows_all
-
-
-async def _failing_open(join: Join, name: str, check: Awaitable[None]) -> None:
-    """Run a check. If it cannot be done, the join goes on without it."""
-    try:
-        await check
-    except (JoinRefused, MustWait, CancelledError):
-        raise
-    except TimeoutError:
-        join.unenforced(name, "timeout")
-    except DependencyFailed as failed:
-        join.unenforced(name, failed.reason)
-    except Exception:
-        join.log.failure(join.decision, name)

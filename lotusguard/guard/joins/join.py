@@ -57,6 +57,14 @@ class Join:
     def is_main_slot(self) -> bool:
         return self.request.slot_id == ROOM_SLOT
 
+    def learn_policy(self, known: KnownPolicy) -> None:
+        """The room's policy was looked up."""
+        self.known = known
+        if known.freshness is Freshness.UNKNOWN:
+            self.unenforced("policy", known.reason)
+        elif known.policy and self.decision.verdict is Verdict.ALLOWED:
+            self.decision.reason = "policy" if known.is_certain else "stale_policy"
+
     def renew_lookups(self) -> None:
         """Allow for new lookups, after a wait for something else."""
         self.lookups = self.deadline.sooner(self.lookup_timeout)

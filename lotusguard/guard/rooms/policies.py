@@ -8,6 +8,7 @@ from enum import Enum
 
 from attrs import define, evolve, field, frozen
 from cachetools import LRUCache
+from prometheus_client import Counter
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -30,6 +31,11 @@ FAILURE_REMEMBERED = 1.0
 """Seconds for which a failed lookup is not tried again for the same room."""
 ENTRY_SIZE = 1024
 """Bytes that an entry costs beside its event contents."""
+USUAL_TEXT, TEXT_COST = 500, 15
+"""Characters of its events that an entry's size allows for, and the bytes that a policy takes for each further
+one: measured with exceptions for 2,600 users in one event, and with 5,000 values that cannot be used."""
+MALFORMED_LOGGED = 10
+"""Keys of one change that are logged as unusable; the others are counted."""
 
 
 class Freshness(Enum):
@@ -96,10 +102,13 @@ class Policies:
     _with_policy: LRUCache[str, _Entry] = field(init=False)
     _without_policy: LRUCache[str, _Entry] = field(init=False)
     _changed: LRUCache[str, float] = field(factory=lambda: LRUCache(20_000), init=False)
+    _all_changed: float = field(default=0.0, init=False)
     _failed: LRUCache[str, tuple[float, str]] = field(factory=lambda: LRUCache(20_000), init=False)
     _lookups: FreshLookups[str, _Entry] = field(init=False)
+    _hits: Counter = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._hits = self._metrics.cache_lookups.labels("policies", "hit")
         self._with_policy = LRUCache(POLICIES_KEPT, getsizeof=_size)
         self._without_policy = LRUCache(ROOMS_WITHOUT_POLICY_KEPT, getsizeof=_size)
         self._lookups = FreshLookups(self._look_up, self._clock)
@@ -112,28 +121,39 @@ class Policies:
 
         :param since: the lookup must have begun at this time or later, for decisions that an older one cannot carry.
         """
-        if not is_room_id(room_id):
-            return KnownPolicy(NO_POLICY, Freshness.FRESH, room_exists=False)
-        pushed = self._pushed.state_of(room_id)
-        if pushed is not None and pushed.live and since is None:
-            self._metrics.cache_lookups.labels("policies", "hit").inc()
-            return KnownPolicy(self._read_pushed(room_id, pushed).policy, Freshness.FRESH, room_exists=True)
-        needed = max(self._clock.seconds() - self.ttl, self._changed.get(room_id, 0.0), since or 0.0)
-        entry = self._entry(room_id)
-        if entry is not None and entry.began >= needed:
-            self._metrics.cache_lookups.labels("policies", "hit").inc()
-            return KnownPolicy(entry.policy, Freshness.FRESH, entry.room_exists)
+        known = self.in_memory(room_id, since)
+        if known is not None:
+            return known
         failed_at, reason = self._failed.get(room_id, (None, ""))
         if failed_at is not None and self._clock.seconds() - failed_at < FAILURE_REMEMBERED:
             return self._last_known(room_id, reason)
         try:
-            fetched = await deadline.wait(self._lookups.get(room_id, needed))
+            fetched = await deadline.wait(self._lookups.get(room_id, self._oldest(room_id, since)))
         except TimeoutError:
             return self._last_known(room_id, "timeout")
         except DependencyFailed as failed:
             return self._last_known(room_id, failed.reason)
         self._metrics.cache_lookups.labels("policies", "miss").inc()
         return KnownPolicy(fetched.value.policy, Freshness.FRESH, fetched.value.room_exists)
+
+    def in_memory(self, room_id: str, since: float | None = None) -> KnownPolicy | None:
+        """The room's policy, if it is known without a lookup. See `get`."""
+        if not is_room_id(room_id):
+            return KnownPolicy(NO_POLICY, Freshness.FRESH, room_exists=False)
+        pushed = self._pushed.state_of(room_id)
+        if pushed is not None and pushed.live and since is None:
+            self._hits.inc()
+            return KnownPolicy(self._read_pushed(room_id, pushed).policy, Freshness.FRESH, room_exists=True)
+        entry = self._entry(room_id)
+        if entry is not None and entry.began >= self._oldest(room_id, since):
+            self._hits.inc()
+            return KnownPolicy(entry.policy, Freshness.FRESH, entry.room_exists)
+        return None
+
+    def _oldest(self, room_id: str, since: float | None) -> float:
+        """When a lookup must have begun at the earliest."""
+        changed = max(self._changed.get(room_id, 0.0), self._all_changed)
+        return max(self._clock.seconds() - self.ttl, changed, since or 0.0)
 
     def last_known(self, room_id: str) -> Policy:
         """The policy as it was last heard, however long ago; none if it never was."""
@@ -154,6 +174,10 @@ class Policies:
         """
         self._changed[room_id] = self._clock.seconds()
         self._failed.pop(room_id, None)
+
+    def forget_all_freshness(self) -> None:
+        """Any policy may have changed unseen."""
+        self._all_changed = self._clock.seconds()
 
     def forget(self, room_id: str) -> None:
         """The room's state cannot be known any more: not even the last known policy holds."""
@@ -191,7 +215,8 @@ class Policies:
     def _read(self, events: Mapping[str, StateEvent] | None, began: float) -> _Entry:
         own, malformed = read_policy(events or {})
         policy = with_default_limit(own, self.default_limit)
-        size = ENTRY_SIZE + sum(len(str(event.content)) for event in (events or {}).values())
+        text = sum(len(str(event.content)) for event in (events or {}).values())
+        size = ENTRY_SIZE + text + TEXT_COST * max(0, text - USUAL_TEXT)
         return _Entry(policy, bool(own), events is not None, malformed, began, size)
 
     def _read_pushed(self, room_id: str, pushed: PushedState) -> _Entry:
@@ -233,13 +258,14 @@ class Policies:
     def _tell(self, room_id: str, entry: _Entry, before: _Entry | None) -> None:
         """Log what changed."""
         known = before.malformed if before is not None else frozenset()
-        for wrong in sorted(entry.malformed - known):
+        for number, wrong in enumerate(sorted(entry.malformed - known)):
             self._metrics.malformed_policies.labels(wrong.event_type).inc()
-            log.warn(
-                "{room_id}: {event_type}: {key} cannot be used and is ignored",
-                room_id=room_id, event_type=wrong.event_type, key=wrong.key or "its content",
-                event_name="malformed_policy",
-            )  # fmt: skip
+            if number < MALFORMED_LOGGED:
+                log.warn(
+                    "{room_id}: {event_type}: {key} cannot be used and is ignored ({count} keys in all)",
+                    room_id=room_id, event_type=wrong.event_type, key=wrong.key or "its content",
+                    count=len(entry.malformed), event_name="malformed_policy",
+                )  # fmt: skip
         policy = entry.policy
         if policy != (before.policy if before is not None else NO_POLICY):
             log.info(

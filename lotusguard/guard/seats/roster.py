@@ -98,6 +98,16 @@ class Roster:
             await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
         return participants
 
+    async def list_all(
+        self, room_id: str, since: float, deadline: Deadline, requested: str = ROOM_SLOT
+    ) -> Sequence[tuple[str, Listing]]:
+        """Listings of all SFU rooms of a Matrix room, each begun at ``since`` or later.
+
+        :param requested: as for `refresh`. :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError:
+        """
+        aliases = [*await self._aliases_to_list(room_id, requested)]
+        return [*zip(aliases, await gather(self.list(alias, since, deadline) for alias in aliases), strict=True)]
+
     async def _aliases_to_list(self, room_id: str, requested: str) -> Collection[str]:
         main = room_alias(room_id, ROOM_SLOT)
         await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guards of a stampede, each a process under ``twistd``, and the Valkey they share. All of them are killed."""
+"""The guards of a stampede, each a process under ``twistd``, and the Valkey they share. All get killed."""
 
 from __future__ import annotations
 

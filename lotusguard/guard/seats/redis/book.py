@@ -238,7 +238,10 @@ class RedisSeatBook:
         for hold_id, own in holds:
             if own.expires > now and own.token.identity:
                 expires = self._steps.clock.to_server(own.expires)
-                operation = ("restore", hold_id, own.user, own.token.alias, own.token.identity, expires, own.seated)
+                token = own.token
+                operation = (
+                    "restore", hold_id, own.user, token.alias, token.identity, expires, own.seated, token.device
+                )  # fmt: skip
                 rooms.setdefault(own.room_id, []).append(operation)
         await gather(self._steps.run(room_id, *operations) for room_id, operations in rooms.items())
 

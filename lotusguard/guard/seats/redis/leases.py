@@ -34,7 +34,8 @@ class RoomLeases:
     :param guard: this guard's name.
     :param seconds: for which an acquired lease lasts.
     :ivar enforce: called with an SFU room that another guard wants to be enforced at once.
-    :ivar changed: called with a room, and a user or "", whose state another guard was told to have changed.
+    :ivar changed: called with a room, and a user or "", whose state another guard was told to have changed, and how it
+        was told.
     :ivar held: the fencing tokens of the leases that this guard had last. They grow each time a lease changes hands.
     """
 
@@ -43,7 +44,7 @@ class RoomLeases:
     _clock: IReactorTime
     _seconds: float = LEASE_SECONDS
     enforce: Callable[[str], None] = field(init=False, default=lambda alias: None)
-    changed: Callable[[str, str], object] = field(init=False, default=lambda room_id, user: None)
+    changed: Callable[[str, str, str], object] = field(init=False, default=lambda room_id, user, how: None)
     held: OrderedDict[str, int] = field(init=False, factory=OrderedDict)
 
     def __attrs_post_init__(self) -> None:
@@ -96,9 +97,9 @@ class RoomLeases:
         """Let the guard that has the lease enforce an SFU room at once."""
         await self._publish(ENFORCE_CHANNEL, alias)
 
-    async def tell_changed(self, room_id: str, user: str) -> None:
+    async def tell_changed(self, room_id: str, user: str, how: str) -> None:
         """Tell the other guards that a room's state, or a user's membership, has changed."""
-        await self._publish(CHANGED_CHANNEL, room_id, user)
+        await self._publish(CHANGED_CHANNEL, room_id, user, how)
 
     async def _publish(self, channel: str, *words: str) -> None:
         with suppress(DependencyFailed):  # reconciling finds it a few seconds later
@@ -110,9 +111,9 @@ class RoomLeases:
             self.enforce(alias)
 
     def _told(self, message: str) -> None:
-        guard, room_id, user = json.loads(message)
+        guard, room_id, user, how = json.loads(message)
         if guard != self._guard:
-            self.changed(room_id, user)
+            self.changed(room_id, user, how)
 
 
 def _keys(room_id: str) -> tuple[str, str]:

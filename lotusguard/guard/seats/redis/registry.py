@@ -48,7 +48,7 @@ WITHHELD_CHANNEL = PREFIX + "identity"
 ALIASES_READ = 256
 """The latest SFU rooms of one Matrix room, which Redis keeps."""
 NOBODY = ""
-"""The entry of an unknown identity about which some guard has asked: it is to be told."""
+"""The entry of an identity that some guard has asked about and nothing is known of: that guard is to be told."""
 ASKED_AGAIN = 10.0
 """Seconds after which Redis is asked again about what it did not know, or about a room's SFU rooms. Guards tell each
 other about identities at once, and the SFU rooms in which somebody holds a seat are in the seat book."""
@@ -76,7 +76,7 @@ class RedisTokenRegistry:
         self._asked = LruCache(ASKED_KEPT, ASKED_BYTES, lambda key, _: (key,))
         self._written = LruCache(ASKED_KEPT, ASKED_BYTES, lambda key, _: (key,))
         self._redis.listen(WITHHELD_CHANNEL, self._changed_elsewhere)
-        self._redis.on_messages.append(self._messages_come_again)
+        self._redis.on_subscribed.append(self._messages_come_again)
 
     async def learn(
         self,

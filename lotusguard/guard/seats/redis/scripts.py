@@ -9,7 +9,7 @@ from types import MappingProxyType
 from attrs import fields
 
 from lotusguard.clients.redis.client import Script
-from lotusguard.rules.room_seats import ENDED_SESSIONS_KEPT, RECONNECT_WINDOW, UNCONFIRMED_KEPT
+from lotusguard.rules.room_seats import ENDED_SESSIONS_KEPT, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
 from lotusguard.rules.seats import TABLE, StateRules
 
 PREFIX = "lotusguard:"
@@ -30,6 +30,7 @@ CLOCK_STEP = 0.5
 _CONSTANTS = MappingProxyType(
     {
         "RECONNECT_WINDOW": RECONNECT_WINDOW,
+        "RESERVED_PER_USER": RESERVED_PER_USER,
         "ENDED_SESSIONS_KEPT": ENDED_SESSIONS_KEPT,
         "UNCONFIRMED_KEPT": UNCONFIRMED_KEPT,
         "CALL_ENDED_AFTER": CALL_ENDED_AFTER,

@@ -61,16 +61,16 @@ function Writing.take(hold_id, user, limit, alias, exempt, slots, lease)
 end
 
 function Writing.issue(hold_id, user, alias, identity, device, ttl)
-  local hold = Seats.issue(now, hold_id, alias, identity, ttl)
+  local hold = Seats.issue(now, hold_id, alias, identity, ttl, device)
   Seats.forget_old(now, ttl, LISTING_KEPT)  -- where nothing is enforced nobody lists
   ended = true
   -- its guard could not renew it in time, or the data set was lost: the token is sent all the same
-  if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl) end
+  if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl, device) end
   return {hold.user, hold.state, text(hold.expires)}
 end
 
 function Writing.issue_without_seat(hold_id, user, alias, identity, device, ttl)
-  local hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl)
+  local hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl, device)
   return {hold.user, hold.state, text(hold.expires)}
 end
 
@@ -82,13 +82,13 @@ end
 function Writing.renew(hold_ids, lease) return Seats.renew(now, hold_ids, now + lease) end
 
 -- A hold that its guard gives back. Without a seat it gets one at the next listing, if one is free.
-function Writing.restore(hold_id, user, alias, identity, expires, seated)
+function Writing.restore(hold_id, user, alias, identity, expires, seated, device)
   if Seats.knows(alias, identity) or expires <= now then return false end
   room.started = true  -- else no token had been issued
   if seated then
-    Seats.restore(now, hold_id, user, alias, identity, false, expires)
+    Seats.restore(now, hold_id, user, alias, identity, false, expires, device)
   else
-    Seats.issue_without_seat(now, hold_id, user, alias, identity, expires - now)
+    Seats.issue_without_seat(now, hold_id, user, alias, identity, expires - now, device)
   end
   return true
 end
