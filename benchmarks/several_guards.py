@@ -157,7 +157,7 @@ def main() -> None:
     raise_file_limit()
     quick = "--quick" in sys.argv
     with Dependencies() as dependencies:
-        costs = measure(dependencies, 2 if quick else 5, 480 if quick else 2400, lambda line: print(line))  # noqa: T201
+        costs = measure(dependencies, 3 if quick else 5, 192 if quick else 2400, lambda line: print(line))  # noqa: T201
     sys.stdout.write(table(costs) + json.dumps([cost.cpu for cost in costs]) + "\n")
     if not quick:
         write(costs)

@@ -23,8 +23,8 @@ def with_timeout(outcome: Deferred[T], seconds: float, reactor: Any, heard: Call
     """The same outcome, or `TimeoutError` if the server says nothing for so many seconds.
 
     Timers run before sockets are read and written. If this process was busy or stopped for a while, the answer may have
-    arrived long ago, or the call may not have been sent: the timeout begins anew. And while a crowd waits, the server may need
-    longer for all of them; it answers in turn, so a call is waited for as long as others are answered.
+    arrived long ago, or the call may not have been sent: the timeout begins anew. And while a crowd waits, the server
+    may need longer for all of them; it answers in turn, so a call is waited for as long as others are answered.
 
     :param heard: when anything was last received from the server.
     """

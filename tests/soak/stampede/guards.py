@@ -21,7 +21,7 @@ from tests.guardprocess import CHECKOUT, TWISTD, free_port
 STARTS = 10
 ADMIN_TOKEN = "stampede-operators"
 PATIENT = "import lotusguard.clients.redis.patience as patience; patience.LONGEST = 60; "
-"""A machine that is short of processors for minutes makes no guard go on alone. Valkey that is gone is noticed as ever."""
+"""A machine that is short of processors makes no guard go on alone. A Valkey that is gone is noticed as ever."""
 
 
 @define(eq=False)
