@@ -13,7 +13,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from lotusguard.clients.fixed_agent import IDLE_CONNECTIONS, FixedAgent, connection_pool
+from lotusguard.clients.fixed_agent import IDLE_CONNECTIONS, FixedAgent, StaleConnection, connection_pool
 from lotusguard.clients.json_answers import parse_json
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "BodyTooLarge",
     "BytesBody",
     "FixedAgent",
+    "StaleConnection",
     "answer_of",
     "collected",
     "connection_pool",

@@ -94,6 +94,7 @@ REFUSALS = {
     Refusal.NOT_ADMITTED: Reply(403, "M_FORBIDDEN", "You were not admitted to this call."),
     Refusal.NOBODY_ADMITTED: Reply(403, "M_FORBIDDEN", "Nobody admitted you in time."),
     Refusal.TOO_MANY_SLOTS: Reply(429, "M_LIMIT_EXCEEDED", "This room has too many calls."),
+    Refusal.TOO_MANY_LOOKUPS: Reply(429, "M_LIMIT_EXCEEDED", "You ask for too many calls at once."),
     Refusal.LOBBY_FULL: Reply(429, "M_LIMIT_EXCEEDED", "Too many people are waiting to join this call."),
     Refusal.SEAT_PENDING: Reply(503, "M_UNKNOWN", "Other requests for this call are still being decided."),
 }

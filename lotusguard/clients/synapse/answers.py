@@ -10,7 +10,6 @@ from twisted.web.http import stringToDatetime
 
 from lotusguard.clients.http import Answer, json_object
 from lotusguard.rules.identity import is_room_id
-from lotusguard.rules.membership import Membership
 from lotusguard.rules.state import StateEvent
 
 
@@ -47,11 +46,11 @@ def joined_rooms(answer: Answer) -> list[str]:
     return strings(ok(answer)["joined_rooms"])
 
 
-def membership_in(room_id: str, answer: Answer) -> Membership:
-    memberships = ok(answer)["memberships"]
-    if not isinstance(memberships, dict):
+def memberships(answer: Answer) -> dict[str, object]:
+    found = ok(answer)["memberships"]
+    if not isinstance(found, dict):
         raise TypeError("memberships is not an object")
-    return Membership(memberships.get(room_id, Membership.ABSENT.value))
+    return found
 
 
 def strings(value: object) -> list[str]:

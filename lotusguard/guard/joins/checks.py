@@ -134,9 +134,8 @@ class EntryChecks:
         turns = self._starting.setdefault(join.room_id, FairSemaphore(1))
         acquiring = turns.acquire()
         if not acquiring.called:
-            with join.log.stage(join.decision, Stage.CHECK):
+            with join.waiting(), join.log.stage(join.decision, Stage.CHECK):
                 await join.deadline.wait(acquiring)
-            join.renew_lookups()
         try:
             await gather((
                 self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)

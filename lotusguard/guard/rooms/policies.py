@@ -118,6 +118,11 @@ class Policies:
             self._metrics.cache_limit.labels(name).set(cache.maxsize // ENTRY_SIZE)
             self._metrics.cache_entries.labels(name).set_function(cache.__len__)
 
+    async def get_anew(self, room_id: str, deadline: Deadline, since: float) -> KnownPolicy:
+        """The room's policy, as it is pushed now or looked up no earlier than ``since``. See `get`."""
+        pushed = self._pushed.state_of(room_id)
+        return await self.get(room_id, deadline, None if pushed is not None and pushed.live else since)
+
     async def get(self, room_id: str, deadline: Deadline, since: float | None = None) -> KnownPolicy:
         """The room's policy. Never fails, and never waits beyond the deadline.
 
@@ -177,6 +182,11 @@ class Policies:
     def is_remembered(self, room_id: str) -> bool:
         """Whether anything is known about the room."""
         return room_id in self._with_policy or room_id in self._without_policy
+
+    def has_existed(self, room_id: str) -> bool:
+        """Whether the homeserver knew the room when it was last read."""
+        entry = self._entry(room_id)
+        return entry is not None and entry.room_exists
 
     def forget_freshness(self, room_id: str) -> None:
         """The policy has changed: an answer to an earlier lookup is not believed.
