@@ -179,9 +179,14 @@ class RoomSeats:
         if limit is None:
             self.unlimited_at = now
         there = set()
-        for who in sorted(present, key=self._precedence):
+        news = []
+        for who in present:
             at = Session(alias, who.sid)
             there.add(at)
+            if not self._is_settled(at, who):
+                news.append(who)
+        for who in sorted(news, key=self._precedence):
+            at = Session(alias, who.sid)
             if self._ended.get(at, since) < since:
                 del self._ended[at]  # the SFU was asked after that event, and says it is there
             before = first and (who.joined is None or who.joined <= self.unlimited_at)
@@ -311,6 +316,17 @@ class RoomSeats:
         return key in self.reserved or key in self._sessions_of
 
     # -- how it is done ----------------------------------------------------------------------------------
+
+    def _is_settled(self, at: Session, who: Arrival) -> bool:
+        """Whether a listing says nothing new about a participant: they have a seat, and no unused token."""
+        hold = self.sessions.get(at)
+        return (
+            hold is not None
+            and hold.state is HoldState.PRESENT
+            and at not in self._ended
+            and IdentityKey(at.alias, who.identity) not in self.reserved
+            and who.user not in self._chains
+        )
 
     def _precedence(self, who: Arrival) -> tuple[bool, float]:
         """Owners of a seat first, then by the time they joined."""

@@ -79,8 +79,8 @@ class RoomEvents:
     _due: dict[str, set[str]] = field(factory=dict, init=False)
     _left: set[str] = field(factory=set, init=False)
     _recent: dict[str, dict[str, bool]] = field(factory=dict, init=False)
-    _tellers: KeyedWorker = field(init=False)
-    _readers: KeyedWorker = field(init=False)
+    _tellers: KeyedWorker[str] = field(init=False)
+    _readers: KeyedWorker[str] = field(init=False)
     _being_read: set[str] = field(factory=set, init=False)
     _background: set[Deferred[object]] = field(factory=set, init=False)
 
