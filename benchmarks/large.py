@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 from benchmarks.figures import percentile
@@ -29,53 +31,47 @@ NOBODY_RECONCILES = {"GUARD_RECONCILE_INTERVAL": "3600", "GUARD_SEAT_TTL": "3600
 
 def room_size(bench: Bench) -> None:
     """CPU per join into rooms in which so many seats are held, by people who ask again."""
-    figures = [
-        bench.figure(f"CPU per join, {seats:,} seats held in the room", "ms", 1.1 if seats > SEATS[0] else None, 3)
-        for seats in SEATS
-    ]
-    bench.dependencies.ask({"rooms": 1, "participants": 0, "cap": 1_000_000})
-    with ExitStack() as stack:
-        guards = [stack.enter_context(GuardProcess(bench.dependencies, NOBODY_RECONCILES)) for _ in SEATS]
-        for guard, seats in zip(guards, SEATS, strict=True):
+    with _growing(bench), ExitStack() as stack:
+        guards = {seats: stack.enter_context(GuardProcess(bench.dependencies, NOBODY_RECONCILES)) for seats in SEATS}
+        for seats, guard in guards.items():
             if seats > USERS_A_ROOM:
                 bench.load(guard, 32, seats - USERS_A_ROOM, rooms=1, strangers=1)
-            bench.load(guard, 4, 10, rooms=1)
-        for _ in range(bench.rounds + 2):
-            for guard, figure in zip(guards, figures, strict=True):
-                bench.load(guard, 8, 40, rooms=1)  # so that nothing is looked up
-                before = guard.cpu()
-                bench.load(guard, 8, bench.joins // 2, rooms=1)
-                figure.guard.append((guard.cpu() - before) / (bench.joins // 2) * MS)
-                figure.peer.append(figures[0].guard[-1])
-    bench.dependencies.ask({"rooms": 50, "participants": 20, "cap": 50})
-    bench.say("CPU per join over seats held: " + ", ".join(f"{figure.ratio:.2f}" for figure in figures if figure.ratio))
+        _compare(bench, {f"{seats:,} seats held in the room": guard for seats, guard in guards.items()})
 
 
 def room_count(bench: Bench) -> None:
     """CPU per join of a guard that remembers the tokens of so many rooms from an earlier run."""
-    figures = [
-        bench.figure(f"CPU per join, {rooms:,} rooms known", "ms", 1.1 if rooms > ROOMS[0] else None, 3)
-        for rooms in ROOMS
-    ]
-    bench.dependencies.ask({"rooms": 1, "participants": 0, "cap": 1_000_000})
-    with ExitStack() as stack:
-        guards = []
+    with _growing(bench), ExitStack() as stack:
+        guards = {}
         for rooms in ROOMS:
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="bench")))
             _remember_rooms(directory, rooms)
             settings = {**NOBODY_RECONCILES, "GUARD_STATE_DIR": str(directory)}
-            guards.append(stack.enter_context(GuardProcess(bench.dependencies, settings)))
-        for _ in range(bench.rounds + 2):
-            for guard, figure in zip(guards, figures, strict=True):
-                bench.load(guard, 8, 40, rooms=1)
-                before = guard.cpu()
-                bench.load(guard, 8, bench.joins // 2, rooms=1)
-                figure.guard.append((guard.cpu() - before) / (bench.joins // 2) * MS)
-                figure.peer.append(figures[0].guard[-1])
+            guards[f"{rooms:,} rooms known"] = stack.enter_context(GuardProcess(bench.dependencies, settings))
+        _compare(bench, guards)
+
+
+@contextmanager
+def _growing(bench: Bench) -> Iterator[None]:
+    """One room without a call, and a limit that nobody reaches."""
+    bench.dependencies.ask({"rooms": 1, "participants": 0, "cap": 1_000_000})
+    yield
     bench.dependencies.ask({"rooms": 50, "participants": 20, "cap": 50})
-    bench.say(
-        "CPU per join over rooms known: " + ", ".join(f"{figure.ratio:.2f}" for figure in figures if figure.ratio)
-    )
+
+
+def _compare(bench: Bench, guards: Mapping[str, GuardProcess]) -> None:
+    """Measure the guards in turn; the first is the one that the others are compared with."""
+    figures = {name: bench.figure(f"CPU per join, {name}", "ms") for name in guards}
+    smallest, *_, largest = guards
+    growth = bench.figure(f"CPU per join, {largest}: to {smallest}", "", 1.1)
+    for _ in range(bench.rounds + 2):
+        for name, guard in guards.items():
+            bench.load(guard, 8, 2 * USERS_A_ROOM, rooms=1)  # so that nothing is looked up
+            before = guard.cpu()
+            bench.load(guard, 8, bench.joins // 2, rooms=1)
+            figures[name].guard.append((guard.cpu() - before) / (bench.joins // 2) * MS)
+        growth.guard.append(figures[largest].guard[-1] / figures[smallest].guard[-1])
+    bench.say(f"{growth.name}: {median(growth.guard):.2f}")
 
 
 def _remember_rooms(directory: Path, rooms: int) -> None:
