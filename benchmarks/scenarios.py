@@ -75,7 +75,7 @@ def joins(bench: Bench) -> None:
     }
     rows[FOLLOWING, 32][0].aim, rows[FIRST, 32][0].aim = 0.5, 1.0
     rows[FOLLOWING, 32][0].relay_aim = rows[FIRST, 32][0].relay_aim = 1.6
-    bench.dependencies.ask({"cap": 1_000_000})
+    bench.dependencies.ask({"cap": 1_000_000, "rooms": ROOMS_JOINED})
     with (
         GuardProcess(bench.dependencies) as guard,
         PeerProcess(bench.dependencies) as peer,
@@ -102,7 +102,7 @@ def joins(bench: Bench) -> None:
                 f"round {number + 1}, CPU per join: following {next_.guard[-1]:.2f} ms, first {first.guard[-1]:.2f} "
                 f"ms; the peer {next_.peer[-1]:.2f} ms; relays {next_.relay[-1]:.2f} and {first.relay[-1]:.2f} ms"
             )
-    bench.dependencies.ask({"cap": 50})
+    bench.dependencies.ask({"cap": 50, "rooms": 50})
 
 
 ROOMS_JOINED = 10
