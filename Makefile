@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 CONSTRAINTS_VENV ?= .venv-constraints
+DIST_VENV ?= .venv-dist
 BIN := $(VENV)/bin
 SECONDS_OF_SOAK ?= 600
 
@@ -41,22 +42,28 @@ constraints:
 	$(CONSTRAINTS_VENV)/bin/python -m pip freeze --exclude lotusguard >constraints.txt
 	rm -rf $(CONSTRAINTS_VENV)
 
-# Everything that a release consists of. The same commit gives the same bytes: the archives' times are the commit's.
-dist: $(VENV)/.installed
+# Everything that a release consists of. The same commit gives the same bytes: the archives' times are the commit's. In the
+# unpacked source archive, which has no commits, they are those of the changelog. What the tests need is not installed.
+dist: $(DIST_VENV)/.installed
 	rm -rf dist build
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build
-	$(BIN)/twine check --strict dist/*
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date -r CHANGELOG.md +%s) $(DIST_VENV)/bin/python -m build
+	$(DIST_VENV)/bin/twine check --strict dist/*
 	cp constraints.txt dist/
 	cd dist && sha256sum lotusguard-* constraints.txt >SHA256SUMS
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) $(CONSTRAINTS_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO_VENV) $(CONSTRAINTS_VENV) $(DIST_VENV) build dist *.egg-info
 
 # -e: tests use the checkout, and twistd finds the plugin.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(DIST_VENV)/.installed:
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6.0'
 	touch $@
 
 $(DEMO_VENV)/.installed: pyproject.toml $(shell find lotusguard twisted -name '*.py' 2>/dev/null)

@@ -14,7 +14,7 @@ from typing import Any
 from lotusguard import __version__
 from lotusguard.commanding import FINE, INTERRUPTED, MISCONFIGURED, WRONG, log_to, misconfigured, run_reactor
 from lotusguard.config import ConfigurationError, Settings, read_settings
-from lotusguard.environment import read_environment_file
+from lotusguard.environment import UnitNotKnown, read_environment_file, read_unit_environment
 from lotusguard.history.command import add_commands as add_history_commands
 from lotusguard.terminal import StepReport, Terminal
 
@@ -27,12 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return MISCONFIGURED
     try:
+        if asked.unit is not None:
+            os.environ.update(read_unit_environment(asked.unit))
         if asked.env_file is not None:
             os.environ.update(read_environment_file(asked.env_file))
         status: int = asked.do(asked)
     except OSError as error:
         return misconfigured(f"{error.filename or ''}: {error.strerror}")
-    except ConfigurationError as error:
+    except (ConfigurationError, UnitNotKnown) as error:
         return misconfigured(str(error))
     return status
 
@@ -47,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lotusguard {__version__}")
     parser.add_argument(
         "--env-file", type=Path, metavar="FILE", help="read settings from this file, as systemd's EnvironmentFile="
+    )
+    parser.add_argument(
+        "--unit", metavar="NAME", help="read all settings that systemd gives to this service, such as lotusguard"
     )
     commands = parser.add_subparsers(title="commands")
     _add_check(commands)

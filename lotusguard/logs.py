@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs: text for people, JSON lines for machines. Callers cannot make a line long, nor break it."""
+"""Logs: text for people, JSON lines for machines. Callers cannot make a line long, nor break it, nor fill the disk."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from twisted.logger import (
 )
 from zope.interface import implementer
 
+from lotusguard.log_limit import LineLimit
+
 _FIXED = ("time", "level", "event", "logger", "message")
 _INTERNAL = frozenset(
     ("log_namespace", "log_level", "log_source", "log_format", "log_failure", "log_time", "log_logger", "log_system",
@@ -41,7 +43,7 @@ PRIORITIES = {"debug": 7, "info": 6, "warn": 4, "error": 3, "critical": 2}
 @implementer(ILogObserver)
 @define(eq=False)
 class LevelObserver:
-    """Writes the events of a level and above; the level can be changed while it runs.
+    """Writes the events of a level and above, but not too many of a kind; the level can be changed while it runs.
 
     :ivar level: ``debug``, ``info``, ``warn``, ``error`` or ``critical``.
     """
@@ -50,6 +52,7 @@ class LevelObserver:
     level: str
     _wanted: frozenset[Any] = field(init=False, factory=frozenset)
     _hidden: tuple[str, Any] | None = field(init=False, default=None)
+    _limit: LineLimit = field(init=False, factory=LineLimit)
 
     def __attrs_post_init__(self) -> None:
         self.set_level(self.level)
@@ -64,8 +67,10 @@ class LevelObserver:
 
     def __call__(self, event: LogEvent) -> None:
         level = event.get("log_level")
-        if level in self._wanted and (event.get("log_namespace"), level) != self._hidden:
-            self._observer(event)
+        if level not in self._wanted or (event.get("log_namespace"), level) == self._hidden:
+            return
+        for each in self._limit.passing(event):
+            self._observer(each)
 
 
 def observer_for(
@@ -91,6 +96,12 @@ def is_journal(stream: IO[str]) -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{about.st_dev}:{about.st_ino}"
+
+
+def write_error(text: str, stream: IO[str]) -> None:
+    """Write one line about an error before there is a log; in the journal it has that priority."""
+    prefix = f"<{PRIORITIES['error']}>" if is_journal(stream) else ""
+    stream.write(f"{prefix}{text}\n")
 
 
 def _with_priority(text: str, event: LogEvent) -> str:

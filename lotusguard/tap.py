@@ -20,11 +20,12 @@ from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
-from lotusguard.logs import LevelObserver, observer_for
+from lotusguard.logs import LevelObserver, observer_for, write_error
 from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
+from lotusguard.web.console.names import RoomNames
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
 from lotusguard.web.console.view import ConsoleView
@@ -74,7 +75,7 @@ def makeService(options: Options) -> Unbuilt:
     try:
         settings = read_settings()
     except ConfigurationError as error:
-        sys.stderr.write(f"lotusguard: {error}\n")
+        write_error(f"lotusguard: {error}", sys.stderr)
         raise SystemExit(WRONG_SETTING) from None
     use_monotonic_time(reactor)
     reactor.callWhenRunning(tune_garbage_collector)
@@ -154,7 +155,7 @@ class Guard(MultiService):
         joins = wiring.joins(settings, reactor, metrics, wall, clients, state, rooms, waiting)
         calls = wiring.calls(settings, reactor, metrics, clients, state, rooms, waiting, joins.decision_log)
         health = wiring.health(settings, reactor, metrics, clients, state, rooms, joins, calls, waiting)
-        self.policies, self.members = rooms.policies, rooms.members
+        self.policies, self.members, self.sharing = rooms.policies, rooms.members, state.sharing
         self.decision_log, self.admission = joins.decision_log, joins.admission
         self.enforcement, self.changes = calls.enforcement, calls.changes
         self.residence, self.voice = rooms.residence, rooms.voice
@@ -195,8 +196,9 @@ class Guard(MultiService):
         if has_operators:
             token = settings.guard_admin_token.get_secret_value()
             view = ConsoleView(
-                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting
-            )
+                health, state.seats, rooms.policies, joins.decision_log, reactor, wall, waiting.lobby.waiting,
+                RoomNames(rooms.sources, reactor),
+            )  # fmt: skip
             sessions = self._reloader.sessions = Sessions(token, reactor)
             operators = self._reloader.operators = OperatorApi(
                 health=health, decision_log=joins.decision_log, enforcement=calls.enforcement, changes=calls.changes,
@@ -241,7 +243,7 @@ class Guard(MultiService):
                 lease.renew()
 
         async def keep_lobbies() -> None:
-            waiting.lobby.pass_time()
+            await waiting.lobby.pass_time()
             waiting.notices.pass_time()
 
         interval = self._settings.guard_reconcile_interval
@@ -258,9 +260,10 @@ class Guard(MultiService):
         if sharing is not None:
             changes = self.changes
             sharing.leases.enforce = self.enforcement.enforce
-            sharing.leases.changed = lambda room_id, user: run_in_background(
-                changes.room_changed(room_id, user, from_guard=True), _report
+            sharing.leases.changed = lambda room_id, user, how: run_in_background(
+                changes.changed_at_another_guard(room_id, user, how), _report
             )
+            sharing.redis.on_subscribed.append(changes.anything_may_have_changed)
             for name, seconds, work in sharing.upkeep():
                 PeriodicService(name, seconds, work, self._reactor).setServiceParent(self)
 
@@ -281,6 +284,8 @@ class Guard(MultiService):
 
     async def _stop(self) -> None:
         self._systemd.stopping()
+        if self._state.sharing is not None:
+            await self._state.sharing.turns.hand_over()
         self._waiting.lobby.stop()
         grace = self._settings.guard_upstream_timeout + self._settings.guard_upstream_grace
         await self.public.close(grace)

@@ -25,6 +25,7 @@ from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.ending import CallEnder
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.calls.moderation import Moderation
 from lotusguard.guard.calls.moderator import Moderator
 from lotusguard.guard.calls.participants import ParticipantEnforcer
@@ -36,7 +37,7 @@ from lotusguard.guard.joins.decision_store import DecisionHistory, open_history
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
-from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby import Lobby, LobbyEntries, MemoryEntries
 from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
@@ -85,6 +86,7 @@ class State:
     registry: TokenRegistry
     seats: SeatBook
     own_seats: MemorySeatBook
+    lobby: LobbyEntries
     sharing: Sharing | None
 
 
@@ -164,9 +166,11 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
         seats.load(store.holds())
     sharing = share_seats(settings, reactor, metrics, wall, guarding_since)
     if sharing is None:
-        return State(store, lease, error, history, guarding_since, registry, seats, seats, None)
-    shared = sharing.registry(registry, reactor)
-    return State(store, lease, error, history, guarding_since, shared, sharing.book, seats, sharing)
+        lobby = MemoryEntries(store, reactor, wall, settings.guard_lobby_wait)
+        lobby.load()
+        return State(store, lease, error, history, guarding_since, registry, seats, seats, lobby, None)
+    shared, entries = sharing.registry(registry, reactor), share_lobby(sharing, settings, reactor)
+    return State(store, lease, error, history, guarding_since, shared, sharing.book, seats, entries, sharing)
 
 
 def share_seats(
@@ -179,6 +183,13 @@ def share_seats(
     from lotusguard.guard.seats.sharing import Sharing
 
     return Sharing.create(url, reactor, metrics, wall, settings.guard_seat_ttl, guarding_since)
+
+
+def share_lobby(sharing: Sharing, settings: Settings, reactor: Any) -> LobbyEntries:
+    """The lobby entries of several guards."""
+    from lotusguard.guard.lobby.redis.entries import RedisEntries
+
+    return RedisEntries(sharing.redis, sharing.guard, reactor, settings.guard_lobby_wait)
 
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
@@ -224,7 +235,7 @@ def rooms(
 ) -> Rooms:
     invites = Invites(settings.guard_invites) if settings.guard_invites is not None else None
     account = GuardAccount(clients.homeserver, clients.matrix, invites)
-    residence = Residence(state.store, reactor, wall, metrics)
+    residence = Residence(state.store if state.sharing is None else state.sharing.turns, reactor, wall, metrics)
     sources = RoomSources(clients.homeserver, clients.matrix, residence, account)
     policies = Policies(
         sources, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
@@ -260,7 +271,11 @@ def syncing(
         moderation, waiting, health.not_enforced, reactor, metrics,
     )  # fmt: skip
     events.commands = commands
-    return SyncService(clients.matrix, given.account, given.residence, events, invites, reactor), commands
+    in_turns = state.sharing is not None
+    service = SyncService(clients.matrix, given.account, given.residence, events, invites, reactor, in_turns=in_turns)
+    if state.sharing is not None:
+        state.sharing.turns.listener, state.sharing.turns.idle = service, commands.worker.idle
+    return service, commands
 
 
 def waiting(
@@ -269,8 +284,7 @@ def waiting(
 ) -> Waiting:  # fmt: skip
     """:param operators: whether there is an operators' listener."""
     operators_can_decide = operators and bool(settings.guard_admin_token.get_secret_value())
-    lobby = Lobby(state.store, reactor, wall, metrics, settings.guard_lobby_wait)
-    lobby.load()
+    lobby = Lobby(state.lobby, reactor, wall, metrics, settings.guard_lobby_wait)
     switch = LobbySwitch(
         lobby, given.policies, state.seats, given.roster, state.registry, clients.livekit, reactor,
         lambda room_id: operators_can_decide or given.voice.is_heard_from(room_id), settings.guard_lookup_timeout,
@@ -330,14 +344,15 @@ def calls(
     )  # fmt: skip
     changes = CallChanges(
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
-        Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement, reactor, metrics,
+        Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement,
+        LostRooms(clients.livekit, reactor, acts=not settings.guard_dry_run), reactor, metrics,
         tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
     )  # fmt: skip
     moderator = Moderator(
         waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, enforcement, reactor,
         settings.guard_lookup_timeout,
     )  # fmt: skip
-    ender = CallEnder(given.roster, state.seats, state.registry, participants, reactor, settings.guard_lookup_timeout)
+    ender = CallEnder(given.roster, state.registry, participants, reactor, settings.guard_lookup_timeout)
     return Calls(entitlement, participants, enforcement, changes, moderator, ender)
 
 

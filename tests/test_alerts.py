@@ -46,12 +46,6 @@ def labels_of(series: str) -> tuple[str, dict[str, str]]:
     return name, dict(re.findall(r'(\w+)="([^"]*)"', labels))
 
 
-def severity(alert: str) -> str:
-    rules = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]
-    found: str = next(rule["labels"]["severity"] for rule in rules if rule["alert"] == alert)
-    return found
-
-
 def promtool(folder: Path, series: dict[str, str], alert: str, at: str, *, fires: bool) -> None:
     """Let Prometheus evaluate the alert over these series, given in promtool's notation."""
     expression = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
@@ -118,5 +112,54 @@ def test_callers_who_hang_up_are_not_failed_joins(tmp_path: Path) -> None:
         promtool(tmp_path, series, "LotusguardJoinsFail", "15m", fires=fires)
 
 
+TOTAL = 'lotusguard_join_stage_seconds_bucket{stage="total",le="%s"}'
+
+
+@needs_promtool
+@pytest.mark.parametrize(("slow", "fires"), [(1, True), (0, False)])
+def test_slow_joins_fire_the_alert(slow: int, fires: bool, tmp_path: Path) -> None:
+    """Nine joins take less than a second, and the tenth up to five or less than one."""
+    quick = 10 - slow
+    series = {
+        TOTAL % "1.0": f"0+{quick}x200", TOTAL % "2.5": f"0+{quick}x200",
+        TOTAL % "5.0": "0+10x200", TOTAL % "+Inf": "0+10x200",
+    }  # fmt: skip
+    promtool(tmp_path, series, "LotusguardJoinsSlow", "30m", fires=fires)
+
+
+@needs_promtool
+def test_failing_enforcement_fires_the_alert_unless_it_fails_once(tmp_path: Path) -> None:
+    series = 'lotusguard_enforcement_failures_total{action="list",reason="timeout"}'
+    promtool(tmp_path, {series: "0+1x80"}, "LotusguardEnforcementFails", "15m", fires=True)
+    promtool(tmp_path, {series: "0x20 2x60"}, "LotusguardEnforcementFails", "15m", fires=False)
+
+
+@needs_promtool
+def test_a_reactor_that_is_late_again_and_again_fires_the_alert(tmp_path: Path) -> None:
+    series = "lotusguard_reactor_lag_seconds"
+    promtool(tmp_path, {series: "0 0 0 0.8 " * 30}, "LotusguardReactorLag", "25m", fires=True)
+    promtool(tmp_path, {series: "0x20 3 0x100"}, "LotusguardReactorLag", "12m", fires=False)
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    ("joins", "webhooks", "fires"),
+    [("0+1x240", "0x240", True), ("0+1x240", "0+2x240", False), ("0x240", "0x240", False)],
+)
+def test_joins_without_webhooks_fire_the_alert(joins: str, webhooks: str, fires: bool, tmp_path: Path) -> None:
+    series = {
+        'lotusguard_joins_total{verdict="allowed",reason="policy"}': joins,
+        'lotusguard_webhooks_total{outcome="accepted"}': webhooks,
+    }
+    promtool(tmp_path, series, "LotusguardNoWebhooks", "45m", fires=fires)
+
+
+def test_every_alert_is_tested_here() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    for rule in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]:
+        assert f'"{rule["alert"]}"' in text, rule["alert"]
+
+
 def test_every_alert_has_a_known_severity() -> None:
-    assert {severity(alert) for alert in (*FIRST_EVENTS, *GAUGES)} <= {"critical", "warning", "info"}
+    for rule in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]:
+        assert rule["labels"]["severity"] in {"critical", "warning", "info"}, rule["alert"]

@@ -16,7 +16,7 @@ from twisted.internet.testing import StringTransport
 
 from lotusguard.guard.calls import changes
 from lotusguard.guard.rooms import policies
-from lotusguard.guard.seats import memory, registry
+from lotusguard.guard.seats import kept_rooms, memory, registry
 from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
@@ -258,7 +258,7 @@ async def test_flood_of_rooms_keeps_caches_bounded_and_seats_held(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in (
-        (memory, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"), (registry, "IDENTITIES_KEPT"),
+        (kept_rooms, "ROOMS_KEPT"), (registry, "ALIASES_KEPT"), (registry, "IDENTITIES_KEPT"),
         (changes, "EVENTS_REMEMBERED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 40)

@@ -118,6 +118,15 @@ def test_wrong_setting_does_not_cause_restarts() -> None:
     assert service()["Service"]["Restart"] == "always"
 
 
+def test_wrong_setting_closes_the_socket_which_would_start_the_service_again() -> None:
+    (after,) = re.findall(
+        r"^ExecStopPost=(.*)$", (UNITS / "lotusguard.service.d" / "socket.conf").read_text(encoding="utf-8"), re.M
+    )
+    assert f'"$EXIT_STATUS" != {WRONG_SETTING}' in after
+    assert after.startswith("+"), "the service's own user may not stop units"
+    assert "systemctl --no-block stop lotusguard.socket" in after
+
+
 def test_lk_jwt_service_listens_where_the_guard_expects_it() -> None:
     drop_in = _Unit(UNITS / "lk-jwt-service.service.d" / "lotusguard.conf")["Service"]
     file = Path(drop_in["EnvironmentFile"])

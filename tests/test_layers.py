@@ -14,8 +14,8 @@ import lotusguard
 ROOT = Path(lotusguard.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     # these import nothing of ours but the version
-    ("lotusguard", "synapse_module", "terminal", "logs", "process", "environment"),
-    ("rules",),
+    ("lotusguard", "synapse_module", "terminal", "log_limit", "process", "environment"),
+    ("rules", "logs"),
     ("metrics", "config"),
     ("clients", "supervision"),
     ("guard", "guard.lru", "guard.periodic", "guard.rooms"),

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.logger import Logger, LogLevel
+from twisted.python.failure import Failure
 from twisted.web.client import _HTTP11ClientFactory
 
-from lotusguard.logs import is_journal, observer_for
+from lotusguard.log_limit import LINES_AT_ONCE
+from lotusguard.logs import is_journal, observer_for, write_error
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, logged, room_of
@@ -169,3 +171,75 @@ def test_level_can_be_changed_at_run_time() -> None:
     log.info("second")
     assert "first" not in stream.getvalue()
     assert "second" in stream.getvalue()
+
+
+# -- too many lines ----------------------------------------------------------------------------------------
+
+
+Event = tuple[float, str, dict[str, Any]]
+"""The time, the name and the fields of an event."""
+
+
+def written(*events: Event, level: str = "info") -> list[str]:
+    """The messages that are written of events at these times with these names and fields."""
+    stream = io.StringIO()
+    observer = observer_for("json", level, stream)
+    for at, name, fields in events:
+        event = {"log_level": LogLevel.info, "log_format": "{event_name}", "log_time": at, "event_name": name}
+        observer({**event, **fields})
+    return [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+
+
+FORGED = "webhook_forged"
+LEFT_OUT = f"more lines of this kind are left out for a minute: {FORGED}"
+
+
+def test_lines_that_outsiders_cause_are_limited_and_the_others_are_counted() -> None:
+    flood: list[Event] = [(float(number) / 100, FORGED, {}) for number in range(1000)]
+    messages = written(*flood, (30.0, "removed", {}), (61.0, FORGED, {}))
+    assert messages == [FORGED] * LINES_AT_ONCE + [
+        LEFT_OUT, "removed", f"{1000 - LINES_AT_ONCE} lines of this kind were left out: {FORGED}", FORGED,
+    ]  # fmt: skip
+
+
+def test_the_count_is_told_with_the_next_line_of_any_kind() -> None:
+    flood: list[Event] = [(1.0, FORGED, {})] * (LINES_AT_ONCE + 1)
+    assert written(*flood, (70.0, "removed", {}))[-2:] == [f"1 lines of this kind were left out: {FORGED}", "removed"]
+
+
+def test_each_kind_has_a_limit_of_its_own() -> None:
+    messages = written(*[(1.0, FORGED, {})] * 1000, (2.0, "unreadable", {}), (3.0, "malformed_policy", {}))
+    assert messages[-2:] == ["unreadable", "malformed_policy"]
+
+
+def test_few_lines_are_all_written_without_a_word_about_it() -> None:
+    flood: list[Event] = [
+        (minute * 60.0 + number, FORGED, {}) for minute in range(3) for number in range(LINES_AT_ONCE - 1)
+    ]
+    assert written(*flood) == [FORGED] * len(flood)
+
+
+def test_a_clock_that_is_set_back_does_not_silence_the_log() -> None:
+    assert written(*[(7200.0, FORGED, {})] * 1000, (10.0, FORGED, {}))[-1] == FORGED
+
+
+@pytest.mark.parametrize(("verdict", "limited"), [("failed", True), ("allowed", False), ("refused", False)])
+def test_only_joins_that_failed_are_limited(verdict: str, limited: bool) -> None:
+    messages = written(*[(1.0, "join", {"verdict": verdict})] * 200)
+    assert (messages.count("join") == LINES_AT_ONCE) is limited
+
+
+def test_the_same_failure_fills_no_disk() -> None:
+    failed = {"log_failure": Failure(ValueError("no")), "log_format": "reading a token request failed"}
+    assert len(written(*[(1.0, "log", failed)] * 200)) == LINES_AT_ONCE + 1
+
+
+def test_an_error_before_there_is_a_log_has_its_priority_in_the_journal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "stream").open("w", encoding="utf-8") as stream:
+        write_error("lotusguard: one", stream)
+        about = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{about.st_dev}:{about.st_ino}")
+        write_error("lotusguard: two", stream)
+    assert (tmp_path / "stream").read_text(encoding="utf-8") == "lotusguard: one\n<3>lotusguard: two\n"

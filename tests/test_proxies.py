@@ -4,11 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,54 +17,9 @@ from twisted.internet.task import deferLater
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.web.bodies import RELAYED_FACTOR
 from tests.calls import ALICE, BOB, room_of
+from tests.proxies import PROXIES, Place, begun, free_port, is_listening, program_for
 
-SNIPPETS = Path(__file__).parent.parent / "deploy" / "proxy"
 Start = Callable[[str, Sandbox], Awaitable[str]]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def nginx(name: str, folder: Path, port: int, guard: str) -> list[str]:
-    """An nginx with the snippet, with its addresses replaced. :return: its arguments."""
-    snippet = (SNIPPETS / name).read_text(encoding="utf-8")
-    snippet, replaced = re.subn(r"(127\.0\.0\.1|192\.0\.2\.10):8070", guard, snippet)
-    assert replaced == 1
-    snippet = re.sub(r"^\s*ssl_certificate.*\n", "", snippet, flags=re.M)
-    snippet = re.sub(r"^.*\[::\]:443.*\n", "", snippet, flags=re.M).replace("443 ssl http2", f"127.0.0.1:{port}")
-    if "server {" not in snippet:
-        snippet = f"server {{ listen 127.0.0.1:{port};\n{snippet} }}"
-    temporary = "".join(
-        f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (folder / "nginx.conf").write_text(
-        f"daemon off; master_process off; pid {folder}/pid; error_log stderr warn;\n"
-        f"events {{ }}\nhttp {{ access_log off; {temporary} {snippet} }}\n",
-        encoding="utf-8",
-    )
-    return ["-p", str(folder), "-e", "stderr", "-c", f"{folder}/nginx.conf"]
-
-
-def caddy(name: str, folder: Path, port: int, guard: str) -> list[str]:
-    """A Caddy with the snippet, with its addresses replaced. :return: its arguments."""
-    snippet = (SNIPPETS / name).read_text(encoding="utf-8")
-    snippet = snippet.replace("127.0.0.1:8070", guard)
-    snippet = re.sub(r"^matrix-rtc\.example\.org", f"http://127.0.0.1:{port}", snippet, flags=re.M)
-    config = folder / "Caddyfile"
-    config.write_text("{\n\tadmin off\n\tauto_https off\n}\n" + snippet, encoding="utf-8")
-    return ["run", "--config", str(config), "--adapter", "caddyfile"]
-
-
-def begun(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    """The proxy's process; its output is in ``output``."""
-    with (folder / "output").open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env={"HOME": str(folder)})
-
-
-PROXIES = {"nginx.conf": nginx, "nginx-proxy-manager.conf": nginx, "Caddyfile": caddy}
 
 
 @pytest.fixture
@@ -77,17 +28,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
     running: list[subprocess.Popen[bytes]] = []
 
     async def started(name: str, sandbox: Sandbox) -> str:
-        proxy = PROXIES[name]
-        program = shutil.which(proxy.__name__, path=os.environ["PATH"] + ":/usr/sbin")
+        program = program_for(name)
         if program is None:
-            pytest.skip(f"there is no {proxy.__name__}")
-        port = free_port()
-        arguments = proxy(name, tmp_path, port, sandbox.url.removeprefix("http://"))
-        running.append(begun([program, *arguments], tmp_path))
+            pytest.skip(f"there is no {PROXIES[name].__name__}")
+        place = Place(tmp_path, free_port(), sandbox.url.removeprefix("http://"))
+        running.append(begun(program, name, place))
         for _ in range(200):
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", port)) == 0:
-                    return f"http://127.0.0.1:{port}/livekit/jwt"
+            if is_listening(place):
+                return place.url
             await deferLater(reactor, 0.05)
         raise AssertionError((tmp_path / "output").read_text())
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import time
 
 import pytest
 import pytest_twisted
@@ -11,7 +12,7 @@ from twisted.internet import reactor
 from twisted.internet.task import Clock
 
 from lotusguard.guard.seats.registry import IdentityEntry, MemoryTokenRegistry, Slot
-from lotusguard.guard.seats.store import open_state_store
+from lotusguard.guard.seats.store import StoredHold, open_state_store
 from lotusguard.metrics import Metrics
 from lotusguard.rules.sources import ALL_SOURCES, CAMERA, MICROPHONE, SCREEN_SHARE
 
@@ -81,6 +82,48 @@ async def test_an_evicted_alias_is_reported_and_forgotten(monkeypatch: pytest.Mo
     assert evicted == [("b", SLOT)]
     assert await registry.aliases_of("!r:s") == ("a", "c")
     assert await registry.slot_of("b") is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_people_in_calls_are_remembered_however_many_tokens_one_caller_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.seats.registry.ALIASES_KEPT", 10)
+    monkeypatch.setattr("lotusguard.guard.seats.registry.IDENTITIES_KEPT", 10)
+    registry = registry_in_memory()
+    await registry.learn("call", SLOT, "hashed", "@a:s", "D")
+    for number in range(100):
+        await registry.learn(f"flood{number}", Slot(f"!flood{number}:s", "slot"), f"identity{number}", "@flooder:s")
+        if not number % 5:  # as reconciling does every few seconds
+            assert await registry.slot_of("call") == SLOT
+            assert await registry.user_behind("call", "hashed#screen") == "@a:s"
+    assert await registry.entry("call", "hashed") == IdentityEntry("@a:s", "D")
+    assert await registry.aliases_of("!r:s") == ("call",)
+
+
+@pytest_twisted.ensureDeferred
+async def test_people_in_calls_are_remembered_by_a_restart_after_a_flood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.seats.registry.ALIASES_KEPT", 10)
+    monkeypatch.setattr("lotusguard.guard.seats.registry.IDENTITIES_LOADED", 10)
+    for present in (True, False):
+        store = open_state_store(tmp_path, reactor, Metrics())
+        registry = MemoryTokenRegistry(store, Clock(), Metrics())
+        registry.load()
+        name = "present" if present else "absent"
+        await registry.learn(f"{name} call", SLOT, name, "@a:s", "D")
+        store.put_hold_later(StoredHold("!r:s", "@a:s", f"{name} call", name, "D", present, time() + 30))
+        for number in range(20):
+            await registry.learn(f"flood{number}", Slot(f"!flood{number}:s", "slot"), f"i{number}", "@flooder:s")
+        await store.close()
+    store = open_state_store(tmp_path, reactor, Metrics())
+    registry = MemoryTokenRegistry(store, Clock(), Metrics())
+    registry.load()
+    assert await registry.slot_of("present call") == SLOT
+    assert await registry.entry("present call", "present") == IdentityEntry("@a:s", "D")
+    assert await registry.entry("absent call", "absent") is None
+    await store.close()
 
 
 @pytest_twisted.ensureDeferred

@@ -23,12 +23,13 @@ from zope.interface import implementer
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.dependency import Dependency, DependencyFailed
 from lotusguard.clients.http import FixedAgent, connection_pool
-from lotusguard.clients.synapse import SynapseClient
+from lotusguard.clients.synapse import ROOMS_A_PAGE, SynapseClient
 from lotusguard.clients.synapse.client import MISSING_FOR
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.requests import OpenID
 from lotusguard.rules.state import StateEvent
+from tests.calls import crashes, logged, named
 from tests.synapse import Synapse
 
 ROOM, ALICE = "!room:example.org", "@alice:example.org"
@@ -207,6 +208,51 @@ def test_the_membership_of_anybody_else_is_looked_up(
 def test_a_user_without_an_entry_is_absent(client: SynapseClient, homeserver: Homeserver) -> None:
     homeserver.user(["!other:example.org"], {"!other:example.org": "join"})
     assert result(client.membership(ALICE, ROOM)) is Membership.ABSENT
+
+
+@pytest.mark.parametrize("membership", ["unheard-of", 7, None, ["join"], {}])
+def test_a_membership_that_is_none_is_no_usable_answer(
+    client: SynapseClient, homeserver: Homeserver, membership: Any
+) -> None:
+    homeserver.user([], {ROOM: membership})
+    assert result(client.membership(ALICE, ROOM)).reason == "invalid_response"
+
+
+# -- the list of rooms --
+
+
+def pages(homeserver: Homeserver, *pages: Any) -> None:
+    """Pages of a list of rooms, each of them one room long."""
+    for number, page in enumerate(pages):
+        homeserver.answers[f"/rooms?from={number}&limit={ROOMS_A_PAGE}"] = (200, page)
+
+
+async def room_ids(client: SynapseClient) -> list[str]:
+    return [room_id async for room_id in client.room_ids(1000)]
+
+
+def test_entries_of_the_list_that_name_no_room_are_ignored_and_reported_once(
+    client: SynapseClient, homeserver: Homeserver
+) -> None:
+    malformed: list[Any] = [None, 7, [], {}, {"room_id": None}, {"room_id": 7}, {"room_id": "!" + "a" * 300}, "!room"]
+    pages(
+        homeserver,
+        {"rooms": [*malformed, {"room_id": "!a:x"}], "next_batch": 1},
+        {"rooms": [{"room_id": "!b:x"}, *malformed], "next_batch": True},
+    )
+    with logged() as events:
+        assert result(room_ids(client)) == ["!a:x", "!b:x"]
+        assert result(room_ids(client)) == ["!a:x", "!b:x"]
+    assert len(named(events, "room_list_malformed")) == 1
+    assert crashes(events) == []
+
+
+@pytest.mark.parametrize("page", [{}, {"rooms": None}, {"rooms": {}}, {"rooms": "!a:x"}, [], None])
+def test_a_page_that_is_no_list_of_rooms_is_no_usable_answer(
+    client: SynapseClient, homeserver: Homeserver, page: Any
+) -> None:
+    pages(homeserver, page)
+    assert result(room_ids(client)).reason == "invalid_response"
 
 
 def test_an_older_release_without_memberships_is_not_asked_for_them_again_for_a_while(

@@ -39,13 +39,15 @@ class Listener(BaseHTTPRequestHandler):
         failed = 20 if FAULT == "fails_joins" else 1
         code, body = 200, json.dumps({{"status": "ok", "version": VERSION}})
         if self.path == "/readyz":
-            code, body = (503, "not enforcing") if FAULT == "enforces_nothing" else (200, "{{}}")
+            code, body = (503, '{{"reasons": ["no limit"], "x": 1}}') if FAULT == "enforces_nothing" else (200, "{{}}")
         if self.path == "/metrics":
             began = time.monotonic() if FAULT == "restarts" and served else BEGAN
             body = 'lotusguard_process_start_time_seconds %s\\n' % began + \
                    'lotusguard_joins_total{{reason="policy",verdict="allowed"}} 10.0\\n' \\
                    'lotusguard_joins_total{{reason="caller_disconnected",verdict="failed"}} 500.0\\n' \\
-                   'lotusguard_joins_total{{reason="upstream_timeout",verdict="failed"}} %s.0\\n' % failed
+                   'lotusguard_joins_total{{reason="internal_error",verdict="error"}} %s.0\\n' \
+                   'lotusguard_joins_total{{reason="upstream_timeout",verdict="failed"}} %s.0\\n' % (
+                       int(FAULT == "errs"), failed)
         self.send_response(code)
         self.end_headers()
         self.wfile.write(body.encode())
@@ -61,6 +63,8 @@ def twistd():
         sys.exit("lotusguard: something is wrong")
     if place.startswith("unix:"):
         assert os.environ["GUARD_DRY_RUN"] == "on"
+        with open(os.environ.get("REHEARSAL", os.devnull), "w") as file:
+            file.write(str(os.getpid()))
         server = socketserver.UnixStreamServer(place[5:], Listener)
     else:
         socketserver.TCPServer.allow_reuse_address = True
@@ -72,6 +76,7 @@ def main():
     assert os.environ["GUARD_SEEN"] == "it was read"
     if sys.argv[1] == "trial":
         rehearsal = sys.argv[2:] == ["--url", "http://127.0.0.1:1234"]
+        time.sleep(2 * (FAULT == "slow_trial"))
         sys.exit(FAULT == ("fails_a_trial" if rehearsal else "fails_a_join"))
     assert sys.argv[1:] == ["check"]
     sys.exit(1 if FAULT == "fails_the_check" else 0)
@@ -194,9 +199,10 @@ def test_good_release_is_installed_and_can_be_reverted(guarded: Host) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("fails_the_check", "'lotusguard check' of 1.1 fails; nothing was changed"),
+        ("fails_the_check", "'lotusguard check' of 1.1 fails"),
         ("does_not_start", "it does not start; nothing was changed"),
         ("fails_a_trial", "a trial join through it fails"),
+        ("errs", "a trial join through it ends with an error; nothing was changed"),
     ],
 )
 def test_release_that_fails_before_the_switch_changes_nothing(guarded: Host, fault: str, said: str) -> None:
@@ -207,6 +213,7 @@ def test_release_that_fails_before_the_switch_changes_nothing(guarded: Host, fau
     assert guarded.current() == "1.0"
     assert "1.0" in guarded.running()
     assert guarded.pidfile.read_text() == before, "it was restarted without need"
+    assert releases(guarded) == ["1.0"]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +223,7 @@ def test_release_that_fails_before_the_switch_changes_nothing(guarded: Host, fau
         ("dies", "it does not answer any more: going back to 1.0"),
         ("restarts", "its process ended and was started again: going back to 1.0"),
         ("fails_a_join", "a trial join through the public listener fails: going back to 1.0"),
-        ("enforces_nothing", "it does not enforce what the old release did: not enforcing: going back to 1.0"),
+        ("enforces_nothing", 'it is not ready, as the old release was: "no limit": going back to 1.0'),
         ("fails_joins", "20 of 30 joins failed: going back to 1.0"),
     ],
 )
@@ -344,6 +351,25 @@ def test_an_interrupted_upgrade_leaves_the_old_release_running(guarded: Host, na
     assert upgrade.returncode == 1
     assert "went back to 1.0" in said
     assert guarded.current() == "1.0"
+    assert "1.0" in guarded.running()
+
+
+def test_upgrade_interrupted_before_the_switch_leaves_neither_process_nor_release(guarded: Host) -> None:
+    rehearsal = guarded.folder / "rehearsal"
+    upgrade = subprocess.Popen(
+        [str(UPGRADE), str(wheel(guarded.folder, "1.1", "slow_trial"))],
+        env=guarded.environment | {"REHEARSAL": str(rehearsal)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default_signals,
+    )  # fmt: skip
+    while not (rehearsal.exists() and rehearsal.read_text()):
+        assert upgrade.poll() is None
+        time.sleep(0.05)
+    upgrade.send_signal(signal.SIGTERM)
+    _, said = upgrade.communicate(timeout=60)
+    assert upgrade.returncode == 1
+    assert "interrupted; nothing was changed, 1.0 is current" in said
+    assert not Path(f"/proc/{rehearsal.read_text()}").exists()
+    assert releases(guarded) == ["1.0"]
     assert "1.0" in guarded.running()
 
 

@@ -32,6 +32,7 @@ ORDER = [
     "synapse",
     "livekit",
     "lk-jwt-service",
+    "redis",
     "clocks",
     "guard",
     "webhooks",
@@ -69,6 +70,7 @@ class Check:
     def __init__(self, settings: Settings, report: Report, asking: Asking) -> None:
         self._settings = settings
         self._report = report
+        self._reactor, self._patience = asking.reactor, asking.timeout
         self._services: list[Service] = [
             asking.service("SYNAPSE_API", settings.synapse_api),
             asking.service("LIVEKIT_API", settings.livekit_api),
@@ -98,6 +100,7 @@ class Check:
                 self._part("livekit", self._livekit.run()),
                 self._part("lk-jwt-service", self._ask_upstream()),
                 self._part("ports", self._look_at_ports()),
+                self._part("redis", self._ask_redis()),
             )
         )
         await self._part("state directory", self._look_at_state())
@@ -145,6 +148,13 @@ class Check:
 
     async def _ask_upstream(self) -> None:
         self._is_upstream = await self._upstream.run()
+
+    async def _ask_redis(self) -> None:
+        url = self._settings.guard_redis_url.get_secret_value()
+        if url:
+            from lotusguard.check.redis import RedisCheck  # txredisapi wants the reactor when it is imported
+
+            await RedisCheck(url, self._about("redis"), self._reactor, self._patience).run()
 
     async def _look_at_ports(self) -> None:
         self._runs = await self._guard.check_ports(self._about("ports"))

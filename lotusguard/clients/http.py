@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
-from attrs import define, field, frozen
-from twisted.internet.defer import Deferred
-from twisted.internet.protocol import Protocol, connectionDone
+import treq
+from attrs import field, frozen
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
-from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
@@ -89,44 +87,39 @@ def collected(response: IResponse, limit: int) -> Deferred[bytes]:
 
     :param limit: bytes. Fails with `BodyTooLarge` if there are more; the connection is dropped.
     """
-    collector = _Collector(limit)
-    response.deliverBody(collector)
-    return collector.body
+    parts: list[bytes] = []
+    size = 0
+    abortable = _Abortable(response)
+
+    def part(chunk: bytes) -> None:
+        nonlocal size
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge
+        parts.append(chunk)
+
+    def failed(reason: Failure) -> Failure:
+        if reason.check(CancelledError):
+            abortable.abort()
+        return reason
+
+    return treq.collect(cast(IResponse, abortable), part).addCallbacks(lambda _: b"".join(parts), failed)
 
 
-@define(slots=False, eq=False)
-class _Collector(Protocol):
-    """Like Twisted's ``readBody``, which has no limit.
+class _Abortable:
+    """A response whose delivery can be aborted. treq would read a body that never ends for ever."""
 
-    :ivar body: fires with the whole body.
-    """
+    def __init__(self, response: IResponse) -> None:
+        self._response = response
+        self.length = response.length
+        self._receiver: Any = None
 
-    _limit: int
-    _parts: list[bytes] = field(init=False, factory=list)
-    body: Deferred[bytes] = field(init=False)
+    def deliverBody(self, receiver: Any) -> None:
+        self._receiver = receiver
+        self._response.deliverBody(receiver)
 
-    def __attrs_post_init__(self) -> None:
-        self.body = Deferred(lambda _: self._abort())
-
-    def dataReceived(self, data: bytes) -> None:
-        self._limit -= len(data)
-        if self._limit >= 0:
-            self._parts.append(data)
-        elif not self.body.called:
-            self._parts.clear()
-            self._abort()
-            self.body.errback(BodyTooLarge())
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self.body.called:
-            return
-        if reason.check(ResponseDone, PotentialDataLoss):  # the latter: it ends with its connection, as in HTTP/1.0
-            self.body.callback(b"".join(self._parts))
-        else:
-            self.body.errback(reason)
-
-    def _abort(self) -> None:
-        transport: Any = self.transport
+    def abort(self) -> None:
+        transport = getattr(self._receiver, "transport", None)
         if transport is not None:
             transport.loseConnection()
 

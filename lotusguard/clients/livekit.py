@@ -17,6 +17,7 @@ from attrs import define
 from google.protobuf.message import Message
 from livekit.protocol.models import ParticipantInfo, ParticipantPermission, Room
 from livekit.protocol.room import (
+    CreateRoomRequest,
     ListParticipantsRequest,
     ListParticipantsResponse,
     ListRoomsRequest,
@@ -78,6 +79,13 @@ class LiveKitClient(DependencyClient):
         request = ListRoomsRequest(names=names)
         return (await self._ask("ListRooms", request, ListRoomsResponse)).rooms
 
+    async def create_room(self, alias: str, empty_timeout: int) -> None:
+        """Create a room, if there is none of this name.
+
+        :param empty_timeout: seconds after which it is closed if nobody joins.
+        """
+        await self._ask("CreateRoom", CreateRoomRequest(name=alias, empty_timeout=empty_timeout), Room)
+
     async def list_participants(self, alias: str, *, turn: str = "") -> Sequence[ParticipantInfo]:
         """The participants of a room; none if there is no such room."""
         request = ListParticipantsRequest(room=alias)
@@ -123,7 +131,7 @@ class LiveKitClient(DependencyClient):
         )
 
     def _request(self, method: str, alias: str | None) -> tuple[bytes, Headers]:
-        token = self.key.room_service_token(self.now(), room=alias)
+        token = self.key.room_service_token(self.now(), room=alias, create=method == "CreateRoom")
         headers = Headers(
             {b"Content-Type": [b"application/protobuf"], b"Authorization": [b"Bearer " + token.encode("ascii")]}
         )

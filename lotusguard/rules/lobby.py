@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What somebody's entry in a room's lobby is: its states, and one table of what each of them means.
+"""The states of a lobby entry, and one table of what each of them means.
 
 A *lobby entry* belongs to one user of one room, however many requests and devices that user has. `TABLE` says for each
 state what it means for a join, how long it lasts, and which event moves it where. An event that a state does not list
-changes nothing: of two moderators who decide at the same time, the first one decides.
+changes nothing: of two moderators who decide at the same time, the first one decides. `BEGINS` names the events that
+begin an entry where there is none.
 
 The lifetimes of "waiting", "accepted" and "denied" are those of La Suite Meet.
 """
@@ -89,6 +90,15 @@ TABLE: dict[LobbyState, StateRules] = {
         _E.ADMIT: _S.ACCEPTED, _E.REMOVE: _S.REMOVED, _E.EXPIRE: None,
     }),
 }  # fmt: skip
+BEGINS: dict[LobbyEvent, LobbyState] = {_E.ASK: _S.WAITING, _E.LET_IN: _S.ACCEPTED, _E.REMOVE: _S.REMOVED}
+"""Events that begin an entry for a user who has none, and the state it begins with."""
+DROPPED_FIRST = (_S.DENIED, _S.UNANSWERED, _S.ACCEPTED, _S.REMOVED)
+"""Which entries are dropped where there are too many: short memories first. An accepted user who is forgotten waits
+again; a removed one who is forgotten comes back although a moderator said no. Waiting entries are bounded by
+themselves and never dropped."""
+HELD_LEASE = 30.0
+"""Seconds for which an entry stays in the lobby after a guard last held a request for it. If that guard was killed,
+Element Call asks again after 2, 4, 8 and 16 s."""
 
 
 @define(eq=False)
@@ -98,8 +108,9 @@ class LobbyEntry:
     :ivar id: its random name, for clients that poll.
     :ivar began: when its state began; for "waiting", when the user asked first.
     :ivar expires: when its state ends by itself.
-    :ivar held: how many requests are held for it.
+    :ivar held: how many requests this guard holds for it.
     :ivar notice: the event ID of the notice that asks the room's moderators; "" if there is none.
+    :ivar version: grows with each change, where several guards share the entry.
     """
 
     id: str
@@ -109,6 +120,7 @@ class LobbyEntry:
     expires: float
     held: int = 0
     notice: str = ""
+    version: int = 0
 
     @property
     def rules(self) -> StateRules:
@@ -121,3 +133,11 @@ class LobbyEntry:
         if now >= self.expires and not self.held:
             return LobbyEvent.EXPIRE
         return None
+
+    def state_at(self, now: float, longest_wait: float) -> LobbyState | None:
+        """The state that time gives the entry, whether or not somebody has noted it yet; ``None`` if it has ended."""
+        event = self.due(now, longest_wait)
+        if event is None:
+            return self.state
+        after = self.rules.moves[event]
+        return after if after is None or now < self.began + longest_wait + TABLE[after].lifetime else None

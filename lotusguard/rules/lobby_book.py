@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lobby entries of all rooms. It reads `lotusguard.rules.lobby.TABLE`, and is bounded per room and in all."""
+"""The lobby entries of all rooms, by the table in `lotusguard.rules.lobby`, and bounded per room and in all."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 from attrs import define, field, frozen
 
-from lotusguard.rules.lobby import TABLE, LobbyEntry, LobbyEvent, LobbyState
+from lotusguard.rules.lobby import BEGINS, DROPPED_FIRST, TABLE, LobbyEntry, LobbyEvent, LobbyState
 from lotusguard.rules.refusals import Refusal
 
 WAITING_PER_ROOM = 100
 WAITING_IN_ALL = 5_000
 ENTRIES_KEPT = 50_000
-"""Entries in any state. Beyond it those that expire first are dropped, but for those that wait."""
+"""Entries in any state. Beyond it some are dropped, in the order of `DROPPED_FIRST`; of one state those that expire
+first."""
 DROPPED_AT_ONCE = 500
 HELD_PER_USER = 16
 """Requests that are held for one user of one room."""
@@ -24,14 +25,29 @@ HELD_PER_USER = 16
 class Change:
     """What an event did.
 
+    :ivar event: ``None`` if this guard has only learnt what another one knows.
     :ivar before: the entry's state; ``None`` if it is new. :ivar after: likewise; ``None`` if it has ended.
     """
 
     room_id: str
     entry: LobbyEntry
-    event: LobbyEvent
+    event: LobbyEvent | None
     before: LobbyState | None
     after: LobbyState | None
+
+
+@frozen
+class Answer:
+    """What became of an event.
+
+    :ivar applied: whether the entry's state lists the event, or the event began an entry.
+    :ivar entry: the user's entry after it; ``None`` if there is none.
+    :ivar full: whether the user may not wait, because too many people do.
+    """
+
+    applied: bool
+    entry: LobbyEntry | None
+    full: bool = False
 
 
 @define(eq=False)
@@ -42,7 +58,7 @@ class LobbyBook:
     :ivar changes: what has happened and nobody has taken yet; see `take_changes`.
     """
 
-    _longest_wait: float
+    longest_wait: float
     changes: list[Change] = field(factory=list, init=False)
     _rooms: dict[str, dict[str, LobbyEntry]] = field(factory=dict, init=False)
     _waiting: Counter[str] = field(factory=Counter, init=False)
@@ -53,37 +69,117 @@ class LobbyBook:
     def waiting_in_all(self) -> int:
         return self._waiting_in_all
 
+    # -- events ------------------------------------------------------------------------------------------
+
+    def happen(self, event: LobbyEvent, room_id: str, user: str, entry_id: str, now: float) -> Answer:
+        """Something happens to a user's entry, or begins one. Asking never changes a decision.
+
+        :param entry_id: the name of the entry, if it is a new one.
+        """
+        entry = self.find(room_id, user, now)
+        begins = BEGINS.get(event)
+        if entry is None and begins is None:
+            return Answer(applied=False, entry=None)
+        if entry is None:
+            assert begins is not None
+            if begins is LobbyState.WAITING and self._is_full(room_id):
+                return Answer(applied=False, entry=None, full=True)
+            return Answer(applied=True, entry=self._begin(room_id, user, entry_id, begins, event, now))
+        applied = self._apply(room_id, entry, event, now)
+        full = event is LobbyEvent.ASK and entry.held >= HELD_PER_USER
+        return Answer(applied, self._rooms.get(room_id, {}).get(user), full)
+
+    def ask(self, room_id: str, user: str, entry_id: str, now: float) -> LobbyEntry | Refusal:
+        """A user asks for entry. :return: the user's entry, or `Refusal.LOBBY_FULL`."""
+        answer = self.happen(LobbyEvent.ASK, room_id, user, entry_id, now)
+        return answer.entry if answer.entry is not None and not answer.full else Refusal.LOBBY_FULL
+
+    def happen_in_room(self, event: LobbyEvent, room_id: str, now: float) -> None:
+        """Something happens to all entries of a room."""
+        for entry in list(self._rooms.get(room_id, {}).values()):
+            self._apply(room_id, entry, event, now)
+
+    def pass_time(self, now: float) -> None:
+        """Do what time does to all entries."""
+        for room_id, entry in list(self.entries()):
+            if entry.due(now, self.longest_wait) is not None:
+                self.find(room_id, entry.user, now)
+
+    def take_changes(self) -> list[Change]:
+        """What has happened since this was called last."""
+        changes, self.changes = self.changes, []
+        return changes
+
+    # -- questions ---------------------------------------------------------------------------------------
+
+    def get(self, room_id: str, user: str) -> LobbyEntry | None:
+        """A user's entry as it was when something last happened to it."""
+        return self._rooms.get(room_id, {}).get(user)
+
+    def find(self, room_id: str, user: str, now: float) -> LobbyEntry | None:
+        """A user's entry, as it is at this time."""
+        entry = self.get(room_id, user)
+        while entry is not None and (event := entry.due(now, self.longest_wait)) is not None:
+            self._apply(room_id, entry, event, now)
+            entry = self.get(room_id, user)
+        return entry
+
+    def entries(self) -> Iterator[tuple[str, LobbyEntry]]:
+        """All entries with their rooms."""
+        return ((room_id, entry) for room_id, entries in self._rooms.items() for entry in entries.values())
+
+    def entries_in(self, room_id: str) -> list[LobbyEntry]:
+        """The entries of one room."""
+        return list(self._rooms.get(room_id, {}).values())
+
+    def waiting_in(self, room_id: str) -> list[str]:
+        """Users who wait in one room."""
+        return [entry.user for entry in self.entries_in(room_id) if entry.state is LobbyState.WAITING]
+
+    def has_removed(self, room_id: str) -> bool:
+        """Whether anybody is kept out of this room's call because a moderator removed them."""
+        return any(entry.state is LobbyState.REMOVED for entry in self._rooms.get(room_id, {}).values())
+
+    def rooms_with(self, state: LobbyState) -> list[str]:
+        """The rooms that have entries in this state."""
+        return [
+            room_id
+            for room_id, entries in self._rooms.items()
+            if any(entry.state is state for entry in entries.values())
+        ]
+
+    # -- entries that are kept elsewhere too -------------------------------------------------------------
+
     def restore(self, room_id: str, entry: LobbyEntry) -> None:
         """Put an entry of an earlier run back, unless it is over the limits."""
         if self._entries < ENTRIES_KEPT:
             self._put(room_id, entry)
 
-    def find(self, room_id: str, user: str, now: float) -> LobbyEntry | None:
-        """A user's entry, as it is at this time."""
-        entry = self._rooms.get(room_id, {}).get(user)
-        while entry is not None and (event := entry.due(now, self._longest_wait)) is not None:
-            self.apply(room_id, user, event, now)
-            entry = self._rooms.get(room_id, {}).get(user)
-        return entry
+    def learn(self, room_id: str, told: LobbyEntry, event: LobbyEvent | None) -> Change:
+        """Take over an entry as others know it."""
+        entry = self.get(room_id, told.user)
+        before = entry.state if entry is not None else None
+        if entry is None:
+            self._put(room_id, told)
+            entry = told
+        else:
+            self._count(room_id, entry.state, told.state)
+            entry.id, entry.state, entry.notice, entry.version = told.id, told.state, told.notice, told.version
+            entry.began, entry.expires = told.began, told.expires
+        return Change(room_id, entry, event, before, told.state)
 
-    def ask(self, room_id: str, user: str, entry_id: str, now: float) -> LobbyEntry | Refusal:
-        """A user asks for entry. Asking never changes a decision.
+    def learn_end(self, room_id: str, user: str, event: LobbyEvent | None) -> Change | None:
+        """Others know that an entry has ended."""
+        entry = self.get(room_id, user)
+        if entry is None:
+            return None
+        self._discard(room_id, entry)
+        return Change(room_id, entry, event, entry.state, None)
 
-        :param entry_id: the name of the entry, if it is a new one.
-        :return: the user's entry, or `Refusal.LOBBY_FULL`.
-        """
-        entry = self.find(room_id, user, now)
-        if entry is not None:
-            self.apply(room_id, user, LobbyEvent.ASK, now)
-            return entry if entry.held < HELD_PER_USER else Refusal.LOBBY_FULL
-        if self._waiting[room_id] >= WAITING_PER_ROOM or self._waiting_in_all >= WAITING_IN_ALL:
-            return Refusal.LOBBY_FULL
-        return self._add(room_id, user, entry_id, LobbyState.WAITING, LobbyEvent.ASK, now)
+    # -- how it is done ----------------------------------------------------------------------------------
 
-    def apply(self, room_id: str, user: str, event: LobbyEvent, now: float) -> bool:
-        """Something happens to an entry that exists. :return: whether the entry's state lists this event."""
-        entry = self._rooms.get(room_id, {}).get(user)
-        if entry is None or event not in entry.rules.moves:
+    def _apply(self, room_id: str, entry: LobbyEntry, event: LobbyEvent, now: float) -> bool:
+        if event not in entry.rules.moves:
             return False
         before, after = entry.state, entry.rules.moves[event]
         if after is None:
@@ -98,62 +194,10 @@ class LobbyBook:
             self.changes.append(Change(room_id, entry, event, before, after))
         return True
 
-    def decide(self, room_id: str, user: str, event: LobbyEvent, now: float) -> bool:
-        """A moderator decides. :return: ``False`` if there is nothing to decide about this user."""
-        return self.find(room_id, user, now) is not None and self.apply(room_id, user, event, now)
+    def _is_full(self, room_id: str) -> bool:
+        return self._waiting[room_id] >= WAITING_PER_ROOM or self._waiting_in_all >= WAITING_IN_ALL
 
-    def let_in(self, room_id: str, user: str, entry_id: str, now: float) -> bool:
-        """A user needs no decision. :return: ``False`` if a moderator removed them."""
-        if self.find(room_id, user, now) is None:
-            self._add(room_id, user, entry_id, LobbyState.ACCEPTED, LobbyEvent.LET_IN, now)
-            return True
-        return self.apply(room_id, user, LobbyEvent.LET_IN, now)
-
-    def remove(self, room_id: str, user: str, entry_id: str, now: float) -> None:
-        """A moderator removed a user from the call."""
-        if self.find(room_id, user, now) is None:
-            self._add(room_id, user, entry_id, LobbyState.REMOVED, LobbyEvent.REMOVE, now)
-        else:
-            self.apply(room_id, user, LobbyEvent.REMOVE, now)
-
-    def apply_to_room(self, room_id: str, event: LobbyEvent, now: float) -> None:
-        """Something happens to all entries of a room."""
-        for user in list(self._rooms.get(room_id, {})):
-            self.apply(room_id, user, event, now)
-
-    def pass_time(self, now: float) -> None:
-        """Do what time does to all entries."""
-        for room_id, entry in list(self.entries()):
-            if entry.due(now, self._longest_wait) is not None:
-                self.find(room_id, entry.user, now)
-
-    def entries(self) -> Iterator[tuple[str, LobbyEntry]]:
-        """All entries with their rooms."""
-        return ((room_id, entry) for room_id, entries in self._rooms.items() for entry in entries.values())
-
-    def waiting_in(self, room_id: str) -> list[str]:
-        """Users who wait in one room."""
-        entries = self._rooms.get(room_id, {}).values()
-        return [entry.user for entry in entries if entry.state is LobbyState.WAITING]
-
-    def has_removed(self, room_id: str) -> bool:
-        """Whether anybody is kept out of this room's call because a moderator removed them."""
-        return any(entry.state is LobbyState.REMOVED for entry in self._rooms.get(room_id, {}).values())
-
-    def rooms_with(self, state: LobbyState) -> list[str]:
-        """The rooms that have entries in this state."""
-        return [
-            room_id
-            for room_id, entries in self._rooms.items()
-            if any(entry.state is state for entry in entries.values())
-        ]
-
-    def take_changes(self) -> list[Change]:
-        """What has happened since this was called last."""
-        changes, self.changes = self.changes, []
-        return changes
-
-    def _add(
+    def _begin(
         self, room_id: str, user: str, entry_id: str, state: LobbyState, event: LobbyEvent, now: float
     ) -> LobbyEntry:
         if self._entries >= ENTRIES_KEPT:
@@ -186,8 +230,10 @@ class LobbyBook:
 
     def _drop_some(self) -> None:
         others = [
-            (entry.expires, room, entry) for room, entry in self.entries() if entry.state is not LobbyState.WAITING
+            (DROPPED_FIRST.index(entry.state), entry.expires, room_id, entry)
+            for room_id, entry in self.entries()
+            if entry.state is not LobbyState.WAITING
         ]
-        for _, room_id, entry in sorted(others, key=lambda other: other[0])[:DROPPED_AT_ONCE]:
+        for _, _, room_id, entry in sorted(others, key=lambda other: other[:2])[:DROPPED_AT_ONCE]:
             self._discard(room_id, entry)
             self.changes.append(Change(room_id, entry, LobbyEvent.EXPIRE, entry.state, None))

@@ -122,7 +122,7 @@ TOKEN_ROUTES = {
     route.path: route
     for route in (
         TokenRoute("/sfu/get", (LEGACY, MSC4195)),  # some releases take the new body here too
-        TokenRoute("/get_token", (MSC4195,)),
+        TokenRoute("/get_token", (MSC4195, LEGACY)),  # the old body must not get past the rules here
     )
 }
 """The token routes of the public listener."""

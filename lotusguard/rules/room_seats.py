@@ -8,20 +8,17 @@ as it has participants.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from heapq import heappop, heappush
-from typing import TypeVar
+from collections.abc import Collection
 
-from attrs import Factory, define, field
+from attrs import define, field
 
+from lotusguard.rules.arrival_times import ArrivalTimes
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.seat_count import SeatCount
-from lotusguard.rules.seats import TABLE, Arrival, Hold, HoldEvent, HoldState, IdentityKey, Session
+from lotusguard.rules.room_holds import RECONNECT_WINDOW, RESERVED_PER_USER, RoomHolds
+from lotusguard.rules.seats import Arrival, Hold, HoldEvent, HoldState, IdentityKey, Session
 
-K = TypeVar("K")
+__all__ = ["ENDED_SESSIONS_KEPT", "RECONNECT_WINDOW", "RESERVED_PER_USER", "UNCONFIRMED_KEPT", "RoomSeats"]
 
-RECONNECT_WINDOW = 20.0
-"""Seconds for which a seat is kept after a departure that neither the participant nor a moderator caused."""
 ENDED_SESSIONS_KEPT = 120.0
 """Seconds for which an ended session is remembered, so that a delayed event cannot bring it back."""
 UNCONFIRMED_KEPT = 600.0
@@ -29,45 +26,17 @@ UNCONFIRMED_KEPT = 600.0
 
 
 @define
-class _Chain:
-    """A user's time to arrive, from the first token they did not use."""
-
-    expires: float
-    asked: float
-
-
-@define
-class RoomSeats:
+class RoomSeats(RoomHolds):
     """Who holds the seats of one Matrix room.
 
     :ivar unlimited_at: when the room was last known to have no limit; people who joined earlier stay.
     :ivar touched: when anything happened here.
-    :ivar vacated: when the last hold of those that make the room occupied ended.
-    :ivar changed: identities whose hold changed since somebody last cleared this set; for persistence.
     """
 
     unlimited_at: float
     touched: float = 0.0
-    vacated: float = field(default=0.0, init=False)
-    sessions: dict[Session, Hold] = Factory(dict)
-    """PRESENT and UNSEATED holds"""
-    reserved: dict[IdentityKey, Hold] = Factory(dict)
-    """ISSUED…, RECONNECTING and LEFT holds"""
-    pending: dict[str, Hold] = Factory(dict)
-    """PENDING holds by ID"""
-    changed: set[IdentityKey] = Factory(set)
-    _listed: dict[str, float] = field(factory=dict, init=False)
-    _by_alias: dict[str, dict[Session, Hold]] = field(factory=dict, init=False)
-    _sessions_of: dict[IdentityKey, list[Hold]] = field(factory=dict, init=False)
-    _unseated: dict[Session, Hold] = field(factory=dict, init=False)
-    _unconfirmed: dict[IdentityKey, Hold] = field(factory=dict, init=False)
-    _counted: SeatCount = field(factory=SeatCount, init=False)
-    _expiring: list[tuple[float, int, Hold]] = field(factory=list, init=False)
-    _failed_open: dict[IdentityKey, Hold] = field(factory=dict, init=False)
-    _aliases: dict[str, int] = field(factory=dict, init=False)
-    _serial: int = field(default=0, init=False)
+    _arrival_times: ArrivalTimes = field(factory=ArrivalTimes, init=False)
     _ended: dict[Session, float] = field(factory=dict, init=False)
-    _chains: dict[str, _Chain] = field(factory=dict, init=False)
 
     # -- a join ------------------------------------------------------------------------------------------
 
@@ -104,26 +73,32 @@ class RoomSeats:
             self.exempt(user)
         return None
 
-    def issue(self, hold_id: str, alias: str, identity: str, now: float, ttl: float) -> Hold | None:
+    def issue(self, hold_id: str, alias: str, identity: str, now: float, ttl: float, device: str = "") -> Hold | None:
         """The token of a pending hold was issued. ``None`` if there is no such hold.
 
         :param ttl: seconds to arrive. They run from the first token that the user did not use.
+        :param device: the device that the token was asked for; "" if it is not known.
         """
         self._advance(now)
         hold = self.pending.pop(hold_id, None)
         if hold is None:
             return None
         self._uncount(hold)
+        hold.device = device
         return self._reserve(hold, _key(alias, identity, hold_id), now, ttl)
 
-    def issue_without_seat(self, hold_id: str, user: str, alias: str, identity: str, now: float, ttl: float) -> Hold:
+    def issue_without_seat(
+        self, hold_id: str, user: str, alias: str, identity: str, now: float, ttl: float, device: str = ""
+    ) -> Hold:
         """A token was issued although nobody could tell whether a seat was free."""
         self._advance(now)
         key = _key(alias, identity, hold_id)
         if self.owns_seat(user):
-            return self._reserve(Hold(hold_id, user, HoldState.PENDING, alias), key, now, ttl)
-        expires = self._time_to_arrive(user, now, ttl)
-        hold = Hold(hold_id, user, HoldState.ISSUED_UNSEATED, key.alias, key.identity, began=now, expires=expires)
+            return self._reserve(Hold(hold_id, user, HoldState.PENDING, alias, device=device), key, now, ttl)
+        expires = self._arrival_times.issued(user, now, ttl)
+        hold = Hold(
+            hold_id, user, HoldState.ISSUED_UNSEATED, key.alias, key.identity, began=now, expires=expires, device=device
+        )
         self._put_reserved(key, hold)
         return hold
 
@@ -147,6 +122,10 @@ class RoomSeats:
     def leave(self, alias: str, sid: str, identity: str, now: float, left_by: float, *, by_choice: bool) -> None:
         """A session ended. It never comes back: a delayed event of an old session says nothing about a new one.
 
+        Clients that use both token routes join with an identity of ``/sfu/get`` and may leave a token of ``/get_token``
+        unused. Their hanging up ends the hold of that token too. Not the other way round: in the middle of a join such
+        a client connects with the other identity for a moment, and leaves with it.
+
         :param left_by: when it ended, at the latest. Holds issued after this time are kept.
         :param by_choice: whether the participant hung up or a moderator removed them.
         """
@@ -155,9 +134,12 @@ class RoomSeats:
         at, key = Session(alias, sid), IdentityKey(alias, identity)
         self._ended[at] = now
         reserved = self.reserved.get(key)
+        hold = self.sessions.get(at)
+        known = hold or reserved
+        if by_choice and known is not None:
+            self._end_unused(known.user, key, left_by, now)
         if by_choice and reserved is not None and (reserved.began <= left_by or reserved.sid == sid != ""):
             self._move(reserved, HoldEvent.LEAVE, now)
-        hold = self.sessions.get(at)
         if hold is not None:
             self._move(hold, HoldEvent.LEAVE if by_choice else HoldEvent.VANISH, now)
 
@@ -183,7 +165,9 @@ class RoomSeats:
         for who in present:
             at = Session(alias, who.sid)
             there.add(at)
-            if not self._is_settled(at, who):
+            if self._is_settled(at, who):
+                self._arrival_times.arrived(who.user)
+            else:
                 news.append(who)
         for who in sorted(news, key=self._precedence):
             at = Session(alias, who.sid)
@@ -236,84 +220,16 @@ class RoomSeats:
                 self._count(hold)
                 self._counted.forget(nobody)
 
-    def restore(self, hold_id: str, user: str, key: IdentityKey, *, present: bool, now: float, expires: float) -> None:
+    def restore(
+        self, hold_id: str, user: str, key: IdentityKey, *, present: bool, now: float, expires: float, device: str = ""
+    ) -> None:
         """A hold of an earlier run of the guard. A listing has to confirm those that were in the call."""
         state = HoldState.LEFT if present else HoldState.ISSUED
-        hold = Hold(hold_id, user, state, key.alias, key.identity, began=now, expires=now if present else expires)
+        ends = now if present else expires
+        hold = Hold(hold_id, user, state, key.alias, key.identity, began=now, expires=ends, device=device)
         self._put_reserved(key, hold)
         self.vacated = max(self.vacated, now)
         self.changed.discard(key)
-
-    # -- questions ---------------------------------------------------------------------------------------
-
-    def owns_seat(self, user: str) -> bool:
-        """Whether this user has a seat (or needs none) and so may enter again."""
-        return self._counted.owns_seat(user)
-
-    def is_exempt(self, user: str) -> bool:
-        """Whether this user takes no seat."""
-        return self._counted.is_exempt(user)
-
-    def is_present(self, user: str) -> bool:
-        """Whether this user is in the call."""
-        return self._counted.is_present(user)
-
-    def seats_taken(self, now: float) -> int:
-        """How many seats are taken, requests in flight included."""
-        self._advance(now)
-        return self._counted.total.takes_seat
-
-    def users(self) -> set[str]:
-        """The distinct users in the call."""
-        return {hold.user for hold in self.sessions.values()}
-
-    def awaited(self, now: float) -> set[str]:
-        """Users who have a seat, have no request in flight, and are not in the call as far as we know."""
-        self._advance(now)
-        return {hold.user for hold in self.reserved.values() if hold.rules.owns_seat}
-
-    def aliases(self) -> set[str]:
-        """The SFU rooms in which somebody holds a seat or is about to."""
-        return {alias for alias in self._aliases if alias}
-
-    def listed_since(self, aliases: Iterable[str]) -> float | None:
-        """When the oldest of the last listings of these SFU rooms began; ``None`` if one was never listed."""
-        oldest: float | None = None
-        for alias in aliases:
-            since = self._listed.get(alias)
-            if since is None:
-                return None
-            oldest = since if oldest is None else min(oldest, since)
-        return oldest
-
-    def listing_required_since(self, now: float) -> float | None:
-        """Latest end of a hold that no listing has confirmed; ``None`` if there is none."""
-        self._advance(now)
-        return max((hold.expires for hold in self._unconfirmed.values()), default=None)
-
-    def is_idle(self, now: float) -> bool:
-        """Whether nobody is in the call, nobody holds a seat and no request is in flight."""
-        self._advance(now)
-        return not (self.sessions or self.reserved or self.pending)
-
-    def is_occupied(self, now: float) -> bool:
-        """Whether anybody is in the call or has a token in time, as far as we know; requests in flight do not count."""
-        self._advance(now)
-        return bool(self.sessions) or len(self.reserved) > len(self._unconfirmed)
-
-    def occupants(self, now: float) -> set[str]:
-        """Users who are in the call, have a token in time, or have a request in flight that holds a seat."""
-        self._advance(now)
-        reserved = {hold.user for hold in self.reserved.values() if not hold.rules.unconfirmed}
-        return self.users() | reserved | {hold.user for hold in self.pending.values()}
-
-    def find(self, key: IdentityKey) -> Hold | None:
-        """The hold of an identity: a session if there is one, else what is reserved for it."""
-        return self._sessions_of.get(key, [None])[-1] or self.reserved.get(key)
-
-    def knows(self, key: IdentityKey) -> bool:
-        """Whether an identity holds anything here."""
-        return key in self.reserved or key in self._sessions_of
 
     # -- how it is done ----------------------------------------------------------------------------------
 
@@ -325,23 +241,23 @@ class RoomSeats:
             and hold.state is HoldState.PRESENT
             and at not in self._ended
             and IdentityKey(at.alias, who.identity) not in self.reserved
-            and who.user not in self._chains
         )
+
+    def _end_unused(self, user: str, left: IdentityKey, left_by: float, now: float) -> None:
+        """End the holds of tokens that the device of an identity was given for the same call and did not use."""
+        device = _device_named_by(left.identity, user)
+        for key, hold in self.reserved_for(user):
+            same_call = key.alias == left.alias and key.identity != left.identity
+            if device and hold.device == device and same_call and hold.sid == "" and hold.began <= left_by:
+                self._move(hold, HoldEvent.LEAVE, now)
 
     def _precedence(self, who: Arrival) -> tuple[bool, float]:
         """Owners of a seat first, then by the time they joined."""
         return (not self.owns_seat(who.user), who.joined if who.joined is not None else 0.0)
 
-    def _time_to_arrive(self, user: str, now: float, ttl: float) -> float:
-        chain = self._chains.get(user)
-        if chain is None or chain.asked + ttl < now:
-            chain = self._chains[user] = _Chain(now + ttl, now)
-        chain.asked = now
-        return chain.expires
-
     def _reserve(self, hold: Hold, key: IdentityKey, now: float, ttl: float) -> Hold:
         """Make an issued hold of a pending one."""
-        expires = self._time_to_arrive(hold.user, now, ttl)
+        expires = self._arrival_times.issued(hold.user, now, ttl)
         state = hold.rules.moves[HoldEvent.ISSUE_LATE if expires <= now else HoldEvent.ISSUE]
         assert state is not None
         hold.state, hold.alias, hold.identity = state, key.alias, key.identity
@@ -369,7 +285,7 @@ class RoomSeats:
             state = HoldState.PRESENT if self.owns_seat(who.user) else HoldState.UNSEATED
             hold = Hold(who.sid, who.user, state, at.alias, who.identity, who.sid, began=now)
             self._put_session(at, hold)
-        self._chains.pop(who.user, None)
+        self._arrival_times.arrived(who.user)
         if hold.state is HoldState.UNSEATED and (limit is None or self._may_sit(hold, limit)):
             self._move(hold, HoldEvent.SEAT)
 
@@ -385,91 +301,6 @@ class RoomSeats:
             if self.owns_seat(hold.user) or self._counted.owners_besides(hold.user) < limit:
                 self._move(hold, HoldEvent.SEAT)
 
-    def _advance(self, now: float) -> None:
-        """Let everything expire that has."""
-        while self._expiring and self._expiring[0][0] <= now:
-            expires, _, hold = heappop(self._expiring)
-            key = IdentityKey(hold.alias, hold.identity)
-            if self.reserved.get(key) is hold and hold.expires == expires and HoldEvent.EXPIRE in hold.rules.moves:
-                self._move(hold, HoldEvent.EXPIRE, expires)
-
-    def _move(self, hold: Hold, event: HoldEvent, now: float = 0.0) -> None:
-        """The one place where a hold that counts changes its state."""
-        before, after = hold.state, hold.rules.moves[event]
-        key = IdentityKey(hold.alias, hold.identity)
-        if before is HoldState.PENDING:
-            del self.pending[hold.id]
-        elif hold.rules.in_call:
-            self._take_session(Session(hold.alias, hold.sid))
-        else:
-            self._take_reserved(key)
-        self._uncount(hold)
-        self.changed.add(key)
-        if event in _ENDINGS:
-            self.vacated = max(self.vacated, now)
-        if after is not None:
-            hold.state = after
-            if hold.rules.in_call:
-                hold.began = now if event is HoldEvent.ARRIVE else hold.began
-                self._put_session(Session(hold.alias, hold.sid), hold)
-            elif not (TABLE[before].in_call and (key in self.reserved or key in self._sessions_of)):
-                # else the identity has a newer token or session, which keeps the seat
-                if event in (HoldEvent.LEAVE, HoldEvent.VANISH):
-                    hold.began = now
-                    hold.expires = now if event is HoldEvent.LEAVE else now + RECONNECT_WINDOW
-                self._put_reserved(key, hold)
-        self._counted.forget(hold.user)
-
-    def _put_session(self, at: Session, hold: Hold) -> None:
-        self.sessions[at] = hold
-        self._by_alias.setdefault(at.alias, {})[at] = hold
-        key = IdentityKey(at.alias, hold.identity)
-        self._sessions_of.setdefault(key, []).append(hold)
-        if hold.state is HoldState.UNSEATED:
-            self._unseated[at] = hold
-        self.changed.add(key)
-        self._count(hold)
-
-    def _take_session(self, at: Session) -> None:
-        hold = self.sessions.pop(at)
-        del self._by_alias[at.alias][at]
-        if not self._by_alias[at.alias]:
-            del self._by_alias[at.alias]
-        key = IdentityKey(at.alias, hold.identity)
-        self._sessions_of[key].remove(hold)
-        if not self._sessions_of[key]:
-            del self._sessions_of[key]
-        self._unseated.pop(at, None)
-
-    def _put_reserved(self, key: IdentityKey, hold: Hold) -> None:
-        self._count(hold)  # first, so that the user is known throughout
-        older = self.reserved.get(key)
-        if older is not None:
-            self._move(older, HoldEvent.REPLACE)
-        self.reserved[key] = hold
-        if hold.rules.unconfirmed:
-            self._unconfirmed[key] = hold
-        if hold.state is HoldState.ISSUED_UNSEATED:
-            self._failed_open[key] = hold
-        if HoldEvent.EXPIRE in hold.rules.moves:
-            self._serial += 1
-            heappush(self._expiring, (hold.expires, self._serial, hold))
-        self.changed.add(key)
-
-    def _take_reserved(self, key: IdentityKey) -> None:
-        del self.reserved[key]
-        self._unconfirmed.pop(key, None)
-        self._failed_open.pop(key, None)
-
-    def _count(self, hold: Hold) -> None:
-        self._aliases[hold.alias] = self._aliases.get(hold.alias, 0) + 1
-        self._counted.add(hold)
-
-    def _uncount(self, hold: Hold) -> None:
-        """Must be called before the hold's state changes."""
-        _one_less(self._aliases, hold.alias)
-        self._counted.subtract(hold)
-
     def _forget_ended(self, now: float) -> None:
         oldest = now - ENDED_SESSIONS_KEPT
         while self._ended:
@@ -484,11 +315,8 @@ class RoomSeats:
         self._forget_ended(now)
         for hold in [hold for hold in self._unconfirmed.values() if hold.expires + UNCONFIRMED_KEPT <= now]:
             self._move(hold, HoldEvent.CONFIRM)
-        self._chains = {user: chain for user, chain in self._chains.items() if chain.asked + ttl >= now}
+        self._arrival_times.forget_old(now, ttl)
         self._listed = {alias: since for alias, since in self._listed.items() if alias in self._aliases}
-
-
-_ENDINGS = (HoldEvent.LEAVE, HoldEvent.VANISH, HoldEvent.EXPIRE)
 
 
 def _key(alias: str, identity: str, hold_id: str) -> IdentityKey:
@@ -496,7 +324,6 @@ def _key(alias: str, identity: str, hold_id: str) -> IdentityKey:
     return IdentityKey(alias, identity or hold_id)
 
 
-def _one_less(counts: dict[K, int], key: K) -> None:
-    counts[key] -= 1
-    if not counts[key]:
-        del counts[key]
+def _device_named_by(identity: str, user: str) -> str:
+    """The device that an identity of ``/sfu/get`` names in clear; "" if this is none of that user's."""
+    return identity[len(user) + 1 :] if identity.startswith(f"{user}:") else ""

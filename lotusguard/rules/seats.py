@@ -14,7 +14,7 @@ The life of a seat:
   Asking for further tokens does not extend the time (ISSUE_LATE). Where nobody lists, the hold ends after
   ``room_seats.UNCONFIRMED_KEPT``.
 - The user hangs up (LEFT, until a listing confirms it), or the session is lost (RECONNECTING for
-  ``room_seats.RECONNECT_WINDOW``, then LEFT).
+  ``room_holds.RECONNECT_WINDOW``, then LEFT).
 - A participant whose token did not come with a seat is UNSEATED (``RoomSeats.arrive``), and a token that was issued
   while nobody could tell is ISSUED_UNSEATED (``RoomSeats.issue_without_seat``), until a seat turns out to be free.
 """
@@ -158,6 +158,7 @@ class Hold:
     :ivar began: when it got here: the token's issue, or the arrival, or the departure.
     :ivar expires: when its state ends by itself, for states that `HoldEvent.EXPIRE` moves; when it ended, for those
         that a listing has to confirm.
+    :ivar device: the device that the token was asked for; "" if it is not known.
     """
 
     id: str
@@ -168,6 +169,7 @@ class Hold:
     sid: str = ""
     began: float = 0.0
     expires: float = 0.0
+    device: str = ""
 
     @property
     def rules(self) -> StateRules:

@@ -215,6 +215,8 @@ class GuardSite(Site):
 
     protocol = Channel  # type: ignore[assignment]
     displayTracebacks = False
+    noisy = False
+    """The listener's own line says where it listens."""
 
     def __init__(
         self,

@@ -11,7 +11,8 @@ import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.sandbox.demo.sandbox import Sandbox
-from tests.calls import ALICE, BOB, CAROL, room_of
+from lotusguard.sandbox.faults import Fault
+from tests.calls import ALICE, BOB, CAROL, counted, old_token, room_of
 from tests.conftest import StartSandbox, until
 from tests.joins.helpers import FULL, claims_of
 
@@ -23,6 +24,33 @@ async def test_by_default_every_token_is_short_lived_and_has_no_administrative_g
     assert claims["exp"] - claims["nbf"] == 120
     assert not {"roomCreate", "roomAdmin", "hidden"} & claims["video"].keys()
     assert "canPublishSources" not in claims["video"]
+
+
+def issue_to_anybody(sandbox: Sandbox) -> None:
+    """Let upstream answer ``/get_token`` with a token whatever it is asked for."""
+    token = old_token(ALICE, "!unheard-of:sandbox.local", roomCreate=True)
+    sandbox.upstream.faults["get_token"] = Fault.status(200, json.dumps({"url": "wss://sfu", "jwt": token}).encode())
+
+
+@pytest.mark.parametrize("body", ["{}", '{"slot_id": "m.call#ROOM"}', '{"room_id": "", "device_id": "PHONE"}'])
+@pytest_twisted.ensureDeferred
+async def test_a_token_for_no_room_that_we_know_is_rebuilt_and_reported(sandbox: Sandbox, body: str) -> None:
+    issue_to_anybody(sandbox)
+    answer = await sandbox.request("POST", f"{sandbox.url}/get_token", body.encode())
+    claims = claims_of(answer)
+    assert claims["exp"] <= time.time() + 121
+    assert "roomCreate" not in claims["video"]
+    assert counted(sandbox, "fail_open_total", check="policy", reason="no_room") == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_old_body_is_held_to_the_rules_on_the_new_route(sandbox: Sandbox) -> None:
+    issue_to_anybody(sandbox)
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(BOB, room_id)
+    body = {"room": room_id, "device_id": "PHONE", "openid_token": sandbox.homeserver.openid_token(ALICE)}
+    answer = await sandbox.request("POST", f"{sandbox.url}/get_token", json.dumps(body).encode())
+    assert (answer.code, json.loads(answer.body)) == (403, FULL)
 
 
 @pytest_twisted.ensureDeferred

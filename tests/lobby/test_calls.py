@@ -12,19 +12,21 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.task import Clock
 
+from lotusguard.clients.http import Answer
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
-from lotusguard.metrics import Metrics
+from lotusguard.rules.identity import room_alias
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.permissions import Lobby as LobbyPolicy
 from lotusguard.rules.policy import Policy
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from tests.calls import ALICE, BOB, old_token, room_of, seen_in
+from tests.calls import ALICE, BOB, CAROL, old_token, room_of, seen_in
 from tests.conftest import StartSandbox, until
 from tests.guardprocess import ProcessSandbox
 from tests.lobby.test_joining import asking, lobby_room, moderate, waiting_in, waits
+from tests.lobby.voice import lobby_on
 from tests.running_calls.test_restore import at_rest
 
 ROOM = "!room:example.org"
@@ -44,7 +46,7 @@ class Call:
 
 
 def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby, LobbySwitch]:
-    lobby = Lobby(None, clock, clock.seconds, Metrics(), 600.0)
+    lobby = lobby_on(clock)
     stub: Any = call
     return lobby, LobbySwitch(lobby, stub, stub, stub, stub, stub, clock, lambda room_id: decidable, 1.5)
 
@@ -53,7 +55,7 @@ def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby
 async def test_people_are_accepted_until_the_call_has_been_empty_for_a_minute() -> None:
     clock, call = Clock(), Call()
     lobby, switch = switched(clock, call)
-    lobby.let_in(ROOM, BOB)
+    await lobby.let_in(ROOM, BOB)
     call.users = {BOB}
     for _ in range(60):
         clock.advance(2.0)
@@ -86,7 +88,7 @@ async def test_people_in_a_call_are_accepted_when_its_lobby_is_switched_on_but_n
 async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> None:
     lobby, switch = switched(Clock(), Call())
     await switch.is_on(ROOM, ON)
-    lobby.ask(ROOM, BOB)
+    await lobby.ask(ROOM, BOB)
     assert not await switch.is_on(ROOM, UNKNOWN)
     assert lobby.state_of(ROOM, BOB) is LobbyState.WAITING
 
@@ -95,7 +97,7 @@ async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> N
 async def test_nobody_waits_on_in_a_room_of_unknown_policy_where_nobody_could_admit_them() -> None:
     clock, call = Clock(), Call()
     lobby, switch = switched(clock, call, decidable=False)
-    lobby.ask(ROOM, BOB)
+    await lobby.ask(ROOM, BOB)
     assert not await switch.is_on(ROOM, UNKNOWN)
     assert lobby.state_of(ROOM, BOB) is None
 
@@ -234,6 +236,34 @@ async def test_a_person_whom_nobody_admitted_is_not_accepted_because_the_policy_
     sandbox.homeserver.faults.clear()
     await sandbox.operator("POST", "/policy-changed", json.dumps({"room_id": room_id}).encode())
     await until_seen(sandbox, room_id, [(ALICE, True)])
+
+
+@pytest.mark.parametrize("slot", ["m.call#ROOM", "other"])
+@pytest_twisted.ensureDeferred
+async def test_somebody_who_was_in_the_call_before_the_guard_does_not_wait_whatever_slot_it_is(
+    start_sandbox: StartSandbox, slot: str
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    room_id = lobby_room(sandbox)
+    await sandbox.guard.stopService()
+    sandbox.livekit.webhooks.urls[:] = []
+    in_call = sandbox.livekit.connect(old_token(BOB, room_id, room=room_alias(room_id, slot)))
+    in_call.joined_at -= 3600
+    await sandbox.start_guard()
+    await until(lambda: sandbox.livekit.asked["ListRooms"] > 0)
+    await at_rest(sandbox)
+    assert (await poll(sandbox, BOB, room_id, slot)).code == 200
+    assert (await poll(sandbox, CAROL, room_id, slot)).code == 202
+
+
+async def poll(sandbox: Sandbox, user: str, room_id: str, slot: str) -> Answer:
+    """Ask for a token as a client that polls while it waits."""
+    body = {
+        "room_id": room_id, "slot_id": slot, "openid_token": sandbox.homeserver.openid_token(user),
+        "member": {"id": "member", "claimed_user_id": user, "claimed_device_id": "PHONE"},
+    }  # fmt: skip
+    url = f"{sandbox.url}/get_token?lobby=poll"
+    return await sandbox.request("POST", url, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
 async def until_seen(sandbox: Sandbox, room_id: str, expected: list[tuple[str, bool]]) -> None:

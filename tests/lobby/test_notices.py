@@ -17,13 +17,13 @@ from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.metrics import Metrics
-from lotusguard.rules.lobby import LobbyState
+from lotusguard.rules.lobby import LobbyEntry, LobbyState
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.state import StateEvent
 from tests.calls import BOB as SANDBOX_BOB
 from tests.conftest import StartSandbox, until
 from tests.lobby.test_joining import asking, lobby_room, waits
-from tests.lobby.voice import FakeVoice
+from tests.lobby.voice import FakeVoice, lobby_on, now
 
 ROOM, MOD, BOB, EVE = "!room:example.org", "@mod:example.org", "@bob:example.org", "@eve:example.org"
 
@@ -67,22 +67,25 @@ class Asked:
 
     def __attrs_post_init__(self) -> None:
         metrics = Metrics()
-        self.lobby = Lobby(None, self.clock, self.clock.seconds, metrics, 600.0)
+        self.lobby = lobby_on(self.clock, metrics)
         self.policies = Policies(self.room, self.clock, metrics, ttl=10, stale=3600)
         self.notices = LobbyNotices(self.lobby, self.policies, self.voice, self.clock, 1.5, self.operators)
         self.notices.start()
 
+    def ask(self, room_id: str, user: str) -> LobbyEntry:
+        return now(self.lobby.ask(room_id, user))
+
     def wait(self, seconds: int) -> None:
         for _ in range(seconds):
             self.clock.advance(1.0)
-            self.lobby.pass_time()
+            now(self.lobby.pass_time())
             self.notices.pass_time()
 
 
 def test_one_notice_asks_about_a_person_and_offers_two_reactions() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     assert asked.voice.notices == [(ROOM, "$0", f"{BOB} asks to join the call: ✅ admit, ❌ deny")]
     assert asked.voice.reactions == [("$0", "✅"), ("$0", "❌")]
 
@@ -92,7 +95,7 @@ def test_one_notice_asks_about_a_person_and_offers_two_reactions() -> None:
 )
 def test_a_moderators_reaction_decides_and_the_notice_is_redacted(key: str, state: LobbyState) -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.voice.hear(MOD, key)
     assert asked.lobby.state_of(ROOM, BOB) is state
     assert asked.voice.redacted == ["$0"]
@@ -101,7 +104,7 @@ def test_a_moderators_reaction_decides_and_the_notice_is_redacted(key: str, stat
 @pytest.mark.parametrize(("sender", "key"), [(BOB, "✅"), (EVE, "❌"), (MOD, "👍")])
 def test_other_reactions_decide_nothing(sender: str, key: str) -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.voice.hear(sender, key)
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
     assert asked.voice.redacted == []
@@ -109,14 +112,14 @@ def test_other_reactions_decide_nothing(sender: str, key: str) -> None:
 
 def test_a_reaction_in_another_room_decides_nothing() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.voice.hear(MOD, "✅", room_id="!other:example.org")
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
 
 
 def test_the_level_counts_that_the_sender_has_when_the_reaction_arrives() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.room.level = 0
     asked.voice.hear(MOD, "✅")
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
@@ -128,7 +131,7 @@ def test_the_level_counts_that_the_sender_has_when_the_reaction_arrives() -> Non
 
 def test_the_last_known_level_counts_while_the_homeserver_does_not_answer() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.voice.hear(EVE, "✅")  # reads the room
     asked.room.failing = True
     asked.clock.advance(0.1)
@@ -138,7 +141,7 @@ def test_the_last_known_level_counts_while_the_homeserver_does_not_answer() -> N
 
 def test_the_second_of_two_moderators_changes_nothing() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.voice.hear(MOD, "✅")
     asked.voice.hear(MOD, "❌")
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
@@ -146,7 +149,7 @@ def test_the_second_of_two_moderators_changes_nothing() -> None:
 
 def test_a_notice_that_was_redacted_is_not_taken_over_after_a_restart() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     assert [entry.notice for _, entry in asked.lobby.noticed()] == ["$0"]
     asked.voice.hear(MOD, "✅")
     assert asked.lobby.noticed() == []
@@ -154,10 +157,10 @@ def test_a_notice_that_was_redacted_is_not_taken_over_after_a_restart() -> None:
 
 def test_somebody_who_asks_again_soon_gets_no_second_notice() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.wait(5)
     assert asked.lobby.state_of(ROOM, BOB) is None
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.wait(1)
     assert len(asked.voice.notices) == 1
     asked.voice.hear(MOD, "✅")
@@ -166,19 +169,19 @@ def test_somebody_who_asks_again_soon_gets_no_second_notice() -> None:
 
 def test_after_a_denial_the_next_notice_comes_a_minute_after_the_first() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.voice.hear(MOD, "❌")
     for second in range(60):
         assert len(asked.voice.notices) == 1, second
         asked.wait(1)
         if second > 5:
-            asked.lobby.ask(ROOM, BOB)
+            asked.ask(ROOM, BOB)
     assert len(asked.voice.notices) == 2
 
 
 def test_the_notice_about_somebody_who_stopped_waiting_is_redacted_after_a_minute() -> None:
     asked = Asked()
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     asked.wait(59)
     assert asked.voice.redacted == []
     asked.wait(1)
@@ -188,7 +191,7 @@ def test_the_notice_about_somebody_who_stopped_waiting_is_redacted_after_a_minut
 def test_where_the_account_is_not_in_the_room_nothing_is_sent() -> None:
     asked = Asked()
     asked.voice.resident = False
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB)
     assert asked.voice.notices == []
 
 
@@ -198,8 +201,25 @@ def test_a_notice_that_cannot_be_sent_leaves_nobody_waiting_whom_nobody_could_ad
 ) -> None:
     asked = Asked(operators)
     asked.voice.failing = True
-    asked.lobby.ask(ROOM, BOB)
+    asked.ask(ROOM, BOB).held = 1
+    asked.wait(19)
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+    asked.wait(1)
     assert asked.lobby.state_of(ROOM, BOB) is state
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_notice_that_fails_for_a_moment_is_sent_again_and_admits_nobody(failures: int) -> None:
+    asked = Asked(operators=False)
+    asked.voice.failing = True
+    asked.ask(ROOM, BOB).held = 1
+    asked.wait(failures - 1)
+    asked.voice.failing = False
+    asked.wait(1)
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+    assert len(asked.voice.notices) == 1
+    asked.voice.hear(MOD, "❌")
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.DENIED
 
 
 @pytest_twisted.ensureDeferred
@@ -222,8 +242,8 @@ def test_a_flood_of_notices_in_other_rooms_does_not_open_the_lobby() -> None:
     asked = Asked(operators=False)
     asked.voice.seconds, asked.voice.clock = 1.0, asked.clock
     for number in range(50):
-        asked.lobby.ask(f"!other{number}:example.org", EVE)
-    asked.lobby.ask(ROOM, BOB).held = 1
+        asked.ask(f"!other{number}:example.org", EVE)
+    asked.ask(ROOM, BOB).held = 1
     for _ in range(100):
         asked.wait(1)
         assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING

@@ -1,16 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the guard's account in rooms: what it sent, and reactions to it."""
+"""A lobby in memory, and a stand-in for the guard's account in rooms: what it sent, and reactions to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from attrs import define, field
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.guard.lobby import Lobby, MemoryEntries
 from lotusguard.guard.rooms.voice import Reaction
+from lotusguard.metrics import Metrics
+
+T = TypeVar("T")
+
+
+def lobby_on(clock: Clock, metrics: Metrics | None = None, longest_wait: float = 600.0) -> Lobby:
+    """A lobby that is kept in memory only."""
+    entries = MemoryEntries(None, clock, clock.seconds, longest_wait)
+    return Lobby(entries, clock, clock.seconds, metrics or Metrics(), longest_wait)
+
+
+def now(work: Coroutine[Any, Any, T]) -> T:
+    """The result of work that has nothing to wait for."""
+    results: list[T] = []
+    Deferred.fromCoroutine(work).addCallback(results.append)
+    (result,) = results
+    return result
 
 
 @define(eq=False)
@@ -36,7 +56,7 @@ class FakeVoice:
     def is_heard_from(self, room_id: str) -> bool:
         return self.resident
 
-    async def notice(self, room_id: str, text: str) -> str:
+    async def notice(self, room_id: str, text: str, transaction: str = "") -> str:
         self._fail()
         if self.seconds:
             await deferLater(self.clock, self.seconds)
@@ -44,7 +64,7 @@ class FakeVoice:
         self.notices.append((room_id, event_id, text))
         return event_id
 
-    async def react(self, room_id: str, event_id: str, key: str) -> None:
+    async def react(self, room_id: str, event_id: str, key: str, transaction: str = "") -> None:
         self._fail()
         self.reactions.append((event_id, key))
 

@@ -92,6 +92,7 @@ def synapse(place: Path, at: Addresses) -> Program:
             "rc_room_creation": plenty,
             "rc_joins": {"local": plenty, "remote": plenty},
             "rc_joins_per_room": plenty,
+            "rc_invites": {"per_room": plenty, "per_user": plenty, "per_issuer": plenty},
             "modules": [
                 {
                     "module": "lotusguard.synapse_module.PolicyPush",

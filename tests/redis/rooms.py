@@ -127,12 +127,14 @@ class ValkeySeats:
         refusal = self._run("take", now, hold_id, user, limit, alias, exempt, slots, None)
         return None if refusal is None else Refusal(refusal)
 
-    def issue(self, hold_id: str, alias: str, identity: str, now: float, ttl: float) -> Hold | None:
-        hold = self._run("issue", now, hold_id, alias, identity, ttl)
+    def issue(self, hold_id: str, alias: str, identity: str, now: float, ttl: float, device: str = "") -> Hold | None:
+        hold = self._run("issue", now, hold_id, alias, identity, ttl, device)
         return None if hold is None else _hold(hold)
 
-    def issue_without_seat(self, hold_id: str, user: str, alias: str, identity: str, now: float, ttl: float) -> Hold:
-        return _hold(self._run("issue_without_seat", now, hold_id, user, alias, identity, ttl))
+    def issue_without_seat(
+        self, hold_id: str, user: str, alias: str, identity: str, now: float, ttl: float, device: str = ""
+    ) -> Hold:
+        return _hold(self._run("issue_without_seat", now, hold_id, user, alias, identity, ttl, device))
 
     def release(self, hold_id: str) -> None:
         self._run("release", None, hold_id)
@@ -160,8 +162,10 @@ class ValkeySeats:
     def rename(self, key: IdentityKey, user: str) -> None:
         self._run("rename", None, key.alias, key.identity, user)
 
-    def restore(self, hold_id: str, user: str, key: IdentityKey, *, present: bool, now: float, expires: float) -> None:
-        self._run("restore", now, hold_id, user, key.alias, key.identity, present, expires)
+    def restore(
+        self, hold_id: str, user: str, key: IdentityKey, *, present: bool, now: float, expires: float, device: str = ""
+    ) -> None:
+        self._run("restore", now, hold_id, user, key.alias, key.identity, present, expires, device)
 
     def owns_seat(self, user: str) -> bool:
         return bool(self._run("owns_seat", None, user))

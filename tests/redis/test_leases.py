@@ -33,7 +33,7 @@ async def client(url: str) -> AsyncIterator[RedisClient]:
 
 
 def leases(client: RedisClient, seconds: float = 60.0) -> RoomLeases:
-    return RoomLeases(client, token_hex(4), seconds)
+    return RoomLeases(client, token_hex(4), reactor, seconds)
 
 
 async def take_over(leases: RoomLeases, room: str) -> None:

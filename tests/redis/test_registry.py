@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from secrets import token_hex
+from typing import Any
 
 import pytest_twisted
 from twisted.internet.task import deferLater
@@ -43,6 +44,19 @@ async def two(own_server: OwnServer) -> AsyncIterator[tuple[TokenRegistry, Token
         client.stop()
 
 
+async def withheld(registry: TokenRegistry) -> frozenset[Source]:
+    entry = await registry.entry("alias", "id")
+    return entry.withheld if entry is not None else frozenset()
+
+
+async def eventually(question: Callable[[Any], Awaitable[object]], about: object, answer: object) -> None:
+    """Wait until a question is answered in this way."""
+    end = reactor.seconds() + 15
+    while await question(about) != answer:
+        assert reactor.seconds() < end
+        await deferLater(reactor, 0.01)
+
+
 @pytest_twisted.ensureDeferred
 async def test_what_one_guard_learns_the_other_knows(two: tuple[TokenRegistry, TokenRegistry]) -> None:
     first, second = two
@@ -53,7 +67,7 @@ async def test_what_one_guard_learns_the_other_knows(two: tuple[TokenRegistry, T
     entry = await second.entry("alias", "hash")
     assert entry is not None
     assert (entry.device, entry.ceiling, entry.withheld) == ("PHONE", BOTH, CAMERA)
-    assert list(await second.aliases_of("!room")) == ["alias"]
+    await eventually(second.aliases_of, "!room", ("alias",))
     assert await second.slot_of("unknown") is None
     assert await second.entry("alias", "unknown") is None
 
@@ -65,17 +79,47 @@ async def test_what_one_guard_withholds_the_other_knows_at_once(two: tuple[Token
     assert await second.entry("alias", "id") == await first.entry("alias", "id")
     await first.set_withheld("alias", "id", CAMERA)
 
-    async def withheld() -> frozenset[Source]:
-        entry = await second.entry("alias", "id")
-        return entry.withheld if entry is not None else frozenset()
-
-    end = reactor.seconds() + 15
-    while await withheld() != CAMERA:
-        assert reactor.seconds() < end
-        await deferLater(reactor, 0.01)
+    await eventually(withheld, second, CAMERA)
     await second.set_withheld("alias", "id", frozenset())
     await second.learn("alias", Slot("!room", "s"), "id", "@a:x", "PHONE", BOTH)
-    assert await withheld() == frozenset()
+    assert await withheld(second) == frozenset()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_one_guard_withholds_stays_withheld_from_a_token_of_another(
+    two: tuple[TokenRegistry, TokenRegistry],
+) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "s"), "id", "@a:x", "PHONE", BOTH, CAMERA)
+    await second.learn("alias", Slot("!room", "s"), "id", "@a:x", "TABLET", BOTH)
+    await eventually(withheld, second, CAMERA)
+    entry = await second.entry("alias", "id")
+    assert entry is not None
+    assert entry.device == "TABLET"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_guard_that_asked_too_early_is_told(two: tuple[TokenRegistry, TokenRegistry]) -> None:
+    first, second = two
+    assert await second.user_behind("alias", "hash") == "hash"
+    await second.read_ahead("alias", ["other"])
+    await first.learn("alias", Slot("!room", "s"), "hash", "@a:x")
+    await first.learn("alias", Slot("!room", "s"), "other", "@b:x")
+    await eventually(lambda identity: second.user_behind("alias", identity), "hash", "@a:x")
+    await eventually(lambda identity: second.user_behind("alias", identity), "other", "@b:x")
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_withheld_while_messages_were_lost_is_known_afterwards(
+    two: tuple[TokenRegistry, TokenRegistry], own_server: OwnServer
+) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "s"), "id", "@a:x", "PHONE", BOTH)
+    assert await withheld(second) == frozenset()
+    client = own_server.client
+    client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    await first.set_withheld("alias", "id", CAMERA)
+    await eventually(withheld, second, CAMERA)
 
 
 @pytest_twisted.ensureDeferred

@@ -5,67 +5,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest_twisted
-from attrs import define
 from twisted.internet.defer import Deferred, gatherResults
 
-from lotusguard.clients.http import Answer
-from lotusguard.sandbox.demo.sandbox import Sandbox
-from lotusguard.tap import Guard
 from tests.calls import ALICE, BOB, CAROL, change_policy, counted, old_token, put_policy, room_of
 from tests.conftest import StartSandbox, until
 
 from .conftest import OwnServer
 from .guards import reactor
-
-
-@define
-class Two:
-    """The sandbox's guard and a second one, one of which answers."""
-
-    sandbox: Sandbox
-    guards: tuple[Guard, Guard]
-
-    def use(self, number: int) -> None:
-        """Let one of the guards answer clients and operators. LiveKit's webhooks go on to the first."""
-        guard = self.guards[number]
-        assert guard.public.port is not None
-        assert guard.admin is not None
-        assert guard.admin.port is not None
-        self.sandbox.guard = guard
-        self.sandbox.url = f"http://127.0.0.1:{guard.public.port.getHost().port}"  # type: ignore[attr-defined]
-        self.sandbox.admin_url = f"http://127.0.0.1:{guard.admin.port.getHost().port}"  # type: ignore[attr-defined]
-
-    async def ask(self, number: int, user: str, room_id: str, **how: Any) -> Answer:
-        self.use(number)
-        return await self.sandbox.ask_token(user, room_id, **how)
-
-    async def enter(self, number: int, user: str, room_id: str, **how: Any) -> Any:
-        self.use(number)
-        return await self.sandbox.enter(user, room_id, **how)
-
-    async def ready(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((await self.sandbox.operator("GET", "/readyz")).body)
-        return report
+from .two import Two
 
 
 @pytest_twisted.async_yield_fixture
 async def two(start_sandbox: StartSandbox, own_server: OwnServer) -> AsyncIterator[Two]:
     """Two guards that reconcile every half second."""
-    settings = {"guard_redis_url": own_server.url, "guard_reconcile_interval": 0.5}
-    sandbox = await start_sandbox(**settings)
-    first = sandbox.guard
-    hooks = list(sandbox.livekit.webhooks.urls)
-    await sandbox.start_guard()
-    sandbox.livekit.webhooks.urls[:] = hooks
-    both = Two(sandbox, (first, sandbox.guard))
+    sandbox = await start_sandbox(guard_redis_url=own_server.url, guard_reconcile_interval=0.5)
+    both = await Two.start(sandbox)
     yield both
-    last, *others = [guard for guard in both.guards if guard.running]
-    for guard in others:
-        await guard.stopService()
-    sandbox.guard = last  # the sandbox stops this one
+    await both.stop()
 
 
 @pytest_twisted.ensureDeferred
@@ -179,5 +137,5 @@ async def test_a_join_takes_two_scripts(start_sandbox: StartSandbox, own_server:
     before, began = scripts(), reactor.seconds()
     for user in users:
         assert (await sandbox.ask_token(user, room_id)).code == 200
-    others = 3 * (reactor.seconds() - began) + 3  # heartbeats, and a new listing every two seconds
+    others = 5 * (reactor.seconds() - began) + 5  # heartbeats, the lobby, the account, and a listing every two seconds
     assert scripts() - before <= 2 * len(users) + others

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,11 +13,12 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
+from lotusguard.guard.rooms.policies import MALFORMED_LOGGED, Freshness, KnownPolicy, Policies
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.policy import NO_POLICY, LimitOrigin, Policy
-from lotusguard.rules.state import CREATE, VOICE_LIMIT, StateEvent
+from lotusguard.rules.state import CALL_PERMISSIONS, CREATE, VOICE_LIMIT, StateEvent
+from tests.calls import logged, named
 
 State = Mapping[str, StateEvent] | None
 
@@ -213,6 +215,40 @@ def test_made_up_rooms_make_no_known_policy_forgotten(
         rooms.asked[-1].callback(None)
     assert policies.last_known("!r") == limit_of(5)
     assert not policies.is_remembered("!made-up-0")
+
+
+def exceptions(number: int, value: object) -> dict[str, StateEvent]:
+    """The state of a room with so many exceptions for users."""
+    content = {"users": {f"@{user}:x": value for user in range(number)}}
+    return {kind: StateEvent(kind, content, "@alice:x") for kind in (CALL_PERMISSIONS, CREATE)}
+
+
+@pytest.mark.parametrize("value", [{"join": True}, 1])
+def test_long_policies_cost_as_much_as_they_take_in_memory(
+    rooms: Rooms, clock: Clock, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.rooms.policies.POLICIES_KEPT", 4 << 20)
+    policies = Policies(rooms, clock, Metrics(), ttl=10, stale=3600, default_limit=5)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(30):
+        get(policies, clock, f"!{number}")
+        rooms.asked[-1].callback(exceptions(1000, value))
+        rooms.asked.clear()
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert taken < 2 * (4 << 20)
+
+
+def test_few_of_the_keys_that_cannot_be_used_are_logged_and_all_are_counted(
+    policies: Policies, rooms: Rooms, clock: Clock
+) -> None:
+    with logged() as events:
+        get(policies, clock)
+        rooms.asked[-1].callback(exceptions(1000, 1))
+    lines = named(events, "malformed_policy")
+    assert len(lines) == MALFORMED_LOGGED
+    assert "1000 keys in all" in lines[0]
 
 
 def test_the_default_limit_is_for_rooms_that_set_none(rooms: Rooms, clock: Clock) -> None:

@@ -6,87 +6,27 @@ Every test runs twice: with the rules in memory, and with these and the Lua rule
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import count
-from typing import Any
-
 import pytest
 
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import RECONNECT_WINDOW, UNCONFIRMED_KEPT, RoomSeats
+from lotusguard.rules.room_seats import RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT, RoomSeats
 from lotusguard.rules.seats import TABLE, Arrival, HoldEvent, HoldState, IdentityKey
-from tests.redis.rooms import ComparedSeats
+from tests.rules.seat_rooms import (
+    ALIAS,
+    TTL,
+    arrive,
+    enter,
+    issue,
+    leave,
+    listing,
+    over,
+    refused,
+    room,
+    take,
+    unlisted_room,
+)  # fmt: skip
 
-TTL = 30.0
-ALIAS = "alias"
-_ids = count(1)
-MakeSeats = Callable[[float], Any]
-make: MakeSeats = RoomSeats
-"""Makes the seats of a room from the time at which it was last known to have no limit."""
-
-
-@pytest.fixture(autouse=True, params=[RoomSeats, ComparedSeats], ids=["memory", "valkey"])
-def rules(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Where the rules run."""
-    global make
-    before, make = make, request.param
-    yield
-    make = before
-
-
-def room() -> RoomSeats:
-    """A room that was listed empty at 0, and has had a limit since -10."""
-    seats: RoomSeats = make(-10.0)
-    seats.apply_listing(ALIAS, [], 1, since=0.0, now=0.0)
-    return seats
-
-
-def take(seats: RoomSeats, user: str, limit: int | None, now: float = 0.0, *, exempt: bool = False) -> str:
-    """Take a seat. :return: the hold's ID."""
-    hold_id = f"hold{next(_ids)}"
-    assert seats.take(hold_id, user, limit, ALIAS, now, exempt=exempt) is None
-    return hold_id
-
-
-def refused(seats: RoomSeats, user: str, limit: int, now: float = 0.0) -> Refusal | None:
-    """Ask for a seat and give it back at once. :return: why there was none."""
-    hold_id = f"hold{next(_ids)}"
-    refusal = seats.take(hold_id, user, limit, ALIAS, now)
-    seats.release(hold_id)
-    return refusal
-
-
-def issue(seats: RoomSeats, user: str, limit: int | None, now: float = 0.0, identity: str = "") -> None:
-    """Take a seat and be given a token."""
-    assert seats.issue(take(seats, user, limit, now), ALIAS, identity or user, now, TTL)
-
-
-def enter(seats: RoomSeats, user: str, limit: int | None, now: float = 0.0, identity: str = "") -> None:
-    """Take a seat, be given a token, and arrive."""
-    issue(seats, user, limit, now, identity)
-    arrive(seats, user, limit, now, identity)
-
-
-def arrive(
-    seats: RoomSeats, user: str, limit: int | None, now: float, identity: str = "", sid: str = "", alias: str = ALIAS
-) -> None:
-    identity = identity or user
-    seats.arrive(alias, Arrival(sid or f"PA_{identity}", identity, user), limit, now)
-
-
-def leave(seats: RoomSeats, identity: str, now: float, *, by_choice: bool = True, sid: str = "") -> None:
-    seats.leave(ALIAS, sid or f"PA_{identity}", identity, now, now, by_choice=by_choice)
-
-
-def listing(seats: RoomSeats, limit: int | None, now: float, *present: str, joined: float | None = None) -> None:
-    """A listing that shows these users, each with the identity of their name."""
-    who = [Arrival(f"PA_{user}", user, user, joined) for user in present]
-    seats.apply_listing(ALIAS, who, limit, since=now, now=now)
-
-
-def over(seats: RoomSeats, limit: int | None, now: float) -> list[str]:
-    return [hold.user for hold in seats.overflow(limit, now)]
-
+pytestmark = pytest.mark.usefixtures("rules")
 
 # -- the table -------------------------------------------------------------------------------------------
 
@@ -262,6 +202,92 @@ def test_a_token_asked_for_in_mid_call_does_not_outlive_the_session() -> None:
     assert refused(seats, "b", 1, 4) is None
 
 
+CLEAR, HASHED = "@a:s:PHONE", "hashed"
+"""Identities of one device of the user ``@a:s``: as ``/sfu/get`` and as ``/get_token`` give them."""
+
+
+def with_both_routes(device: str = "PHONE", alias: str = ALIAS) -> RoomSeats:
+    """Somebody is in the call by one route, and did not use the token of the other one."""
+    seats = room()
+    issue(seats, "@a:s", 1, 0, HASHED, device, alias)
+    issue(seats, "@a:s", 1, 0, CLEAR, "PHONE")
+    arrive(seats, "@a:s", 1, 1, CLEAR)
+    return seats
+
+
+def test_hanging_up_ends_the_hold_of_an_unused_token_of_the_other_route() -> None:
+    seats = with_both_routes()
+    leave(seats, CLEAR, 2)
+    listing(seats, 1, 3)
+    assert refused(seats, "b", 1, 3) is None
+
+
+def test_a_moment_in_the_call_by_the_other_route_ends_no_hold() -> None:
+    seats = room()
+    issue(seats, "@a:s", 1, 0, HASHED, "PHONE")
+    issue(seats, "@a:s", 1, 0, CLEAR, "PHONE")
+    arrive(seats, "@a:s", 1, 1, HASHED)
+    leave(seats, HASHED, 2)
+    listing(seats, 1, 3)
+    assert refused(seats, "b", 1, 3) is Refusal.FULL
+    arrive(seats, "@a:s", 1, 4, CLEAR)
+    assert over(seats, 1, 4) == []
+
+
+@pytest.mark.parametrize(("device", "alias"), [("TABLET", ALIAS), ("", ALIAS), ("PHONE", "other-slot")])
+def test_hanging_up_keeps_the_holds_of_other_devices_and_slots(device: str, alias: str) -> None:
+    seats = with_both_routes(device, alias)
+    leave(seats, CLEAR, 2)
+    listing(seats, 1, 3)
+    assert refused(seats, "b", 1, 3) is Refusal.FULL
+
+
+def test_a_session_that_is_lost_ends_no_hold_of_the_other_route() -> None:
+    seats = with_both_routes()
+    leave(seats, CLEAR, 2, by_choice=False)
+    listing(seats, 1, 3)
+    assert seats.reserved[IdentityKey(ALIAS, HASHED)].state is HoldState.ISSUED
+
+
+def test_a_token_of_the_other_route_that_was_issued_after_the_departure_is_kept() -> None:
+    seats = room()
+    enter(seats, "@a:s", 1, 0, CLEAR)
+    issue(seats, "@a:s", 1, 5, HASHED, "PHONE")
+    seats.leave(ALIAS, f"PA_{CLEAR}", CLEAR, 6.0, 4.0, by_choice=True)
+    listing(seats, 1, 7)
+    assert refused(seats, "b", 1, 8) is Refusal.FULL
+
+
+def test_a_departure_that_was_never_an_arrival_ends_both_holds_of_the_device() -> None:
+    seats = room()
+    issue(seats, "@a:s", 1, 0, HASHED, "PHONE")
+    issue(seats, "@a:s", 1, 0, CLEAR, "PHONE")
+    leave(seats, CLEAR, 2)
+    listing(seats, 1, 3)
+    assert refused(seats, "b", 1, 3) is None
+
+
+def test_a_session_of_the_other_route_that_reconnects_is_not_ended() -> None:
+    seats = room()
+    issue(seats, "@a:s", 1, 0, HASHED, "PHONE")
+    arrive(seats, "@a:s", 1, 0, HASHED)
+    enter(seats, "@a:s", 1, 0, CLEAR)
+    leave(seats, HASHED, 1, by_choice=False)
+    leave(seats, CLEAR, 2)
+    assert seats.reserved[IdentityKey(ALIAS, HASHED)].state is HoldState.RECONNECTING
+
+
+def test_the_holds_of_one_user_are_bounded_and_the_oldest_are_dropped_first() -> None:
+    seats = room()
+    for number in range(RESERVED_PER_USER + 1):
+        issue(seats, "a", 1, 0, f"identity{number}")
+    assert len(seats.reserved) == RESERVED_PER_USER
+    assert IdentityKey(ALIAS, "identity0") not in seats.reserved
+    assert refused(seats, "b", 1, 1) is Refusal.FULL
+    arrive(seats, "a", 1, 1, "identity0")
+    assert over(seats, 1, 1) == []
+
+
 # -- departures --------------------------------------------------------------------------------------------
 
 
@@ -355,7 +381,7 @@ def test_a_listing_from_before_an_arrival_does_not_end_it() -> None:
 
 
 def test_participants_who_joined_before_there_was_a_limit_stay() -> None:
-    seats = make(100.0)
+    seats = unlisted_room(100.0)
     users = [str(n) for n in range(5)]
     listing(seats, 2, 110, *users, joined=90)
     assert over(seats, 2, 110) == []
@@ -364,14 +390,14 @@ def test_participants_who_joined_before_there_was_a_limit_stay() -> None:
 
 
 def test_participants_at_the_first_listing_who_joined_under_the_limit_are_seated_by_the_time_they_joined() -> None:
-    seats = make(100.0)
+    seats = unlisted_room(100.0)
     who = [Arrival(f"PA_{joined}", str(joined), str(joined), float(joined)) for joined in (107, 105, 106)]
     seats.apply_listing(ALIAS, who, 2, 110, 110)
     assert over(seats, 2, 110) == ["107"]
 
 
 def test_an_arrival_before_the_first_listing_gets_no_seat_from_those_already_there() -> None:
-    seats = make(100.0)
+    seats = unlisted_room(100.0)
     seats.arrive(ALIAS, Arrival("PA_late", "late", "late", 105.0), 1, 105)
     seats.apply_listing(
         ALIAS, [Arrival("PA_a", "a", "a", 50.0), Arrival("PA_late", "late", "late", 105.0)], 1, 107, 107
@@ -380,7 +406,7 @@ def test_an_arrival_before_the_first_listing_gets_no_seat_from_those_already_the
 
 
 def test_a_restored_hold_keeps_its_seat_until_a_listing() -> None:
-    seats = make(100.0)
+    seats = unlisted_room(100.0)
     for user, present in (("in-call", True), ("invited", False)):
         seats.restore(user, user, IdentityKey(ALIAS, user), present=present, now=110, expires=120)
     who = [Arrival("PA_late", "late", "late", 101.0), Arrival("PA_1", "in-call", "in-call", 105.0)]

@@ -29,7 +29,7 @@ from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.livekit.participant import Participant
 from lotusguard.sandbox.livekit.tokens import mint
-from tests.calls import ALICE, counted, logged, named, old_token, room_of
+from tests.calls import ALICE, counted, crashes, logged, named, old_token, room_of
 from tests.conftest import StartSandbox, until
 
 
@@ -152,6 +152,21 @@ def test_a_failed_search_is_repeated_after_a_pause_that_grows() -> None:
     assert len(named(events, "discovery_failed")) == 4
     searching.homeserver.fails = False
     searching.clock.advance(LONGEST_BACKOFF)
+    searching.want(ALIAS)
+    assert searching.found == [ALIAS]
+
+
+def test_a_search_that_fails_by_our_own_fault_is_not_repeated_each_round() -> None:
+    searching = Searching(ROOM)
+    searching.homeserver.room_ids_known = cast(Any, (None,))
+    with logged() as events:
+        for _ in range(5):
+            searching.want(ALIAS)
+            searching.clock.advance(1)
+    assert searching.homeserver.searches == 1
+    assert len(crashes(events)) == 1
+    searching.homeserver.room_ids_known = (ROOM,)
+    searching.clock.advance(FIRST_BACKOFF)
     searching.want(ALIAS)
     assert searching.found == [ALIAS]
 

@@ -22,7 +22,6 @@ from lotusguard.guard.calls.entitlement import (
     PUSHES_LAPSE,
     Entitlement,
 )
-from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
@@ -33,6 +32,7 @@ from lotusguard.rules.membership import Membership
 from lotusguard.rules.policy import NO_POLICY
 from lotusguard.rules.state import StateEvent
 from tests.calls import logged, named
+from tests.lobby.voice import lobby_on
 
 ROOM, ALIAS = "!room:local", "alias"
 ALICE, BOB, FOREIGNER = "@alice:local", "@bob:local", "@eve:elsewhere"
@@ -91,7 +91,7 @@ class Call:
         self.clock.advance(1000)
         self.members = Members(self.homeserver, self.clock, self.metrics, TTL)
         registry = MemoryTokenRegistry(None, self.clock, self.metrics)
-        lobby = Lobby(None, self.clock, self.clock.seconds, self.metrics, 600.0)
+        lobby = lobby_on(self.clock, self.metrics)
         switch: Any = NoLobby()
         self.entitlement = Entitlement(
             self.members, registry, lobby, switch, HomeserverList.parse(homeservers), members_only, lambda: name,

@@ -84,6 +84,31 @@ async def test_a_seat_is_kept_for_a_session_that_vanished_between_two_listings(s
     await returns(sandbox, token)
 
 
+@pytest_twisted.ensureDeferred
+async def test_an_unused_token_of_the_other_route_keeps_no_seat_after_hanging_up(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    assert (await sandbox.ask_token(ALICE, room_id, new=True)).code == 200
+    alice = await sandbox.enter(ALICE, room_id)
+    await enforced(sandbox)
+    sandbox.livekit.disconnect(alice.room.name, alice.identity)
+    await enforced(sandbox)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_moment_in_the_call_by_the_other_route_does_not_cost_the_seat(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 1)
+    hashed = await sandbox.enter(ALICE, room_id, new=True)
+    answer = await sandbox.ask_token(ALICE, room_id)
+    await enforced(sandbox)
+    sandbox.livekit.disconnect(hashed.room.name, hashed.identity)
+    await enforced(sandbox)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+    alice = sandbox.livekit.connect(json.loads(answer.body)["jwt"])
+    await enforced(sandbox)
+    assert alice.connected
+
+
 @pytest.mark.parametrize("new", [False, True])
 @pytest_twisted.ensureDeferred
 async def test_tokens_asked_for_after_the_arrival_keep_no_seat_after_hanging_up(sandbox: Sandbox, new: bool) -> None:

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_twisted
+from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.guard.seats.book import Issued
+from lotusguard.guard.seats.kept_rooms import ROOMS_PER_CALLER
 from lotusguard.guard.seats.memory import CALL_ENDED_AFTER, SLOTS_PER_ROOM, MemorySeatBook
+from lotusguard.guard.seats.store import open_state_store
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import RECONNECT_WINDOW, UNCONFIRMED_KEPT
+from lotusguard.rules.room_seats import RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
 from lotusguard.rules.seats import Arrival
 
 ROOM, ALIAS = "!room", "alias"
@@ -43,8 +48,8 @@ def take(book: MemorySeatBook, user: str, room_id: str = ROOM, limit: int | None
     return hold_id
 
 
-def issue(book: MemorySeatBook, user: str, limit: int | None = 1) -> None:
-    now(book.issue(ROOM, take(book, user, limit=limit), Issued(ALIAS, user), durable=False))
+def issue(book: MemorySeatBook, user: str, limit: int | None = 1, room_id: str = ROOM) -> None:
+    now(book.issue(room_id, take(book, user, room_id, limit), Issued(ALIAS, user), durable=False))
 
 
 def waiting(book: MemorySeatBook, user: str, *, again: bool = False) -> Deferred[None]:
@@ -67,7 +72,7 @@ def test_the_longest_waiting_is_woken_first_and_alone(book: MemorySeatBook) -> N
     assert not second.called
 
 
-def test_somebody_who_was_woken_in_vain_waits_on_at_the_head(book: MemorySeatBook) -> None:
+def test_a_user_who_was_woken_and_found_no_seat_waits_on_at_the_head(book: MemorySeatBook) -> None:
     hold_id = take(book, "a")
     second = waiting(book, "c")
     again = waiting(book, "b", again=True)
@@ -110,7 +115,7 @@ def test_a_seat_of_one_room_wakes_nobody_in_another(book: MemorySeatBook) -> Non
 def test_those_who_wait_in_a_room_that_is_forgotten_look_again(
     book: MemorySeatBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lotusguard.guard.seats.memory.ROOMS_KEPT", 1)
+    monkeypatch.setattr("lotusguard.guard.seats.kept_rooms.ROOMS_KEPT", 1)
     take(book, "a")
     waiter = waiting(book, "b")
     take(book, "a", "!other")
@@ -209,3 +214,64 @@ def test_tokens_that_cannot_be_read_take_a_seat_each(book: MemorySeatBook) -> No
     for user in ("a", "b"):
         now(book.issue(ROOM, take(book, user, limit=2), Issued("", ""), durable=False))
     assert now(book.take(ROOM, "c", 2, ALIAS)) is Refusal.FULL
+
+
+def rooms_of(book: MemorySeatBook) -> list[str]:
+    return [snapshot.room_id for snapshot in now(book.snapshots())]
+
+
+def test_a_caller_who_names_many_rooms_loses_the_oldest_of_their_own(book: MemorySeatBook) -> None:
+    issue(book, "victim", room_id="!victim")
+    for number in range(ROOMS_PER_CALLER + 50):
+        issue(book, "flooder", room_id=f"!flood{number:03}")
+    rooms = rooms_of(book)
+    assert "!victim" in rooms
+    assert [room for room in rooms if room != "!victim"] == [f"!flood{number:03}" for number in range(50, 150)]
+
+
+def test_a_room_in_which_others_hold_seats_is_not_counted_for_its_first_caller(book: MemorySeatBook) -> None:
+    issue(book, "flooder", limit=2)
+    issue(book, "other", limit=2)
+    issue(book, "flooder", room_id="!call")
+    now(book.arrive("!call", ALIAS, Arrival("PA", "guest", "guest"), None))
+    for number in range(ROOMS_PER_CALLER + 1):
+        issue(book, "flooder", room_id=f"!flood{number}")
+    assert {ROOM, "!call"} <= set(rooms_of(book))
+
+
+def test_a_full_book_forgets_rooms_with_people_in_the_call_last(
+    book: MemorySeatBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.seats.kept_rooms.ROOMS_KEPT", 4)
+    now(book.arrive("!call", ALIAS, Arrival("PA", "a", "a"), None))
+    for user in ("b", "c"):
+        issue(book, user, limit=2, room_id="!two")
+    issue(book, "d", room_id="!alone")
+    now(book.start("!idle"))
+    for number, left in enumerate(({"!call", "!two", "!alone"}, {"!call", "!two"}, {"!call"})):
+        now(book.arrive(f"!new{number}", ALIAS, Arrival("PA", "e", "e"), None))
+        assert {room for room in rooms_of(book) if not room.startswith("!new")} == left
+
+
+def test_one_user_has_a_bounded_number_of_holds_in_a_room_and_keeps_the_seat(
+    book: MemorySeatBook, clock: Clock
+) -> None:
+    for number in range(RESERVED_PER_USER + 10):
+        now(book.issue(ROOM, take(book, "a"), Issued(f"alias{number}", f"identity{number}"), durable=False))
+    assert len(now(book.aliases(ROOM))) == RESERVED_PER_USER
+    assert now(book.take(ROOM, "b", 1, ALIAS)) is Refusal.FULL
+    now(book.arrive(ROOM, "alias0", Arrival("PA", "identity0", "a"), 1))
+    assert now(book.overflow(ROOM, 1)) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_holds_of_a_forgotten_room_are_not_read_after_a_restart(tmp_path: Path, clock: Clock) -> None:
+    metrics = Metrics()
+    store = open_state_store(tmp_path, reactor, metrics, clock.seconds)
+    book = MemorySeatBook(store, clock, clock.seconds, metrics, SEAT_TTL, clock.seconds())
+    for number in range(ROOMS_PER_CALLER + 1):
+        issue(book, "flooder", room_id=f"!flood{number}")
+    await store.close()
+    reopened = open_state_store(tmp_path, reactor, Metrics(), clock.seconds)
+    assert {hold.room_id for hold in reopened.holds()} == {f"!flood{n}" for n in range(1, ROOMS_PER_CALLER + 1)}
+    await reopened.close()

@@ -15,16 +15,28 @@ from twisted.logger import Logger
 
 from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
 from lotusguard.clients.failures import CircuitOpen, DependencyFailed
-from lotusguard.clients.redis.link import NAME, CommandProtocol, Link, ServerInfo, SubscriberProtocol, reason_of
+from lotusguard.clients.redis.link import (
+    ADVICE,
+    NAME,
+    NOT_CONNECTED,
+    CommandProtocol,
+    Link,
+    ServerInfo,
+    SubscriberProtocol,
+    reason_of,
+)
+from lotusguard.clients.redis.patience import with_timeout
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import RedisAddress
 
 log = Logger()
 
-CALL_TIMEOUT = 1.0
-"""Seconds for one call. A script takes less than a millisecond; 0.3 s are a slow network."""
+CALL_TIMEOUT = 2.0
+"""Seconds without any answer. A script takes less than a millisecond; 0.3 s are a slow network."""
 RECONNECT_WAIT = 0.5
 """Seconds for which a call whose connection was lost waits for a new one."""
+NO_SCRIPT = "no_script"
+PROBE_KEY = "lotusguard:probe"
 CALLS_AT_ONCE = 4096
 """Calls that may wait for an answer at the same time."""
 
@@ -47,7 +59,9 @@ class RedisClient:
     """Talks to one server over two connections: one for commands, one for what is published.
 
     :param on_server: called with every new connection before anybody uses it.
+    :ivar on_subscribed: called with every new subscription: messages may have been lost before.
     :ivar epoch: names the server's data set; see `ServerInfo`.
+    :ivar trouble: why the last write failed; "" if it succeeded.
     """
 
     _address: RedisAddress
@@ -55,7 +69,9 @@ class RedisClient:
     _metrics: Metrics = field(repr=False)
     timeout: float = field(default=CALL_TIMEOUT, kw_only=True)
     epoch: str = field(init=False, default="")
+    trouble: str = field(init=False, default="")
     on_server: list[Callable[[ServerInfo], None]] = field(init=False, factory=list)
+    on_subscribed: list[Callable[[], None]] = field(init=False, factory=list)
     breaker: CircuitBreaker = field(init=False, factory=CircuitBreaker)
     _prober: Prober = field(init=False, repr=False)
     _commands: Link[CommandProtocol] = field(init=False, repr=False)
@@ -96,7 +112,13 @@ class RedisClient:
         """Why calls fail now; "" if nothing is known to be wrong."""
         if self._commands.protocol is None:
             return self._commands.fault
-        return "circuit_open" if self.breaker.open else ""
+        return (self.trouble or "circuit_open") if self.breaker.open else ""
+
+    @property
+    def message_fault(self) -> str:
+        """Why messages of other guards do not arrive although calls succeed; "" if they do."""
+        fault = "" if self._messages.protocol is not None else self._messages.fault
+        return "" if fault in (NOT_CONNECTED, "connection_lost") else fault
 
     async def _commands_ready(self, protocol: CommandProtocol, server: ServerInfo) -> None:
         self.epoch = server.epoch
@@ -109,12 +131,18 @@ class RedisClient:
         protocol.on_message = self._message
         if self._listeners:
             await protocol.subscribe(list(self._listeners))
+        for told in self.on_subscribed:
+            told()
 
     # -- messages ----------------------------------------------------------------------------------------
 
     def listen(self, channel: str, listener: Listener) -> None:
         """Call ``listener`` with each message of a channel. It must be called before `start`. Messages may be lost."""
         self._listeners[channel] = listener
+
+    def subscribe_again(self) -> None:
+        """Make a new connection for messages: this one seems to lose them."""
+        self._messages.drop()
 
     async def publish(self, channel: str, message: str) -> None:
         """Send a message to all guards, this one included. :raises DependencyFailed: it was not sent."""
@@ -132,17 +160,29 @@ class RedisClient:
     # -- calls -------------------------------------------------------------------------------------------
 
     async def probe(self) -> None:
-        """Ask for a sign of life. :raises DependencyFailed: none came in time."""
-        await self._call(("PING",), is_probe=True)
+        """See whether the server accepts writes. :raises DependencyFailed: it does not."""
+        await self._call(("SET", PROBE_KEY, "1", "EX", 60), is_probe=True)
+        self.trouble = ""
 
     async def run(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
         """Run a script on keys that belong together. :raises DependencyFailed: no usable answer in time."""
         try:
-            return await self.call("EVALSHA", script.sha, len(keys), *keys, *arguments)
+            return await self.run_loaded(script, keys, *arguments)
         except DependencyFailed as failed:
-            if failed.reason != "no_script":
+            if failed.reason != NO_SCRIPT:
                 raise
-        return await self.call("EVAL", script.text, len(keys), *keys, *arguments)
+        await self.load(script)
+        return await self.run_loaded(script, keys, *arguments)
+
+    async def run_loaded(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
+        """The same in one round trip. :raises DependencyFailed: with `NO_SCRIPT` if the server does not know it."""
+        answer = await self.call("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        self.trouble = ""
+        return answer
+
+    async def load(self, script: Script) -> None:
+        """Let the server know a script. It forgets scripts when it restarts."""
+        await self.call("SCRIPT", "LOAD", script.text)
 
     async def connected_again(self) -> None:
         """Wait a moment for a new connection. :raises DependencyFailed: there is none."""
@@ -166,12 +206,12 @@ class RedisClient:
         self._waiting += 1
         try:
             asked: Deferred[Any] = protocol.execute_command(*words)
-            answer = await asked.addTimeout(self.timeout, self._reactor)
+            answer = await with_timeout(asked, self.timeout, self._reactor, lambda: protocol.heard)
         except CancelledError:
             raise
         except Exception as error:
             reason = self._reason(error)
-            if reason == "no_script":
+            if reason == NO_SCRIPT:
                 raise DependencyFailed(NAME, reason) from None
             self._failed(reason)
             raise DependencyFailed(NAME, reason, error) from None
@@ -184,7 +224,7 @@ class RedisClient:
     def _reason(self, error: Exception) -> str:
         if isinstance(error, txredisapi.ResponseError):
             if str(error).startswith("NOSCRIPT"):
-                return "no_script"
+                return NO_SCRIPT
             reason = reason_of(error)
             if reason == "error":
                 log.error("Redis answered {error}", error=str(error)[:300], event_name="redis_error")
@@ -201,6 +241,12 @@ class RedisClient:
 
     def _failed(self, reason: str) -> None:
         self._outcomes["failed"].inc()
+        if reason != self.trouble and reason in ADVICE:
+            log.error(
+                "Redis rejects what this guard writes: {reason}. {advice}", reason=reason, advice=ADVICE[reason],
+                event_name="redis_rejects",
+            )  # fmt: skip
+        self.trouble = reason
         if reason == "read_only":  # the server has become a replica: find the master
             self._commands.drop()
         if self.breaker.failed():

@@ -56,9 +56,16 @@ class _Events:
     """Mixed into txredisapi's protocols: authentication is ours, and the end of the connection is an event.
 
     :ivar untrusted: whether the connection ended because of the server's certificate.
+    :ivar heard: when anything was last received, on the reactor's clock.
     """
 
     untrusted = False
+    heard = 0.0
+    now: Callable[[], float]
+
+    def dataReceived(self, data: bytes, unpause: bool = False) -> None:
+        self.heard = self.now()
+        super().dataReceived(data, unpause)  # type: ignore[misc]
 
     def connectionMade(self) -> None:
         self._ready = True
@@ -92,7 +99,7 @@ class Link(Generic[P]):
     """Keeps one connection.
 
     :param ready: prepares a new connection before anybody uses it; if it fails, the connection is closed.
-    :param quiet: another link to the same server says in the log what happens.
+    :param quiet: another link to the same server says in the log what happens to both.
     :ivar protocol: the connection; ``None`` while there is none.
     :ivar fault: why there is none.
     """
@@ -158,9 +165,10 @@ class Link(Generic[P]):
             pause = min(2 * pause, RETRY_LAST)
 
     def _failed(self, reason: str) -> None:
-        if reason != self.fault and self._wanted and not self._quiet:
+        if reason != self.fault and self._wanted and not (self._quiet and reason in _BOTH_LINKS):
             log.error(
-                "no connection to Redis at {server}: {reason}. {advice}",
+                "no connection to Redis at {server} for {what}: {reason}. {advice}",
+                what="messages" if self._quiet else "commands",
                 server=self._address.name, reason=reason, advice=ADVICE.get(reason, ""), event_name="redis_lost",
             )  # fmt: skip
         self.fault = reason
@@ -216,7 +224,12 @@ class Link(Generic[P]):
         raise DependencyFailed(NAME, "no_master")
 
     def _open(self, protocol: type[Any], server: HostPort | None) -> Deferred[Any]:
-        factory = Factory.forProtocol(lambda: protocol(charset="utf-8", convertNumbers=False))
+        def build() -> Any:
+            made = protocol(charset="utf-8", convertNumbers=False)
+            made.now = self._reactor.seconds
+            return made
+
+        factory = Factory.forProtocol(build)
         factory.noisy = False
         return endpoint_for(self._reactor, self._address, server, CONNECT_TIMEOUT).connect(factory)
 
@@ -250,7 +263,11 @@ _ERRORS = {
     "MISCONF": "cannot_save",
     "NOREPLICAS": "no_replicas",
     "CLUSTERDOWN": "cluster_down",
+    "MOVED": "cluster",
+    "CROSSSLOT": "cluster",
 }
+_BOTH_LINKS = frozenset({"connection_lost", "unreachable", "timeout", "no_master"})
+"""Faults that both links have at the same time: one of them says so."""
 ADVICE = {
     "wrong_password": "Correct the user name or the password in GUARD_REDIS_URL.",
     "no_password": "The server wants a password: put it into GUARD_REDIS_URL.",
@@ -260,6 +277,8 @@ ADVICE = {
     "wrong_version": "Valkey, or Redis 6.2 or later, is needed.",
     "no_master": "No Sentinel names a master of that service.",
     "cannot_save": "The server cannot write its snapshot: look at its log and its disk.",
+    "no_replicas": "Too few replicas are connected: see min-replicas-to-write of the server.",
+    "cluster": "Redis Cluster is not supported: name a single server, or use redis+sentinel://.",
     "bad_certificate": "The server's certificate is not valid for its name; ?ca= names a file with its authority.",
 }
 

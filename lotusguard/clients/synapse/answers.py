@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import frozen
+
 from lotusguard.clients.http import Answer, json_object
+from lotusguard.rules.identity import is_room_id
+from lotusguard.rules.membership import Membership
 from lotusguard.rules.state import StateEvent
 
 
@@ -33,17 +37,40 @@ def joined_rooms(answer: Answer) -> list[str]:
     return strings(ok(answer)["joined_rooms"])
 
 
-def memberships(answer: Answer) -> dict[str, str]:
+def membership_in(room_id: str, answer: Answer) -> Membership:
     memberships = ok(answer)["memberships"]
     if not isinstance(memberships, dict):
         raise TypeError("memberships is not an object")
-    return memberships
+    return Membership(memberships.get(room_id, Membership.ABSENT.value))
 
 
 def strings(value: object) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise TypeError("not a list of strings")
     return value
+
+
+@frozen
+class RoomPage:
+    """A page of the homeserver's list of rooms.
+
+    :ivar unusable: entries without a room ID. :ivar following: where the next page begins; ``None`` after the last one.
+    """
+
+    room_ids: list[str]
+    unusable: int
+    following: int | None
+
+
+def room_page(answer: Answer) -> RoomPage:
+    page = ok(answer)
+    rooms, following = page["rooms"], page.get("next_batch")
+    if not isinstance(rooms, list):
+        raise TypeError("rooms is not a list")
+    named = [room.get("room_id") if isinstance(room, dict) else None for room in rooms]
+    room_ids = [room_id for room_id in named if isinstance(room_id, str) and is_room_id(room_id)]
+    is_number = isinstance(following, int) and not isinstance(following, bool)
+    return RoomPage(room_ids, len(rooms) - len(room_ids), following if is_number else None)
 
 
 def read_user_id(user: object) -> str:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from functools import partial
 from typing import TypeVar
 from urllib.parse import quote
 
 from attrs import define, field, frozen
+from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.dependency import DependencyFailed
@@ -15,9 +17,10 @@ from lotusguard.clients.dependency_client import DependencyClient
 from lotusguard.clients.http import Answer
 from lotusguard.clients.synapse.answers import (
     joined_rooms,
-    memberships,
+    membership_in,
     ok,
     read_user_id,
+    room_page,
     says,
     state_event,
     strings,
@@ -28,6 +31,7 @@ from lotusguard.rules.membership import Membership
 from lotusguard.rules.requests import OpenID
 from lotusguard.rules.state import VOICE_LIMIT, StateEvent
 
+log = Logger()
 T = TypeVar("T")
 
 ROOMS_A_PAGE = 500
@@ -67,6 +71,7 @@ class SynapseClient(DependencyClient):
     _headers: Headers = field(alias="token", converter=_headers, repr=False)
     server_name: str = ""
     _ignores_type: bool = field(init=False, default=False)
+    _list_reported: bool = field(init=False, default=False)
     _missing: dict[str, float] = field(init=False, factory=dict)
     _naming: SharedLookups[str, str] = field(init=False)
 
@@ -125,14 +130,19 @@ class SynapseClient(DependencyClient):
         return await self._get(_members_path(room_id), read, room_id)
 
     async def room_ids(self, most: int) -> AsyncIterator[str]:
-        """The IDs of the rooms it knows, page by page, at most ``most``."""
+        """The IDs of the rooms it knows, page by page, at most ``most``. Entries without an ID are ignored."""
         start: int | None = 0
         while start is not None and start < most:
-            page = await self._get(f"{_ADMIN}/rooms?from={start}&limit={ROOMS_A_PAGE}", ok, "rooms")
-            for room in page.get("rooms", []):
-                yield room["room_id"]
-            following = page.get("next_batch")
-            start = following if isinstance(following, int) and following > start else None
+            page = await self._get(f"{_ADMIN}/rooms?from={start}&limit={ROOMS_A_PAGE}", room_page, "rooms")
+            if page.unusable and not self._list_reported:
+                self._list_reported = True
+                log.warn(
+                    "{count} entries of the homeserver's list of rooms name no room and are ignored; said once",
+                    count=page.unusable, event_name="room_list_malformed",
+                )  # fmt: skip
+            for room_id in page.room_ids:
+                yield room_id
+            start = page.following if page.following is not None and page.following > start else None
 
     # -- users ---------------------------------------------------------------------------------------------
 
@@ -154,10 +164,9 @@ class SynapseClient(DependencyClient):
             joined = await self.members(room_id)
             return Membership.JOIN if joined is not None and user_id in joined else Membership.ABSENT
         try:
-            found = await self._of_user(user_id, "memberships", memberships)
+            return await self._of_user(user_id, "memberships", partial(membership_in, room_id))
         except _Missing:
             return Membership.ABSENT
-        return Membership(found.get(room_id, Membership.ABSENT.value))
 
     async def _of_user(self, user_id: str, endpoint: str, read: Callable[[Answer], T]) -> T:
         """:raises _Missing: the homeserver does not have the endpoint."""

@@ -119,15 +119,16 @@ class MatrixClient:
 
         return await self._call("GET", f"{_CLIENT}/devices", read, expected=(400, 401, 403, 404))
 
-    async def sync(self, user_id: str, since: str, room_filter: str) -> SyncAnswer:
+    async def sync(self, user_id: str, since: str, room_filter: str, *, wait: bool) -> SyncAnswer:
         """What is new. The first answer, without ``since``, tells the whole state of all rooms.
 
         It asks for no presence, and does not make the account appear online. It deletes the to-device messages of the
         account's device, which nothing prevents: never call it for an account that somebody else uses too.
 
+        :param wait: for something new, if there is nothing yet.
         :raises TokenUnknown: the homeserver does not know this ``since`` any more.
         """
-        query = {"filter": room_filter, "set_presence": "offline", "timeout": str(int(POLL * 1000)) if since else "0"}
+        query = {"filter": room_filter, "set_presence": "offline", "timeout": str(int(POLL * 1000)) if wait else "0"}
         if since:
             query["since"] = since
 
@@ -191,9 +192,13 @@ class MatrixClient:
         """Have the homeserver forget a room that the account has left."""
         await self._call("POST", f"{_room(room_id)}/forget", ok, {}, turn=room_id)
 
-    async def send(self, room_id: str, kind: str, content: Mapping[str, Any]) -> str:
-        """Send an event that is not state. :return: its event ID."""
-        return await self._put(room_id, f"send/{quote(kind, safe='')}/{token_hex(8)}", content)
+    async def send(self, room_id: str, kind: str, content: Mapping[str, Any], transaction: str = "") -> str:
+        """Send an event that is not state. :return: its event ID.
+
+        :param transaction: names it. The homeserver takes the same name for the same event, and sends it once.
+        """
+        name = quote(transaction or token_hex(8), safe="")
+        return await self._put(room_id, f"send/{quote(kind, safe='')}/{name}", content)
 
     async def redact(self, room_id: str, event_id: str) -> str:
         """Redact an event. :return: the ID of the redaction."""

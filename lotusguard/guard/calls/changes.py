@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from enum import Enum
 
 from attrs import define, field
 from cachetools import LRUCache
@@ -14,6 +15,7 @@ from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook
@@ -26,6 +28,17 @@ EVENTS_REMEMBERED = 10_000
 EVENTS_OF_INTEREST = (*DEPARTURES, "participant_joined", "track_published", "room_finished")
 COUNT_LAG = 10
 """Seconds after which a new SFU room's count of participants can be trusted: it comes up to 5 s late."""
+
+
+class Told(Enum):
+    """How a guard was told that a room has changed. The values are sent to other guards."""
+
+    BY_MODULE = "module"
+    """By the homeserver's module, which tells of every room."""
+    IN_ROOM = "room"
+    """By our account, which is in the room."""
+    ROOM_LEFT = "left"
+    """Our account is not in the room any more."""
 
 
 @define(eq=False)
@@ -46,9 +59,10 @@ class CallChanges:
     _discovery: Discovery
     _entitlement: Entitlement
     _enforcement: Enforcement
+    _lost_rooms: LostRooms
     _clock: IReactorTime
     _metrics: Metrics
-    _tell_others: Callable[[str, str], Awaitable[None]] | None = None
+    _tell_others: Callable[[str, str, str], Awaitable[None]] | None = None
     webhook_at: float | None = field(default=None, init=False)
     round_at: float | None = field(default=None, init=False)
     _seen_events: LRUCache[str, None] = field(factory=lambda: LRUCache(EVENTS_REMEMBERED), init=False)
@@ -80,20 +94,42 @@ class CallChanges:
         elif event.event not in DEPARTURES:
             self._enforcement.enforce(alias)
 
-    async def room_changed(self, room_id: str, user: str = "", *, from_guard: bool = False) -> None:
+    async def room_changed(self, room_id: str, user: str = "") -> None:
         """The homeserver's module says that a room's state or memberships changed: read them again and enforce at once.
 
         :param user: whose membership changed, if only one did.
-        :param from_guard: another guard says so; the others know.
         """
-        if user:
-            self._entitlement.membership_pushed()
-        if self._tell_others is not None and not from_guard:
-            await self._tell_others(room_id, user)
-        await self.resident_room_changed(room_id, user)
+        await self._changed(room_id, user, Told.BY_MODULE)
 
     async def resident_room_changed(self, room_id: str, user: str = "") -> None:
         """The same, heard by our account in the room. It says nothing about other rooms."""
+        await self._changed(room_id, user, Told.IN_ROOM)
+
+    async def resident_room_left(self, room_id: str) -> None:
+        """Our account is no longer in the room: what it heard there holds no longer."""
+        await self._changed(room_id, "", Told.ROOM_LEFT)
+
+    async def _changed(self, room_id: str, user: str, told: Told) -> None:
+        if self._tell_others is not None:
+            await self._tell_others(room_id, user, told.value)
+        await self.changed_at_another_guard(room_id, user, told.value)
+
+    async def changed_at_another_guard(self, room_id: str, user: str, how: str) -> None:
+        """What another guard was told. :param how: a `Told`. Another release may know more ways."""
+        if how == Told.ROOM_LEFT.value:
+            self._policies.forget(room_id)
+        elif user and how != Told.IN_ROOM.value:
+            self._entitlement.membership_pushed()
+        await self._read_again(room_id, user)
+
+    def anything_may_have_changed(self) -> None:
+        """What other guards were told may have been missed: nothing that was read before is believed."""
+        self._policies.forget_all_freshness()
+        self._members.forget_all_freshness()
+        for alias in list(self._enforcement.watched):
+            self._enforcement.enforce(alias, urgent=False)
+
+    async def _read_again(self, room_id: str, user: str) -> None:
         self._policies.forget_freshness(room_id)
         self._members.forget_freshness(room_id, user)
         main = room_alias(room_id, ROOM_SLOT)
@@ -102,11 +138,6 @@ class CallChanges:
         issued = [alias for alias in await self._registry.aliases_of(room_id) if self._roster.may_exist(alias)]
         for alias in {*issued, *await self._seats.aliases(room_id)}:  # none without a call
             self._enforcement.enforce(alias)
-
-    async def resident_room_left(self, room_id: str) -> None:
-        """Our account is no longer in the room: what it heard there holds no longer."""
-        self._policies.forget(room_id)
-        await self.resident_room_changed(room_id)
 
     async def reconcile(self) -> None:
         """One round: what webhooks missed.
@@ -118,7 +149,9 @@ class CallChanges:
         """
         began = self._clock.seconds()
         rooms = await self._livekit.list_rooms()
-        self._roster.rooms_listed(room.name for room in rooms)
+        listed = {room.name for room in rooms}
+        lost = [alias for alias in self._enforcement.watched if alias not in listed and self._roster.may_exist(alias)]
+        self._roster.rooms_listed(listed)
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
@@ -130,6 +163,7 @@ class CallChanges:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
                 self._enforcement.enforce(alias, urgent=False)
+        await self._lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
 

@@ -123,7 +123,7 @@ class Commands:
                 event_name="command",
             )  # fmt: skip
             try:
-                await self._voice.notice(room_id, text)
+                await self._voice.notice(room_id, text, f"call-{event.event_id}" if event.event_id else "")
             except DependencyFailed as failed:
                 log.warn("could not answer in {room_id}: {reason}", room_id=room_id, reason=failed.reason)
             if outcome == "leaving":

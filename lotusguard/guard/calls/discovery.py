@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from attrs import define, field
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -40,7 +40,7 @@ Found = Callable[[str], None]
 class Discovery:
     """Searches in the background, for slots with a well-known name.
 
-    Only one search runs at a time; what is wanted meanwhile waits for the next one.
+    Only one search runs at a time; what is wanted in the meantime waits for the next one.
 
     :param homeserver: a client with a `Dependency` of its own: listing rooms may be slow, and must not open the circuit
         that joins rely on.
@@ -92,19 +92,25 @@ class Discovery:
                 rest = REST * (self._clock.seconds() - began)
                 if rest > 0:
                     await deferLater(self._clock, rest)
+        except CancelledError:
+            raise
         except DependencyFailed as failed:
-            backoff = min(FIRST_BACKOFF * 2**self._failures, LONGEST_BACKOFF)
-            self._failures += 1
-            self._not_before = self._clock.seconds() + backoff
-            log.warn(
-                "searching for SFU rooms failed ({reason}); next search in {backoff} s at the earliest",
-                reason=failed.reason,
-                backoff=round(backoff),
-                event_name="discovery_failed",
-            )
+            self._back_off(failed.reason)
+        except Exception:
+            self._back_off("internal_error")
+            raise
         finally:
             self._sought = {}
             self._search = None
+
+    def _back_off(self, reason: str) -> None:
+        backoff = min(FIRST_BACKOFF * 2**self._failures, LONGEST_BACKOFF)
+        self._failures += 1
+        self._not_before = self._clock.seconds() + backoff
+        log.warn(
+            "searching for SFU rooms failed ({reason}); next search in {backoff} s at the earliest",
+            reason=reason, backoff=round(backoff), event_name="discovery_failed",
+        )  # fmt: skip
 
     async def _search_once(self, homeserver: SynapseClient) -> None:
         """Look at all rooms for what is wanted now."""

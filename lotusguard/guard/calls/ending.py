@@ -9,10 +9,8 @@ from twisted.logger import Logger
 
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.participants import ParticipantEnforcer
-from lotusguard.guard.seats.book import SeatBook
-from lotusguard.guard.seats.registry import Slot, TokenRegistry
+from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.guard.seats.roster import Roster
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
 
 log = Logger()
 
@@ -22,10 +20,9 @@ ENDED = "ended"
 
 @define(eq=False)
 class CallEnder:
-    """Removes all participants of a Matrix room's calls, in all its slots."""
+    """Removes all participants of a Matrix room's call, in all its slots."""
 
     _roster: Roster
-    _seats: SeatBook
     _registry: TokenRegistry
     _participants: ParticipantEnforcer
     _clock: IReactorTime
@@ -37,14 +34,12 @@ class CallEnder:
         :raises DependencyFailed: LiveKit does not tell who is in the call. :raises TimeoutError: not in time.
         """
         deadline, now = Deadline.after(self._clock, self._lookup_timeout), self._clock.seconds()
-        main = room_alias(room_id, ROOM_SLOT)
-        await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
         removed = 0
-        for alias in {main, *await self._seats.aliases(room_id)}:
+        for alias, listing in await self._roster.list_all(room_id, now, deadline):
             slot = await self._registry.slot_of(alias)
             if slot is None:
                 continue
-            for participant in (await self._roster.list(alias, now, deadline)).value:
+            for participant in listing.value:
                 user = await self._registry.user_behind(alias, participant.identity)
                 if await self._participants.remove(room_id, alias, participant.identity, user, ENDED):
                     await self._roster.removed(slot, alias, participant.sid, participant.identity)

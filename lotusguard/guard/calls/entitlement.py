@@ -130,7 +130,7 @@ class Entitlement:
         check = _Check(room_id, known, now, Deadline.after(self._clock, self._lookup_timeout))
         found, allowed = [], []
         async for participant, user in in_slices(self._clock, await self._identified(alias, participants, whole)):
-            refusal = self._refused_by_policy(room_id, known, user)
+            refusal = await self._refused_by_policy(room_id, known, user)
             if refusal is not None:
                 found.append(Unentitled(participant, user, refusal))
             else:
@@ -138,7 +138,7 @@ class Entitlement:
         if self._members_only is not MembersOnly.OFF:
             gone = await self._non_members(check, allowed)
             for one in gone:
-                self._lobby.left_room(room_id, one.user)
+                await self._lobby.left_room(room_id, one.user)
             users = {one.user for one in gone}
             allowed = [(participant, user) for participant, user in allowed if user not in users]
             found += gone
@@ -165,8 +165,8 @@ class Entitlement:
                 self._unidentified[alias] = unidentified
         return identified
 
-    def _refused_by_policy(self, room_id: str, known: KnownPolicy, user: str) -> Refusal | None:
-        if self._lobby.state_of(room_id, user) is LobbyState.REMOVED:
+    async def _refused_by_policy(self, room_id: str, known: KnownPolicy, user: str) -> Refusal | None:
+        if await self._is_removed(room_id, user):
             return Refusal.REMOVED
         if not self._homeservers.allows_user(user):
             return Refusal.HOMESERVER_NOT_ALLOWED
@@ -175,6 +175,18 @@ class Entitlement:
         return None
 
     # -- the lobby ---------------------------------------------------------------------------------------
+
+    async def _is_removed(self, room_id: str, user: str) -> bool:
+        """Whether a moderator removed the user, and none has admitted them since, through whatever guard."""
+        if self._lobby.state_of(room_id, user) is not LobbyState.REMOVED:
+            return False
+        return await self._lobby.read(room_id, user) is LobbyState.REMOVED
+
+    async def _is_accepted(self, room_id: str, user: str) -> bool:
+        """Whether a moderator admitted the user. The others are asked before somebody is removed."""
+        if self._lobby.state_of(room_id, user) is LobbyState.ACCEPTED:
+            return True
+        return await self._lobby.read(room_id, user) is LobbyState.ACCEPTED
 
     async def _not_admitted(
         self, check: _Check, participants: Iterable[tuple[ParticipantInfo, str]]
@@ -187,13 +199,13 @@ class Entitlement:
         found = []
         for participant, user in participants:
             if (
-                self._lobby.state_of(room_id, user) is not LobbyState.ACCEPTED
-                and not known.policy.bypasses_lobby(user)
+                not known.policy.bypasses_lobby(user)
                 and not self._switch.joined_before_us(participant)
+                and not await self._is_accepted(room_id, user)
             ):
                 found.append(Unentitled(participant, user, Refusal.NOT_ADMITTED))
             else:
-                self._lobby.let_in(room_id, user)
+                await self._lobby.let_in(room_id, user)
         return found
 
     # -- membership --------------------------------------------------------------------------------------

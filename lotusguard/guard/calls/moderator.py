@@ -49,9 +49,9 @@ class Moderator:
         """
         match action:
             case ModerationAction.ADMIT:
-                return self._lobby.decide(room_id, user, admit=True, by=by)
+                return await self._lobby.decide(room_id, user, admit=True, by=by)
             case ModerationAction.DENY:
-                return self._lobby.decide(room_id, user, admit=False, by=by)
+                return await self._lobby.decide(room_id, user, admit=False, by=by)
             case ModerationAction.REMOVE:
                 return await self._remove(room_id, user, by)
             case ModerationAction.MUTE:
@@ -62,10 +62,10 @@ class Moderator:
         waits = self._lobby.state_of(room_id, user) is LobbyState.WAITING
         found = waits or user in await self._seats.occupants(room_id)
         if found:
-            self._lobby.remove(room_id, user, by)  # first: they may ask for a token at once
+            await self._lobby.remove(room_id, user, by)  # first: they may ask for a token at once
         async for alias, slot, participant in self._sessions(room_id, user):
             if not found:
-                self._lobby.remove(room_id, user, by)
+                await self._lobby.remove(room_id, user, by)
                 found = True
             if await self._participants.remove(room_id, alias, participant.identity, user, Refusal.REMOVED.value):
                 await self._roster.removed(slot, alias, participant.sid, participant.identity)

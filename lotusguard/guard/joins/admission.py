@@ -98,13 +98,12 @@ class Admission:
     async def _decide(self, request: TokenRequest, decision: Decision, forward: Forward, patience: Patience) -> Answer:
         arrived = decision.began
         deadline = Deadline(self._clock, arrived + self._lookup_timeout + self._upstream_timeout + SLACK)
-        if request.room_id is None:
-            decision.reason = "no_room"
-            return await forward(request.body, deadline.at)
         lookups = Deadline(self._clock, arrived + self._lookup_timeout)
         join = Join(
-            request, request.room_id, decision, self._log, deadline, lookups, self._lookup_timeout, self.dry_run
+            request, request.room_id or "", decision, self._log, deadline, lookups, self._lookup_timeout, self.dry_run
         )
+        if request.room_id is None:
+            return await self._admit_without_room(join, forward)
         try:
             if request.openid is not None:
                 self._checks.homeserver_may_join(join, request.openid.server_name)
@@ -115,6 +114,12 @@ class Admission:
         except Exception:
             self._log.failure(decision, "join")
         return await self._admit_unchecked(join, forward)
+
+    async def _admit_without_room(self, join: Join, forward: Forward) -> Answer:
+        """The body names no room, so that upstream refuses it. A token that it issues all the same is rebuilt."""
+        join.decision.reason = "no_room"
+        answer = await self._forward(join, forward, join.request.body)
+        return self._issuer.rebuild(join, answer)
 
     async def _admit_unchecked(self, join: Join, forward: Forward) -> Answer:
         """Our own code failed: the join goes on without a seat, and its token is rebuilt as far as that is possible."""

@@ -119,7 +119,7 @@ class EntryChecks:
             if self._members_only is MembersOnly.LOG:
                 join.unenforced("membership", f"{known.membership.value}_logged_only")
             else:
-                self._lobby.left_room(join.room_id, join.user)
+                await self._lobby.left_room(join.room_id, join.user)
                 join.refuse(Refusal.NOT_A_MEMBER)
 
     async def _join_level(self, join: Join) -> None:
@@ -159,7 +159,9 @@ class EntryChecks:
         return await self._seats.is_started(join.room_id)
 
     async def _removed(self, join: Join) -> None:
-        if self._lobby.state_of(join.room_id, join.user) is LobbyState.REMOVED:
+        if self._lobby.state_of(join.room_id, join.user) is not LobbyState.REMOVED:
+            return
+        if await self._lobby.read(join.room_id, join.user) is LobbyState.REMOVED:  # nobody has admitted them since
             join.refuse(Refusal.REMOVED)
 
     async def _wait_in_lobby(self, join: Join) -> None:
@@ -171,12 +173,12 @@ class EntryChecks:
             if not await self._switch.is_on(join.room_id, join.known):
                 return
         if state is LobbyState.ACCEPTED or join.policy.bypasses_lobby(join.user) or await self._was_in(join, state):
-            self._lobby.let_in(join.room_id, join.user)
+            await self._lobby.let_in(join.room_id, join.user)
             return
         if join.dry_run:
             join.decision.verdict, join.decision.reason = Verdict.WOULD_REFUSE, "lobby"
             return
-        entry = self._lobby.ask(join.room_id, join.user)
+        entry = await self._lobby.ask(join.room_id, join.user)
         if entry.rules.refusal is not None:
             join.refuse(entry.rules.refusal)
         raise MustWait(entry)
@@ -186,7 +188,8 @@ class EntryChecks:
         if state is not None:
             return False
         deadline = join.deadline.sooner(join.lookups.left())
-        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline)
+        slot = join.request.slot_id
+        return await self._switch.was_in_before_us(join.room_id, join.user, join.arrived, deadline, slot)
 
     async def read_policy_again(self, join: Join) -> None:
         """Read the policy as it is now, before a refusal rests on it."""

@@ -175,8 +175,8 @@ class DecisionStore:
     async def close(self) -> None:
         if self._clean_up.active():
             self._clean_up.cancel()
-        await self._writer.close()
-        self._connection.close()
+        if await self._writer.close():
+            self._connection.close()
 
     def _delete_old(self) -> None:
         oldest = self._wall() - KEPT_FOR

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from itertools import count
 
 from attrs import Factory, define, field
+from cachetools import TTLCache
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -19,6 +21,9 @@ from lotusguard.metrics import Metrics
 log = Logger()
 
 DECISIONS_KEPT = 500
+FAILURES_KEPT, FAILURES_COUNTED_FOR = 60, 60.0
+"""Failed joins that are kept for operators in so many seconds. Their callers are often unverified, and must not push
+the decisions about others out."""
 LONGEST_NAME = 255
 """Bytes of a room's or user's name that are kept; longer ones are refused before they get here."""
 
@@ -95,9 +100,12 @@ class DecisionLog:
     secret_mismatch_at: float | None = field(default=None, init=False)
     error_at: float | None = field(default=None, init=False)
     history: JoinHistory = field(init=False)
+    _failures: Iterator[int] = field(factory=count, init=False)
+    _failures_kept: TTLCache[int, None] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.history = JoinHistory(self._clock)
+        self._failures_kept = TTLCache(FAILURES_KEPT, FAILURES_COUNTED_FOR, timer=self._clock.seconds)
 
     def begin(self, request_id: str, route: str, room_id: str | None, user: str | None) -> Decision:
         return Decision(request_id, route, room_id, user, self._clock.seconds())
@@ -150,11 +158,12 @@ class DecisionLog:
             decision.reason = "internal_error"
         total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
         self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
+        waited = decision.stages.get(Stage.LOBBY.value, 0.0)
         for name, seconds in decision.stages.items():
-            self._metrics.observe_stage(name, seconds)
+            # An alert on slow joins must not fire because somebody waits for a moderator.
+            self._metrics.observe_stage(name, seconds - waited if name == Stage.TOTAL.value else seconds)
         if decision.verdict is Verdict.WAITING:
             return
-        waited = decision.stages.get(Stage.LOBBY.value, 0.0)
         self.decisions.append(decision)
         self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total - waited)
         self._keep(decision)
@@ -178,12 +187,22 @@ class DecisionLog:
                 holders=decision.holders, event_name="seat_holders",
             )  # fmt: skip
 
+    def _may_keep_failure(self) -> bool:
+        if len(self._failures_kept) >= FAILURES_KEPT:
+            self._failures_kept.expire()
+        if len(self._failures_kept) >= FAILURES_KEPT:
+            return False
+        self._failures_kept[next(self._failures)] = None
+        return True
+
     def removed(self, user: str, room_id: str, reason: str) -> None:
         """A participant was removed from a call."""
         self.kept.put(Record(self._wall(), RecordKind.REMOVAL, user, room_id, "removed", reason))
 
     def _keep(self, decision: Decision) -> None:
         if not decision.user or decision.room_id is None:
+            return
+        if decision.verdict is Verdict.FAILED and not self._may_keep_failure():
             return
         self.kept.put(
             Record(

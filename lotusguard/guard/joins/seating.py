@@ -92,8 +92,7 @@ class Seating:
         exempt = policy.max_users is not None and policy.bypasses_limit(join.user)
         since = self._clock.seconds() - ROSTER_AGE
         if policy.max_users is not None and not exempt:
-            if await self._needs_listing(join, since):
-                await self._refresh(join, since)
+            await self._see_to_listing(join, since)
             await self._roster.exempt(join.room_id, policy)
         refreshed: float | None = None
         while True:
@@ -114,11 +113,19 @@ class Seating:
             await self._refresh(join, required)
             refreshed = required
 
-    async def _needs_listing(self, join: Join, since: float) -> bool:
-        """An owner of a seat is let in whoever is in the call. That is asked last: it costs more than the others."""
+    async def _see_to_listing(self, join: Join, since: float) -> None:
+        """An owner of a seat is let in whoever is in the call, so they need no listing. Where this question costs a
+        round trip, it is asked only if LiveKit does not answer.
+        """
         if await self._roster.is_listed(join.room_id, since, join.request.slot_id):
-            return False
-        return not await self._seats.owns_seat(join.room_id, join.user)
+            return
+        if not self._seats.is_remote and await self._seats.owns_seat(join.room_id, join.user):
+            return
+        try:
+            await self._refresh(join, since)
+        except (DependencyFailed, TimeoutError):
+            if not (self._seats.is_remote and await self._seats.owns_seat(join.room_id, join.user)):
+                raise
 
     async def _is_recognised(self, join: Join) -> bool:
         """Whether the user turns out to be in the call under an identity that only their own request explains.

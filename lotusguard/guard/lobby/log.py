@@ -36,9 +36,9 @@ class LobbyLog:
         if change.event is LobbyEvent.ASK:
             log.info("{user} waits in the lobby of {room_id}", user=user, room_id=room_id, event_name="lobby_waiting")
             return
-        decision = _DECISIONS.get(change.event)
+        decision = _DECISIONS.get(change.event) if change.event is not None else None
         if decision is None and change.before is LobbyState.WAITING:
-            decision = _ENDS.get(change.event, "left")
+            decision = _ENDS.get(change.event, "left") if change.event is not None else None
         if decision is None:
             return
         self._metrics.lobby_decisions.labels(decision).inc()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a room's moderators about people in its lobby: one notice each, which they answer by reaction."""
+"""Asking a room's moderators about people in its lobby: one notice each, which they answer by reaction.
+
+Of several guards, the one whose account listens in the rooms sends the notices and hears the reactions. The name of a
+notice's transaction comes from its lobby entry: a guard that takes over may send it again, and the homeserver knows it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from lotusguard.clients.waiting import Deadline, FairSemaphore, run_in_backgroun
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.voice import Reaction, RoomVoice
-from lotusguard.rules.lobby import LobbyEntry, LobbyState
+from lotusguard.rules.lobby import LobbyEntry, LobbyEvent, LobbyState
 from lotusguard.rules.lobby_book import Change
 
 log = Logger()
@@ -29,6 +33,8 @@ _EMOJI_STYLE = "\ufe0f"
 """The variation selector that some clients put after an emoji."""
 BUSY = frozenset(("rate_limited", "queue_full", "status_429"))
 """Why a notice is not sent for now; people wait on, as long as they may."""
+TRIED_FOR = 20.0
+"""Seconds for which a notice that fails is sent again every second, before people enter whom nobody could admit."""
 NOTICE_EVERY = 60.0
 """Seconds between two notices about the same person in the same room. A notice about somebody who stopped waiting stays
 for as long, in case they ask again."""
@@ -66,13 +72,13 @@ class LobbyNotices:
     _notices: dict[_Key, _Notice] = field(factory=dict, init=False)
     _by_event: dict[str, _Notice] = field(factory=dict, init=False)
     _last: LRUCache[_Key, float] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
+    _failing: LRUCache[_Key, float] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
     _turns: FairSemaphore = field(factory=lambda: FairSemaphore(SENT_AT_ONCE), init=False)
 
     def start(self) -> None:
         """Take over the notices of an earlier run, and listen."""
         for room_id, entry in self._lobby.noticed():
-            notice = _Notice(room_id, entry.user, self._clock.seconds(), entry.notice)
-            self._notices[room_id, entry.user] = self._by_event[entry.notice] = notice
+            self._take_over(room_id, entry)
         self._lobby.listeners.append(self._changed)
         self._voice.on_reaction(self._reacted)
 
@@ -82,16 +88,37 @@ class LobbyNotices:
             self._want(room_id, entry)
         now = self._clock.seconds()
         for notice in list(self._notices.values()):
-            waiting = self._lobby.state_of(notice.room_id, notice.user) is LobbyState.WAITING
-            if notice.event_id and not waiting and now - notice.sent >= NOTICE_EVERY:
+            state = self._lobby.state_of(notice.room_id, notice.user)
+            if not notice.event_id or state is LobbyState.WAITING:
+                continue
+            if state is not None or now - notice.sent >= NOTICE_EVERY:
                 self._redact(notice)
+            if now - notice.sent >= 2 * NOTICE_EVERY:  # another guard has redacted it
+                self._forget(notice)
 
     def _changed(self, change: Change) -> None:
-        notice = self._notices.get((change.room_id, change.entry.user))
-        if change.after is LobbyState.WAITING:
-            self._want(change.room_id, change.entry)
+        room_id, entry = change.room_id, change.entry
+        notice = self._notices.get((room_id, entry.user))
+        if change.event is LobbyEvent.ASK:
+            self._failing.pop((room_id, entry.user), None)
+        if change.after is LobbyState.WAITING and entry.notice:
+            self._take_over(room_id, entry)
+        elif change.after is LobbyState.WAITING:
+            self._want(room_id, entry)
         elif change.after is not None and notice is not None and notice.event_id:
-            self._redact(notice)
+            if change.event is None and not entry.notice:  # another guard has redacted it
+                self._forget(notice)
+            else:
+                self._redact(notice)
+
+    def _take_over(self, room_id: str, entry: LobbyEntry) -> None:
+        """Another guard, or an earlier run, has sent the notice."""
+        known = self._notices.get((room_id, entry.user))
+        if known is not None and (known.event_id == entry.notice or not known.event_id):
+            return
+        now, key = self._clock.seconds(), (room_id, entry.user)
+        self._notices[key] = self._by_event[entry.notice] = _Notice(*key, now, entry.notice)
+        self._last[key] = now
 
     # -- sending -----------------------------------------------------------------------------------------
 
@@ -100,8 +127,8 @@ class LobbyNotices:
         key, now = (room_id, entry.user), self._clock.seconds()
         notice = self._notices.get(key)
         if notice is not None:
-            if notice.event_id and entry.notice != notice.event_id:
-                self._lobby.set_notice(room_id, entry, notice.event_id)
+            if notice.event_id and entry.notice != notice.event_id and self._voice.can_speak(room_id):
+                self._in_background(self._lobby.set_notice(room_id, entry, notice.event_id), notice)
             return
         last = self._last.get(key)
         if (last is not None and now - last < NOTICE_EVERY) or not self._voice.can_speak(room_id):
@@ -111,56 +138,70 @@ class LobbyNotices:
         self._in_background(self._send(notice, entry), notice)
 
     async def _send(self, notice: _Notice, entry: LobbyEntry) -> None:
+        key = (notice.room_id, notice.user)
         try:
-            event_id = await self._turns.run(notice.room_id, lambda: self._say(notice))
+            event_id = await self._turns.run(notice.room_id, lambda: self._say(notice, entry.id))
         except CancelledError:  # it waited too long for its turn: tried again
-            self._notices.pop((notice.room_id, notice.user), None)
-            self._last.pop((notice.room_id, notice.user), None)
+            self._notices.pop(key, None)
+            self._last.pop(key, None)
             raise
         except (DependencyFailed, TimeoutError) as failed:
-            self._notices.pop((notice.room_id, notice.user), None)
-            self._failed(notice, getattr(failed, "reason", "timeout"))
+            self._notices.pop(key, None)
+            await self._failed(notice, getattr(failed, "reason", "timeout"))
             return
+        self._failing.pop(key, None)
         notice.event_id = event_id
         self._by_event[event_id] = notice
-        state = self._lobby.state_of(notice.room_id, notice.user)
+        state = self._lobby.state_of(*key)
         if state is not LobbyState.WAITING:
             if state is not None:
                 self._redact(notice)
             return
-        self._lobby.set_notice(notice.room_id, entry, event_id)
-        for key in _DECISIONS:
-            reacting = Deferred.fromCoroutine(self._voice.react(notice.room_id, event_id, key))
+        await self._lobby.set_notice(notice.room_id, entry, event_id)
+        for number, emoji in enumerate(_DECISIONS):
+            name = f"lobby-{entry.id}-{number}"
+            reacting = Deferred.fromCoroutine(self._voice.react(notice.room_id, event_id, emoji, name))
             await Deadline.after(self._clock, self._send_timeout).wait(reacting)
 
-    def _say(self, notice: _Notice) -> Deferred[str]:
+    def _say(self, notice: _Notice, entry_id: str) -> Deferred[str]:
         """Its time runs from its turn on: a flood must not open the lobby."""
-        sending = Deferred.fromCoroutine(self._voice.notice(notice.room_id, self._text(notice)))
-        return Deadline.after(self._clock, self._send_timeout).wait(sending)
+        saying = self._voice.notice(notice.room_id, self._text(notice), f"lobby-{entry_id}")
+        return Deadline.after(self._clock, self._send_timeout).wait(Deferred.fromCoroutine(saying))
 
     def _text(self, notice: _Notice) -> str:
         text = f"{notice.user} asks to join the call: {ADMIT} admit, {DENY} deny"
         lobby = self._policies.last_known(notice.room_id).lobby
         return f"{text}\n{lobby.message}" if lobby is not None and lobby.message else text
 
-    def _failed(self, notice: _Notice, reason: str) -> None:
-        log.warn(
-            "could not ask {room_id} about {user}: {reason}",
-            room_id=notice.room_id, user=notice.user, reason=reason, event_name="lobby_notice_failed",
-        )  # fmt: skip
-        if reason in BUSY:  # a flood must not open the lobby: tried again
-            self._last.pop((notice.room_id, notice.user), None)
-        elif not self._operators_can_decide:  # nobody knows that they wait
-            self._lobby.decide(notice.room_id, notice.user, admit=True, by="nobody can be asked, so the guard")
+    async def _failed(self, notice: _Notice, reason: str) -> None:
+        """The notice is sent again with the next second, for as long as that may help."""
+        key, now = (notice.room_id, notice.user), self._clock.seconds()
+        began = self._failing.setdefault(key, now)
+        tried_enough = reason not in BUSY and now - began >= TRIED_FOR  # a flood must not open the lobby
+        if began == now or tried_enough:
+            log.warn(
+                "could not ask {room_id} about {user}: {reason}",
+                room_id=notice.room_id, user=notice.user, reason=reason, event_name="lobby_notice_failed",
+            )  # fmt: skip
+        if not tried_enough:
+            self._last.pop(key, None)
+            return
+        self._failing.pop(key, None)
+        if not self._operators_can_decide:  # nobody knows that they wait
+            await self._lobby.decide(*key, admit=True, by="nobody can be asked, so the guard")
 
     def _redact(self, notice: _Notice) -> None:
+        if self._voice.can_speak(notice.room_id):  # else another guard does, or this one once it can
+            self._forget(notice)
+            self._in_background(self._redacted(notice), notice)
+
+    def _forget(self, notice: _Notice) -> None:
         self._notices.pop((notice.room_id, notice.user), None)
         self._by_event.pop(notice.event_id, None)
-        self._in_background(self._redacted(notice), notice)
 
     async def _redacted(self, notice: _Notice) -> None:
         await self._voice.redact(notice.room_id, notice.event_id)
-        self._lobby.forget_notice(notice.room_id, notice.user, notice.event_id)
+        await self._lobby.forget_notice(notice.room_id, notice.user, notice.event_id)
 
     # -- reactions ---------------------------------------------------------------------------------------
 
@@ -175,7 +216,7 @@ class LobbyNotices:
         deadline = Deadline.after(self._clock, REACTION_TIMEOUT)
         known = await self._policies.get(notice.room_id, deadline, self._clock.seconds())
         if known.policy.may_moderate(sender):
-            self._lobby.decide(notice.room_id, notice.user, admit=admit, by=sender)
+            await self._lobby.decide(notice.room_id, notice.user, admit=admit, by=sender)
         else:
             log.info(
                 "{sender} may not decide who joins the call of {room_id}",

@@ -19,7 +19,7 @@ from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.guard.seats.roster import Roster
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
+from lotusguard.rules.identity import ROOM_SLOT
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.participants import joined_at
 
@@ -31,7 +31,7 @@ CALL_ENDED_AFTER = 60.0
 
 
 class Seen(Enum):
-    """How a room's lobby was last seen."""
+    """How this guard last saw a room's lobby."""
 
     OFF = "off"
     ON = "on"
@@ -40,9 +40,13 @@ class Seen(Enum):
     """It was on when this guard first saw the room."""
     UNDECIDABLE = "undecidable"
     """It is switched on in the room, but nobody could admit people. Nobody waits."""
+    UNKNOWN = "unknown"
+    """The room's policy is unknown. Nobody begins to wait."""
+    UNDECIDABLE_AND_UNKNOWN = "undecidable_and_unknown"
 
 
 _IS_ON = (Seen.ON, Seen.ON_FROM_THE_START)
+_UNDECIDABLE = (Seen.UNDECIDABLE, Seen.UNDECIDABLE_AND_UNKNOWN)
 
 
 @define(eq=False)
@@ -72,20 +76,22 @@ class LobbySwitch:
         """Whether people have to wait in this room. While the policy is unknown nobody has to."""
         before = self._seen.get(room_id)
         seen = self._look(room_id, known, before)
+        self._seen[room_id] = seen
         if seen is Seen.ON and before is not Seen.ON:
             for user in await self._seats.occupants(room_id):
-                self._lobby.let_in(room_id, user)
-        elif seen not in _IS_ON and (known.freshness is not Freshness.UNKNOWN or not self._can_decide(room_id)):
-            self._lobby.switched_off(room_id)
+                await self._lobby.let_in(room_id, user)
+        elif seen in _UNDECIDABLE or (seen is Seen.OFF and before is not seen):  # later another guard may know better
+            await self._lobby.switched_off(room_id)
         if seen is Seen.UNDECIDABLE and before is not seen:
             log.warn(
                 "the lobby of {room_id} is off: nobody could admit people there. Invite the guard's account, or set "
                 "GUARD_ADMIN_TOKEN", room_id=room_id, event_name="lobby_undecidable",
             )  # fmt: skip
-        self._seen[room_id] = seen
         return seen in _IS_ON
 
     def _look(self, room_id: str, known: KnownPolicy, before: Seen | None) -> Seen:
+        if known.freshness is Freshness.UNKNOWN:
+            return Seen.UNKNOWN if self._can_decide(room_id) else Seen.UNDECIDABLE_AND_UNKNOWN
         if known.policy.lobby is None:
             return Seen.OFF
         if not self._can_decide(room_id):
@@ -106,18 +112,21 @@ class LobbySwitch:
             return False
         return self._clock.seconds() - (self._livekit.now() - joined) < self._started
 
-    async def was_in_before_us(self, room_id: str, user: str, since: float, deadline: Deadline) -> bool:
+    async def was_in_before_us(
+        self, room_id: str, user: str, since: float, deadline: Deadline, requested: str = ROOM_SLOT
+    ) -> bool:
         """Whether a user is in the call, and was so before this guard ran.
 
+        :param requested: the slot that the user is about to enter.
         :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError: not in time.
         """
         if self._seen.get(room_id) is not Seen.ON_FROM_THE_START:
             return False
-        alias = room_alias(room_id, ROOM_SLOT)
-        for participant in (await self._roster.list(alias, since, deadline)).value:
-            is_theirs = await self._registry.user_behind(alias, participant.identity) == user
-            if is_theirs and self.joined_before_us(participant):
-                return True
+        for alias, listing in await self._roster.list_all(room_id, since, deadline, requested):
+            for participant in listing.value:
+                is_theirs = await self._registry.user_behind(alias, participant.identity) == user
+                if is_theirs and self.joined_before_us(participant):
+                    return True
         return False
 
     async def pass_time(self) -> None:
@@ -132,7 +141,7 @@ class LobbySwitch:
                 continue
             for user in self._lobby.waiting_in(room_id):
                 if known.policy.bypasses_lobby(user):
-                    self._lobby.let_in(room_id, user)
+                    await self._lobby.let_in(room_id, user)
         await self._notice_ended_calls()
 
     async def _notice_ended_calls(self) -> None:
@@ -143,4 +152,4 @@ class LobbySwitch:
                 self._empty_since.pop(room_id, None)
             elif now - self._empty_since.setdefault(room_id, now) >= CALL_ENDED_AFTER:
                 self._empty_since.pop(room_id)
-                self._lobby.call_ended(room_id)
+                await self._lobby.call_ended(room_id)

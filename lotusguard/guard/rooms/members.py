@@ -62,6 +62,7 @@ class Members:
     _pushed: PushedRooms = NOTHING_PUSHED
     _known: LRUCache[_Key, KnownMembership] = field(init=False)
     _changed: LRUCache[tuple[str, str], float] = field(factory=lambda: LRUCache(50_000), init=False)
+    _all_changed: float = field(default=0.0, init=False)
     _lookups: FreshLookups[_Key, Membership] = field(init=False)
     _lists: FreshLookups[str, Collection[str] | None] = field(init=False)
 
@@ -138,6 +139,7 @@ class Members:
         """When a lookup must have begun at the earliest."""
         return max(
             self._clock.seconds() - max_age,
+            self._all_changed,
             self._changed.get((key.room_id, ""), 0.0),
             self._changed.get((key.room_id, key.user), 0.0),
         )
@@ -151,6 +153,10 @@ class Members:
     def forget_freshness(self, room_id: str, user: str = "") -> None:
         """A membership of the room has changed, of one user if named: an earlier lookup is not believed."""
         self._changed[room_id, user] = self._clock.seconds()
+
+    def forget_all_freshness(self) -> None:
+        """Any membership may have changed unseen."""
+        self._all_changed = self._clock.seconds()
 
     async def _look_up(self, key: _Key) -> Membership:
         began = self._clock.seconds()

@@ -25,10 +25,13 @@ class RoomVoice(Protocol):
     def can_speak(self, room_id: str) -> bool:
         """Whether the guard's account is in the room and hears what happens there."""
 
-    async def notice(self, room_id: str, text: str) -> str:
-        """Send an ``m.notice``. :return: its event ID."""
+    async def notice(self, room_id: str, text: str, transaction: str = "") -> str:
+        """Send an ``m.notice``. :return: its event ID.
 
-    async def react(self, room_id: str, event_id: str, key: str) -> None:
+        :param transaction: names it: the same notice that is sent twice appears once.
+        """
+
+    async def react(self, room_id: str, event_id: str, key: str, transaction: str = "") -> None:
         """React to an event."""
 
     async def redact(self, room_id: str, event_id: str) -> None:

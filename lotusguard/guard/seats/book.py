@@ -62,10 +62,14 @@ class SeatBook(Protocol):
     """Who holds the seats of which Matrix room. Times are seconds on the guard's monotonic clock.
 
     :ivar unshared: whether other guards have seats that this book does not know of now, although it should.
+    :ivar is_remote: whether a question costs a round trip.
     """
 
     @property
     def unshared(self) -> bool: ...
+
+    @property
+    def is_remote(self) -> bool: ...
 
     async def take(
         self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False

@@ -62,6 +62,10 @@ class FailoverSeatBook:
         """Whether this guard decides alone."""
         return self._alone is not None
 
+    @property
+    def is_remote(self) -> bool:
+        return self._alone is None
+
     # -- joins -------------------------------------------------------------------------------------------
 
     async def take(
@@ -207,6 +211,7 @@ class FailoverSeatBook:
         with suppress(DependencyFailed):  # it is tried again soon
             await self._shared.renew()
             if self._alone is not None:
+                await self._redis.probe()  # a server that only reads would be given nothing back
                 await self.give_back()
 
     async def _give_back_soon(self, hold_id: str) -> None:

@@ -3,39 +3,26 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from secrets import token_hex
 
 from attrs import define, field
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
-from lotusguard.clients.waiting import fire_all
 from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
+from lotusguard.guard.seats.kept_rooms import KeptRooms, Room
 from lotusguard.guard.seats.store import StateStore, StoredHold
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_seats import RoomSeats
-from lotusguard.rules.seats import Arrival, HoldState, IdentityKey
+from lotusguard.rules.seats import Arrival, Hold, HoldState, IdentityKey
 
 IDLE_ROOM = 600.0
 """Seconds after which a room is forgotten in which nobody is and nobody holds a seat."""
-ROOMS_KEPT = 20_000
 SLOTS_PER_ROOM = 16
 """SFU rooms of one Matrix room in which people may hold seats at the same time."""
 CALL_ENDED_AFTER = 60.0
 """Seconds without occupants and holds after which a call has ended."""
-
-
-@define(eq=False)
-class _Room:
-    """A room's seats, who waits for one, and whether its call was started."""
-
-    seats: RoomSeats
-    waiting: deque[tuple[str, Deferred[None]]] = field(factory=deque)
-    devices: dict[IdentityKey, str] = field(factory=dict)
-    started: bool = False
 
 
 @define(eq=False)
@@ -55,16 +42,18 @@ class MemorySeatBook:
     _seat_ttl: float
     _guarding_since: float
     unshared: bool = field(default=False, init=False)
-    _rooms: dict[str, _Room] = field(factory=dict, init=False)
+    is_remote: bool = field(default=False, init=False)
+    _rooms: KeptRooms = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._metrics.cache_limit.labels("seats").set(ROOMS_KEPT)
+        self._rooms = KeptRooms(self._dropped)
+        self._metrics.cache_limit.labels("seats").set(self._rooms.limit)
         self._metrics.cache_entries.labels("seats").set_function(lambda: len(self._rooms))
         self._metrics.seats_held.set_function(self._seats_taken)
 
     def _seats_taken(self) -> int:
         now = self._clock.seconds()
-        return sum(room.seats.seats_taken(now) for room in self._rooms.values())
+        return sum(room.seats.seats_taken(now) for _, room in self._rooms)
 
     def load(self, holds: Iterable[StoredHold]) -> None:
         """Take over the holds of an earlier run. None lasts longer than one that is issued now."""
@@ -75,8 +64,9 @@ class MemorySeatBook:
             if not hold.present and left <= 0:
                 continue
             key = IdentityKey(hold.alias, hold.identity)
-            room.seats.restore(token_hex(8), hold.user, key, present=hold.present, now=now, expires=now + left)
-            room.devices[key] = hold.device
+            room.seats.restore(
+                token_hex(8), hold.user, key, present=hold.present, now=now, expires=now + left, device=hold.device
+            )
             room.started = room.started or hold.present
 
     # -- joins -------------------------------------------------------------------------------------------
@@ -85,46 +75,44 @@ class MemorySeatBook:
         self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False
     ) -> str | Refusal:
         hold_id = token_hex(8)
-        seats, now = self._room(room_id).seats, self._clock.seconds()
+        room, now = self._room(room_id), self._clock.seconds()
+        self._rooms.used_by(room_id, room, user, now)
         slots = SLOTS_PER_ROOM if new_slot else None
-        refusal = seats.take(hold_id, user, limit, alias, now, exempt=exempt, slots=slots)
+        refusal = room.seats.take(hold_id, user, limit, alias, now, exempt=exempt, slots=slots)
         return hold_id if refusal is None else refusal
 
     async def wait_for_seat(self, room_id: str, user: str, *, again: bool) -> None:
-        waiting = self._room(room_id).waiting
-        waiter: Deferred[None] = Deferred()
-        (waiting.appendleft if again else waiting.append)((user, waiter))
-        await waiter
+        await self._room(room_id).waiting.join(user, again=again)
 
     async def wake_all(self, room_id: str) -> None:
-        self._wake_all(room_id)
+        room = self._rooms.get(room_id)
+        if room is not None:
+            room.waiting.wake_all()
 
     async def issue(self, room_id: str, hold_id: str, token: Issued, *, durable: bool) -> None:
         room, now = self._room(room_id), self._clock.seconds()
-        hold = room.seats.issue(hold_id, token.alias, token.identity, now, self._seat_ttl)
+        hold = room.seats.issue(hold_id, token.alias, token.identity, now, self._seat_ttl, token.device)
         if hold is None:
             return
-        key = IdentityKey(token.alias, token.identity)
-        room.devices[key] = token.device
-        self._wake(room)
+        room.waiting.wake(room.seats.owns_seat)
         if durable and self._store is not None and token.alias:
-            room.seats.changed.discard(key)
-            expires = self._wall() + hold.expires - now
-            stored = StoredHold(room_id, hold.user, key.alias, key.identity, token.device, False, expires)
-            await self._store.put_hold(stored)
+            room.seats.changed.discard(IdentityKey(token.alias, token.identity))
+            await self._store.put_hold(self._stored(room_id, hold, present=False))
         self._changed(room_id, room)
 
     async def issue_without_seat(self, room_id: str, user: str, token: Issued) -> None:
         room, now = self._room(room_id), self._clock.seconds()
-        room.seats.issue_without_seat(token_hex(8), user, token.alias, token.identity, now, self._seat_ttl)
-        room.devices[IdentityKey(token.alias, token.identity)] = token.device
+        self._rooms.used_by(room_id, room, user, now)
+        room.seats.issue_without_seat(
+            token_hex(8), user, token.alias, token.identity, now, self._seat_ttl, token.device
+        )
         self._changed(room_id, room)
 
     async def release(self, room_id: str, hold_id: str) -> None:
         room = self._rooms.get(room_id)
         if room is not None:
             room.seats.release(hold_id)
-            self._wake(room)
+            room.waiting.wake(room.seats.owns_seat)
             self._changed(room_id, room)
 
     async def owns_seat(self, room_id: str, user: str) -> bool:
@@ -139,7 +127,7 @@ class MemorySeatBook:
         room = self._rooms.get(room_id)
         if room is not None and not room.seats.is_exempt(user):
             room.seats.exempt(user)
-            self._wake(room)
+            room.waiting.wake(room.seats.owns_seat)
 
     async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
         room = self._rooms.get(room_id)
@@ -151,6 +139,7 @@ class MemorySeatBook:
 
     async def arrive(self, room_id: str, alias: str, who: Arrival, limit: int | None) -> None:
         room = self._room(room_id)
+        self._rooms.occupied_by(room_id, room, [who.user])
         room.seats.arrive(alias, who, limit, self._clock.seconds())
         self._changed(room_id, room)
 
@@ -166,6 +155,7 @@ class MemorySeatBook:
         self, room_id: str, alias: str, present: Collection[Arrival], limit: int | None, since: float
     ) -> None:
         room = self._room(room_id)
+        self._rooms.occupied_by(room_id, room, [who.user for who in present])
         first = room.seats.listed_since([alias]) is None
         room.seats.apply_listing(alias, present, limit, since, self._clock.seconds())
         since_before_us = (who.joined is None or who.joined <= self._guarding_since for who in present)
@@ -212,7 +202,7 @@ class MemorySeatBook:
 
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         now = self._clock.seconds()
-        rooms = sorted(self._rooms.items())
+        rooms = sorted(self._rooms, key=lambda room: room[0])
         return [_snapshot(room_id, room.seats, now) for room_id, room in rooms if not room.seats.is_idle(now)]
 
     # -- upkeep ------------------------------------------------------------------------------------------
@@ -220,79 +210,50 @@ class MemorySeatBook:
     def prune(self) -> None:
         """Forget rooms in which nothing happens, and what no delayed event can refer to any more."""
         now = self._clock.seconds()
-        for room_id, room in list(self._rooms.items()):
+        for room_id, room in self._rooms:
             if now - room.seats.touched > IDLE_ROOM and room.seats.is_idle(now):
-                del self._rooms[room_id]
+                self._rooms.forget(room_id)
                 continue
             room.seats.forget_old(now, self._seat_ttl)
-            room.devices = {key: device for key, device in room.devices.items() if room.seats.knows(key)}
             self._changed(room_id, room)
 
-    def _room(self, room_id: str) -> _Room:
+    def _room(self, room_id: str) -> Room:
         room = self._rooms.get(room_id)
         if room is None:
-            if len(self._rooms) >= ROOMS_KEPT:
-                self._make_place()
-            room = self._rooms[room_id] = _Room(RoomSeats(self._guarding_since, self._clock.seconds()))
+            now = self._clock.seconds()
+            room = self._rooms.add(room_id, RoomSeats(self._guarding_since, now), now)
         elif room.started and self._has_ended(room):
             room.started = False
         return room
 
-    def _make_place(self) -> None:
-        now = self._clock.seconds()
-        idle = (room_id for room_id, room in self._rooms.items() if room.seats.is_idle(now))
-        dropped = next(idle, next(iter(self._rooms)))
-        self._wake_all(dropped)
-        del self._rooms[dropped]
+    def _dropped(self, room_id: str, room: Room) -> None:
+        """A room was forgotten although people hold seats there."""
+        if self._store is not None:
+            for key in room.seats.identities():
+                self._store.drop_hold(room_id, key.alias, key.identity)
 
-    def _has_ended(self, room: _Room) -> bool:
+    def _has_ended(self, room: Room) -> bool:
         now = self._clock.seconds()
         return not room.seats.is_occupied(now) and now - room.seats.vacated >= CALL_ENDED_AFTER
 
-    def _wake_all(self, room_id: str) -> None:
-        room = self._rooms.get(room_id)
-        if room is not None:
-            waiting, room.waiting = room.waiting, deque()
-            fire_all([waiter for _, waiter in waiting], None)
-
-    def _wake(self, room: _Room) -> None:
-        """Wake everybody who owns a seat by now, and the first who does not."""
-        if not room.waiting:
-            return
-        woken: list[Deferred[None]] = []
-        left: deque[tuple[str, Deferred[None]]] = deque()
-        stranger_woken = False
-        for user, waiter in room.waiting:
-            if waiter.called:
-                continue
-            owns = room.seats.owns_seat(user)
-            if owns or not stranger_woken:
-                stranger_woken = stranger_woken or not owns
-                woken.append(waiter)
-            else:
-                left.append((user, waiter))
-        room.waiting = left
-        fire_all(woken, None)
-
-    def _changed(self, room_id: str, room: _Room) -> None:
+    def _changed(self, room_id: str, room: Room) -> None:
         """Write what changed to the state directory, without waiting for it."""
-        seats, now = room.seats, self._clock.seconds()
-        changed, seats.changed = seats.changed, set()
+        changed, room.seats.changed = room.seats.changed, set()
         if self._store is None:
             return
         for key in changed:
             if not key.alias:
                 continue
-            hold = seats.find(key)
+            hold = room.seats.find(key)
             if hold is None or hold.state in (HoldState.UNSEATED, HoldState.ISSUED_UNSEATED):
                 self._store.drop_hold(room_id, key.alias, key.identity)
             else:
                 present = hold.state is not HoldState.ISSUED
-                expires = self._wall() + hold.expires - now
-                device = room.devices.get(key, "")
-                self._store.put_hold_later(
-                    StoredHold(room_id, hold.user, key.alias, key.identity, device, present, expires)
-                )
+                self._store.put_hold_later(self._stored(room_id, hold, present=present))
+
+    def _stored(self, room_id: str, hold: Hold, *, present: bool) -> StoredHold:
+        expires = self._wall() + hold.expires - self._clock.seconds()
+        return StoredHold(room_id, hold.user, hold.alias, hold.identity, hold.device, present, expires)
 
 
 def _snapshot(room_id: str, seats: RoomSeats, now: float) -> RoomSnapshot:

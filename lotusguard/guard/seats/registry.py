@@ -86,6 +86,9 @@ class TokenRegistry(Protocol):
     async def entry(self, alias: str, identity: str) -> IdentityEntry | None:
         """What is known about an identity, or about the one it is made of (see `base_identities`)."""
 
+    async def read_ahead(self, alias: str, identities: Collection[str]) -> None:
+        """These identities are going to be asked about."""
+
     async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
         """The sources that are withheld from an identity from now on. An unknown identity stays unknown: nothing may
         be given to it anyway."""
@@ -114,6 +117,9 @@ def _texts_of_identity(key: tuple[str, str], known: _Identity) -> tuple[str, ...
 @define(eq=False)
 class MemoryTokenRegistry:
     """The registry of one guard: answers from memory, and is written behind to the state store if there is one.
+
+    A question counts as use. Reconciling asks every few seconds about those who are in a call, so that however many
+    tokens one caller asks for, these are not forgotten.
 
     :param store: where it survives a restart; ``None`` keeps it in memory only.
     :param wall: seconds since the epoch.
@@ -144,9 +150,11 @@ class MemoryTokenRegistry:
         if self._store is None:
             return
         now = self._clock.seconds()
-        for alias, room_id, slot_id in self._store.aliases(ALIASES_KEPT):
+        for alias, room_id, slot_id in (*self._store.aliases(ALIASES_KEPT), *self._store.aliases_in_use(ALIASES_KEPT)):
             self._place(alias, Slot(room_id, slot_id))
-        for row in self._store.identities(IDENTITIES_LOADED):
+        for row in (
+            *self._store.identities(IDENTITIES_LOADED), *self._store.identities_in_use(IDENTITIES_LOADED)
+        ):  # fmt: skip
             ceiling = None if row.ceiling is None else sources_of(row.ceiling)
             entry = IdentityEntry(row.user, row.device, ceiling, sources_of(row.withheld))
             self._identities.put((row.alias, row.identity), _Identity(entry, now))
@@ -180,7 +188,10 @@ class MemoryTokenRegistry:
 
     async def slot_of(self, alias: str) -> Slot | None:
         known = self._aliases.get(alias)
-        return known.slot if known is not None else None
+        if known is None:
+            return None
+        self._aliases.touch(alias)
+        return known.slot
 
     async def aliases_of(self, room_id: str) -> Collection[str]:
         return tuple(self._rooms.get(room_id, ()))
@@ -193,8 +204,12 @@ class MemoryTokenRegistry:
         for base in base_identities(identity):
             known = self._identities.get((alias, base))
             if known is not None:
+                self._identities.touch((alias, base))
                 return known.entry
         return None
+
+    async def read_ahead(self, alias: str, identities: Collection[str]) -> None:
+        """All are in memory."""
 
     async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
         entry = await self.entry(alias, identity)

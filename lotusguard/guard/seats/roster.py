@@ -90,6 +90,7 @@ class Roster:
         slot = await self._registry.slot_of(alias)
         participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
         if slot is not None:
+            await self._registry.read_ahead(alias, [participant.identity for participant in participants])
             present = [
                 await self._arrival(alias, p) async for p in in_slices(self._clock, participants) if takes_seat(p)
             ]
@@ -98,6 +99,16 @@ class Roster:
             limit = self._policies.last_known(slot.room_id).max_users
             await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
         return participants
+
+    async def list_all(
+        self, room_id: str, since: float, deadline: Deadline, requested: str = ROOM_SLOT
+    ) -> Sequence[tuple[str, Listing]]:
+        """Listings of all SFU rooms of a Matrix room, each begun at ``since`` or later.
+
+        :param requested: as for `refresh`. :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError:
+        """
+        aliases = [*await self._aliases_to_list(room_id, requested)]
+        return [*zip(aliases, await gather(self.list(alias, since, deadline) for alias in aliases), strict=True)]
 
     async def _aliases_to_list(self, room_id: str, requested: str) -> Collection[str]:
         main = room_alias(room_id, ROOM_SLOT)

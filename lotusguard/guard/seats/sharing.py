@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a guard needs to share its seats with others, put together."""
+"""Everything that a guard needs to share its seats and its account with others, put together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lotusguard.clients.redis.client import RedisClient
 from lotusguard.clients.redis.link import ADVICE
 from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
 from lotusguard.guard.seats.memory import MemorySeatBook
+from lotusguard.guard.seats.redis.account import TURN_INTERVAL, AccountTurns
 from lotusguard.guard.seats.redis.book import RENEW_INTERVAL, RedisSeatBook
 from lotusguard.guard.seats.redis.epoch import HEARTBEAT_INTERVAL, Rebuilding
 from lotusguard.guard.seats.redis.leases import RoomLeases
@@ -28,6 +29,7 @@ class Sharing:
     """The seats of one guard among several.
 
     :ivar guard: this guard's name.
+    :ivar turns: which guard listens in the rooms of the account.
     """
 
     guard: str
@@ -36,6 +38,7 @@ class Sharing:
     shared: RedisSeatBook
     rebuilding: Rebuilding
     leases: RoomLeases
+    turns: AccountTurns
 
     @classmethod
     def create(
@@ -58,7 +61,8 @@ class Sharing:
 
         book = FailoverSeatBook(redis, shared, alone, own, reactor, wall, seat_ttl)
         rebuilding.give_back = book.give_back
-        return cls(guard, redis, book, shared, rebuilding, RoomLeases(redis, guard))
+        turns = AccountTurns(redis, guard, reactor)
+        return cls(guard, redis, book, shared, rebuilding, RoomLeases(redis, guard, reactor), turns)
 
     def registry(self, own: MemoryTokenRegistry, clock: IReactorTime) -> RedisTokenRegistry:
         """The shared registry. :param own: becomes this guard's cache."""
@@ -78,13 +82,17 @@ class Sharing:
         return (
             ("renewing requests in flight", RENEW_INTERVAL, self.book.renew),
             ("telling other guards of this one", HEARTBEAT_INTERVAL, self.rebuilding.heartbeat),
+            ("taking turns to listen in rooms", TURN_INTERVAL, self.turns.take_turns),
         )
 
     def fault(self) -> str:
         """Why the seats are not shared now, and what to do; "" if they are."""
-        fault = self.redis.fault
+        fault = self.redis.fault or (self.redis.trouble if self.book.unshared else "")
         if fault:
             return f"Redis: {fault}. {ADVICE.get(fault, '')}".strip()
         if self.book.unshared:
             return "Redis: no answer a moment ago"
+        if self.redis.message_fault:
+            fault = self.redis.message_fault
+            return f"Redis: messages of other guards do not arrive: {fault}. {ADVICE.get(fault, '')}".strip()
         return "" if self.rebuilding.complete else "Redis: what it may have lost is being collected"

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, field
 from twisted.internet.defer import Deferred
-from twisted.logger import Logger
 
+from lotusguard.guard.seats.rows import StateReader, StoredHold, StoredIdentity, StoredLobbyEntry
 from lotusguard.guard.seats.statefile import StateUnusable, open_state_file
 from lotusguard.guard.seats.writer import PATIENCE, BatchWriter
 from lotusguard.metrics import Metrics
@@ -32,16 +32,12 @@ __all__ = [
     "open_state_store",
 ]
 
-log = Logger()
-
 HEARTBEAT = 60.0
 """Seconds between two writes of ``last_alive``. Old rows are deleted in the same batch."""
 GAP = 600.0
 """Seconds without a guard after which `StateStore.guarding_since` begins anew."""
 ROWS_KEPT = {"aliases": 200_000, "identities": 1_000_000}
 """Rows that stay in the file; the oldest are deleted first."""
-HOLDS_READ = 200_000
-LOBBY_READ = 50_000
 DELETED_AT_ONCE = 20_000
 KEPT, PRESENT_KEPT = 30 * 86400.0, 7 * 86400.0
 """Seconds after which aliases and identities, and holds of people in a call, are deleted unless written again."""
@@ -55,68 +51,12 @@ _DROP_HOLD = "DELETE FROM holds WHERE room_id = ? AND alias = ? AND identity = ?
 _PUT_LOBBY = """INSERT OR REPLACE INTO lobby (room_id, user, id, state, began, expires, notice)
     VALUES (?, ?, ?, ?, ?, ?, ?)"""
 _DROP_LOBBY = "DELETE FROM lobby WHERE room_id = ? AND user = ?"
-_LOBBY = """SELECT room_id, user, id, state, began, expires, notice FROM lobby
-    WHERE expires > ? ORDER BY expires DESC LIMIT ?"""
 _PUT_RESIDENCE = """INSERT OR REPLACE INTO residence (name, value)
     SELECT json_extract(row.value, '$[0]'), json_extract(row.value, '$[1]') FROM json_each(?) AS row"""
 _DROP_RESIDENCE = "DELETE FROM residence WHERE value IS NULL"
 _PUT_CLOCK = "INSERT OR REPLACE INTO clock (name, at) VALUES (?, ?)"
-_ALIASES = """SELECT alias, room_id, slot_id FROM
-    (SELECT rowid AS written, * FROM aliases ORDER BY rowid DESC LIMIT ?) ORDER BY written"""
-_IDENTITIES = """SELECT alias, identity, user, device, ceiling, withheld FROM
-    (SELECT rowid AS written, * FROM identities ORDER BY rowid DESC LIMIT ?) ORDER BY written"""
-_HOLDS = """SELECT room_id, user, alias, identity, device, present, expires FROM holds
-    WHERE present = 1 OR expires > ? ORDER BY expires DESC LIMIT ?"""
 _DELETE_OLD = """DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY rowid LIMIT ?)
     AND (seen < ? OR rowid <= (SELECT max(rowid) FROM {table}) - ?)"""
-
-
-@frozen
-class StoredHold:
-    """A seat that is held for a user.
-
-    :ivar alias: the SFU room of the issued token. It is empty in holds from version 1 of the file, whose ``identity``
-        is the user.
-    :ivar present: the user has arrived. Such a hold is kept until they leave, so that a restart knows who had a seat.
-    :ivar expires: seconds since the epoch.
-    """
-
-    room_id: str
-    user: str
-    alias: str
-    identity: str
-    device: str
-    present: bool
-    expires: float
-
-
-@frozen
-class StoredIdentity:
-    """An identity for which a token was issued.
-
-    :ivar ceiling: what upstream granted, as a bit mask of source numbers; ``None`` if it is not known.
-    :ivar withheld: what the guard keeps back of it, as a bit mask.
-    """
-
-    alias: str
-    identity: str
-    user: str
-    device: str
-    ceiling: int | None
-    withheld: int
-
-
-@frozen
-class StoredLobbyEntry:
-    """An entry in a room's lobby; see `lotusguard.rules.lobby.LobbyEntry`. Times are seconds since the epoch."""
-
-    room_id: str
-    user: str
-    id: str
-    state: str
-    began: float
-    expires: float
-    notice: str
 
 
 def open_state_store(
@@ -129,27 +69,22 @@ def open_state_store(
     """
     connection, path = open_state_file(directory, wall)
     try:
-        return StateStore(connection, path, reactor, metrics, wall)
+        return StateStore(connection, path, wall, reactor, metrics)
     except sqlite3.Error as error:
         connection.close()
         raise StateUnusable(f"{path}: {error}") from None
 
 
 @define(eq=False)
-class StateStore:
+class StateStore(StateReader):
     """Tables that are read once and then written behind: a write is on disk within a second; `put_hold` says when.
 
-    :ivar bad_rows: rows that could not be read and were skipped.
     :ivar guarding_since: since when, in seconds since the epoch, a guard has run on this directory without a gap of
         more than `GAP` seconds. Everybody who joined a call later got their token from a guard.
     """
 
-    _connection: sqlite3.Connection = field(repr=False)
-    _path: Path
     _reactor: Any = field(repr=False)
     _metrics: Metrics = field(repr=False)
-    _wall: Callable[[], float] = field(repr=False)
-    bad_rows: int = field(init=False, default=0)
     guarding_since: float = field(init=False)
     _last_alive: float = field(init=False)
     _writer: BatchWriter = field(init=False, repr=False)
@@ -157,7 +92,7 @@ class StateStore:
 
     def __attrs_post_init__(self) -> None:
         now = self._last_alive = self._wall()
-        times = dict(self._rows("SELECT name, at FROM clock", (), str, float))
+        times = self.times()
         unbroken = abs(now - times.get("last_alive", 0.0)) < GAP
         self.guarding_since = min(now, times.get("guarding_since", now)) if unbroken else now
         for name, at in (("guarding_since", self.guarding_since), ("last_alive", now)):
@@ -176,52 +111,6 @@ class StateStore:
     def writable(self) -> bool:
         """Whether the last batch could be written."""
         return self._writer.writable
-
-    # -- reading, before the first write -------------------------------------------------------------------------
-
-    def aliases(self, limit: int) -> Iterator[tuple[str, str, str]]:
-        """Alias, room and slot, the latest last."""
-        return ((alias, room, slot) for alias, room, slot in self._rows(_ALIASES, (limit,), str, str, str))
-
-    def identities(self, limit: int) -> Iterator[StoredIdentity]:
-        """Identities with what is known about them, the latest last."""
-        rows = self._rows(_IDENTITIES, (limit,), str, str, str, str, (int, type(None)), int)
-        return (StoredIdentity(*row) for row in rows)
-
-    def holds(self) -> list[StoredHold]:
-        """The holds of people in a call, and those that have not expired."""
-        rows = self._rows(_HOLDS, (self._wall(), HOLDS_READ), str, str, str, str, str, int, float)
-        return [
-            StoredHold(room_id, user, alias, identity, device, bool(present), expires)
-            for room_id, user, alias, identity, device, present, expires in rows
-        ]
-
-    def lobby_entries(self) -> list[StoredLobbyEntry]:
-        """The lobby entries that have not expired."""
-        rows = self._rows(_LOBBY, (self._wall(), LOBBY_READ), str, str, str, str, float, float, str)
-        return [StoredLobbyEntry(*row) for row in rows]
-
-    def residence(self) -> dict[str, str]:
-        """What `put_residence` wrote: values by name."""
-        return dict(self._rows("SELECT name, value FROM residence WHERE value IS NOT NULL", (), str, str))
-
-    def _rows(self, query: str, values: tuple[object, ...], *types: Any) -> Iterator[tuple[Any, ...]]:
-        """The rows whose values have these types. Others are counted, and the rest of a damaged table counts as one."""
-        try:
-            for row in self._connection.execute(query, values):
-                try:
-                    decoded = tuple(value.decode() if isinstance(value, bytes) else value for value in row)
-                except UnicodeDecodeError:
-                    self.bad_rows += 1
-                    continue
-                if all(map(isinstance, decoded, types)):
-                    yield decoded
-                else:
-                    self.bad_rows += 1
-        except sqlite3.DatabaseError as error:
-            self.bad_rows += 1
-            log.error("{path} is damaged, not all of it was read: {reason}",
-                      path=str(self._path), reason=str(error), event_name="state_damaged")  # fmt: skip
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -274,12 +163,12 @@ class StateStore:
         return self._writer.put_now(("residence",), _PUT_RESIDENCE, (statement,))
 
     async def close(self) -> None:
-        """Write what is left, as far as it can be written, and close the file."""
+        """Write what is left, as far as it can be written, and close the file. Ends although the disk hangs."""
         if self._heartbeat.active():
             self._heartbeat.cancel()
         self._put_clock("last_alive", self._wall())
-        await self._writer.close()
-        self._connection.close()
+        if await self._writer.close():
+            self._connection.close()
 
     def _beat(self) -> None:
         now = self._wall()

@@ -10,19 +10,18 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from attrs import Factory, define, field
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
+from lotusguard.guard.seats.batch import Statement, WritingThread, run_batch
 from lotusguard.metrics import Metrics
 
 log = Logger()
@@ -34,6 +33,10 @@ WRITE_BEHIND = 0.2
 """Batching delay for writes that nobody awaits, in seconds."""
 PATIENCE = 0.25
 """Seconds after which a caller that awaits a write continues without it: a slow disk delays no join for long."""
+HANGS = 5.0
+"""Seconds after which a batch that is still being written is reported."""
+CLOSE_PATIENCE = 5.0
+"""Seconds that `BatchWriter.close` may take. A disk that does not answer must not keep the guard from stopping."""
 RETRY = 1.0
 """Seconds until a batch that failed is written again."""
 BATCH = 5_000
@@ -41,12 +44,6 @@ BATCH = 5_000
 PENDING_LIMIT = 100_000
 """Writes that may wait while the file cannot be written. Names have at most 255 bytes, so they take at most 200 MB, and
 40 MB with names of the usual length. Beyond the limit the oldest are dropped."""
-
-_INVALID = (
-    sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError, UnicodeError,
-    OverflowError,
-)  # fmt: skip
-"""Errors of one write. It is skipped, because it would fail each time and keep back all the others."""
 
 
 class _State(Enum):
@@ -56,12 +53,6 @@ class _State(Enum):
     """The batch takes longer than `PATIENCE`."""
     BACKING_OFF = "backing off"
     """The last batch failed; the next attempt is scheduled."""
-
-
-class _Pool(ThreadPool):
-    """Its thread does not keep the process from ending when the start fails, for instance because a port is taken."""
-
-    threadFactory = partial(Thread, daemon=True)  # type: ignore[assignment]
 
 
 @define(eq=False)
@@ -87,12 +78,13 @@ class BatchWriter:
     _state: _State = field(init=False, default=_State.IDLE)
     _queue: dict[Key, _Write] = field(init=False, repr=False, factory=dict)
     _batch: dict[Key, _Write] = field(init=False, repr=False, factory=dict)
-    _cleanup: Sequence[tuple[str, tuple[object, ...]]] = field(init=False, repr=False, default=())
+    _cleanup: Sequence[Statement] = field(init=False, repr=False, default=())
     _scheduled: Any = field(init=False, repr=False, default=None)
+    _overdue: Any = field(init=False, repr=False, default=None)
     _batch_ended: list[Deferred[None]] = field(init=False, repr=False, factory=list)
 
     def __attrs_post_init__(self) -> None:
-        self._pool = _Pool(1, 1, "lotusguard-store")
+        self._pool = WritingThread(1, 1, "lotusguard-store")
         self._pool.start()
 
     @property
@@ -120,13 +112,29 @@ class BatchWriter:
             self._write_batch()
         return written
 
-    def clean_up(self, statements: Sequence[tuple[str, tuple[object, ...]]]) -> None:
+    def clean_up(self, statements: Sequence[Statement]) -> None:
         """Run statements that delete old rows with the next batch. They are dropped if it fails."""
         self._cleanup = statements
         self._schedule(WRITE_BEHIND)
 
-    async def close(self) -> None:
-        """Write what is left, as far as it can be written, and stop the thread."""
+    async def close(self) -> bool:
+        """Write what is left, as far as it can be written in `CLOSE_PATIENCE`, and stop the thread.
+
+        :return: whether it has stopped. If not, the disk does not answer, and the connection must be left alone:
+            closing it would wait for the thread.
+        """
+        try:
+            await Deferred.fromCoroutine(self._write_all()).addTimeout(CLOSE_PATIENCE, self._reactor)
+        except TimeoutError:
+            self._say_incomplete()
+            return False
+        finally:
+            self._unschedule()
+            self._cancel_overdue()
+        self._pool.stop()
+        return True
+
+    async def _write_all(self) -> None:
         while self.pending:
             if self._state is _State.BACKING_OFF:
                 self._state = _State.IDLE  # one last attempt
@@ -135,11 +143,14 @@ class BatchWriter:
             self._batch_ended.append(ended)
             await ended
             if self._state is _State.BACKING_OFF:
-                log.error("{path} lacks the last {count} writes", path=str(self._path), count=self.pending,
-                          event_name="state_incomplete")  # fmt: skip
+                self._say_incomplete()
                 break
-        self._unschedule()
-        self._pool.stop()
+
+    def _say_incomplete(self) -> None:
+        log.error(
+            "{path} lacks the last {count} writes",
+            path=str(self._path), count=self.pending, event_name="state_incomplete",
+        )  # fmt: skip
 
     def _enqueue(self, key: Key, statement: str, values: tuple[object, ...]) -> _Write:
         write = _Write(statement, values)
@@ -181,19 +192,26 @@ class BatchWriter:
             self._batch[key] = self._queue.pop(key)
         cleanup, self._cleanup = self._cleanup, ()
         statements = [(write.statement, write.values) for write in self._batch.values()]
-        late = self._reactor.callLater(PATIENCE, self._late)
-        writing = deferToThreadPool(self._reactor, self._pool, _run_batch, self._connection, statements, cleanup)
-        writing.addBoth(self._ended, late).addErrback(
+        self._overdue = self._reactor.callLater(PATIENCE, self._late)
+        writing = deferToThreadPool(self._reactor, self._pool, run_batch, self._connection, statements, cleanup)
+        writing.addBoth(self._ended).addErrback(
             lambda failure: log.failure("writing {path} failed", failure, path=str(self._path))
         )
 
     def _late(self) -> None:
         self._state = _State.LATE
+        self._overdue = self._reactor.callLater(HANGS - PATIENCE, self._hanging)
         _answer((*self._batch.values(), *self._queue.values()), False)
 
-    def _ended(self, outcome: int | Failure, late: Any) -> None:
-        if late.active():
-            late.cancel()
+    def _hanging(self) -> None:
+        self._say_not_writable("the disk does not answer")
+
+    def _cancel_overdue(self) -> None:
+        if self._overdue is not None and self._overdue.active():
+            self._overdue.cancel()
+
+    def _ended(self, outcome: int | Failure) -> None:
+        self._cancel_overdue()
         batch, self._batch = self._batch, {}
         written = not isinstance(outcome, Failure)
         self._metrics.state_writes.labels("ok" if written else "failed").inc()
@@ -214,15 +232,20 @@ class BatchWriter:
             waiter.callback(None)
 
     def _say_whether_writable(self, outcome: int | Failure) -> None:
-        if isinstance(outcome, Failure) and self.writable:
+        if isinstance(outcome, Failure):
+            self._say_not_writable(outcome.getErrorMessage())
+        elif not self.writable:
+            self.writable = True
+            log.info("{path} can be written again", path=str(self._path), event_name="state_writable")
+
+    def _say_not_writable(self, reason: str) -> None:
+        """Once, until it can be written again."""
+        if self.writable:
             log.error(
                 "{path} cannot be written, {count} writes wait: {reason}",
-                path=str(self._path), count=self.pending, reason=outcome.getErrorMessage(),
-                event_name="state_not_writable",
+                path=str(self._path), count=self.pending, reason=reason, event_name="state_not_writable",
             )  # fmt: skip
-        elif not isinstance(outcome, Failure) and not self.writable:
-            log.info("{path} can be written again", path=str(self._path), event_name="state_writable")
-        self.writable = not isinstance(outcome, Failure)
+        self.writable = False
 
 
 def _answer(writes: Iterable[_Write], written: bool) -> None:
@@ -232,28 +255,3 @@ def _answer(writes: Iterable[_Write], written: bool) -> None:
         for waiter in waiters:
             if not waiter.called:
                 waiter.callback(written)
-
-
-def _run_batch(
-    connection: sqlite3.Connection,
-    statements: Sequence[tuple[str, tuple[object, ...]]],
-    cleanup: Sequence[tuple[str, tuple[object, ...]]],
-) -> int:
-    """In the writing thread. :return: how many of the statements cannot be run at all."""
-    invalid = 0
-    cursor = connection.cursor()
-    cursor.execute("BEGIN IMMEDIATE")
-    try:
-        for statement, values in statements:
-            try:
-                cursor.execute(statement, values)
-            except _INVALID:
-                invalid += 1
-        for statement, values in cleanup:
-            cursor.execute(statement, values)
-        cursor.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            cursor.execute("ROLLBACK")
-        raise
-    return invalid

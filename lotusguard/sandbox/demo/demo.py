@@ -28,8 +28,9 @@ SETTINGS: dict[str, object] = {
     "guard_policy_ttl": POLICY_TTL,
     "guard_reconcile_interval": 0.5,
     "guard_restore": True,
+    "guard_invites": "local",
 }
-"""The guard's settings in the demo: short intervals, so that it does not take long."""
+"""The guard's settings in the demo: short intervals, so that it does not take long, and it may be invited."""
 
 
 class Demo:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's part about lobbies: people wait, and are admitted, denied and removed. Sandbox."""
+"""The demo's part about lobbies: people wait, and are admitted by a reaction, denied and removed. Sandbox."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from lotusguard.terminal import StepReport
 
 NOT_ADMITTED = "403 You were not admitted to this call."
 REMOVED = "403 You were removed from this call."
+GUARD = f"@admin:{SERVER_NAME}"
+"""The guard's account in the sandbox."""
+ADMIT = "✅"
 
 
 class LobbyDemo:
@@ -35,12 +38,32 @@ class LobbyDemo:
     async def run(self) -> None:
         """Run all steps. :raises StepFailed: one failed."""
         step = self._report.step
-        self._report.section("A lobby", "Moderators react to a notice, or an operator decides, as here.")
-        self._sandbox.homeserver.set_state(self._room, LOBBY, {"enabled": True})
-        await step("erin asks to join and waits", self._waits("erin"))
-        await step("erin is admitted", self._is_admitted())
-        await step("dave waits and is denied", self._is_denied())
+        self._report.section("A lobby", "Moderators react to the guard's notice, or an operator decides.")
+        await step("alice, a moderator, invites the guard's account and switches the lobby on", self._opens())
+        await step("erin asks to join and waits; the guard asks the room", self._waits_and_is_announced())
+        await step("alice reacts to the notice: erin is admitted", self._is_admitted())
+        await step("dave waits, and an operator denies him", self._is_denied())
         await step("erin is removed, and refused when she comes back", self._is_removed())
+
+    async def _opens(self) -> str:
+        homeserver = self._sandbox.homeserver
+        homeserver.invite(self._room, GUARD, sender=_id("alice"))
+        residence = self._sandbox.guard.residence
+        await self._call.until(lambda: residence.is_joined(self._room, GUARD), "the guard does not come")
+        homeserver.set_state(self._room, LOBBY, {"enabled": True})
+        return f"{GUARD} is in the room; {LOBBY} {json.dumps({'enabled': True})}"
+
+    async def _waits_and_is_announced(self) -> str:
+        said = await self._waits("erin")
+        await self._call.until(self._notice, "there is no notice")
+        return f"{said}; the guard's notice is in the room"
+
+    def _notice(self) -> str:
+        """The event ID of the guard's notice about erin; "" if there is none, or it was redacted."""
+        for _, event in self._sandbox.homeserver.rooms[self._room].timeline:
+            if event["sender"] == GUARD and "asks to join" in str(event["content"].get("body")):
+                return str(event["event_id"])
+        return ""
 
     async def _waits(self, name: str) -> str:
         issued = len(self._sandbox.upstream.issued)
@@ -55,11 +78,14 @@ class LobbyDemo:
         return (self._room, _id(name)) in [(room["room_id"], one["user"]) for room in rooms for one in room["waiting"]]
 
     async def _is_admitted(self) -> str:
-        said = await self._moderate("erin", "admit")
+        homeserver, notice = self._sandbox.homeserver, self._notice()
+        homeserver.react(self._room, _id("erin"), notice, ADMIT)
+        homeserver.react(self._room, _id("alice"), notice, ADMIT)
         answer = await self._asking.pop("erin")
         expect(answer.code == 200, f"her request was answered {answer.code}")
         self._erin = self._sandbox.livekit.connect(json.loads(answer.body)["jwt"])
-        return f"{said}; her request is answered 200, and she joins"
+        await self._call.until(lambda: not self._notice(), "the notice is not redacted")
+        return "her request is answered 200, and she joins; the notice is redacted"
 
     async def _is_denied(self) -> str:
         await self._waits("dave")

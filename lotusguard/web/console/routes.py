@@ -19,7 +19,7 @@ from twisted.web.template import Tag, flattenString
 
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction
-from lotusguard.web.answers import NO_ROUTE, Rejected, answer_failure
+from lotusguard.web.answers import NO_ROUTE, Rejected, Reply, answer_failure
 from lotusguard.web.console import pages
 from lotusguard.web.console.sessions import Session, Sessions, TooManyAttempts
 from lotusguard.web.console.view import ConsoleView, Overview
@@ -28,6 +28,8 @@ from lotusguard.web.site import GuardRequest
 log = Logger()
 
 COOKIE = b"lotusguard_session"
+MOST_FIELDS = 20
+BAD_FORM = Reply(400, "M_INVALID_PARAM", "The form has too many fields.")
 UPDATE_EVERY = 2.0
 """Seconds between two looks at whether the overview has changed."""
 SHARE = 0.02
@@ -82,6 +84,12 @@ class Console:
         else:
             await _send(request, 200, pages.overview(await self._view.overview()))
 
+    @app.route("/rooms", methods=["GET"])
+    async def rooms(self, request: GuardRequest) -> None:
+        """All live calls."""
+        self._signed_in(request)
+        await _send(request, 200, pages.all_rooms(await self._view.rooms()))
+
     @app.route("/room", methods=["GET"])
     async def room(self, request: GuardRequest) -> None:
         """One call."""
@@ -101,7 +109,8 @@ class Console:
         if fields["action"] not in _QUESTIONS:
             raise Rejected(NO_ROUTE)
         question, button = _QUESTIONS[fields["action"]]
-        await _send(request, 200, pages.confirm(question.format(user=fields["user"]), button, session.csrf, fields))
+        asked, name = question.format(user=fields["user"]), self._view.names.of(fields["room_id"])
+        await _send(request, 200, pages.confirm(asked, button, session.csrf, fields, name))
 
     @app.route("/style.css", methods=["GET"])
     def style(self, request: GuardRequest) -> bytes:
@@ -134,11 +143,11 @@ class Console:
 
     @app.route("/sign-out", methods=["GET"])
     def sign_out(self, request: GuardRequest) -> None:
-        """End the session. Another page can cause this, and no more than this."""
+        """End the session. Other sites cannot cause this: browsers send them without the cookie."""
         session = self._session(request)
         if session is not None:
             self._sessions.sign_out(session)
-        _set_cookie(request, "", 0)
+            _set_cookie(request, "", 0)
         _redirect(request)
 
     # -- actions -----------------------------------------------------------------------------------------
@@ -152,6 +161,8 @@ class Console:
             await _send(request, 403, pages.message("Not done", "This form is not from this session. Try again."))
             return
         room_id, user, action = (form.get(name, "") for name in ("room_id", "user", "action"))
+        if action not in _QUESTIONS:
+            raise Rejected(NO_ROUTE)
         done = await self._do(room_id, user, action, _operator(request))
         if not done:
             await _send(request, 404, pages.message("Not done", f"{user} neither waits nor is in this call any more."))
@@ -247,7 +258,10 @@ def _form(request: GuardRequest) -> Mapping[str, str]:
 
 
 def _last(encoded: bytes) -> Mapping[str, str]:
-    parsed = parse_qs(encoded.decode("utf-8", "replace"), max_num_fields=20)
+    try:
+        parsed = parse_qs(encoded.decode("utf-8", "replace"), max_num_fields=MOST_FIELDS)
+    except ValueError:
+        raise Rejected(BAD_FORM) from None
     return {name: values[-1] for name, values in parsed.items()}
 
 
@@ -258,10 +272,10 @@ def _operator(request: GuardRequest) -> str:
 
 
 def _set_cookie(request: GuardRequest, value: str, max_age: int | None) -> None:
-    scheme = (request.requestHeaders.getRawHeaders(b"x-forwarded-proto") or [b""])[0]
+    scheme = (request.requestHeaders.getRawHeaders(b"x-forwarded-proto") or [b""])[0].partition(b",")[0].strip()
     request.addCookie(
         COOKIE, value.encode("ascii"), path=b"/", max_age=None if max_age is None else b"%d" % max_age,
-        secure=scheme == b"https", httpOnly=True, sameSite=b"strict",
+        secure=scheme.lower() == b"https", httpOnly=True, sameSite=b"strict",
     )  # fmt: skip
 
 
@@ -273,9 +287,8 @@ def _redirect(request: GuardRequest) -> None:
 
 
 def _static(request: GuardRequest, name: str) -> bytes:
-    request.setHeader(b"Content-Type", _STATIC[name])
-    request.setHeader(b"X-Content-Type-Options", b"nosniff")
-    request.setHeader(b"Cache-Control", b"max-age=3600")
+    for header, value in (*_HEADERS.items(), (b"Content-Type", _STATIC[name])):
+        request.setHeader(header, value)
     return files("lotusguard.web.console").joinpath("static", name).read_bytes()
 
 

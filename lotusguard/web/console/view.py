@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attrs import define, field, frozen
@@ -15,17 +15,21 @@ from lotusguard.guard.joins.history import Minute
 from lotusguard.guard.lobby import Waiting
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import Presence, RoomSnapshot, SeatBook
+from lotusguard.web.console.names import RoomNames
 
 DECISIONS_SHOWN = 20
+ROOMS_SHOWN = 25
+"""Calls on the front page, the largest first; another page has all of them."""
 REPORT_AGE = 10.0
 """Seconds for which a health report is shown again: making one asks every dependency."""
 
 
 @frozen
 class RoomRow:
-    """One live call. :ivar limit: its seats, ``None`` for no limit."""
+    """One live call. :ivar name: the room's, "" if it is not known. :ivar limit: its seats, ``None`` for no limit."""
 
     room_id: str
+    name: str
     seats_taken: int
     limit: int | None
     present: Sequence[Presence]
@@ -34,15 +38,18 @@ class RoomRow:
 
 @frozen
 class Overview:
-    """Everything on the front page."""
+    """Everything on the front page. :ivar calls: how many live calls there are."""
 
     report: dict[str, Any]
+    calls: int
     rooms: Sequence[RoomRow]
     waiting: Sequence[Waiting]
     decisions: Sequence[Decision]
     minutes: Sequence[Minute]
     began: Callable[[float], float]
     """turns a time on the guard's clock into seconds since the epoch"""
+    names: Mapping[str, str]
+    """names of rooms in which somebody waits, or about which something was decided"""
 
 
 @define(eq=False)
@@ -56,6 +63,7 @@ class ConsoleView:
     _clock: IReactorTime
     _wall: Callable[[], float]
     _waiting: Callable[[], Sequence[Waiting]]
+    names: RoomNames
     _report: dict[str, Any] = field(factory=dict, init=False)
     _reported_at: float | None = field(default=None, init=False)
 
@@ -64,15 +72,26 @@ class ConsoleView:
         if self._reported_at is None or now - self._reported_at >= REPORT_AGE:
             self._report = await self._health.report()
             self._reported_at = self._clock.seconds()
-        rooms = sorted((self._row(s) for s in await self._seats.snapshots()), key=lambda row: -len(row.present))
+        snapshots = await self._sorted()
+        rooms = [self._row(snapshot) for snapshot in snapshots[:ROOMS_SHOWN]]
         decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
+        waiting = self._waiting()
+        named = {*(one.room_id for one in waiting), *(decision.room_id or "" for decision in decisions)} - {""}
         return Overview(
-            self._report, rooms, self._waiting(), decisions, self._decision_log.history.last_hour(),
-            self._since_epoch,
+            self._report, len(snapshots), rooms, waiting, decisions, self._decision_log.history.last_hour(),
+            self._since_epoch, {room_id: self.names.of(room_id) for room_id in named},
         )  # fmt: skip
 
     def _since_epoch(self, at: float) -> float:
         return self._wall() - (self._clock.seconds() - at)
+
+    async def rooms(self) -> list[RoomRow]:
+        """All live calls."""
+        return [self._row(snapshot) for snapshot in await self._sorted()]
+
+    async def _sorted(self) -> list[RoomSnapshot]:
+        """The largest calls first."""
+        return sorted(await self._seats.snapshots(), key=lambda snapshot: (-len(snapshot.present), snapshot.room_id))
 
     async def room(self, room_id: str) -> RoomRow | None:
         """One call; ``None`` if there is none."""
@@ -89,4 +108,7 @@ class ConsoleView:
 
     def _row(self, snapshot: RoomSnapshot) -> RoomRow:
         policy = self._policies.last_known(snapshot.room_id)
-        return RoomRow(snapshot.room_id, snapshot.seats_taken, policy.max_users, snapshot.present, snapshot.awaited)
+        return RoomRow(
+            snapshot.room_id, self.names.of(snapshot.room_id), snapshot.seats_taken, policy.max_users,
+            snapshot.present, snapshot.awaited,
+        )  # fmt: skip

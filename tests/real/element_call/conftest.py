@@ -102,6 +102,12 @@ def support_calls(path: Path, stack: Stack) -> None:
 
 
 @pytest.fixture(scope="session")
+def guard_account(services: Stack) -> str:
+    """A user without admin rights, whose token the guard uses where it is to be in rooms itself."""
+    return services.users("guard")[0]
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder for screenshots."""
     given = os.environ.get("ELEMENT_CALL_PICTURES", "")
@@ -133,6 +139,7 @@ def sites(bundle: Path, services: Stack) -> Iterator[Callable[[str], Site]]:
 def open_page(browser: Browser, services: Stack, pictures: Path, request: pytest.FixtureRequest) -> Iterator[OpenPage]:
     """Opens an empty page for a user who is signed in. All are closed when the test ends.
 
+    With ``through`` the page reaches the guard at that URL.
     What each saw last, and its console, stay in the folder of the services' logs.
     """
     from tests.real.element_call.person import Person
@@ -140,7 +147,7 @@ def open_page(browser: Browser, services: Stack, pictures: Path, request: pytest
     contexts: list[BrowserContext] = []
     people: list[Person] = []
 
-    def page(user: str) -> Person:
+    def page(user: str, *, through: str = "") -> Person:
         device = services.matrix("GET", "/_matrix/client/v3/account/whoami", user=user)["device_id"]
         session = {
             "user_id": user,
@@ -148,11 +155,16 @@ def open_page(browser: Browser, services: Stack, pictures: Path, request: pytest
             "access_token": services.tokens[user],
             "passwordlessUser": False,
         }
-        context = browser.new_context(viewport={"width": SIZE[0], "height": SIZE[1]}, reduced_motion="reduce")
+        context = browser.new_context(
+            viewport={"width": SIZE[0], "height": SIZE[1]}, reduced_motion="reduce", ignore_https_errors=True
+        )
         contexts.append(context)
+        if through:
+            transport = {"type": "livekit", "livekit_service_url": through}
+            context.route("**/rtc/transports", lambda route: route.fulfill(json={"rtc_transports": [transport]}))
         stored = json.dumps(json.dumps(session))
         context.add_init_script(f"localStorage.setItem('matrix-auth-store', {stored})")
-        people.append(Person(user, context, context.new_page(), services.guard_url, pictures))
+        people.append(Person(user, context, context.new_page(), through or services.guard_url, pictures))
         return people[-1]
 
     yield page

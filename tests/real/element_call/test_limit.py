@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.real.element_call.calls import in_mode
 from tests.real.element_call.conftest import OpenPage
 from tests.real.element_call.person import PATIENCE
 from tests.real.element_call.rooms import call_room, members
@@ -39,13 +40,13 @@ def test_a_third_person_is_refused_until_a_seat_is_free(
     bob.sees_tiles(2)
     alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call")
     alice.sees_moving_pictures(2)
-    alice.picture(f"two-in-a-call-{mode}")
+    alice.picture(in_mode("two-in-a-call", mode))
     carol.open(url)
     carol.press_join()
     carol.page.get_by_text("Technical details").wait_for(timeout=PATIENCE)
-    carol.picture(f"refused-{mode}")
+    carol.picture(in_mode("refused", mode))
     carol.is_refused("This voice channel is full.")
-    carol.picture(f"refused-details-{mode}")
+    carol.picture(in_mode("refused-details", mode))
     assert carol.asked()
     assert all(request.endswith(" 403") for request in carol.asked())
     assert set(bob.asked()) == {f"POST {request} 200" for request in ASKED[mode]}
@@ -58,4 +59,4 @@ def test_a_third_person_is_refused_until_a_seat_is_free(
     carol.sees_tiles(2)
     alice.sees_tiles(2)
     carol.sees_moving_pictures(2)
-    carol.picture(f"in-once-a-seat-is-free-{mode}")
+    carol.picture(in_mode("in-once-a-seat-is-free", mode))

@@ -8,14 +8,13 @@ from collections.abc import Callable
 import pytest
 
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
-from tests.real.element_call.calls import two_in_a_call
+from tests.real.element_call.calls import in_mode, two_in_a_call
 from tests.real.element_call.conftest import OpenPage
 from tests.real.element_call.person import PATIENCE, Person
 from tests.real.element_call.rooms import call_room, members
-from tests.real.element_call.site import Site
+from tests.real.element_call.site import MODES, Site
 from tests.real.stack import Stack
 
-MODE = "compatibility"
 AWAY = 8_000.0
 """Milliseconds: longer than the guard needs to notice."""
 
@@ -23,13 +22,18 @@ AWAY = 8_000.0
 Call = tuple[str, Person, Person]
 
 
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def call(services: Stack, sites: Callable[[str], Site], open_page: OpenPage) -> Call:
+def call(services: Stack, sites: Callable[[str], Site], open_page: OpenPage, mode: str) -> Call:
     """Two people in a call with two seats: the room, and both pages."""
     services.run_guard(pushed=True)
     users = members(services, "Alice", "Bob")
     room_id = call_room(services, users, 2)
-    return room_id, *two_in_a_call(open_page, sites(MODE), room_id, users)
+    return room_id, *two_in_a_call(open_page, sites(mode), room_id, users)
 
 
 def goes_on(stack: Stack, call: Call) -> None:
@@ -41,12 +45,12 @@ def goes_on(stack: Stack, call: Call) -> None:
     assert len(stack.participants(room_id)) == 2
 
 
-def test_a_call_goes_on_while_the_guard_is_killed_and_restarted(services: Stack, call: Call) -> None:
+def test_a_call_goes_on_while_the_guard_is_killed_and_restarted(services: Stack, call: Call, mode: str) -> None:
     room_id, alice, _ = call
     services.kill_guard()
     goes_on(services, call)
     alice.page.wait_for_timeout(AWAY)
-    alice.picture("guard-away")
+    alice.picture(in_mode("guard-away", mode))
     goes_on(services, call)
     assert services.guard is not None
     services.guard.start()
@@ -55,21 +59,23 @@ def test_a_call_goes_on_while_the_guard_is_killed_and_restarted(services: Stack,
     goes_on(services, call)
 
 
-def test_a_call_goes_on_while_the_homeserver_does_not_answer(services: Stack, call: Call) -> None:
+def test_a_call_goes_on_while_the_homeserver_does_not_answer(services: Stack, call: Call, mode: str) -> None:
     _, alice, _ = call
     with services.synapse.suspended():
         alice.page.wait_for_timeout(AWAY)
-        alice.picture("homeserver-hangs")
+        alice.picture(in_mode("homeserver-hangs", mode))
     goes_on(services, call)
 
 
-def test_element_call_leaves_by_itself_when_the_homeserver_refuses_connections(services: Stack, call: Call) -> None:
+def test_element_call_leaves_by_itself_when_the_homeserver_refuses_connections(
+    services: Stack, call: Call, mode: str
+) -> None:
     room_id, alice, bob = call
     services.synapse.stop()
     try:
         for person in (alice, bob):
             person.sees("Connection lost")
-        alice.picture("homeserver-away")
+        alice.picture(in_mode("homeserver-away", mode))
     finally:
         services.synapse.start()
     for person in (alice, bob):
@@ -79,13 +85,15 @@ def test_element_call_leaves_by_itself_when_the_homeserver_refuses_connections(s
     alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
 
 
-def test_a_restart_of_livekit_ends_the_call_if_its_room_is_not_created_again(services: Stack, call: Call) -> None:
+def test_a_restart_of_livekit_ends_the_call_if_its_room_is_not_created_again(
+    services: Stack, call: Call, mode: str
+) -> None:
     room_id, alice, bob = call
     services.sfu.restart()
     for person in (alice, bob):
         person.sees("Reconnecting")
     alice.page.wait_for_timeout(20_000)
-    alice.picture("livekit-restarted")
+    alice.picture(in_mode("livekit-restarted", mode))
     assert services.participants(room_id) == []
     for person in (alice, bob):
         person.page.reload()
@@ -93,10 +101,12 @@ def test_a_restart_of_livekit_ends_the_call_if_its_room_is_not_created_again(ser
     goes_on(services, call)
 
 
-def test_a_call_goes_on_after_a_restart_of_livekit_if_its_room_is_created_again(services: Stack, call: Call) -> None:
+def test_a_call_goes_on_after_a_restart_of_livekit_if_its_room_is_created_again(
+    services: Stack, call: Call, mode: str
+) -> None:
     room_id, alice, _ = call
     services.sfu.restart()
     assert services.sfu_call("CreateRoom", {"name": room_alias(room_id, ROOM_SLOT)}).status == 200
     alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
     goes_on(services, call)
-    alice.picture("livekit-room-created-again")
+    alice.picture(in_mode("livekit-room-created-again", mode))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Protocol
 
@@ -53,6 +54,8 @@ class SyncStatus(Enum):
     ALIVE = "alive"
     FAILING = "failing"
     """The last attempt failed. What is known may have changed."""
+    FOLLOWING = "following"
+    """Another guard calls it, and tells which rooms there are. What is known may have changed."""
 
 
 @define(eq=False)
@@ -106,7 +109,7 @@ class Residence:
                 return self.is_resident(room_id)
             case SyncStatus.STARTING:
                 return silence < SILENCE
-            case SyncStatus.FAILING:
+            case SyncStatus.FAILING | SyncStatus.FOLLOWING:
                 return self.is_resident(room_id) and silence < SILENCE
             case SyncStatus.OFF:
                 return False
@@ -252,11 +255,31 @@ class Residence:
             log.warn("stored rooms are not used: {reason}", reason=str(error), event_name="residence_not_loaded")
             self._unsaved.update(dict.fromkeys((name for name in rows if name != _SYNC), 0))
             return
-        self._rooms = {name.removeprefix(_ROOM): room for name, room in rooms.items()}
+        self._rooms, self._members = {name.removeprefix(_ROOM): room for name, room in rooms.items()}, 0
         self._size = sum(room.size for room in rooms.values())
         self.invites = {name.removeprefix(_INVITE): inviter for name, inviter in invites.items()}
         self._user_id, self.since = user_id, since
         self._current_at = self._clock.seconds() - max(0.0, self._wall() - saved_at)
+
+    def follow(self, changed: Mapping[str, str | None], *, heard: bool) -> None:
+        """Another guard listens. :param changed: rows that it stored. :param heard: whether it hears the rooms."""
+        if self.status is not SyncStatus.FOLLOWING or heard:
+            self._silent_since = self._clock.seconds()
+        self.status, self.reason = SyncStatus.FOLLOWING, ""
+        for name, text in changed.items():
+            if name.startswith(_ROOM):
+                self._follow_room(name.removeprefix(_ROOM), text)
+        self._current_at = self._clock.seconds() if heard else self._current_at
+
+    def _follow_room(self, room_id: str, text: str | None) -> None:
+        before = self._rooms.pop(room_id, None)
+        if before is not None:
+            self._members -= len(before.joined or ())
+            self._size -= before.size
+        if text is not None:
+            with suppress(ValueError):
+                room = self._rooms[room_id] = ResidentRoom.loaded(text)
+                self._size += room.size
 
     def belong_to(self, user_id: str) -> None:
         """The account is known now: what another one knew does not count."""

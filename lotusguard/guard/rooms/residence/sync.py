@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any
 
 from attrs import define, field
 from twisted.application.internet import backoffPolicy
@@ -40,6 +42,9 @@ class SyncService(Service):
     """One ``/sync`` after another. A failed one is tried again later and later, with jitter.
 
     Where ``GUARD_INVITES`` is off, it asks whose account it is and never syncs.
+
+    :param in_turns: of several guards one listens: only between `listen` and `pause`.
+    :ivar ready: whether it may listen: the account is known, and accepts invitations.
     """
 
     _client: MatrixClient
@@ -49,12 +54,39 @@ class SyncService(Service):
     _invites: InviteHandler
     _clock: IReactorTime
     _pause: Callable[[int], float] = _BACKOFF
+    _in_turns: bool = field(default=False, kw_only=True)
+    ready: bool = field(default=False, init=False)
     _running: Deferred[None] | None = field(default=None, init=False)
     _saved_at: float = field(default=0.0, init=False)
 
     def startService(self) -> None:
         super().startService()
-        self._running = Deferred.fromCoroutine(self._run())
+        self._start(self._run())
+
+    @property
+    def hears(self) -> bool:
+        """Whether what happens in the rooms reaches us now."""
+        return self._residence.alive
+
+    def listen(self) -> None:
+        """Begin to listen, from where the stored rows say."""
+        self._residence.load()
+        self._residence.belong_to(self._account.user_id)
+        self._start(self._listen())
+
+    async def pause(self) -> None:
+        """Stop listening, and write what is known."""
+        if self._running is not None:
+            self._running.cancel()
+        with suppress(DependencyFailed):  # another guard listens already
+            await self._residence.save()
+
+    def follow(self, changed: Mapping[str, str | None], *, heard: bool) -> None:
+        """Another guard listens. :param changed: rows that it stored. :param heard: whether it hears the rooms."""
+        self._residence.follow(changed, heard=heard)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._running = Deferred.fromCoroutine(work)
         self._running.addErrback(_log_unless_cancelled)
 
     def stopService(self) -> Deferred[None]:
@@ -64,7 +96,7 @@ class SyncService(Service):
             self._running.cancel()
         self._invites.stop()
         self._events.stop()
-        return Deferred.fromCoroutine(self._residence.save())
+        return Deferred.fromCoroutine(self._residence.save() if not self._in_turns else self.pause())
 
     async def _run(self) -> None:
         self._residence.load()
@@ -74,6 +106,11 @@ class SyncService(Service):
             self._residence.turn_off(self._account.why_off)
             log.info("invitations are not accepted: {reason}", reason=self._account.why_off, event_name="invites_off")
             return
+        self.ready = True
+        if not self._in_turns:
+            await self._listen()
+
+    async def _listen(self) -> None:
         for room_id in self._residence.room_ids():
             self._events.read_members(room_id)
         self._invites.resume()
@@ -111,8 +148,9 @@ class SyncService(Service):
         """One answer. While all is well, an answer that is late shows that the connection hangs."""
         residence = self._residence
         full = not residence.since
-        seconds = POLL + SYNC_GRACE if residence.alive and not full else FIRST_SYNC
-        asking = self._client.sync(self._account.user_id, residence.since, FIRST_FILTER if full else FILTER)
+        wait = residence.alive and not full  # else the first answer has to come at once: nothing is heard before
+        seconds = POLL + SYNC_GRACE if wait else FIRST_SYNC
+        asking = self._client.sync(self._account.user_id, residence.since, FIRST_FILTER if full else FILTER, wait=wait)
         answer = await Deadline.after(self._clock, seconds).wait(Deferred.fromCoroutine(asking))
         await self._apply(answer, full=full)
 
@@ -130,7 +168,8 @@ class SyncService(Service):
             self._invites.invited(room_id, inviter)
         said = [(room_id, answer.joined[room_id]) for room_id in changes if room_id in known and not full]
         commands = any(self._events.holds_commands(news) for _, news in said)  # after a crash, none is done twice
-        if full or commands or self._clock.seconds() - self._saved_at >= SAVE_INTERVAL:
+        moved = self._in_turns and (gone or known != set(self._residence.room_ids()))  # the others have to know
+        if full or commands or moved or self._clock.seconds() - self._saved_at >= SAVE_INTERVAL:
             await self._save()
         for room_id, news in said:
             self._events.said(room_id, news)

@@ -72,17 +72,18 @@ class ResidentVoice:
         """Whether moderators' answers from the room reach us, now or soon. Until then notices wait."""
         return self._residence.hears(room_id)
 
-    async def notice(self, room_id: str, text: str) -> str:
+    async def notice(self, room_id: str, text: str, transaction: str = "") -> str:
         """Send an ``m.notice``, in clear in encrypted rooms too. It mentions nobody. :return: its event ID.
 
         :raises DependencyFailed: it was not sent: the homeserver refuses, or too much was sent lately.
         """
-        return await self._send(room_id, MESSAGE, {"msgtype": "m.notice", "body": text, "m.mentions": {}})
+        content = {"msgtype": "m.notice", "body": text, "m.mentions": {}}
+        return await self._send(room_id, MESSAGE, content, transaction)
 
-    async def react(self, room_id: str, event_id: str, key: str) -> None:
+    async def react(self, room_id: str, event_id: str, key: str, transaction: str = "") -> None:
         """React to an event. :raises DependencyFailed: as `notice`."""
         relation = {"rel_type": "m.annotation", "event_id": event_id, "key": key}
-        await self._send(room_id, REACTION, {"m.relates_to": relation})
+        await self._send(room_id, REACTION, {"m.relates_to": relation}, transaction)
 
     async def redact(self, room_id: str, event_id: str) -> None:
         """Redact an event of our own. There are never more of these than notices and reactions."""
@@ -100,7 +101,7 @@ class ResidentVoice:
             except Exception:
                 log.failure("a reaction in {room_id} could not be handled", room_id=reaction.room_id)
 
-    async def _send(self, room_id: str, kind: str, content: Mapping[str, Any]) -> str:
+    async def _send(self, room_id: str, kind: str, content: Mapping[str, Any], transaction: str) -> str:
         if not self.can_speak(room_id):
             raise DependencyFailed("matrix", "not_resident")
         in_room = self._rooms.get(room_id) or RateLimit(self._clock, ROOM_BURST, ROOM_RATE)
@@ -109,7 +110,7 @@ class ResidentVoice:
             self._metrics.notices.labels("rate_limited").inc()
             raise DependencyFailed("matrix", "rate_limited")
         try:
-            event_id = await self._client.send(room_id, kind, content)
+            event_id = await self._client.send(room_id, kind, content, transaction)
         except DependencyFailed:
             self._metrics.notices.labels("failed").inc()
             raise

@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import define, field
 
+from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.clients.waiting import gather
 from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
@@ -16,7 +17,7 @@ from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
 from lotusguard.guard.seats.redis.scripts import WAKE_CHANNEL, room_key
-from lotusguard.guard.seats.redis.steps import Listed, RoomSteps
+from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, Listed, RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
@@ -26,8 +27,7 @@ PENDING_LEASE = 4.5
 """Seconds after which a request in flight ends unless its guard renews it."""
 RENEW_INTERVAL = 1.5
 LISTED_TRUSTED = 2.0
-"""Seconds for which the last answer about listings serves again. A listing made since by another guard is only missed:
-one more is made."""
+"""Seconds for which the last answer about a room's SFU rooms serves again."""
 ROOMS_SHOWN = 2_000
 
 
@@ -49,34 +49,55 @@ class RedisSeatBook:
     _own: OwnHolds
     _lease: float = PENDING_LEASE
     unshared: bool = field(init=False, default=False)
+    is_remote: bool = field(init=False, default=True)
     _steps: RoomSteps = field(init=False)
     _waiting: WaitingJoins = field(init=False)
     _pending: dict[str, tuple[str, str]] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        self._steps = RoomSteps(self._redis, self._reactor, self._guarding_since)
+        self._steps = RoomSteps(self._redis, self._reactor, self._guarding_since, self._rebuilding)
         self._waiting = WaitingJoins(self._owners, self._reactor)
         self._redis.listen(WAKE_CHANNEL, self._waiting.wake)
-        self._redis.on_server.append(lambda _: self._steps.forget())
+        self._redis.on_server.append(lambda _: self._steps.forget_time())
+        self._rebuilding.on_data_set.append(self._steps.forget)
 
     # -- joins -------------------------------------------------------------------------------------------
 
     async def take(
         self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False
     ) -> str | Refusal:
-        if limit is not None and not exempt:
-            await self._rebuilding.wait()
-        hold_id = token_hex(8)
-        slots = SLOTS_PER_ROOM if new_slot else None
+        hold_id, capped = token_hex(8), limit is not None and not exempt
+        operation = ("take", hold_id, user, limit, alias, exempt, SLOTS_PER_ROOM if new_slot else None, self._lease)
         self._pending[hold_id] = (room_id, user)  # renewed from now on: the answer may take long
         taken = False
         try:
-            refusal = await self._step(room_id, "take", hold_id, user, limit, alias, exempt, slots, self._lease)
+            refusal = await self._take(room_id, operation, capped)
             taken = not refusal
         finally:
             if not taken:
                 self._pending.pop(hold_id, None)
         return hold_id if taken else Refusal(refusal)
+
+    async def _take(self, room_id: str, operation: Sequence[Any], capped: bool) -> str:
+        """:param capped: the seat is one of a limited number. It is taken only from a data set that is complete."""
+        if not capped:
+            return self._refusal(room_id, (await self._steps.run(room_id, operation))[0])
+        for left in reversed(range(ATTEMPTS)):
+            await self._rebuilding.wait()
+            try:
+                return self._refusal(room_id, (await self._steps.run(room_id, operation, certain=True))[0])
+            except DependencyFailed as failed:
+                if failed.reason != DATA_LOST or not left:
+                    raise
+            await self._steps.run(room_id, ("release", operation[1]))
+            await self._rebuilding.look_again()
+        raise AssertionError("not reached")
+
+    def _refusal(self, room_id: str, told: Sequence[Any]) -> str:
+        refusal, full = told
+        if full:
+            self._steps.note_full(room_id, full)
+        return str(refusal)
 
     async def wait_for_seat(self, room_id: str, user: str, *, again: bool) -> None:
         await self._waiting.wait(room_id, user, again=again)
@@ -103,6 +124,9 @@ class RedisSeatBook:
             await self._step(room_id, "release", hold_id)
 
     async def owns_seat(self, room_id: str, user: str) -> bool:
+        full = self._steps.full(room_id)
+        if full is not None:
+            return user in full.owners
         return bool(await self._step(room_id, "owns_seat", user))
 
     async def is_present(self, room_id: str, user: str) -> bool:
@@ -112,7 +136,9 @@ class RedisSeatBook:
         self._steps.first(room_id, ("exempt", user))  # a step that takes a seat or looks for an overflow follows
 
     async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
-        self._steps.first(room_id, ("recognise", alias, list(identities), user))
+        full = self._steps.full(room_id)
+        if full is None or not full.strangers.isdisjoint(identities):
+            self._steps.first(room_id, ("recognise", alias, list(identities), user))
 
     # -- the call ----------------------------------------------------------------------------------------
 
@@ -132,7 +158,8 @@ class RedisSeatBook:
     ) -> None:
         await self._steps.know_time()
         arrivals, since = [self._arrival(who) for who in present], self._steps.clock.to_server(since)
-        await self._step(room_id, "apply_listing", alias, arrivals, limit, since, self._seat_ttl)
+        operation = ("apply_listing", alias, arrivals, limit, since, self._seat_ttl)
+        self._steps.apply_listing(room_id, alias, since, operation)
 
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         return [OverLimit(*hold) for hold in await self._step(room_id, "overflow", limit)]
@@ -143,30 +170,32 @@ class RedisSeatBook:
     # -- questions ---------------------------------------------------------------------------------------
 
     async def aliases(self, room_id: str) -> Collection[str]:
-        return (await self._listed(room_id, ())).aliases
+        """Those that Redis told of last. If that was long ago it is asked, and the next answer is right."""
+        known = self._steps.listed(room_id)
+        if known is None or not self._is_recent(known):
+            self._steps.ask_soon(room_id)
+        return () if known is None else known.aliases
 
     async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
-        listed = await self._listed(room_id, aliases)
-        since = [listed.since.get(alias) for alias in aliases]
+        """As far as this guard knows. What another guard listed since the last step is missed: one more is made."""
+        known = self._steps.listed(room_id)
+        since = [] if known is None else [known.since.get(alias) for alias in aliases]
         if None in since or not since:
             return None
+        await self._steps.know_time()
         return self._steps.clock.to_guard(min(at for at in since if at is not None))
 
-    async def _listed(self, room_id: str, aliases: Collection[str]) -> Listed:
-        """:param aliases: if one of these was not listed when Redis last told, it is asked again."""
-        known = self._steps.listed(room_id)
-        recent = known is not None and self._reactor.seconds() - known.told <= LISTED_TRUSTED
-        if known is not None and recent and all(alias in known.since for alias in aliases):
-            return known
-        await self._step(room_id, "nothing")
-        return self._steps.listed(room_id) or Listed({}, (), 0.0)
+    def _is_recent(self, known: Listed) -> bool:
+        return bool(self._reactor.seconds() - known.told <= LISTED_TRUSTED)
 
     async def listing_required_since(self, room_id: str) -> float | None:
-        required = await self._step(room_id, "listing_required_since")
+        full = self._steps.full(room_id)
+        required = await self._step(room_id, "listing_required_since") if full is None else full.required_since
         return self._steps.clock.to_guard(float(required)) if required else None
 
     async def occupants(self, room_id: str) -> Collection[str]:
-        return set(await self._step(room_id, "occupants"))
+        full = self._steps.full(room_id)
+        return full.occupants if full is not None else set(await self._step(room_id, "occupants"))
 
     async def is_started(self, room_id: str) -> bool:
         return bool(await self._step(room_id, "is_started"))
@@ -209,7 +238,10 @@ class RedisSeatBook:
         for hold_id, own in holds:
             if own.expires > now and own.token.identity:
                 expires = self._steps.clock.to_server(own.expires)
-                operation = ("restore", hold_id, own.user, own.token.alias, own.token.identity, expires, own.seated)
+                token = own.token
+                operation = (
+                    "restore", hold_id, own.user, token.alias, token.identity, expires, own.seated, token.device
+                )  # fmt: skip
                 rooms.setdefault(own.room_id, []).append(operation)
         await gather(self._steps.run(room_id, *operations) for room_id, operations in rooms.items())
 

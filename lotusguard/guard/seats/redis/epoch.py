@@ -3,12 +3,17 @@
 
 Redis confirms writes before they are on its disk or on a replica. After a restart or a failover, holds that were issued
 may be gone: nobody new is seated in a room with a limit until every guard of the last seconds has given back its own.
+
+A data set has a name: the server's epoch, and a *generation* that the first guard wrote into it. If everything is
+deleted while the server runs (``FLUSHALL``), or the server comes back with older data, the generation is another one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from secrets import token_hex
 from typing import Any
 
 from attrs import define, field
@@ -34,7 +39,14 @@ _POLL = 0.1
 SEEN, RECORD = f"{PREFIX}{{guards}}:seen", f"{PREFIX}{{guards}}:epoch"
 """Keys: the guards by the time they were last seen; what is known of the data set."""
 
-HEARTBEAT = Script(f"local GUARD_SEEN = {GUARD_SEEN}\n" + lua("heartbeat"))
+GUARDS_KEPT, RECORD_KEPT = 120, 2 * 86400
+"""Seconds after the last heartbeat of all guards until Redis deletes these keys. Rooms are kept for a day at most."""
+NAMED_WITHIN = 1.0
+"""Seconds for which a step on a new connection waits until the data set has a name."""
+
+HEARTBEAT = Script(
+    f"local GUARD_SEEN, GUARDS_KEPT, RECORD_KEPT = {GUARD_SEEN}, {GUARDS_KEPT}, {RECORD_KEPT}\n" + lua("heartbeat")
+)
 
 
 @define(eq=False)
@@ -44,7 +56,9 @@ class Rebuilding:
     :param guard: this guard's name, which no other has.
     :param longest: seconds for which the holds of other guards are waited for.
     :ivar give_back: gives this guard's holds to Redis. Set before the client is started.
+    :ivar on_data_set: called when the data set turns out to be another one than before.
     :ivar guards: the guards seen lately.
+    :ivar data_set: the name of the data set; "" while it is not known.
     """
 
     _redis: RedisClient
@@ -52,50 +66,68 @@ class Rebuilding:
     _reactor: Any
     _longest: float = REBUILD_LONGEST
     give_back: Callable[[], Awaitable[None]] = field(init=False)
+    on_data_set: list[Callable[[], None]] = field(init=False, factory=list)
     guards: list[str] = field(init=False, factory=list)
     complete: bool = field(init=False, default=False)
+    data_set: str = field(init=False, default="")
     _epoch: str = field(init=False, default="")
+    _generation: str = field(init=False, default="")
     _fresh: bool = field(init=False, default=False)
     _running: Deferred[Any] | None = field(init=False, default=None)
-    _waiting: list[Deferred[None]] = field(init=False, factory=list)
+    _waiting: set[Deferred[None]] = field(init=False, factory=set)
+    _unnamed: set[Deferred[None]] = field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
         self._redis.on_server.append(self._connected)
 
     async def wait(self) -> None:
         """Wait until the data set is complete. :raises DependencyFailed: that takes too long."""
-        if self.complete:
-            return
-        waiting: Deferred[None] = Deferred()
-        self._waiting.append(waiting)
-        try:
-            await waiting.addTimeout(self._longest + 1.0, self._reactor)
-        except TimeoutError:
-            raise DependencyFailed("redis", "rebuilding") from None
+        if not self.complete:
+            await self._wait(self._waiting, self._longest + 1.0)
+
+    async def named(self) -> str:
+        """The name of the data set. :raises DependencyFailed: it is not known soon."""
+        if not self.data_set:
+            await self._wait(self._unnamed, NAMED_WITHIN)
+        return self.data_set
+
+    async def still(self, data_set: str) -> bool:
+        """Whether Redis has this data set still. :raises DependencyFailed: Redis gives no usable answer."""
+        generation = await self._redis.call("HGET", RECORD, "generation")
+        return data_set == f"{self._epoch}.{generation}"
+
+    async def look_again(self) -> None:
+        """See whether the data set is another one by now. :raises DependencyFailed: Redis gives no usable answer."""
+        await self._beat(given_back=self.complete)
+        if not self.complete and self._running is None:
+            self._rebuild()
 
     async def heartbeat(self) -> None:
         """Say that this guard is alive; call it every `HEARTBEAT_INTERVAL`."""
         if not self._redis.available or self._running is not None:
             return
-        try:
-            known = await self._beat(given_back=True)
-        except DependencyFailed:
-            return
-        if not known:  # the data set was deleted while the server ran
-            self._rebuild()
+        with suppress(DependencyFailed):  # the next one says so
+            await self.look_again()
 
     def stop(self) -> None:
         if self._running is not None:
             self._running.cancel()
-        fire_all(self._waiting, None)
+        _fire(self._waiting)
+        _fire(self._unnamed)
+
+    async def _wait(self, waiting: set[Deferred[None]], seconds: float) -> None:
+        waiter: Deferred[None] = Deferred()
+        waiting.add(waiter)
+        try:
+            await waiter.addTimeout(seconds, self._reactor)
+        except TimeoutError:
+            raise DependencyFailed("redis", "rebuilding") from None
+        finally:
+            waiting.discard(waiter)
 
     def _connected(self, server: ServerInfo) -> None:
         if server.epoch != self._epoch:
-            if self._epoch:
-                log.warn(
-                    "Redis may have lost seats: it was restarted, or another server took over", event_name="redis_epoch"
-                )
-            self._epoch, self.complete = server.epoch, False
+            self._epoch, self.complete, self.data_set = server.epoch, False, ""
             self._fresh = server.uptime < GUARD_SEEN
         self._reactor.callLater(0, self._rebuild)  # the connection can be used then
 
@@ -110,41 +142,59 @@ class Rebuilding:
             self._running = None
 
     async def _give_back(self) -> None:
-        """Announce the epoch, give back the holds, and wait for the other guards."""
-        while True:
-            try:
-                await self._beat(given_back=False)
-                await self.give_back()
-                await self._beat(given_back=True)
-                break
-            except DependencyFailed:
-                if not self._redis.available:
-                    return  # the next connection begins anew
+        """Announce the data set, give back the holds, and wait for the other guards."""
+        given: str | None = None
+        while self._redis.available:  # else the next connection begins anew
+            with suppress(DependencyFailed):
+                await self._beat(given_back=given == self.data_set != "")
+                if self.complete and given == self.data_set:
+                    return
+                if given != self.data_set:
+                    data_set = self.data_set
+                    await self.give_back()
+                    given = data_set
+                    continue
             await deferLater(self._reactor, _POLL)
-        while not self.complete and self._redis.available:
-            await deferLater(self._reactor, _POLL)
-            await self._beat(given_back=True)
 
-    async def _beat(self, *, given_back: bool) -> bool:
-        """:return: whether another guard, or this one, has announced this epoch before."""
+    async def _beat(self, *, given_back: bool) -> None:
         request = {
             "epoch": self._epoch,
+            "generation": self._generation,
+            "proposed": token_hex(6),
             "guard": self._guard,
             "seen": self.guards if not self.complete else [],
             "given_back": given_back,
             "fresh": self._fresh,
             "longest": self._longest,
         }
+        epoch = self._epoch
         answer = await self._redis.run(HEARTBEAT, (SEEN, RECORD), json.dumps(request))
-        known, complete, guards = json.loads(answer)
-        self.guards = list(guards) if known or self.complete else sorted({*self.guards, *guards})
-        if not known:
-            self.complete = False
-        elif complete and not self.complete:
-            self.complete = True
-            waiting, self._waiting = self._waiting, []
-            fire_all(waiting, None)
-        return bool(known)
+        generation, complete, guards = json.loads(answer)
+        if epoch != self._epoch:  # there is another connection by now
+            return
+        if self.data_set != f"{epoch}.{generation}":
+            self.guards = sorted({*self.guards, *guards})
+            self._changed(epoch, generation)
+            return
+        self.guards = list(guards) if self.complete else sorted({*self.guards, *guards})
+        if complete and given_back and not self.complete:
+            self.complete, self.guards = True, list(guards)
+            _fire(self._waiting)
+
+    def _changed(self, epoch: str, generation: str) -> None:
+        if self._generation:
+            log.warn(
+                "Redis may have lost seats: it was restarted, another server took over, or its data were deleted",
+                event_name="redis_epoch",
+            )
+        self.complete, self._generation, self.data_set = False, generation, f"{epoch}.{generation}"
+        for told in self.on_data_set:
+            told()
+        _fire(self._unnamed)
+
+
+def _fire(waiting: set[Deferred[None]]) -> None:
+    fire_all(list(waiting), None)
 
 
 def _report(failure: Failure) -> None:

@@ -10,7 +10,7 @@ if ARGV[2] == '0' then
 end
 if not holder then
   redis.call('HSET', KEYS[1], 'guard', ARGV[1], 'token', redis.call('INCR', KEYS[2]))
-  redis.call('EXPIRE', KEYS[2], 86400)
 end
+redis.call('EXPIRE', KEYS[2], 86400)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return tonumber(redis.call('HGET', KEYS[1], 'token'))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from attrs import define, field
+from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, Script
@@ -20,8 +21,10 @@ LEASES_KEPT = 20_000
 ENFORCE_CHANNEL, CHANGED_CHANNEL = PREFIX + "enforce", PREFIX + "changed"
 LEASE = Script(lua("lease"))
 CONFIRM = Script(
-    "return redis.call('HGET', KEYS[1], 'guard') == ARGV[1] and redis.call('HGET', KEYS[1], 'token') == ARGV[2]"
+    "if redis.call('HGET', KEYS[1], 'guard') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'token') ~= ARGV[2]"
+    " then return 0 end return redis.call('PTTL', KEYS[1])"
 )
+"""How many milliseconds the lease lasts; 0 if it is another guard's, or another token counts."""
 
 
 @define(eq=False)
@@ -31,15 +34,17 @@ class RoomLeases:
     :param guard: this guard's name.
     :param seconds: for which an acquired lease lasts.
     :ivar enforce: called with an SFU room that another guard wants to be enforced at once.
-    :ivar changed: called with a room, and a user or "", whose state another guard was told to have changed.
+    :ivar changed: called with a room, and a user or "", whose state another guard was told to have changed, and how it
+        was told.
     :ivar held: the fencing tokens of the leases that this guard had last. They grow each time a lease changes hands.
     """
 
     _redis: RedisClient
     _guard: str
+    _clock: IReactorTime
     _seconds: float = LEASE_SECONDS
     enforce: Callable[[str], None] = field(init=False, default=lambda alias: None)
-    changed: Callable[[str, str], object] = field(init=False, default=lambda room_id, user: None)
+    changed: Callable[[str, str, str], object] = field(init=False, default=lambda room_id, user, how: None)
     held: OrderedDict[str, int] = field(init=False, factory=OrderedDict)
 
     def __attrs_post_init__(self) -> None:
@@ -47,12 +52,19 @@ class RoomLeases:
         self._redis.listen(CHANGED_CHANNEL, self._told)
 
     async def acquire(self, room_id: str) -> bool:
-        """Get or renew the lease of a room. Without Redis, every guard acts for itself."""
+        """Get or renew the lease of a room.
+
+        While Redis is known to be gone, every guard acts for itself. If only this call fails, this guard does not act
+        now: it may have been stopped for a while, and another guard may have the lease.
+        """
+        if not self._redis.available:
+            return True
+        asked = self._clock.seconds()
         try:
             token = int(await self._redis.run(LEASE, _keys(room_id), self._guard, str(int(self._seconds * 1000))))
         except DependencyFailed:
-            return True
-        if not token:
+            return False
+        if not token or self._clock.seconds() >= asked + self._seconds:
             self.held.pop(room_id, None)
             return False
         self.held[room_id] = token
@@ -63,13 +75,16 @@ class RoomLeases:
 
     async def confirms(self, room_id: str) -> bool:
         """Whether the lease that was acquired last still counts. It is asked before somebody is removed: since the pass
-        began, the lease may have expired and gone to another guard. Without Redis, every guard acts for itself.
+        began, the lease may have expired and gone to another guard, and so it may while the answer is on its way.
         """
-        token = self.held.get(room_id)
-        try:
-            return bool(await self._redis.run(CONFIRM, _keys(room_id), self._guard, str(token)))
-        except DependencyFailed:
+        if not self._redis.available:
             return True
+        asked, token = self._clock.seconds(), self.held.get(room_id)
+        try:
+            left = int(await self._redis.run(CONFIRM, _keys(room_id), self._guard, str(token)))
+        except DependencyFailed:
+            return False
+        return self._clock.seconds() < asked + left / 1000
 
     async def hand_over(self) -> None:
         """Give up all leases: this guard stops."""
@@ -82,9 +97,9 @@ class RoomLeases:
         """Let the guard that has the lease enforce an SFU room at once."""
         await self._publish(ENFORCE_CHANNEL, alias)
 
-    async def tell_changed(self, room_id: str, user: str) -> None:
+    async def tell_changed(self, room_id: str, user: str, how: str) -> None:
         """Tell the other guards that a room's state, or a user's membership, has changed."""
-        await self._publish(CHANGED_CHANNEL, room_id, user)
+        await self._publish(CHANGED_CHANNEL, room_id, user, how)
 
     async def _publish(self, channel: str, *words: str) -> None:
         with suppress(DependencyFailed):  # reconciling finds it a few seconds later
@@ -96,9 +111,9 @@ class RoomLeases:
             self.enforce(alias)
 
     def _told(self, message: str) -> None:
-        guard, room_id, user = json.loads(message)
+        guard, room_id, user, how = json.loads(message)
         if guard != self._guard:
-            self.changed(room_id, user)
+            self.changed(room_id, user, how)
 
 
 def _keys(room_id: str) -> tuple[str, str]:

@@ -3,16 +3,21 @@
 
 Facts never change but for what is withheld, so the cache needs to be told only about that. What is not in it is read
 from Redis. Without Redis, and for what Redis has lost, the cache answers.
+
+Nobody waits for a write. Redis carries out what comes over one connection in its order, so a token's facts are written
+when the step that issues it, which follows over the same connection, has been answered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
+from typing import Any
 
-from attrs import define, field
+from attrs import define, evolve, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -22,7 +27,15 @@ from lotusguard.clients.redis.client import RedisClient
 from lotusguard.clients.waiting import gather, run_in_background
 from lotusguard.guard.lru import LruCache
 from lotusguard.guard.seats.redis.scripts import PREFIX
-from lotusguard.guard.seats.registry import NOTHING, IdentityEntry, MemoryTokenRegistry, Slot, mask_of, sources_of
+from lotusguard.guard.seats.registry import (
+    NOTHING,
+    REFRESHED,
+    IdentityEntry,
+    MemoryTokenRegistry,
+    Slot,
+    mask_of,
+    sources_of,
+)
 from lotusguard.rules.identity import base_identities, user_of
 from lotusguard.rules.sources import Source
 
@@ -33,7 +46,9 @@ IDENTITY_KEPT = 7 * 86400
 """Seconds for which Redis keeps what nobody has written again."""
 WITHHELD_CHANNEL = PREFIX + "identity"
 ALIASES_READ = 256
-"""SFU rooms of one Matrix room that are read at once."""
+"""The latest SFU rooms of one Matrix room, which Redis keeps."""
+NOBODY = ""
+"""The entry of an identity that some guard has asked about and nothing is known of: that guard is to be told."""
 ASKED_AGAIN = 10.0
 """Seconds after which Redis is asked again about what it did not know, or about a room's SFU rooms. Guards tell each
 other about identities at once, and the SFU rooms in which somebody holds a seat are in the seat book."""
@@ -52,11 +67,16 @@ class RedisTokenRegistry:
     _own: MemoryTokenRegistry
     _guard: str
     _clock: IReactorTime
+    _wall: Callable[[], float] = time.time
     _asked: LruCache[str, float] = field(init=False)
+    _written: LruCache[str, float] = field(init=False)
+    _messages_since: float | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         self._asked = LruCache(ASKED_KEPT, ASKED_BYTES, lambda key, _: (key,))
+        self._written = LruCache(ASKED_KEPT, ASKED_BYTES, lambda key, _: (key,))
         self._redis.listen(WITHHELD_CHANNEL, self._changed_elsewhere)
+        self._redis.on_subscribed.append(self._messages_come_again)
 
     async def learn(
         self,
@@ -69,19 +89,28 @@ class RedisTokenRegistry:
         withheld: frozenset[Source] = NOTHING,
     ) -> None:
         await self.learn_alias(alias, slot)
-        before = await self.entry(alias, identity)  # what another guard withholds from an earlier token stays withheld
+        before = await self._own.entry(alias, identity)
         await self._own.learn(alias, slot, identity, user, device, ceiling, withheld)
-        if await self._own.entry(alias, identity) != before:
-            await self._write(alias, identity)
+        if await self._own.entry(alias, identity) != before or self._is_due(_identity_key(alias, identity)):
+            await self._write(alias, identity, new=before is None)
 
     async def learn_alias(self, alias: str, slot: Slot) -> None:
-        if await self._own.slot_of(alias) != slot:
-            with suppress(DependencyFailed):
-                await self._redis.call("SET", _alias_key(alias), json.dumps([slot.room_id, slot.slot_id]),
-                                       "EX", ALIAS_KEPT)  # fmt: skip
-                await self._redis.call("SADD", _room_key(slot.room_id), alias)
-                await self._redis.call("EXPIRE", _room_key(slot.room_id), ALIAS_KEPT)
+        known = await self._own.slot_of(alias)
         await self._own.learn_alias(alias, slot)
+        if known != slot or self._is_due(_alias_key(alias)):
+            self._written.put(_alias_key(alias), self._clock.seconds())
+            self._in_background(self._write_alias, alias, slot)
+
+    async def _write_alias(self, alias: str, slot: Slot) -> None:
+        room, call = _room_key(slot.room_id), self._redis.call
+        await gather(
+            (
+                call("SET", _alias_key(alias), json.dumps([slot.room_id, slot.slot_id]), "EX", ALIAS_KEPT),
+                call("ZADD", room, int(self._wall()), json.dumps([alias, slot.slot_id])),
+                call("ZREMRANGEBYRANK", room, 0, -ALIASES_READ - 1),
+                call("EXPIRE", room, ALIAS_KEPT),
+            )
+        )
 
     async def slot_of(self, alias: str) -> Slot | None:
         slot = await self._own.slot_of(alias)
@@ -94,14 +123,17 @@ class RedisTokenRegistry:
         return slot
 
     async def aliases_of(self, room_id: str) -> Collection[str]:
-        aliases = dict.fromkeys(await self._own.aliases_of(room_id))
-        if not self._may_ask(_room_key(room_id)):
-            return tuple(aliases)
-        with suppress(DependencyFailed):
-            for alias in list(await self._redis.call("SMEMBERS", _room_key(room_id)))[:ALIASES_READ]:
-                if alias not in aliases and await self.slot_of(alias) is not None:
-                    aliases[alias] = None
-        return tuple(aliases)
+        """Those that this guard knows of. Redis is asked for the others: they are known soon."""
+        if self._may_ask(_room_key(room_id)):
+            self._in_background(self._read_aliases, room_id)
+        return await self._own.aliases_of(room_id)
+
+    async def _read_aliases(self, room_id: str) -> None:
+        known = set(await self._own.aliases_of(room_id))
+        for stored in await self._redis.call("ZREVRANGE", _room_key(room_id), 0, ALIASES_READ - 1):
+            alias, slot_id = json.loads(stored)
+            if alias not in known:
+                await self._own.learn_alias(alias, Slot(room_id, slot_id))
 
     async def user_behind(self, alias: str, identity: str) -> str:
         entry = await self.entry(alias, identity)
@@ -109,22 +141,40 @@ class RedisTokenRegistry:
 
     async def entry(self, alias: str, identity: str) -> IdentityEntry | None:
         entry = await self._own.entry(alias, identity)
-        if entry is not None:
+        if entry is not None and self._messages_since is None:
             return entry
         for base in base_identities(identity):
             key = _identity_key(alias, base)
-            if not self._may_ask(key):
+            if not (self._may_ask(key) if entry is None else self._may_be_old(key)):
                 continue
             with suppress(DependencyFailed):
-                stored = await self._redis.call("GET", key)
-                if stored is not None:
+                stored, _ = await gather((self._redis.call("GET", key), self._ask_to_be_told(key)))
+                if stored:
                     return await self._remember(alias, base, stored)
-        return None
+        return entry
 
     async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
-        await self.entry(alias, identity)
+        await self.entry(alias, identity)  # so that it is known here
         await self._own.set_withheld(alias, identity, sources)
-        await self._write(alias, identity)
+        await self._write(alias, identity, new=False)
+
+    async def read_ahead(self, alias: str, identities: Collection[str]) -> None:
+        """One command for all that are not known, so that a listing of a large call does not ask for each of them."""
+        unknown = [name for name in identities if await self._own.entry(alias, name) is None]
+        asked = {_identity_key(alias, base): base for name in unknown for base in base_identities(name)}
+        asked = {key: base for key, base in asked.items() if self._may_ask(key)}
+        if not asked:
+            return
+        with suppress(DependencyFailed):
+            found = await self._redis.call("MGET", *asked)
+            for (key, base), stored in zip(asked.items(), found, strict=True):
+                if stored:
+                    await self._remember(alias, base, stored)
+                else:
+                    self._in_background(self._ask_to_be_told, key)
+
+    async def _ask_to_be_told(self, key: str) -> None:
+        await self._redis.call("SET", key, NOBODY, "NX", "EX", int(ASKED_AGAIN))
 
     def _may_ask(self, key: str) -> bool:
         """Whether Redis has not been asked lately. It is going to be."""
@@ -134,20 +184,55 @@ class RedisTokenRegistry:
         self._asked.put(key, now)
         return True
 
-    async def _write(self, alias: str, identity: str) -> None:
-        """Write what this guard knows by now, and tell the others."""
+    def _may_be_old(self, key: str) -> bool:
+        """Whether a message about what is cached may have been lost. Redis is going to be asked."""
+        known = max(self._asked.get(key) or 0.0, self._written.get(key) or 0.0)
+        if self._messages_since is None or known >= self._messages_since:
+            return False
+        self._asked.put(key, self._clock.seconds())
+        return True
+
+    def _is_due(self, key: str) -> bool:
+        """Whether a known fact is to be written again, so that Redis does not delete it as unused."""
+        written = self._written.get(key)
+        return written is not None and self._clock.seconds() - written > REFRESHED
+
+    def _messages_come_again(self) -> None:
+        self._messages_since = self._clock.seconds()
+
+    def _in_background(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        """Start what nobody waits for. It is done again if the connection is lost."""
+
+        async def twice() -> None:
+            try:
+                await work(*arguments)
+            except DependencyFailed as failed:
+                if failed.reason == "connection_lost":
+                    await self._redis.connected_again()
+                    await work(*arguments)
+
+        run_in_background(twice(), _report)
+
+    async def _write(self, alias: str, identity: str, *, new: bool) -> None:
+        """Write what this guard knows by now, and tell the others if they may know otherwise."""
         entry = await self._own.entry(alias, identity)
-        if entry is None:
+        if entry is not None:
+            self._written.put(_identity_key(alias, identity), self._clock.seconds())
+            self._in_background(self._exchange, alias, identity, entry, new)
+
+    async def _exchange(self, alias: str, identity: str, entry: IdentityEntry, new: bool) -> None:
+        """:param new: this guard did not know the identity. What another withholds from it stays withheld."""
+        key, stored = _identity_key(alias, identity), _stored(entry)
+        before = await self._redis.call("SET", key, stored, "EX", IDENTITY_KEPT, "GET")
+        if before is None or before == stored:
             return
-        ceiling = None if entry.ceiling is None else mask_of(entry.ceiling)
-        stored = json.dumps([entry.user, entry.device, ceiling, mask_of(entry.withheld)])
-        with suppress(DependencyFailed):
-            await gather(
-                (
-                    self._redis.call("SET", _identity_key(alias, identity), stored, "EX", IDENTITY_KEPT),
-                    self._redis.publish(WITHHELD_CHANNEL, json.dumps([self._guard, alias, identity, stored])),
-                )
-            )
+        if new and before != NOBODY:
+            entry = _merged(entry, before)
+            if _stored(entry) != stored:
+                stored = _stored(entry)
+                await self._own.set_withheld(alias, identity, entry.withheld)
+                await self._redis.call("SET", key, stored, "EX", IDENTITY_KEPT)
+        await self._redis.publish(WITHHELD_CHANNEL, json.dumps([self._guard, alias, identity, stored]))
 
     async def _remember(self, alias: str, identity: str, stored: str) -> IdentityEntry | None:
         user, device, ceiling, withheld = json.loads(stored)
@@ -172,7 +257,22 @@ class RedisTokenRegistry:
 
 
 def _report(failure: Failure) -> None:
-    log.failure("what another guard wrote about a token could not be read", failure)
+    if not failure.check(DependencyFailed):
+        log.failure("what is known about a token could not be shared", failure)
+
+
+def _stored(entry: IdentityEntry) -> str:
+    ceiling = None if entry.ceiling is None else mask_of(entry.ceiling)
+    return json.dumps([entry.user, entry.device, ceiling, mask_of(entry.withheld)])
+
+
+def _merged(entry: IdentityEntry, before: str) -> IdentityEntry:
+    """An entry, and what another guard withheld from an earlier token of the same user."""
+    user, _, _, withheld = json.loads(before)
+    if user != entry.user:
+        return entry
+    kept = entry.withheld | sources_of(withheld)
+    return evolve(entry, withheld=kept if entry.ceiling is None else kept & entry.ceiling)
 
 
 def _alias_key(alias: str) -> str:
@@ -180,7 +280,7 @@ def _alias_key(alias: str) -> str:
 
 
 def _room_key(room_id: str) -> str:
-    return f"{PREFIX}aliases:{{{room_id}}}"
+    return f"{PREFIX}slots:{{{room_id}}}"
 
 
 def _identity_key(alias: str, identity: str) -> str:

@@ -105,12 +105,23 @@ local function put_session(hold)
   count(hold)
 end
 
+-- What is reserved for a user, in the order in which it got there.
+local function reserved_for(name)
+  return holds_where(function(hold)
+    return hold.user == name and hold.state ~= 'pending' and not TABLE[hold.state].in_call
+  end)
+end
+
 local function put_reserved(key, hold)
   count(hold)  -- first, so that the user is known throughout
   local older = reserved[key]
   if older then move(older, 'replace', 0) end
   reserved[key] = hold
   append(hold)
+  if user_of(hold.user).holds > RESERVED_PER_USER then
+    local of_user = reserved_for(hold.user)
+    if #of_user > RESERVED_PER_USER then move(of_user[1], 'replace', 0) end
+  end
 end
 
 local function take_out(hold)
@@ -237,29 +248,30 @@ local function time_to_arrive(user, now, ttl)
   return chain.expires
 end
 
-local function reserve(hold, alias, identity, now, ttl)
+local function reserve(hold, alias, identity, now, ttl, device)
   local expires = time_to_arrive(hold.user, now, ttl)
   hold.state = TABLE[hold.state].moves[expires <= now and 'issue_late' or 'issue']
   hold.alias, hold.identity, hold.began, hold.expires, hold.lease = alias, identity, now, expires, nil
+  hold.device = device
   put_reserved(key_of(alias, identity), hold)
   return hold
 end
 
-function Seats.issue(now, hold_id, alias, identity, ttl)
+function Seats.issue(now, hold_id, alias, identity, ttl, device)
   local hold = pending[hold_id]
   if not hold then return known(hold_id) end
   take_out(hold)
   uncount(hold)
-  return reserve(hold, alias, identity_of(identity, hold_id), now, ttl)
+  return reserve(hold, alias, identity_of(identity, hold_id), now, ttl, device)
 end
 
-function Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl)
+function Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl, device)
   local hold = known(hold_id)
   if hold then return hold end
   identity = identity_of(identity, hold_id)
   hold = {id = hold_id, user = user, state = 'pending', alias = alias, identity = identity, sid = '', began = now,
-          expires = 0}
-  if owns_seat(user) then return reserve(hold, alias, identity, now, ttl) end
+          expires = 0, device = device}
+  if owns_seat(user) then return reserve(hold, alias, identity, now, ttl, device) end
   hold.state, hold.expires = 'issued_unseated', time_to_arrive(user, now, ttl)
   put_reserved(key_of(alias, identity), hold)
   return hold
@@ -305,13 +317,32 @@ function Seats.arrive(now, alias, who, limit)
   arrived(alias, who, limit, now, who.joined or now)
 end
 
+-- The device that an identity of /sfu/get names in clear; '' if this is none of that user's.
+local function device_named_by(identity, user)
+  return identity:sub(1, #user + 1) == user .. ':' and identity:sub(#user + 2) or ''
+end
+
+-- End the holds of tokens that the device of an identity was given for the same call and did not use.
+local function end_unused(user, alias, identity, left_by, now)
+  local device = device_named_by(identity, user)
+  if device == '' then return end
+  for _, hold in ipairs(reserved_for(user)) do
+    if hold.device == device and hold.alias == alias and hold.identity ~= identity and hold.sid == ''
+      and hold.began <= left_by then
+      move(hold, 'leave', now)
+    end
+  end
+end
+
 function Seats.leave(now, alias, sid, identity, left_by, by_choice)
   room.touched = now
   local at = key_of(alias, sid)
   room.ended[at] = now
   local issued = reserved[key_of(alias, identity)]
-  if by_choice and issued and (issued.began <= left_by or sid ~= '' and issued.sid == sid) then move(issued, 'leave', now) end
   local hold = sessions[at]
+  local known = hold or issued
+  if by_choice and known then end_unused(known.user, alias, identity, left_by, now) end
+  if by_choice and issued and (issued.began <= left_by or sid ~= '' and issued.sid == sid) then move(issued, 'leave', now) end
   if hold then move(hold, by_choice and 'leave' or 'vanish', now) end
 end
 
@@ -333,6 +364,13 @@ local function by_precedence(present)
     return a.place < b.place
   end)
   return sorted
+end
+
+-- Tokens that were issued while the roster was unknown get the seats that are free, first come first served.
+function Seats.seat_failed_open(now, limit)
+  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
+    if owns_seat(hold.user) or owners_besides(hold.user) < limit then move(hold, 'seat', now) end
+  end
 end
 
 function Seats.apply_listing(now, alias, present, limit, since)
@@ -357,11 +395,7 @@ function Seats.apply_listing(now, alias, present, limit, since)
   for _, hold in ipairs(holds_where(function(hold)
     return TABLE[hold.state].unconfirmed and (hold.alias == alias or hold.alias == '') and hold.expires <= since
   end)) do move(hold, 'confirm', now) end
-  if limit then
-    for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
-      if owns_seat(hold.user) or owners_besides(hold.user) < limit then move(hold, 'seat', now) end
-    end
-  end
+  if limit then Seats.seat_failed_open(now, limit) end
   forget_ended(now)
 end
 
@@ -407,11 +441,11 @@ function Seats.rename(now, alias, identity, name)
 end
 
 -- Take over a hold that another run or another guard issued.
-function Seats.restore(now, hold_id, user, alias, identity, present, expires)
+function Seats.restore(now, hold_id, user, alias, identity, present, expires, device)
   if known(hold_id) then return end
   put_reserved(key_of(alias, identity), {
     id = hold_id, user = user, state = present and 'left' or 'issued', alias = alias, identity = identity, sid = '',
-    began = now, expires = present and now or expires,
+    began = now, expires = present and now or expires, device = device,
   })
   room.vacated = math.max(room.vacated, now)
 end
@@ -427,6 +461,21 @@ function Seats.distrust(now)
     move(hold, 'release', now)
   end
   room.listed = {}
+end
+
+-- The server's clock was set back: what was written before counts from the new time.
+function Seats.shift(by)
+  room.unlimited_at, room.touched, room.vacated = room.unlimited_at + by, room.touched + by, room.vacated + by
+  if room.waited_until then room.waited_until = room.waited_until + by end
+  for _, hold in ipairs(holds_where(function() return true end)) do
+    hold.began, hold.expires = hold.began + by, hold.expires + by
+    if hold.lease then hold.lease = hold.lease + by end
+  end
+  for alias, since in pairs(room.listed) do room.listed[alias] = since + by end
+  for at, ended in pairs(room.ended) do room.ended[at] = ended + by end
+  for _, chain in pairs(room.chains) do
+    chain.expires, chain.asked = chain.expires + by, chain.asked + by
+  end
 end
 
 -- How many requests in flight of a guard are renewed.

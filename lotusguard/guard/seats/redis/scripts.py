@@ -9,7 +9,7 @@ from types import MappingProxyType
 from attrs import fields
 
 from lotusguard.clients.redis.client import Script
-from lotusguard.rules.room_seats import ENDED_SESSIONS_KEPT, RECONNECT_WINDOW, UNCONFIRMED_KEPT
+from lotusguard.rules.room_seats import ENDED_SESSIONS_KEPT, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
 from lotusguard.rules.seats import TABLE, StateRules
 
 PREFIX = "lotusguard:"
@@ -24,10 +24,13 @@ WAIT_LONGEST = 30.0
 """Seconds for which somebody may wait for a request in flight."""
 LISTING_KEPT = 60.0
 """Seconds for which the time of the last listing of an SFU room is kept although nobody is in it."""
+CLOCK_STEP = 0.5
+"""Seconds by which the server's clock may be behind the last step; it was set back if it is more."""
 
 _CONSTANTS = MappingProxyType(
     {
         "RECONNECT_WINDOW": RECONNECT_WINDOW,
+        "RESERVED_PER_USER": RESERVED_PER_USER,
         "ENDED_SESSIONS_KEPT": ENDED_SESSIONS_KEPT,
         "UNCONFIRMED_KEPT": UNCONFIRMED_KEPT,
         "CALL_ENDED_AFTER": CALL_ENDED_AFTER,
@@ -35,6 +38,7 @@ _CONSTANTS = MappingProxyType(
         "OCCUPIED_ROOM": OCCUPIED_ROOM,
         "WAIT_LONGEST": WAIT_LONGEST,
         "LISTING_KEPT": LISTING_KEPT,
+        "CLOCK_STEP": CLOCK_STEP,
         "WAKE_CHANNEL": WAKE_CHANNEL,
     }
 )

@@ -1,6 +1,7 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- One step on one room: read it, let everything expire that has, do what is asked, write it.
 -- KEYS[1]: the room. ARGV[1]: JSON {epoch, guarding_since, remembered_since, room_id, operations = [[name, arguments…]…]}.
+-- "epoch" names the data set. A guard that does not know yet that it is another one gets {"stale"}.
 -- The answer is JSON {now, listed = {alias → time}, aliases, results}. Times are text, because cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
@@ -23,34 +24,53 @@ local room = stored and cmsgpack.unpack(stored) or {
   unlimited_at = request.guarding_since, touched = now, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {},
   vacated = now, epoch = request.epoch,
 }
+if room.before == request.epoch then return cjson.encode({'stale'}) end
 Seats.open(room)
+if room.at and room.at > now + CLOCK_STEP then Seats.shift(now - room.at) end
 local ended = Seats.advance(now)  -- whether a request in flight has ended: somebody who waits may find a seat
 if room.epoch ~= request.epoch then
   Seats.distrust(now)
-  room.epoch = request.epoch
+  room.before, room.epoch = room.epoch, request.epoch
 end
 
 local function has_ended() return not Seats.is_occupied(now) and now - room.vacated >= CALL_ENDED_AFTER end
 
 local Writing = {}
 
+-- All that is asked before somebody is refused: a further step for each question would cost more.
+local function full()
+  local seated, unseated, owners, strangers = {}, {}, {}, {}
+  for _, name in ipairs(Seats.occupants(now)) do
+    local list = Seats.owns_seat(now, name) and seated or unseated
+    list[#list + 1] = name
+  end
+  for _, name in ipairs(Seats.awaited(now)) do owners[#owners + 1] = name end
+  for _, hold in ipairs(Seats.sessions(now)) do
+    if string.sub(hold.user, 1, 1) ~= '@' then strangers[#strangers + 1] = hold.identity end
+  end
+  return {text(Seats.listing_required_since(now)), seated, unseated, owners, strangers}
+end
+
+-- The answer is a list: the refusal, or '', and for a room that is full what full() tells.
 function Writing.take(hold_id, user, limit, alias, exempt, slots, lease)
+  -- a guard that was alone has issued tokens: they come before somebody new
+  if given(limit) and next(room.listed) then Seats.seat_failed_open(now, limit) end
   local refusal = Seats.take(now, hold_id, user, given(limit), alias, exempt, given(slots), now + lease)
   if refusal == 'seat_pending' then room.waited_until = now + WAIT_LONGEST end
-  return refusal or ''
+  return {refusal or '', refusal == 'full' and full() or false}
 end
 
 function Writing.issue(hold_id, user, alias, identity, device, ttl)
-  local hold = Seats.issue(now, hold_id, alias, identity, ttl)
+  local hold = Seats.issue(now, hold_id, alias, identity, ttl, device)
   Seats.forget_old(now, ttl, LISTING_KEPT)  -- where nothing is enforced nobody lists
   ended = true
   -- its guard could not renew it in time, or the data set was lost: the token is sent all the same
-  if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl) end
+  if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl, device) end
   return {hold.user, hold.state, text(hold.expires)}
 end
 
 function Writing.issue_without_seat(hold_id, user, alias, identity, device, ttl)
-  local hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl)
+  local hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl, device)
   return {hold.user, hold.state, text(hold.expires)}
 end
 
@@ -62,12 +82,13 @@ end
 function Writing.renew(hold_ids, lease) return Seats.renew(now, hold_ids, now + lease) end
 
 -- A hold that its guard gives back. Without a seat it gets one at the next listing, if one is free.
-function Writing.restore(hold_id, user, alias, identity, expires, seated)
+function Writing.restore(hold_id, user, alias, identity, expires, seated, device)
   if Seats.knows(alias, identity) or expires <= now then return false end
+  room.started = true  -- else no token had been issued
   if seated then
-    Seats.restore(now, hold_id, user, alias, identity, false, expires)
+    Seats.restore(now, hold_id, user, alias, identity, false, expires, device)
   else
-    Seats.issue_without_seat(now, hold_id, user, alias, identity, expires - now)
+    Seats.issue_without_seat(now, hold_id, user, alias, identity, expires - now, device)
   end
   return true
 end
@@ -101,7 +122,8 @@ function Writing.apply_listing(alias, present, limit, since, ttl)
       room.started = true  -- the call is older than our memory of it, and somebody must have started it
     end
   end
-  Seats.apply_listing(now, alias, arrivals, given(limit), since)
+  -- a guard that has not noticed that this clock was set back would name a time to come
+  Seats.apply_listing(now, alias, arrivals, given(limit), math.min(since, now))
   Seats.forget_old(now, ttl, LISTING_KEPT)
   return true
 end
@@ -151,6 +173,7 @@ end
 
 if writes then
   if has_ended() then room.started = nil end
+  room.at = now
   if room.waited_until and room.waited_until <= now then room.waited_until = nil end
   local kept = Seats.is_idle(now) and IDLE_ROOM or OCCUPIED_ROOM
   redis.call('SET', KEYS[1], cmsgpack.pack(Seats.close()), 'EX', kept)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One room by the rules in Python, which does what Valkey is seen to do: both must come to the same."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from typing import Any
+
+from attrs import define, field
+
+from lotusguard.guard.seats.redis.scripts import room_key
+from lotusguard.rules.room_seats import RoomSeats
+from lotusguard.rules.seats import Arrival, HoldState, IdentityKey
+
+from .direct import Server
+
+
+class ModelSeats(RoomSeats):
+    """The rules, and what only the shared book does."""
+
+    def distrust(self) -> None:
+        """Another data set."""
+        for hold_id in list(self.pending):
+            self.release(hold_id)
+        self._listed.clear()
+
+    def seat_failed_open(self, limit: int) -> None:
+        """Somebody looks for a seat: tokens of a guard that was alone come first."""
+        if self._listed:
+            self._seat_failed_open(limit)
+
+    def advance(self, now: float) -> None:
+        self._advance(now)
+
+
+@define
+class _State:
+    seats: ModelSeats
+    leases: dict[str, float] = field(factory=dict)
+    epoch: str = ""
+    made: bool = False
+
+
+@define(eq=False)
+class RoomModel:
+    """Replays each step that Valkey carries out on a room, and compares who owns a seat afterwards."""
+
+    room: str
+    server: Server
+    _now: _State = field(init=False, factory=lambda: _State(ModelSeats(0.0)))
+    _saved: _State = field(init=False, factory=lambda: _State(ModelSeats(0.0)))
+
+    def save(self) -> None:
+        self._saved = deepcopy(self._now)
+
+    def restore(self, *, older: bool) -> None:
+        self._now = deepcopy(self._saved) if older else _State(ModelSeats(0.0))
+
+    def owners(self) -> set[str]:
+        """Who owns a seat, as of the last step."""
+        seats = self._now.seats
+        return {user for user in "abcd" if seats.owns_seat(user)}
+
+    def pending_at(self, now: float) -> set[str]:
+        return {hold_id for hold_id in self._now.seats.pending if self._now.leases.get(hold_id, 0.0) > now}
+
+    def replay(self, key: str, text: str) -> None:
+        if key != room_key(self.room):
+            return
+        request, now = json.loads(text), round(self.server.now, 6)
+        state = self._now
+        if not state.made and all(operation[0] in READING for operation in request["operations"]):
+            return  # it leaves nothing behind
+        if not state.made:
+            state.seats, state.epoch, state.made = ModelSeats(request["guarding_since"]), request["epoch"], True
+            state.seats.vacated = now
+        writes = any(operation[0] not in READING for operation in request["operations"])
+        if not writes:
+            return
+        self._advance(now)
+        if state.epoch != request["epoch"]:
+            state.seats.distrust()
+            state.epoch = request["epoch"]
+        for name, *arguments in request["operations"]:
+            if name not in READING:
+                getattr(self, f"_{name}")(now, *arguments)
+        self._compare()
+
+    def _advance(self, now: float) -> None:
+        seats = self._now.seats
+        seats.advance(now)
+        for hold_id in [hold_id for hold_id in seats.pending if self._now.leases.get(hold_id, now + 1) <= now]:
+            seats.release(hold_id)
+
+    def _compare(self) -> None:
+        stored = json.loads(self.server.client.eval(_SHOW, 1, room_key(self.room)))
+        found = {(hold["user"], hold["state"]) for hold in stored}
+        seats = self._now.seats
+        holds = [*seats.pending.values(), *seats.reserved.values(), *seats.sessions.values()]
+        assert found == {(hold.user, hold.state.value) for hold in holds}
+
+    # -- the operations of step.lua ----------------------------------------------------------------------
+
+    def _take(
+        self, now: float, hold_id: str, user: str, limit: Any, alias: str, exempt: bool, slots: Any, lease: float
+    ) -> None:
+        seats = self._now.seats
+        if limit is not None:
+            seats.seat_failed_open(limit)
+        known = hold_id in seats.pending or any(
+            hold.id == hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())
+        )
+        if not known:
+            seats.take(hold_id, user, limit, alias, now, exempt=exempt, slots=slots)
+            self._now.leases[hold_id] = now + lease
+
+    def _issue(self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float) -> None:
+        seats = self._now.seats
+        if seats.issue(hold_id, alias, identity, now, ttl) is None:
+            self._issue_without_seat(now, hold_id, user, alias, identity, device, ttl)
+        seats.forget_old(now, ttl)
+
+    def _issue_without_seat(
+        self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float
+    ) -> None:
+        seats = self._now.seats
+        if not any(hold.id == hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
+            seats.issue_without_seat(hold_id, user, alias, identity, now, ttl)
+
+    def _release(self, now: float, hold_id: str) -> None:
+        self._now.seats.release(hold_id)
+
+    def _renew(self, now: float, hold_ids: list[str], lease: float) -> None:
+        for hold_id in hold_ids:
+            self._now.leases[hold_id] = now + lease
+
+    def _restore(
+        self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool
+    ) -> None:
+        seats, key = self._now.seats, IdentityKey(alias, identity)
+        if seats.find(key) is not None or expires <= now:
+            return
+        if seated:
+            if all(hold.id != hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
+                seats.restore(hold_id, user, key, present=False, now=now, expires=expires)
+        else:
+            seats.issue_without_seat(hold_id, user, alias, identity, now, expires - now)
+
+    def _arrive(self, now: float, alias: str, who: list[Any], limit: Any) -> None:
+        self._now.seats.arrive(alias, Arrival(*who), limit, now)
+
+    def _leave(self, now: float, alias: str, sid: str, identity: str, left_by: float, by_choice: bool) -> None:
+        self._now.seats.leave(alias, sid, identity, now, left_by, by_choice=by_choice)
+
+    def _apply_listing(
+        self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float, ttl: float
+    ) -> None:
+        seats = self._now.seats
+        seats.apply_listing(alias, [Arrival(*who) for who in present], limit, min(since, now), now)
+        seats.forget_old(now, ttl)
+
+
+READING = ("owns_seat", "is_present", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
+_SHOW = """
+local stored = redis.call('GET', KEYS[1])
+if not stored then return '[]' end
+local shown = {}
+for place, hold in ipairs(cmsgpack.unpack(stored).holds) do shown[place] = {user = hold.user, state = hold.state} end
+return #shown > 0 and cjson.encode(shown) or '[]'
+"""
+PENDING = HoldState.PENDING

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several guards' lobbies over one Valkey: one entry for each person, one decision, whatever happens to a guard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from secrets import token_hex
+
+import pytest
+import pytest_twisted
+from attrs import define, evolve
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
+
+from lotusguard.clients.redis.client import RedisClient
+from lotusguard.guard.lobby import Lobby, LobbyStopped
+from lotusguard.guard.lobby.redis.entries import RedisEntries
+from lotusguard.metrics import Metrics
+from lotusguard.rules import lobby
+from lotusguard.rules.lobby import LobbyState
+from lotusguard.rules.redis_address import parse_address
+from tests.calls import logged, named
+from tests.conftest import until
+
+from .conftest import OwnServer
+from .guards import PATIENT, reactor
+
+BOB, CAROL = "@bob:example.org", "@carol:example.org"
+S = LobbyState
+
+
+@define(eq=False)
+class GuardLobby:
+    """The parts of a guard that deal with the lobby. Time passes when the test says so."""
+
+    client: RedisClient
+    entries: RedisEntries
+    lobby: Lobby
+    metrics: Metrics
+
+    @classmethod
+    def start(cls, url: str, longest_wait: float = 600.0) -> GuardLobby:
+        metrics = Metrics()
+        client = RedisClient(parse_address(url), reactor, metrics, timeout=PATIENT)
+        entries = RedisEntries(client, token_hex(4), reactor, longest_wait)
+        guard = cls(client, entries, Lobby(entries, reactor, time.time, metrics, longest_wait), metrics)
+        client.start()
+        return guard
+
+    def wait(self, room: str, user: str = BOB) -> Deferred[LobbyState | None]:
+        """Hold a request of somebody who has asked."""
+        until = reactor.seconds() + 600
+        return Deferred.fromCoroutine(self.lobby.wait(room, user, until, lambda: True))
+
+    async def ask(self, room: str, user: str = BOB) -> Deferred[LobbyState | None]:
+        await self.lobby.ask(room, user)
+        return self.wait(room, user)
+
+    def knows(self, room: str, state: LobbyState | None, user: str = BOB) -> Deferred[None]:
+        return until(lambda: self.lobby.state_of(room, user) is state)
+
+    def connected(self, connected: bool = True) -> Deferred[None]:
+        return until(lambda: self.client.available is connected)
+
+    def decided(self, decision: str) -> float:
+        labels = {"decision": decision}
+        return self.metrics.registry.get_sample_value("lotusguard_lobby_decisions_total", labels) or 0.0
+
+    def kill(self) -> None:
+        self.client.stop()
+
+
+@asynccontextmanager
+async def lobbies(url: str, count: int = 2, longest_wait: float = 600.0) -> AsyncIterator[Sequence[GuardLobby]]:
+    started = [GuardLobby.start(url, longest_wait) for _ in range(count)]
+    try:
+        for guard in started:
+            await guard.connected()
+            await guard.lobby.pass_time()
+            await hears(guard, started[0])
+        yield started
+    finally:
+        for guard in started:
+            guard.kill()
+        await deferLater(reactor, 0.02)
+
+
+async def hears(guard: GuardLobby, other: GuardLobby) -> None:
+    """Wait until a guard hears what another one does."""
+    room = f"!{token_hex(4)}:example.org"
+    await other.lobby.ask(room, BOB)
+    await guard.knows(room, S.WAITING)
+    await other.lobby.left_room(room, BOB)
+    await guard.knows(room, None)
+
+
+@pytest.fixture
+def short_lives(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Entries that no request is held for last shorter than they do in operation."""
+    seconds = 0.3
+    monkeypatch.setitem(lobby.TABLE, S.WAITING, evolve(lobby.TABLE[S.WAITING], lifetime=seconds))
+    return seconds
+
+
+@pytest.mark.parametrize(("admit", "state"), [(True, S.ACCEPTED), (False, S.DENIED)])
+@pytest_twisted.ensureDeferred
+async def test_a_request_held_at_one_guard_ends_when_another_one_is_told_the_decision(
+    url: str, room: str, admit: bool, state: LobbyState
+) -> None:
+    async with lobbies(url) as (first, second):
+        held = await first.ask(room)
+        assert await second.lobby.decide(room, BOB, admit=admit, by="@mod:example.org")
+        began = reactor.seconds()
+        assert await held is state
+        assert reactor.seconds() - began < 5
+        counted = [guard.decided("admitted" if admit else "denied") for guard in (first, second)]
+        assert counted == [0, 1], "a decision is counted once"
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_person_has_one_entry_however_many_guards_they_ask(url: str, room: str) -> None:
+    async with lobbies(url, 3) as guards:
+        asked = await gatherResults([Deferred.fromCoroutine(guard.lobby.ask(room, BOB)) for guard in guards])
+        assert len({entry.id for entry in asked}) == 1
+        held = [guard.wait(room) for guard in guards]
+        for guard in guards:
+            await guard.knows(room, S.WAITING)
+        assert (
+            len({round(one.since, 1) for guard in guards for one in guard.lobby.waiting() if one.room_id == room}) == 1
+        )
+        await guards[2].lobby.decide(room, BOB, admit=True, by="")
+        assert [await answer for answer in held] == [S.ACCEPTED] * 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_of_two_moderators_at_two_guards_one_decides(url: str, room: str) -> None:
+    async with lobbies(url) as (first, second):
+        for user in (f"@{n}:example.org" for n in range(20)):
+            await first.lobby.ask(room, user)
+            deciding = [
+                Deferred.fromCoroutine(guard.lobby.decide(room, user, admit=admit, by=""))
+                for guard, admit in ((first, True), (second, False))
+            ]
+            assert (await gatherResults(deciding)).count(True) >= 1
+            state = S.ACCEPTED if await first.lobby.read(room, user) is S.ACCEPTED else S.DENIED
+            await gatherResults([guard.knows(room, state, user) for guard in (first, second)])
+
+
+@pytest_twisted.ensureDeferred
+async def test_asking_at_another_guard_never_overwrites_a_decision(url: str, room: str) -> None:
+    async with lobbies(url) as (first, second):
+        await first.lobby.ask(room, BOB)
+        await first.lobby.decide(room, BOB, admit=False, by="")
+        assert (await second.lobby.ask(room, BOB)).state is S.DENIED
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_removal_and_a_late_admission_are_known_to_all_guards(url: str, room: str) -> None:
+    async with lobbies(url) as (first, second):
+        await first.lobby.remove(room, BOB, "@mod:example.org")
+        await second.knows(room, S.REMOVED)
+        assert second.lobby.has_removed(room)
+        assert not await second.lobby.let_in(room, BOB)
+        assert await second.lobby.decide(room, BOB, admit=True, by="")
+        await first.knows(room, S.ACCEPTED)
+        await first.lobby.call_ended(room)
+        await second.knows(room, None)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_person_who_waits_at_a_guard_that_is_killed_keeps_their_entry(
+    url: str, room: str, short_lives: float
+) -> None:
+    async with lobbies(url) as (killed, other):
+        (await killed.ask(room)).addErrback(lambda failure: None)
+        await killed.lobby.pass_time()  # says that it holds a request
+        before = killed.lobby.waiting()[0].since
+        killed.kill()
+        end = reactor.seconds() + 1.2 * short_lives
+        await until(lambda: reactor.seconds() > end)
+        await other.lobby.pass_time()
+        assert other.lobby.waiting_in(room) == [BOB]
+        held = await other.ask(room)
+        assert [one.since for one in other.lobby.waiting()] == [pytest.approx(before, abs=0.5)]
+        await other.lobby.decide(room, BOB, admit=True, by="")
+        assert await held is S.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_person_who_disconnects_stops_waiting_at_all_guards(url: str, room: str, short_lives: float) -> None:
+    async with lobbies(url) as (first, second):
+        held = await first.ask(room)
+        held.addErrback(lambda failure: None)
+        await first.lobby.pass_time()
+        held.cancel()
+        end = reactor.seconds() + 15
+        while second.lobby.waiting_in(room):
+            assert reactor.seconds() < end
+            await deferLater(reactor, 0.05)
+            await second.lobby.pass_time()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_guard_that_stops_leaves_its_entries_to_the_others(url: str, room: str) -> None:
+    async with lobbies(url) as (first, second):
+        held = await first.ask(room)
+        outcome: list[object] = []
+        held.addErrback(lambda failure: outcome.append(failure.check(LobbyStopped)))
+        await first.lobby.pass_time()
+        first.lobby.stop()
+        assert outcome == [LobbyStopped]
+        await second.knows(room, S.WAITING)
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_waits_longer_than_the_setting_says(url: str, room: str) -> None:
+    async with lobbies(url, longest_wait=0.3) as (first, second):
+        held = await first.ask(room)
+        assert await held is S.UNANSWERED
+        await second.knows(room, S.UNANSWERED)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_guard_that_starts_learns_what_was_decided(url: str, room: str) -> None:
+    async with lobbies(url, 1) as (first,):
+        await first.lobby.remove(room, BOB, "")
+        await first.lobby.ask(room, CAROL)
+        async with lobbies(url, 1) as (started,):
+            await started.knows(room, S.REMOVED)
+            await started.knows(room, S.WAITING, CAROL)
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_happened_while_a_subscription_was_lost_is_found_out(url: str, room: str) -> None:
+    async with lobbies(url) as (first, second):
+        held = await second.ask(room)
+        second.client.subscribe_again()
+        await first.lobby.decide(room, BOB, admit=True, by="")
+        assert await held is S.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_subscription_that_loses_messages_is_renewed(url: str, room: str) -> None:
+    async with lobbies(url) as (first, second):
+        held = await second.ask(room)
+        second.client.listen("lotusguard:lobby", lambda message: None)
+        await first.lobby.decide(room, BOB, admit=True, by="")
+        with logged() as events:
+            end = reactor.seconds() + 15
+            while not held.called:
+                assert reactor.seconds() < end
+                await second.lobby.pass_time()
+                await deferLater(reactor, 0.1)
+        assert named(events, "lobby_missed")
+        assert await held is S.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_without_redis_each_guard_goes_on_alone_and_what_it_decided_is_shared_later(
+    own_server: OwnServer, room: str
+) -> None:
+    async with lobbies(own_server.url) as (first, second):
+        held = await first.ask(room)
+        await second.knows(room, S.WAITING)
+        own_server.stop()
+        for guard in (first, second):
+            await guard.connected(False)
+            await guard.lobby.pass_time()
+            assert guard.entries.alone
+        await second.lobby.remove(room, CAROL, "@mod:example.org")
+        assert await second.lobby.decide(room, BOB, admit=True, by="")
+        assert not held.called
+        own_server.start_again()
+        assert await held is S.ACCEPTED
+        await first.knows(room, S.REMOVED, CAROL)
+        await until(lambda: not first.entries.alone and not second.entries.alone)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_redis_that_comes_back_empty_is_given_what_the_guards_know(own_server: OwnServer, room: str) -> None:
+    async with lobbies(own_server.url) as (first, second):
+        held = await first.ask(room)
+        await second.lobby.remove(room, CAROL, "")
+        await second.knows(room, S.WAITING)
+        own_server.stop()
+        await until(lambda: not first.client.available and not second.client.available)
+        own_server.start_again()
+        for guard in (first, second):
+            await guard.connected()
+            await guard.lobby.pass_time()
+            assert await guard.lobby.read(room, BOB) is S.WAITING
+            assert await guard.lobby.read(room, CAROL) is S.REMOVED
+        await second.lobby.decide(room, BOB, admit=True, by="")
+        assert await held is S.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_data_that_are_deleted_while_redis_runs_are_given_back(own_server: OwnServer, room: str) -> None:
+    async with lobbies(own_server.url) as (first, second):
+        await first.lobby.remove(room, BOB, "")
+        await second.knows(room, S.REMOVED)
+        await deferLater(reactor, 0.01)
+        own_server.client.flushall()
+        await second.lobby.pass_time()
+        end = reactor.seconds() + 15
+        while await first.lobby.read(room, BOB) is not S.REMOVED:
+            assert reactor.seconds() < end
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_two_guards_decided_alone_becomes_one_decision(own_server: OwnServer, room: str) -> None:
+    async with lobbies(own_server.url) as (first, second):
+        await first.lobby.let_in(room, BOB)
+        await second.knows(room, S.ACCEPTED)
+        own_server.stop()
+        await until(lambda: not first.client.available and not second.client.available)
+        await second.lobby.remove(room, BOB, "")
+        await first.lobby.ask(room, CAROL)
+        await second.lobby.let_in(room, CAROL)
+        own_server.start_again()
+        for guard in (first, second):
+            await gatherResults([guard.knows(room, S.REMOVED, BOB), guard.knows(room, S.ACCEPTED, CAROL)])
+
+
+@pytest_twisted.ensureDeferred
+async def test_all_entries_are_read_in_pages(url: str, room: str) -> None:
+    async with lobbies(url, 1) as (first,):
+        rooms = [f"{room}{number}" for number in range(120)]
+        asked = [Deferred.fromCoroutine(first.lobby.let_in(name, BOB)) for name in rooms]
+        await gatherResults(asked)
+        async with lobbies(url, 1) as (started,):
+            await until(lambda: {started.lobby.state_of(name, BOB) for name in rooms} == {S.ACCEPTED})
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_guards_know_already_costs_no_script(url: str, room: str) -> None:
+    async with lobbies(url, 1) as (first,):
+        await first.lobby.let_in(room, BOB)
+        first.kill()
+        await until(lambda: not first.client.available)
+        assert await first.lobby.let_in(room, BOB)
+        await first.lobby.switched_off("!nobody-waits-here:example.org")
+        assert not first.entries.alone

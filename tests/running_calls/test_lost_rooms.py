@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFU rooms that LiveKit loses in a restart are created again, so that their participants can reconnect."""
+
+from __future__ import annotations
+
+import pytest_twisted
+
+from lotusguard.rules.identity import room_alias
+from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.faults import Fault
+from tests.calls import ALICE, BOB, logged, named, room_of
+from tests.conftest import StartSandbox
+
+
+async def call_of_two(sandbox: Sandbox) -> str:
+    """A call that the guard has seen. :return: its alias."""
+    room_id = room_of(sandbox, 2)
+    for user in (ALICE, BOB):
+        await sandbox.enter(user, room_id)
+    await next_round(sandbox)
+    alias = room_alias(room_id)
+    assert alias in sandbox.guard.enforcement.watched
+    return alias
+
+
+async def next_round(sandbox: Sandbox) -> None:
+    await sandbox.livekit.drained()
+    await sandbox.guard.changes.reconcile()
+    await sandbox.guard.enforcement.worker.idle()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_room_that_a_crash_ended_is_created_again(sandbox: Sandbox) -> None:
+    alias = await call_of_two(sandbox)
+    sandbox.livekit.restart()
+    with logged() as events:
+        await next_round(sandbox)
+    assert alias in sandbox.livekit.rooms
+    assert sandbox.livekit.rooms[alias].settings.empty_timeout == 60
+    assert len(named(events, "lost_room_created")) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_fails_is_tried_again_in_the_next_round(sandbox: Sandbox) -> None:
+    alias = await call_of_two(sandbox)
+    sandbox.livekit.restart()
+    sandbox.livekit.faults["CreateRoom"] = Fault.status(500)
+    await next_round(sandbox)
+    assert alias not in sandbox.livekit.rooms
+    del sandbox.livekit.faults["CreateRoom"]
+    await next_round(sandbox)
+    assert alias in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_call_that_ended_is_not_created_again(sandbox: Sandbox) -> None:
+    alias = await call_of_two(sandbox)
+    for identity in list(sandbox.livekit.rooms[alias].participants):
+        sandbox.livekit.disconnect(alias, identity)
+    await next_round(sandbox)
+    sandbox.livekit.restart()
+    await next_round(sandbox)
+    assert alias not in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_room_that_somebody_deleted_is_not_created_again(sandbox: Sandbox) -> None:
+    alias = await call_of_two(sandbox)
+    sandbox.livekit.rooms[alias].close()
+    await next_round(sandbox)
+    assert alias not in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_dry_run_creates_nothing(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_dry_run=True)
+    alias = await call_of_two(sandbox)
+    sandbox.livekit.restart()
+    await next_round(sandbox)
+    assert alias not in sandbox.livekit.rooms
