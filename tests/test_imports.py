@@ -26,7 +26,7 @@ NOT_FOR_A_PLAIN_GUARD = (
     "txredisapi", "lotusguard.clients.redis", "lotusguard.guard.seats.redis",  # GUARD_REDIS_URL
     "lotusguard.web.appservice",  # GUARD_APPSERVICE_PORT
     "lotusguard.sandbox", "lotusguard.check", "lotusguard.history", "lotusguard.synapse_module",  # other commands
-    "pydantic_settings", "dotenv", "treq", "jwt", "requests",  # not needed at all
+    "pydantic_settings", "dotenv", "requests",  # not needed at all
     "twisted.conch", "twisted.mail", "twisted.words", "twisted.names",
 )  # fmt: skip
 
