@@ -27,7 +27,6 @@ from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
-from lotusguard.web.appservice import AppServiceApi
 from lotusguard.web.console.names import RoomNames
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
@@ -194,6 +193,8 @@ class Guard(MultiService):
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
+            from lotusguard.web.appservice import AppServiceApi
+
             proxied = RequestHandler(
                 joins.admission,
                 clients.upstream,

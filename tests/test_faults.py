@@ -227,7 +227,6 @@ async def test_a_token_request_is_sent_once_more_on_a_used_connection_and_never_
         assert (await sandbox.ask_token(ALICE, room_id)).code == 502
         assert sandbox.upstream.asked["sfu_get"] - before == sent
         await sandbox.upstream.drop_connections()
-        await deferLater(reactor, 0.2)
 
 
 @pytest_twisted.ensureDeferred

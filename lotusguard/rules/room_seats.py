@@ -161,9 +161,16 @@ class RoomSeats(RoomHolds):
         if limit is None:
             self.unlimited_at = now
         there = set()
-        for who in sorted(present, key=_joined):
+        news = []
+        for who in present:
             at = Session(alias, who.sid)
             there.add(at)
+            if self._is_settled(at, who):
+                self._arrival_times.arrived(who.user)
+            else:
+                news.append(who)
+        for who in sorted(news, key=_joined):
+            at = Session(alias, who.sid)
             if self._ended.get(at, since) < since:
                 del self._ended[at]  # the SFU was asked after that event, and says it is there
             before = first and (who.joined is None or who.joined <= self.unlimited_at)
@@ -225,6 +232,16 @@ class RoomSeats(RoomHolds):
         self.changed.discard(key)
 
     # -- how it is done ----------------------------------------------------------------------------------
+
+    def _is_settled(self, at: Session, who: Arrival) -> bool:
+        """Whether a listing says nothing new about a participant: they have a seat, and no unused token."""
+        hold = self.sessions.get(at)
+        return (
+            hold is not None
+            and hold.state is HoldState.PRESENT
+            and at not in self._ended
+            and IdentityKey(at.alias, who.identity) not in self.reserved
+        )
 
     def _end_unused(self, user: str, left: IdentityKey, left_by: float, now: float) -> None:
         """End the holds of tokens that the device of an identity was given for the same call and did not use."""

@@ -93,7 +93,9 @@ class CallChanges:
             self._discovery.want(alias, self._enforcement.enforce)
             return
         await self._roster.handle(slot, event)
-        if event.event not in DEPARTURES:
+        if event.event in ("participant_joined", "track_published"):
+            self._enforcement.enforce_arrival(alias, event.participant.identity)
+        elif event.event not in DEPARTURES:
             self._enforcement.enforce(alias)
 
     async def room_changed(self, room_id: str, user: str = "") -> None:
@@ -183,5 +185,5 @@ class CallChanges:
 
     def stop(self) -> None:
         """Leave everything as it is now."""
-        self._enforcement.worker.stop()
+        self._enforcement.stop()
         self._discovery.stop()

@@ -90,13 +90,13 @@ class Commands:
     _metrics: Metrics
     _queues: dict[str, deque[RoomEvent]] = field(factory=dict, init=False)
     _limits: LRUCache[tuple[str, bool], RateLimit] = field(factory=lambda: LRUCache(10_000), init=False)
-    _worker: KeyedWorker = field(init=False)
+    _worker: KeyedWorker[str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._worker = KeyedWorker(self._answer_all, ROOMS_AT_ONCE, _failed)
 
     @property
-    def worker(self) -> KeyedWorker:
+    def worker(self) -> KeyedWorker[str]:
         """Answers, one room at a time for each key."""
         return self._worker
 

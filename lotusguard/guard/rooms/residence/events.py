@@ -79,7 +79,7 @@ class RoomEvents:
     _due: dict[str, set[str]] = field(factory=dict, init=False)
     _left: set[str] = field(factory=set, init=False)
     _heard: LRUCache[str, None] = field(factory=lambda: LRUCache(EVENTS_REMEMBERED), init=False)
-    _tellers: KeyedWorker = field(init=False)
+    _tellers: KeyedWorker[str] = field(init=False)
     member_lists: MemberLists = field(init=False)
     _background: BackgroundWork = field(factory=BackgroundWork, init=False)
 

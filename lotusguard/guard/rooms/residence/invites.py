@@ -36,7 +36,7 @@ class InviteHandler:
     _residence: Residence
     _clock: IReactorTime
     _metrics: Metrics
-    _worker: KeyedWorker = field(init=False)
+    _worker: KeyedWorker[str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._worker = KeyedWorker(self._settle, AT_ONCE, _failed)

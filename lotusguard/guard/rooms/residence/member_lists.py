@@ -41,7 +41,7 @@ class MemberLists:
     _waiting: set[str] = field(factory=set, init=False)
     _being_read: set[str] = field(factory=set, init=False)
     _outdated: set[str] = field(factory=set, init=False)
-    _readers: KeyedWorker = field(init=False)
+    _readers: KeyedWorker[str] = field(init=False)
     _background: BackgroundWork = field(factory=BackgroundWork, init=False)
 
     def __attrs_post_init__(self) -> None:
