@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import scenarios
-from benchmarks.chart import chart
+from benchmarks import large, scenarios
+from benchmarks.chart import growth_chart, joins_chart
 from benchmarks.figures import Figure, markdown
 from benchmarks.processes import Callers, Dependencies, cores, raise_file_limit
 from benchmarks.scenarios import Bench
@@ -48,6 +48,9 @@ def main() -> None:
         scenarios.big_room(bench)
         scenarios.reconciling(bench, 5.0 if quick else 12.0)
         scenarios.policy_change(bench)
+        large.room_size(bench)
+        large.room_count(bench)
+        large.big_event(bench, 12.0 if quick else 30.0)
         scenarios.start_up(bench)
     wheel = wheel_size()
     if wheel is not None:
@@ -62,7 +65,8 @@ def main() -> None:
     if not quick:
         (HERE / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         docs = HERE.parent / "docs"
-        (docs / "benchmarks.svg").write_text(chart(found["figures"]))
+        (docs / "benchmarks.svg").write_text(joins_chart(found["figures"]))
+        (docs / "benchmarks-growth.svg").write_text(growth_chart(found["figures"]))
         page = docs / "benchmarks.md"
         page.write_text(with_table(page.read_text(), introduced(found, rounds) + markdown(figures)))
 

@@ -31,6 +31,8 @@ from .server import shared_client
 
 _epochs = count(1)
 METRICS = Metrics()
+STARTED = 1000.0
+"""When the first guard was started, on the server's clock."""
 Spy = Callable[[str, str], None]
 
 
@@ -50,7 +52,7 @@ class Server:
     :ivar spy: told of each step on a room that is carried out: the room's key and the request.
     """
 
-    now: float = 1000.0
+    now: float = STARTED
     up: bool = True
     epoch: str = field(factory=lambda: f"epoch{next(_epochs)}")
     spy: Spy = field(default=lambda key, request: None)
@@ -142,6 +144,9 @@ class DirectClient:
         if not self.connected:
             self.connect()
 
+    async def probe(self) -> None:
+        await self.call("SET", "lotusguard:probe", "1", "EX", 60)
+
     async def load(self, script: Script) -> None:
         return None
 
@@ -200,7 +205,7 @@ class DirectGuard:
         client: Any = DirectClient(self.server, self.clock)
         self.client, self.own = client, OwnHolds(self.clock)
         self.rebuilding = Rebuilding(client, self.name, self.clock)
-        since = self.clock.seconds()
+        since = self.clock.seconds() - (self.server.now - STARTED)  # it has a state directory
         self.shared = RedisSeatBook(
             client, self.clock, METRICS, self.seat_ttl, since, self.rebuilding, self.own
         )  # fmt: skip

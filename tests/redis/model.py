@@ -11,7 +11,7 @@ from attrs import define, field
 
 from lotusguard.guard.seats.redis.scripts import room_key
 from lotusguard.rules.room_seats import RoomSeats
-from lotusguard.rules.seats import Arrival, HoldState, IdentityKey
+from lotusguard.rules.seats import Arrival, IdentityKey
 
 from .direct import Server
 
@@ -39,6 +39,7 @@ class _State:
     seats: ModelSeats
     leases: dict[str, float] = field(factory=dict)
     epoch: str = ""
+    before: str = ""
     made: bool = False
 
 
@@ -72,6 +73,8 @@ class RoomModel:
         state = self._now
         if not state.made and all(operation[0] in READING for operation in request["operations"]):
             return  # it leaves nothing behind
+        if state.made and state.before == request["epoch"]:
+            return  # rejected: the guard does not know of the new data set yet
         if not state.made:
             state.seats, state.epoch, state.made = ModelSeats(request["guarding_since"]), request["epoch"], True
             state.seats.vacated = now
@@ -81,7 +84,7 @@ class RoomModel:
         self._advance(now)
         if state.epoch != request["epoch"]:
             state.seats.distrust()
-            state.epoch = request["epoch"]
+            state.before, state.epoch = state.epoch, request["epoch"]
         for name, *arguments in request["operations"]:
             if name not in READING:
                 getattr(self, f"_{name}")(now, *arguments)
@@ -169,4 +172,3 @@ local shown = {}
 for place, hold in ipairs(cmsgpack.unpack(stored).holds) do shown[place] = {user = hold.user, state = hold.state} end
 return #shown > 0 and cjson.encode(shown) or '[]'
 """
-PENDING = HoldState.PENDING

@@ -203,6 +203,10 @@ class Stampede:
         return until - since
 
 
-async def repeat(rounds: int, work: Callable[[], Any]) -> None:
+async def repeat(rounds: int, seconds: float, work: Callable[[], Any]) -> None:
+    """Begin no round after so many seconds."""
+    end = time.monotonic() + seconds
     for _ in range(rounds):
+        if time.monotonic() > end:
+            break
         await work()
