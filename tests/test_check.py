@@ -466,7 +466,7 @@ async def test_lk_jwt_service_on_every_address_is_a_warning(sandbox: Sandbox, mo
     report = await checked(sandbox)
     finding = found(report, "exposure", "lk-jwt-service")
     assert finding.state == "warning"
-    assert "listens on 0.0.0.0" in finding.reason
+    assert "listens on 0.0.0.0 (every address): anybody who can connect" in finding.reason
     assert f"LIVEKIT_JWT_BIND=127.0.0.1:{sandbox.upstream.port}" in finding.remedy
     assert ("exposure", "homeserver routes") not in {(one.about, one.asked) for one in report.findings}
 

@@ -120,7 +120,10 @@ class Trial:
     async def _ask(self, method: str, target: str, body: bytes | None = None) -> dict[str, Any]:
         answer = await self._request(method, target, body)
         if answer.code != 200:
-            raise TrialFailed(f"the homeserver answers {errcode_of(answer)} to {target.partition('?')[0]}")
+            path = target.partition("?")[0]
+            raise TrialFailed(
+                f"the homeserver answers {errcode_of(answer)} to {path}; `lotusguard check` looks for the cause"
+            )
         return json_of(answer)
 
     async def _request(self, method: str, target: str, body: bytes | None = None) -> Answer:
