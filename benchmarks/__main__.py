@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import scenarios
+from benchmarks import scenarios, several_guards
 from benchmarks.chart import chart
 from benchmarks.figures import Figure, markdown
 from benchmarks.processes import Callers, Dependencies, cores, raise_file_limit
@@ -49,6 +49,7 @@ def main() -> None:
         scenarios.reconciling(bench, 5.0 if quick else 12.0)
         scenarios.policy_change(bench)
         scenarios.start_up(bench)
+        shared = several_guards.measure(dependencies, rounds, 600 if quick else 2400, say)
     wheel = wheel_size()
     if wheel is not None:
         figures.append(Figure("wheel", "kB", [wheel / 1000], digits=0))
@@ -60,6 +61,7 @@ def main() -> None:
     }
     sys.stdout.write("\n" + markdown(figures))
     if not quick:
+        several_guards.write(shared)
         (HERE / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         docs = HERE.parent / "docs"
         (docs / "benchmarks.svg").write_text(chart(found["figures"]))
