@@ -35,6 +35,7 @@ FORBIDDEN, LIMITED, UNKNOWN = "M_FORBIDDEN", "M_LIMIT_EXCEEDED", "M_UNKNOWN"
         (JoinRefused(Refusal.NOT_ADMITTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.NOBODY_ADMITTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.TOO_MANY_SLOTS), 429, LIMITED),
+        (JoinRefused(Refusal.TOO_MANY_LOOKUPS), 429, LIMITED),
         (JoinRefused(Refusal.LOBBY_FULL), 429, LIMITED),
         (JoinRefused(Refusal.SEAT_PENDING), 503, UNKNOWN),
         (Unreadable("x"), 400, "M_NOT_JSON"),
@@ -85,6 +86,19 @@ async def test_browsers_can_read_refusals_but_not_errors_worth_a_retry(
     for status in (502, 504):
         code, content, allowed = await refused_with(sandbox, monkeypatch, UpstreamFailed(status, "x"))
         assert (code, content["errcode"], allowed) == (status, UNKNOWN, None)
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_browsers_ask_again_while_livekit_is_restarting(sandbox: Sandbox, new: bool) -> None:
+    room_id = room_of(sandbox)
+    await sandbox.livekit.stop_listening()
+    answer = await sandbox.ask_token(ALICE, room_id, new=new)
+    assert (answer.code, json.loads(answer.body)["error"]) == (500, "Unable to create room on SFU")
+    assert answer.headers.getRawHeaders("access-control-allow-origin") is None
+    await sandbox.livekit.listen()
+    answer = await sandbox.ask_token(ALICE, room_id, new=new)
+    assert (answer.code, answer.headers.getRawHeaders("access-control-allow-origin")) == (200, ["*"])
 
 
 @pytest_twisted.ensureDeferred
