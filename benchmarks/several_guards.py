@@ -103,7 +103,8 @@ def _join(callers: Sequence[Callers], guards: Sequence[GuardProcess], joins: int
     """Make joins through all guards at once. :return: seconds. :raises RuntimeError: not every caller got a token."""
     share = joins // len(guards)
     with ThreadPoolExecutor(len(guards)) as pool:
-        loads = [Load(guard.port, CALLERS // len(guards), share, first=12 * n, rooms=12) for n, guard in enumerate(guards)]
+        at_once = CALLERS // len(guards)
+        loads = [Load(guard.port, at_once, share, first=12 * n, rooms=12) for n, guard in enumerate(guards)]
         outcomes = list(pool.map(lambda pair: pair[0].make(pair[1]), zip(callers, loads, strict=False)))
     for outcome in outcomes:
         if outcome.statuses != {"200": share}:

@@ -66,7 +66,7 @@ def nginx(folder: Path, port: int, ports: list[int]) -> list[str]:
 
 def caddy(folder: Path, port: int, ports: list[int]) -> list[str]:
     text = (SNIPPETS.parent / "docker" / "Caddyfile.several").read_text()
-    text = text[text.index("matrix-rtc.{$DOMAIN}") :].replace("matrix-rtc.{$DOMAIN}", f"http://127.0.0.1:{port}")
+    text = text[text.index("\nmatrix-rtc.{$DOMAIN} {") :].replace("matrix-rtc.{$DOMAIN}", f"http://127.0.0.1:{port}")
     text = text.replace("lotusguard:8070 lotusguard-2:8070", " ".join(f"127.0.0.1:{port}" for port in ports))
     (folder / "Caddyfile").write_text("{\n\tadmin off\n\tauto_https off\n}\n" + text)
     return ["run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
