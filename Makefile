@@ -6,7 +6,6 @@ CONSTRAINTS_VENV ?= .venv-constraints
 DIST_VENV ?= .venv-dist
 BIN := $(VENV)/bin
 SECONDS_OF_SOAK ?= 600
-GUARDS_OF_SOAK ?= 1
 
 .PHONY: demo test lint unit fuzz bench profile soak stampede crashes constraints dist clean
 

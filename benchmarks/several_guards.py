@@ -24,7 +24,7 @@ from benchmarks.processes import Callers, Dependencies, GuardProcess, cores, rai
 
 PAGE = Path(__file__).parents[1] / "docs" / "several-guards.md"
 BEGIN, END = "<!-- cost -->", "<!-- /cost -->"
-AIM, SCRIPTS_AIM = 1.4, 2.0
+CALLERS = 16
 MS = 1000.0
 Say = Callable[[str], None]
 
@@ -103,7 +103,8 @@ def _join(callers: Sequence[Callers], guards: Sequence[GuardProcess], joins: int
     """Make joins through all guards at once. :return: seconds. :raises RuntimeError: not every caller got a token."""
     share = joins // len(guards)
     with ThreadPoolExecutor(len(guards)) as pool:
-        loads = [Load(guard.port, 32 // len(guards), share, first=12 * n, rooms=12) for n, guard in enumerate(guards)]
+        at_once = CALLERS // len(guards)
+        loads = [Load(guard.port, at_once, share, first=12 * n, rooms=12) for n, guard in enumerate(guards)]
         outcomes = list(pool.map(lambda pair: pair[0].make(pair[1]), zip(callers, loads, strict=False)))
     for outcome in outcomes:
         if outcome.statuses != {"200": share}:
@@ -157,7 +158,7 @@ def main() -> None:
     raise_file_limit()
     quick = "--quick" in sys.argv
     with Dependencies() as dependencies:
-        costs = measure(dependencies, 3 if quick else 5, 192 if quick else 2400, lambda line: print(line))  # noqa: T201
+        costs = measure(dependencies, 3 if quick else 5, 96 if quick else 2400, lambda line: print(line))  # noqa: T201
     sys.stdout.write(table(costs) + json.dumps([cost.cpu for cost in costs]) + "\n")
     if not quick:
         write(costs)

@@ -6,7 +6,7 @@ Every command is carried out at once, so that a test decides what comes between 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from itertools import count
 from typing import Any
@@ -29,7 +29,6 @@ from lotusguard.metrics import Metrics
 
 from .server import shared_client
 
-_epochs = count(1)
 METRICS = Metrics()
 STARTED = 1000.0
 """When the first guard was started, on the server's clock."""
@@ -54,7 +53,8 @@ class Server:
 
     now: float = STARTED
     up: bool = True
-    epoch: str = field(factory=lambda: f"epoch{next(_epochs)}")
+    names: Iterator[int] = field(factory=lambda: count(1))
+    epoch: str = "epoch0"
     spy: Spy = field(default=lambda key, request: None)
     client: Any = field(factory=shared_client)
     listeners: dict[str, list[Callable[[str], None]]] = field(factory=dict)
@@ -96,7 +96,7 @@ class Server:
         for key, dumped in data.items():
             self.client.restore(key, 600_000, dumped)
         if not same_server:
-            self.epoch = f"epoch{next(_epochs)}"
+            self.epoch = f"epoch{next(self.names)}"
 
 
 def _text(answer: Any) -> Any:
@@ -201,7 +201,7 @@ class DirectGuard:
     book: FailoverSeatBook = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.clock.advance(float(next(_epochs)))  # no two guards' clocks agree
+        self.clock.advance(float(next(self.server.names)))  # no two guards' clocks agree
         client: Any = DirectClient(self.server, self.clock)
         self.client, self.own = client, OwnHolds(self.clock)
         self.rebuilding = Rebuilding(client, self.name, self.clock)

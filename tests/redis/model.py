@@ -120,7 +120,7 @@ class RoomModel:
 
     def _issue(self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float) -> None:
         seats = self._now.seats
-        if seats.issue(hold_id, alias, identity, now, ttl) is None:
+        if seats.issue(hold_id, alias, identity, now, ttl, device) is None:
             self._issue_without_seat(now, hold_id, user, alias, identity, device, ttl)
         seats.forget_old(now, ttl)
 
@@ -129,7 +129,7 @@ class RoomModel:
     ) -> None:
         seats = self._now.seats
         if not any(hold.id == hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
-            seats.issue_without_seat(hold_id, user, alias, identity, now, ttl)
+            seats.issue_without_seat(hold_id, user, alias, identity, now, ttl, device)
 
     def _release(self, now: float, hold_id: str) -> None:
         self._now.seats.release(hold_id)
@@ -139,16 +139,24 @@ class RoomModel:
             self._now.leases[hold_id] = now + lease
 
     def _restore(
-        self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool
+        self,
+        now: float,
+        hold_id: str,
+        user: str,
+        alias: str,
+        identity: str,
+        expires: float,
+        seated: bool,
+        device: str,
     ) -> None:
         seats, key = self._now.seats, IdentityKey(alias, identity)
         if seats.find(key) is not None or expires <= now:
             return
         if seated:
             if all(hold.id != hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
-                seats.restore(hold_id, user, key, present=False, now=now, expires=expires)
+                seats.restore(hold_id, user, key, present=False, now=now, expires=expires, device=device)
         else:
-            seats.issue_without_seat(hold_id, user, alias, identity, now, expires - now)
+            seats.issue_without_seat(hold_id, user, alias, identity, now, expires - now, device)
 
     def _arrive(self, now: float, alias: str, who: list[Any], limit: Any) -> None:
         self._now.seats.arrive(alias, Arrival(*who), limit, now)

@@ -310,7 +310,7 @@ class Guards(RuleBasedStateMachine):
 _rooms = iter(range(FOREVER))
 EXAMPLES = int(os.environ.get("CRASH_EXAMPLES", "0"))
 Guards.TestCase.settings = settings(
-    max_examples=EXAMPLES or 60, stateful_step_count=40 if EXAMPLES else 25, deadline=None,
+    max_examples=EXAMPLES or 60, stateful_step_count=40 if EXAMPLES else 25, deadline=None, derandomize=not EXAMPLES,
     suppress_health_check=list(HealthCheck), print_blob=True,
 )  # fmt: skip
 TestGuards = Guards.TestCase

@@ -110,7 +110,7 @@ class GuardUnderStampede:
                 command, env=own | self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.directory
             )
 
-    async def answers(self, seconds: float = 60.0) -> None:
+    async def answers(self, seconds: float = 300.0) -> None:
         """Wait until it listens and shares its seats."""
         end = asyncio.get_running_loop().time() + seconds
         while "seats" not in await self._ready():
