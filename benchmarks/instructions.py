@@ -57,7 +57,9 @@ def instructions(subject: Subject, callers: Callers, results: Path, joins: int, 
     before = set(results.iterdir())
     control("-i", "on")
     control("-z")
-    callers.make(Load(subject.port, 16, joins, rooms=ROOMS, strangers=strangers))
+    outcome = callers.make(Load(subject.port, 16, joins, rooms=ROOMS, strangers=strangers))
+    if outcome.statuses != {"200": joins}:
+        raise RuntimeError(f"not every caller got a token: {outcome.statuses}")
     control("-d")
     control("-i", "off")
     for dump in sorted(set(results.iterdir()) - before):
