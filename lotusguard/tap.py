@@ -16,6 +16,8 @@ from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
 from lotusguard import wiring
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.livekit_link import LiveKitLink
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.health import Health
@@ -25,7 +27,6 @@ from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
-from lotusguard.web.appservice import AppServiceApi
 from lotusguard.web.console.names import RoomNames
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
@@ -192,6 +193,8 @@ class Guard(MultiService):
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
+            from lotusguard.web.appservice import AppServiceApi
+
             proxied = RequestHandler(
                 joins.admission,
                 clients.upstream,
@@ -220,7 +223,7 @@ class Guard(MultiService):
                 metrics=metrics,
                 lobby=waiting.lobby, moderation=calls.moderator,
                 console=Console(view, sessions, calls.moderator, calls.changes, reactor), token=token,
-                guard=lambda: self.public.place,
+                guard=lambda: self.public.place, clock=reactor,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
@@ -275,6 +278,8 @@ class Guard(MultiService):
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
+        link = LiveKitLink(self._reactor, self._settings.livekit_api, self.changes.livekit_returned, _not_looked)
+        link.setServiceParent(self)
         if sharing is not None:
             changes = self.changes
             sharing.leases.enforce = self.enforcement.enforce
@@ -351,6 +356,13 @@ class Guard(MultiService):
 
 def _report(failure: Failure) -> None:
     log.failure("a change that another guard announced could not be handled", failure)
+
+
+def _not_looked(failure: Failure) -> None:
+    if failure.check(DependencyFailed):
+        log.debug("LiveKit is back and does not answer yet: {reason}", reason=failure.getErrorMessage())
+    else:
+        log.failure("what LiveKit has lost could not be found", failure)
 
 
 def _endpoint(host: str, port: int) -> str:

@@ -89,6 +89,19 @@ async def test_browsers_can_read_refusals_but_not_errors_worth_a_retry(
         assert (code, content["errcode"], allowed) == (status, UNKNOWN, None)
 
 
+@pytest.mark.parametrize("new", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_browsers_ask_again_while_livekit_is_restarting(sandbox: Sandbox, new: bool) -> None:
+    room_id = room_of(sandbox)
+    await sandbox.livekit.stop_listening()
+    answer = await sandbox.ask_token(ALICE, room_id, new=new)
+    assert (answer.code, json.loads(answer.body)["error"]) == (500, "Unable to create room on SFU")
+    assert answer.headers.getRawHeaders("access-control-allow-origin") is None
+    await sandbox.livekit.listen()
+    answer = await sandbox.ask_token(ALICE, room_id, new=new)
+    assert (answer.code, answer.headers.getRawHeaders("access-control-allow-origin")) == (200, ["*"])
+
+
 @pytest_twisted.ensureDeferred
 async def test_unexpected_error_is_logged_and_answered_502_without_cors(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch

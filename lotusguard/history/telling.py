@@ -63,7 +63,8 @@ def tell(records: Sequence[Record], terminal: Terminal, nothing: str) -> None:
         )
         what = terminal.paint(record.verdict.replace("_", " "), colour, "bold")
         where = "from the call of" if record.kind is RecordKind.REMOVAL else "in"
-        terminal.line(f"{at:%Y-%m-%d %H:%M:%S}  {what}  {_plain(record.user)} {where} {_plain(record.room_id)}")
+        who = _plain(record.user) or "an unnamed user"
+        terminal.line(f"{at:%Y-%m-%d %H:%M:%S}  {what}  {who} {where} {_plain(record.room_id) or 'an unnamed room'}")
         for line in _details(record):
             terminal.line(f"    {line}")
 

@@ -83,10 +83,9 @@ class RedisClient:
 
     def __attrs_post_init__(self) -> None:
         self._prober = Prober(self.breaker, self._reactor, self.probe)
-        logged: set[str] = set()
-        self._commands = Link(self._address, CommandProtocol, self._commands_ready, self._reactor, logged=logged)
+        self._commands = Link(self._address, CommandProtocol, self._commands_ready, self._reactor)
         self._messages = Link(
-            self._address, SubscriberProtocol, self._messages_ready, self._reactor, quiet=True, logged=logged
+            self._address, SubscriberProtocol, self._messages_ready, self._reactor, first=self._commands
         )
         self._seconds = self._metrics.dependency_seconds.labels(NAME)
         outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from attrs import frozen
+from twisted.web.http import stringToDatetime
 
 from lotusguard.clients.http import Answer, json_object
 from lotusguard.rules.identity import is_room_id
@@ -27,6 +28,15 @@ def ok(answer: Answer) -> dict[str, Any]:
     if answer.code != 200:
         raise ValueError(answer.code)
     return json_object(answer)
+
+
+def answered_at(answer: Answer) -> float | None:
+    """When the homeserver answered, by its own clock, in seconds since the epoch; ``None`` if it does not say."""
+    (date, *_) = answer.headers.getRawHeaders(b"date") or [b""]
+    try:
+        return float(stringToDatetime(date))
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError):
+        return None
 
 
 def state_event(event: dict[str, Any]) -> StateEvent:

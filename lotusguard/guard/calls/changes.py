@@ -93,7 +93,9 @@ class CallChanges:
             self._discovery.want(alias, self._enforcement.enforce)
             return
         await self._roster.handle(slot, event)
-        if event.event not in DEPARTURES:
+        if event.event in ("participant_joined", "track_published"):
+            self._enforcement.enforce_arrival(alias, event.participant.identity)
+        elif event.event not in DEPARTURES:
             self._enforcement.enforce(alias)
 
     async def room_changed(self, room_id: str, user: str = "") -> None:
@@ -158,6 +160,7 @@ class CallChanges:
         listed = {room.name for room in rooms}
         lost = [alias for alias in self._enforcement.watched if alias not in listed and self._roster.may_exist(alias)]
         self._roster.rooms_listed(listed)
+        await self._lost_rooms.create_again(lost, listed)
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
@@ -169,11 +172,18 @@ class CallChanges:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
                 self._enforcement.enforce(alias, urgent=False)
-        await self._lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
 
+    async def livekit_returned(self) -> None:
+        """LiveKit accepts connections again: see what it has lost before its clients give up.
+
+        :raises DependencyFailed: it does not answer yet.
+        """
+        await self._livekit.probe()  # closes its circuit
+        await self.reconcile()
+
     def stop(self) -> None:
         """Leave everything as it is now."""
-        self._enforcement.worker.stop()
+        self._enforcement.stop()
         self._discovery.stop()

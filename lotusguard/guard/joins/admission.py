@@ -197,7 +197,7 @@ class Admission:
                     self._look_up_policy(join, deadline),
                 ))  # fmt: skip
             else:
-                await self._look_up_caller(join, join.lookups, self._look_up_room)
+                await self._look_up_caller(join, join.lookups, self._look_up_unknown_room)
 
     async def _look_up_caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
         """:param then: what is looked up once the caller is proven."""
@@ -207,20 +207,28 @@ class Admission:
                 join.user = join.decision.user = caller.user
                 await then(join, deadline)
 
+    async def _look_up_unknown_room(self, join: Join, deadline: Deadline) -> None:
+        await gather((self._look_up_policy_in_turn(join, deadline), self._look_up_membership(join, deadline)))
+
+    async def _look_up_policy_in_turn(self, join: Join, deadline: Deadline) -> None:
+        """However many rooms one user names, lookups for the others are not late.
+
+        :raises JoinRefused: the user asks for too many rooms at once.
+        """
+        left = deadline.left()
+        try:
+            async with self._turns.of(join):
+                await self._look_up_policy(join, join.deadline.sooner(left))
+        except TooManyLookups:
+            join.refuse(Refusal.TOO_MANY_LOOKUPS, RETRY)
+            join.unenforced("policy", "too_many_lookups")
+
     async def _look_up_room(self, join: Join, deadline: Deadline) -> None:
         await gather((self._look_up_policy(join, deadline), self._look_up_membership(join, deadline)))
 
     async def _look_up_policy(self, join: Join, deadline: Deadline) -> None:
-        """:raises JoinRefused: the user asks for too many rooms at once."""
         with self._failing_open(join, "policy"):
-            left = deadline.left()
-            try:
-                async with self._turns.of(join):
-                    in_time = join.deadline.sooner(left)
-                    join.learn_policy(await self._policies.get_anew(join.room_id, in_time, join.not_before))
-            except TooManyLookups:
-                join.refuse(Refusal.TOO_MANY_LOOKUPS, RETRY)
-                join.unenforced("policy", "too_many_lookups")
+            join.learn_policy(await self._policies.get_anew(join.room_id, deadline, join.not_before))
 
     async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "membership"):

@@ -185,7 +185,8 @@ class EntryChecks:
             if not await self._switch.is_on(join.room_id, join.known):
                 return
         if state is LobbyState.ACCEPTED or join.policy.bypasses_lobby(join.user) or await self._was_in(join, state):
-            await self._lobby.let_in(join.room_id, join.user)
+            if not await self._lobby.let_in(join.room_id, join.user):
+                join.refuse(Refusal.REMOVED)
             return
         if join.dry_run:
             join.decision.verdict, join.decision.reason = Verdict.WOULD_REFUSE, "lobby"

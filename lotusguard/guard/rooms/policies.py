@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from attrs import define, evolve, field, frozen
@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import Deadline, FreshLookups
+from lotusguard.clients.waiting import Deadline, FreshLookups, gather_in_turns
 from lotusguard.guard.rooms.source import NOTHING_PUSHED, PushedRooms, PushedState, RoomStateSource
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import is_room_id
@@ -29,6 +29,8 @@ ROOMS_WITHOUT_POLICY_KEPT = 8 * 1024 * 1024
 """Bytes of rooms without one. They are kept apart, so that a flood of made-up rooms forgets no policy."""
 FAILURE_REMEMBERED = 1.0
 """Seconds for which a failed lookup is not tried again for the same room."""
+LOOKUPS_AT_ONCE = 8
+"""Rooms that operators are shown and about which nothing is known: so many are looked up at the same time."""
 ENTRY_SIZE = 1024
 """Bytes that an entry costs beside its event contents."""
 USUAL_TEXT, TEXT_COST = 500, 15
@@ -167,6 +169,15 @@ class Policies:
             return self._read_pushed(room_id, pushed).policy
         entry = self._entry(room_id)
         return entry.policy if entry is not None else NO_POLICY
+
+    async def look_up_unknown(self, room_ids: Iterable[str], deadline: Deadline) -> None:
+        """Look up the rooms about which nothing is known, as far as that is done by the deadline."""
+
+        async def look_up(room_id: str) -> None:
+            if not deadline.passed:
+                await self.get(room_id, deadline)
+
+        await gather_in_turns(LOOKUPS_AT_ONCE, look_up, [one for one in room_ids if not self.is_remembered(one)])
 
     def is_remembered(self, room_id: str) -> bool:
         """Whether anything is known about the room."""
