@@ -143,7 +143,7 @@ async def test_klein_routes_token_requests_to_the_handler_that_the_short_cut_cal
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def through_klein(site: GuardSite, request: GuardRequest) -> None:
-        request.render(site.resource)
+        site.route(request)
 
     monkeypatch.setattr(GuardSite, "dispatch", through_klein)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
