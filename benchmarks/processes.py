@@ -141,7 +141,7 @@ class Subject(Started):
     """
 
     name = ""
-    patience = 30.0
+    patience = 120.0
 
     def __init__(self, dependencies: Dependencies, settings: dict[str, str] | None = None, *, twistd: str = "") -> None:
         self.port = free_port()

@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
-from twisted.logger import ILogObserver, Logger
+from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.python import usage
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
 from lotusguard import wiring
+from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.livekit_link import LiveKitLink
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.guard.health import Health
@@ -44,6 +46,8 @@ WATCH_EVERY = 1.0
 """Seconds between two looks at whether what is enforced has changed."""
 OPERATORS_GRACE = 1.0
 """Seconds that operators' requests may take when the guard stops."""
+_TWIST_LOG = "fileLogObserverFactory"
+"""The option of ``twist``, which twistd does not have, that makes the log's observer."""
 WRONG_SETTING = 78
 """Exit status for a wrong setting (``EX_CONFIG``): the unit does not start the guard again until it is corrected."""
 
@@ -95,14 +99,27 @@ class Unbuilt(MultiService):
         self._guard: Guard | None = None
 
     def setServiceParent(self, parent: Any) -> None:
-        """Under ``twistd`` the parent is the application. Its log gets the configured format, unless twistd's own
-        options send the log elsewhere, or twistd goes into the background."""
-        twistd = getattr(self._options, "parent", None) or {"nodaemon": True}
-        elsewhere = any(twistd.get(option) for option in ("logfile", "syslog", "logger"))
-        if isinstance(parent, Componentized) and twistd["nodaemon"] and not elsewhere:
-            self._observer = observer_for(self._settings.guard_log_format, self._settings.guard_log_level)
-            parent.setComponent(ILogObserver, self._observer)
+        """Under ``twistd`` and ``twist`` the parent is the application. Its log gets the configured format, unless
+        twistd's own options send the log elsewhere, or twistd goes into the background."""
+        runner = getattr(self._options, "parent", None) or {"nodaemon": True}
+        elsewhere = any(runner.get(option) for option in ("logfile", "syslog", "logger"))
+        if _TWIST_LOG in runner:
+            runner[_TWIST_LOG], runner["logLevel"] = self._observe, LogLevel.debug  # our observer leaves lines out
+        elif isinstance(parent, Componentized) and runner.get("nodaemon") and not elsewhere:
+            parent.setComponent(ILogObserver, self._observe(None))
         super().setServiceParent(parent)
+
+    def _observe(self, stream: Any) -> LevelObserver:
+        """:param stream: where to write; ``None``: standard output."""
+        self._observer = observer_for(self._settings.guard_log_format, self._settings.guard_log_level, stream)
+        if self._guard is not None:  # `twist` begins to log after the start
+            self._guard.change_levels_of(self._observer)
+        return self._observer
+
+    def startService(self) -> None:
+        if self._guard is None:  # `twist` starts services without `privilegedStartService`
+            self.privilegedStartService()
+        super().startService()
 
     def privilegedStartService(self) -> None:
         listen, admin_listen = self._options["listen"], self._options["admin-listen"]
@@ -206,7 +223,7 @@ class Guard(MultiService):
                 metrics=metrics,
                 lobby=waiting.lobby, moderation=calls.moderator,
                 console=Console(view, sessions, calls.moderator, calls.changes, reactor), token=token,
-                guard=lambda: self.public.place,
+                guard=lambda: self.public.place, clock=reactor,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
@@ -215,6 +232,10 @@ class Guard(MultiService):
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
         self._systemd = SystemdNotifier(reactor)
         self._systemd.setServiceParent(self)
+
+    def change_levels_of(self, observer: LevelObserver) -> None:
+        """A reload changes the level of this log."""
+        self._reloader.observer = observer
 
     def reload(self, settings: Settings) -> None:
         """Apply settings that were read again; calls and seats are kept."""
@@ -257,6 +278,8 @@ class Guard(MultiService):
             PeriodicService("pruning", 60.0, prune, self._reactor),
         ):
             periodic.setServiceParent(self)
+        link = LiveKitLink(self._reactor, self._settings.livekit_api, self.changes.livekit_returned, _not_looked)
+        link.setServiceParent(self)
         if sharing is not None:
             changes = self.changes
             sharing.leases.enforce = self.enforcement.enforce
@@ -333,6 +356,13 @@ class Guard(MultiService):
 
 def _report(failure: Failure) -> None:
     log.failure("a change that another guard announced could not be handled", failure)
+
+
+def _not_looked(failure: Failure) -> None:
+    if failure.check(DependencyFailed):
+        log.debug("LiveKit is back and does not answer yet: {reason}", reason=failure.getErrorMessage())
+    else:
+        log.failure("what LiveKit has lost could not be found", failure)
 
 
 def _endpoint(host: str, port: int) -> str:

@@ -35,6 +35,7 @@ FORBIDDEN, LIMITED, UNKNOWN = "M_FORBIDDEN", "M_LIMIT_EXCEEDED", "M_UNKNOWN"
         (JoinRefused(Refusal.NOT_ADMITTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.NOBODY_ADMITTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.TOO_MANY_SLOTS), 429, LIMITED),
+        (JoinRefused(Refusal.TOO_MANY_LOOKUPS), 429, LIMITED),
         (JoinRefused(Refusal.LOBBY_FULL), 429, LIMITED),
         (JoinRefused(Refusal.SEAT_PENDING), 503, UNKNOWN),
         (Unreadable("x"), 400, "M_NOT_JSON"),
@@ -87,6 +88,19 @@ async def test_browsers_can_read_refusals_but_not_errors_worth_a_retry(
         assert (code, content["errcode"], allowed) == (status, UNKNOWN, None)
 
 
+@pytest.mark.parametrize("new", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_browsers_ask_again_while_livekit_is_restarting(sandbox: Sandbox, new: bool) -> None:
+    room_id = room_of(sandbox)
+    await sandbox.livekit.stop_listening()
+    answer = await sandbox.ask_token(ALICE, room_id, new=new)
+    assert (answer.code, json.loads(answer.body)["error"]) == (500, "Unable to create room on SFU")
+    assert answer.headers.getRawHeaders("access-control-allow-origin") is None
+    await sandbox.livekit.listen()
+    answer = await sandbox.ask_token(ALICE, room_id, new=new)
+    assert (answer.code, answer.headers.getRawHeaders("access-control-allow-origin")) == (200, ["*"])
+
+
 @pytest_twisted.ensureDeferred
 async def test_unexpected_error_is_logged_and_answered_502_without_cors(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
@@ -128,7 +142,7 @@ async def test_klein_routes_token_requests_to_the_handler_that_the_short_cut_cal
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def through_klein(site: GuardSite, request: GuardRequest) -> None:
-        request.render(site.resource)
+        site.route(request)
 
     monkeypatch.setattr(GuardSite, "dispatch", through_klein)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)

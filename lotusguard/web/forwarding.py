@@ -16,6 +16,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.lk_jwt_service import Forwarded, mark
+from lotusguard.web.answers import CORS
 from lotusguard.web.site import GuardRequest, connection_options
 
 _HOP_BY_HOP = frozenset(
@@ -66,6 +67,10 @@ def forwarded(request: GuardRequest, body: bytes | None, request_id: str, *, kee
     return Forwarded(request.method, request.uri, headers, body)
 
 
+_NO_SFU = b'"Unable to create room on SFU"'
+"""What lk-jwt-service says in a 500 when LiveKit does not answer."""
+
+
 def has_body(request: GuardRequest) -> bool:
     """Whether the request came with a body, even an empty one."""
     framed = (b"content-length", b"transfer-encoding")
@@ -81,12 +86,20 @@ def _head(request: GuardRequest, code: int, phrase: bytes | None, headers: Heade
 
 
 def give(request: GuardRequest, answer: Answer) -> None:
-    """Answer with a complete answer of upstream's; with its body only if an early head was sent."""
+    """Answer with a complete answer of upstream's; with its body only if an early head was sent.
+
+    That LiveKit could not be asked is told without CORS headers: it may be restarting. The browser hides the answer
+    from Element Call then, which asks again for half a minute; with the headers any error is final, and one in a
+    running call ends it for this person.
+    """
     if request.early_head:
         request.write(answer.body)
         request.finish()
         return
     _head(request, answer.code, None, answer.headers)
+    if answer.code == 500 and _NO_SFU in answer.body:
+        for name in CORS:
+            request.responseHeaders.removeHeader(name)
     if request.method != b"HEAD" and answer.code not in (204, 304):
         request.setHeader(b"Content-Length", str(len(answer.body)).encode())
     request.write(answer.body)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import pytest
 import pytest_twisted
 
+from lotusguard.clients import livekit_link
 from lotusguard.rules.identity import room_alias
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, logged, named, room_of
-from tests.conftest import StartSandbox
+from tests.conftest import StartSandbox, until
 
 
 async def call_of_two(sandbox: Sandbox) -> str:
@@ -78,3 +80,24 @@ async def test_a_dry_run_creates_nothing(start_sandbox: StartSandbox) -> None:
     sandbox.livekit.restart()
     await next_round(sandbox)
     assert alias not in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(livekit_link, "SHORT_LIVED", 0.0)
+    alias = await call_of_two(sandbox)
+    await sandbox.livekit.stop_listening()
+    sandbox.livekit.restart()
+    await sandbox.livekit.listen()
+    await until(lambda: alias in sandbox.livekit.rooms)
+
+
+@pytest_twisted.ensureDeferred
+async def test_connections_that_do_not_last_are_not_renewed_all_the_time(sandbox: Sandbox) -> None:
+    await call_of_two(sandbox)
+    asked = sandbox.livekit.asked["ListRooms"]
+    await sandbox.livekit.drop_connections()
+    await sandbox.livekit.drained()
+    assert sandbox.livekit.asked["ListRooms"] == asked

@@ -10,8 +10,10 @@ from attrs import define, field
 from cachetools import LRUCache
 from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from lotusguard.clients.livekit import LiveKitClient
+from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
@@ -23,6 +25,8 @@ from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import DEPARTURES, Roster
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
+
+log = Logger()
 
 EVENTS_REMEMBERED = 10_000
 EVENTS_OF_INTEREST = (*DEPARTURES, "participant_joined", "track_published", "room_finished")
@@ -132,6 +136,10 @@ class CallChanges:
     async def _read_again(self, room_id: str, user: str) -> None:
         self._policies.forget_freshness(room_id)
         self._members.forget_freshness(room_id, user)
+        run_in_background(
+            self._entitlement.end_waiting(room_id, user),
+            lambda failure: log.failure("who waits in a lobby could not be checked", failure),
+        )
         main = room_alias(room_id, ROOM_SLOT)
         if self._roster.may_exist(main):  # the call may be older than the guard
             await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
@@ -152,6 +160,7 @@ class CallChanges:
         listed = {room.name for room in rooms}
         lost = [alias for alias in self._enforcement.watched if alias not in listed and self._roster.may_exist(alias)]
         self._roster.rooms_listed(listed)
+        await self._lost_rooms.create_again(lost, listed)
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
@@ -163,9 +172,16 @@ class CallChanges:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
                 self._enforcement.enforce(alias, urgent=False)
-        await self._lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
+
+    async def livekit_returned(self) -> None:
+        """LiveKit accepts connections again: see what it has lost before its clients give up.
+
+        :raises DependencyFailed: it does not answer yet.
+        """
+        await self._livekit.probe()  # closes its circuit
+        await self.reconcile()
 
     def stop(self) -> None:
         """Leave everything as it is now."""

@@ -144,6 +144,23 @@ class Entitlement:
             found += gone
         return found + await self._not_admitted(check, allowed)
 
+    async def end_waiting(self, room_id: str, user: str) -> None:
+        """Memberships of a room have changed: people who wait in its lobby and are not joined any more stop waiting.
+
+        :param user: whose membership it is; ``""`` for everybody's.
+        """
+        waiting = [one for one in self._lobby.waiting_in(room_id) if user in ("", one)]
+        if not waiting or not self.removes_non_members:
+            return
+        deadline = Deadline.after(self._clock, self._lookup_timeout)
+
+        async def end(one: str) -> None:
+            known = await self._members.get(room_id, one, deadline)
+            if known.membership not in (None, Membership.JOIN):
+                await self._lobby.left_room(room_id, one)
+
+        await gather_in_turns(LOOKUPS_AT_ONCE, end, waiting)
+
     def forget(self, alias: str) -> None:
         """Nobody is in this SFU room any more."""
         self._unidentified.pop(alias, None)

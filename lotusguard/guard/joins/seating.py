@@ -155,12 +155,11 @@ class Seating:
         """
         waiting = Deferred.fromCoroutine(self._seats.wait_for_seat(join.room_id, join.user, again=again))
         try:
-            with join.log.stage(join.decision, Stage.SEAT):
+            with join.waiting(), join.log.stage(join.decision, Stage.SEAT):
                 await join.deadline.wait(waiting)
         except TimeoutError:
             join.refuse(Refusal.SEAT_PENDING)
             return False
-        join.renew_lookups()
         return True
 
     async def _has_new_policy(self, join: Join, refusal: Refusal) -> bool:

@@ -51,6 +51,8 @@ class LobbyDemo:
         residence = self._sandbox.guard.residence
         await self._call.until(lambda: residence.is_joined(self._room, GUARD), "the guard does not come")
         homeserver.set_state(self._room, LOBBY, {"enabled": True})
+        policies = self._sandbox.guard.policies
+        await self._call.until(lambda: policies.last_known(self._room).lobby, "the guard does not hear of the lobby")
         return f"{GUARD} is in the room; {LOBBY} {json.dumps({'enabled': True})}"
 
     async def _waits_and_is_announced(self) -> str:

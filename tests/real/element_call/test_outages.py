@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from signal import SIGKILL
 
 import pytest
 
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
-from tests.real.element_call.calls import in_mode, two_in_a_call
+from tests.real.element_call.calls import USUAL_MODE, identities, in_mode, two_in_a_call
 from tests.real.element_call.conftest import OpenPage
 from tests.real.element_call.person import PATIENCE, Person
 from tests.real.element_call.rooms import call_room, members
@@ -17,6 +17,7 @@ from tests.real.stack import Stack
 
 AWAY = 8_000.0
 """Milliseconds: longer than the guard needs to notice."""
+LONG = 20_000.0
 
 
 Call = tuple[str, Person, Person]
@@ -59,6 +60,7 @@ def test_a_call_goes_on_while_the_guard_is_killed_and_restarted(services: Stack,
     goes_on(services, call)
 
 
+@pytest.mark.parametrize("mode", [USUAL_MODE])
 def test_a_call_goes_on_while_the_homeserver_does_not_answer(services: Stack, call: Call, mode: str) -> None:
     _, alice, _ = call
     with services.synapse.suspended():
@@ -67,6 +69,7 @@ def test_a_call_goes_on_while_the_homeserver_does_not_answer(services: Stack, ca
     goes_on(services, call)
 
 
+@pytest.mark.parametrize("mode", [USUAL_MODE, "matrix_2_0"])
 def test_element_call_leaves_by_itself_when_the_homeserver_refuses_connections(
     services: Stack, call: Call, mode: str
 ) -> None:
@@ -82,31 +85,42 @@ def test_element_call_leaves_by_itself_when_the_homeserver_refuses_connections(
         person.page.get_by_role("button", name="Reconnect").click(timeout=PATIENCE)
     for person in (alice, bob):
         person.sees_tiles(2)
-    alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
+    users = (alice.user, bob.user)
+    alice.until(lambda: all(identities(services, room_id, user) for user in users), "both in the call again")
 
 
-def test_a_restart_of_livekit_ends_the_call_if_its_room_is_not_created_again(
-    services: Stack, call: Call, mode: str
-) -> None:
+def test_a_call_goes_on_after_livekit_was_killed_and_restarted(services: Stack, call: Call, mode: str) -> None:
     room_id, alice, bob = call
-    services.sfu.restart()
-    for person in (alice, bob):
-        person.sees("Reconnecting")
-    alice.page.wait_for_timeout(20_000)
+    alice.page.wait_for_timeout(AWAY)  # the last requests of a join come late
+    services.sfu.stop(SIGKILL)
+    try:
+        for person in (alice, bob):
+            person.sees("Reconnecting")
+        alice.picture(in_mode("livekit-away", mode))
+    finally:
+        services.sfu.start()
+    alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
+    goes_on(services, call)
     alice.picture(in_mode("livekit-restarted", mode))
+    assert services.ask_token(services.moderator, room_id).status == 403, "the seats are still theirs"
+
+
+@pytest.mark.parametrize("mode", [USUAL_MODE])
+def test_a_call_ends_if_the_guard_and_livekit_are_killed_at_once(services: Stack, call: Call, mode: str) -> None:
+    room_id, alice, bob = call
+    alice.page.wait_for_timeout(AWAY)
+    services.kill_guard()
+    services.sfu.restart(SIGKILL)
+    assert services.guard is not None
+    try:
+        for person in (alice, bob):
+            person.sees("Reconnecting")
+    finally:
+        services.guard.start()
+    alice.page.wait_for_timeout(LONG)
+    alice.picture(in_mode("livekit-and-guard-restarted", mode))
     assert services.participants(room_id) == []
     for person in (alice, bob):
         person.page.reload()
         person.press_join()
     goes_on(services, call)
-
-
-def test_a_call_goes_on_after_a_restart_of_livekit_if_its_room_is_created_again(
-    services: Stack, call: Call, mode: str
-) -> None:
-    room_id, alice, _ = call
-    services.sfu.restart()
-    assert services.sfu_call("CreateRoom", {"name": room_alias(room_id, ROOM_SLOT)}).status == 200
-    alice.until(lambda: len(services.participants(room_id)) == 2, "both in the call again")
-    goes_on(services, call)
-    alice.picture(in_mode("livekit-room-created-again", mode))

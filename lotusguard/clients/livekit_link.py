@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An idle connection to LiveKit, which shows at once that LiveKit ended, and when it is back.
+
+After a crash LiveKit's clients try again within a second. Asking every few seconds would be too late for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from attrs import define, field
+from twisted.application.service import Service
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+
+from lotusguard.clients.waiting import run_in_background
+
+SOON = 0.05
+"""Seconds between two attempts to connect while LiveKit restarts."""
+LATER = 2.0
+"""The same once that takes long, or if connections do not last."""
+ATTEMPTS_SOON = 600
+SHORT_LIVED = 5.0
+"""Seconds. Something between us that closes idle connections sooner than this is not asked all the time."""
+CONNECT_TIMEOUT = 5.0
+_ADDRESS_DELAY = 0.01
+"""Seconds between attempts at two addresses of a name; also how long it takes to see that there is only one."""
+
+
+@define(eq=False)
+class _Idle(Protocol):
+    """:ivar lost: fires when the connection is closed."""
+
+    lost: Deferred[None] = field(factory=Deferred)
+
+    def connectionLost(self, reason: Failure | None = None) -> None:
+        lost, self.lost = self.lost, Deferred()
+        lost.callback(None)
+
+
+@define(slots=False, eq=False)
+class LiveKitLink(Service):
+    """Keeps the connection.
+
+    :param url: LiveKit's.
+    :param returned: called when there is a connection again after there was none.
+    :param failed: called with the Failure of ``returned``.
+    """
+
+    _reactor: Any
+    _url: str
+    _returned: Callable[[], Awaitable[None]]
+    _failed: Callable[[Failure], None]
+    _kept: Deferred[None] | None = field(default=None, init=False)
+
+    def startService(self) -> None:
+        super().startService()
+        self._kept = Deferred.fromCoroutine(self._keep())
+        self._kept.addErrback(lambda failure: None if failure.check(CancelledError) else self._failed(failure))
+
+    def stopService(self) -> None:
+        super().stopService()
+        if self._kept is not None:
+            self._kept.cancel()
+
+    async def _keep(self) -> None:
+        address = urlsplit(self._url)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        endpoint = HostnameEndpoint(
+            self._reactor, address.hostname or "", port, timeout=CONNECT_TIMEOUT, attemptDelay=_ADDRESS_DELAY
+        )
+        seen, attempts = False, 0
+        while True:
+            try:
+                idle = await connectProtocol(endpoint, _Idle())
+            except (ConnectError, DNSLookupError, OSError):
+                attempts += 1
+                await deferLater(self._reactor, SOON if seen and attempts <= ATTEMPTS_SOON else LATER)
+                continue
+            if seen:
+                run_in_background(self._tell(), self._failed)
+            seen, attempts, began = True, 0, self._reactor.seconds()
+            try:
+                await idle.lost
+            finally:
+                if idle.transport is not None:
+                    idle.transport.loseConnection()
+            if self._reactor.seconds() - began < SHORT_LIVED:
+                await deferLater(self._reactor, LATER)
+
+    async def _tell(self) -> None:
+        await self._returned()
