@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import pytest
 import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 
 from lotusguard.clients import livekit_link
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.rules.identity import room_alias
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from tests.calls import ALICE, BOB, logged, named, room_of
+from tests.calls import ALICE, BOB, CAROL, logged, named, room_of
 from tests.conftest import StartSandbox, until
 
 
@@ -122,18 +125,30 @@ async def test_a_dry_run_creates_nothing_until_it_is_turned_off(start_sandbox: S
 async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pauses: list[float] = []
+
+    def pause(clock: IReactorTime, seconds: float) -> Deferred[None]:
+        pauses.append(seconds)
+        return deferLater(clock, seconds)
+
     monkeypatch.setattr(livekit_link, "SHORT_LIVED", 0.0)
+    monkeypatch.setattr(livekit_link, "deferLater", pause)
     alias = await call_of_two(sandbox)
     await sandbox.livekit.stop_listening()
     sandbox.livekit.restart()
+    await until(lambda: livekit_link.SOON in pauses)  # an attempt was refused
     await sandbox.livekit.listen()
     await until(lambda: alias in sandbox.livekit.rooms)
 
 
 @pytest_twisted.ensureDeferred
-async def test_connections_that_do_not_last_are_not_renewed_all_the_time(sandbox: Sandbox) -> None:
+async def test_a_connection_that_is_only_closed_leads_to_no_round(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(livekit_link, "SHORT_LIVED", 0.0)  # it connects again at once
     await call_of_two(sandbox)
     asked = sandbox.livekit.asked["ListRooms"]
     await sandbox.livekit.drop_connections()
+    await sandbox.enter(CAROL, room_of(sandbox, 2))
     await sandbox.livekit.drained()
     assert sandbox.livekit.asked["ListRooms"] == asked
