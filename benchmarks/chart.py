@@ -53,7 +53,7 @@ def _bars(
         f'<text x="12" y="20" font-weight="600" fill="#222">{escape(heading)}</text>',
     ]
     if len(series) > 1:
-        out += [_legend(12 + 200 * place, *_SERIES[who]) for place, who in enumerate(series)]
+        out += [_legend(12 + 230 * place, *_SERIES[who]) for place, who in enumerate(series)]
     values = [figure[who]["median"] for _, figure in shown for who in series if who in figure]
     longest = max(values, default=1.0) or 1.0
     for number, (title, figure) in enumerate(shown):

@@ -21,6 +21,8 @@ from lotusguard.guard.seats.statefile import open_state_file
 
 SEATS = (10, 1_000, 10_000)
 ROOMS = (1, 1_000, 100_000)
+AT_ONCE = 1_000
+"""Joins of one load: all of them have to be answered before callers lose their patience."""
 PEOPLE = 5_000
 A_MINUTE = 500
 """People who join the big event, and leave it, in a minute."""
@@ -34,8 +36,8 @@ def room_size(bench: Bench) -> None:
     with _growing(bench), ExitStack() as stack:
         guards = {seats: stack.enter_context(GuardProcess(bench.dependencies, NOBODY_RECONCILES)) for seats in SEATS}
         for seats, guard in guards.items():
-            if seats > USERS_A_ROOM:
-                bench.load(guard, 32, seats - USERS_A_ROOM, rooms=1, strangers=1)
+            for first in range(1, seats - USERS_A_ROOM, AT_ONCE):
+                bench.load(guard, 32, min(AT_ONCE, seats - USERS_A_ROOM - first + 1), rooms=1, strangers=first)
         _compare(bench, {f"{seats:,} seats held in the room": guard for seats, guard in guards.items()})
 
 

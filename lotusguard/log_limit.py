@@ -12,7 +12,7 @@ from zope.interface import implementer
 LIMITED = frozenset(
     ("fail_open", "invite", "invite_failed", "lobby_reaction_ignored", "lobby_undecidable", "malformed_policy",
      "no_state", "not_a_member", "policy", "room_not_read", "secret_mismatch", "sign_in_failed", "unreadable",
-     "webhook_forged", "wrong_origin")
+     "vouched_for_another_server", "webhook_forged", "wrong_origin")
 )  # fmt: skip
 """Events that callers can cause as often as they like, without being admitted to a call."""
 LINES_AT_ONCE, LIMITED_FOR = 60, 60.0

@@ -14,7 +14,7 @@ from attrs import define, field
 from pydantic import SecretStr
 from twisted.logger import Logger
 
-from lotusguard.config import Settings
+from lotusguard.config import Settings, exposed_appservice
 from lotusguard.guard.health import Health
 from lotusguard.logs import LevelObserver
 from lotusguard.metrics import Metrics
@@ -92,6 +92,7 @@ class Reloader:
     def _hs_token(self, new: Settings) -> None:
         if self.appservice is not None:
             self.appservice.hs_token = new.guard_appservice_token.get_secret_value()
+        self._health.exposed = exposed_appservice(new)
 
     def _dry_run(self, new: Settings) -> None:
         on = new.guard_dry_run

@@ -18,7 +18,7 @@ from lotusguard.clients.lk_jwt_service import LkJwtService
 from lotusguard.clients.synapse import MatrixClient, SynapseClient
 from lotusguard.clients.synapse.matrix import FIRST_SYNC, LARGEST_SYNC
 from lotusguard.clients.unconfigured import UnconfiguredDependency
-from lotusguard.config import Settings
+from lotusguard.config import Settings, exposed_appservice
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.commands import Commands
 from lotusguard.guard.calls.discovery import Discovery
@@ -365,7 +365,7 @@ def health(
         decided.decision_log, kept.changes, given.roster, state.store, state.lease, state.error, waiting.switch,
         reactor, metrics, settings.guard_dry_run, enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
-        redis_fault=None if state.sharing is None else state.sharing.fault,
+        redis_fault=None if state.sharing is None else state.sharing.fault, exposed=exposed_appservice(settings),
     )  # fmt: skip
 
 

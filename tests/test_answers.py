@@ -29,6 +29,7 @@ FORBIDDEN, LIMITED, UNKNOWN = "M_FORBIDDEN", "M_LIMIT_EXCEEDED", "M_UNKNOWN"
         (JoinRefused(Refusal.FULL), 403, FORBIDDEN),
         (JoinRefused(Refusal.NOT_A_MEMBER), 403, FORBIDDEN),
         (JoinRefused(Refusal.HOMESERVER_NOT_ALLOWED), 403, FORBIDDEN),
+        (JoinRefused(Refusal.OTHER_SERVER), 401, "M_UNAUTHORIZED"),
         (JoinRefused(Refusal.JOIN_LEVEL), 403, FORBIDDEN),
         (JoinRefused(Refusal.NOT_STARTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.REMOVED), 403, FORBIDDEN),
@@ -142,7 +143,7 @@ async def test_klein_routes_token_requests_to_the_handler_that_the_short_cut_cal
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def through_klein(site: GuardSite, request: GuardRequest) -> None:
-        request.render(site.resource)
+        site.route(request)
 
     monkeypatch.setattr(GuardSite, "dispatch", through_klein)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)

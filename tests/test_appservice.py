@@ -12,7 +12,7 @@ import pytest_twisted
 from lotusguard.clients.http import Answer
 from lotusguard.config import ConfigurationError, read_settings
 from lotusguard.sandbox.demo.sandbox import Sandbox
-from tests.conftest import StartSandbox
+from tests.conftest import StartSandbox, until
 from tests.raw_http import exchange, recorder
 
 UNSTABLE = "/_matrix/{}/unstable/io.element.msc4195/rtc/livekit/get_token"
@@ -117,8 +117,20 @@ async def test_every_request_must_carry_the_homeservers_token_if_one_is_set(star
             answer = await ask(sandbox, path, headers=identity | given)
             assert errcode(answer) == (401, "M_UNAUTHORIZED")
     assert list(sandbox.upstream.seen) == []
+    lower = await ask(sandbox, PATHS[0], headers=HEADERS | {"Authorization": "bearer hs"})
+    assert lower.code == 404, "the scheme's case does not matter"
+    sandbox.upstream.seen.clear()
     assert (await ask(sandbox, PATHS[0])).code == 404  # upstream's answer: the stand-in is not in app-service mode
     assert len(sandbox.upstream.seen) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_readyz_tells_that_the_listener_believes_anybody_and_is_ready(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_appservice_port=0, guard_appservice_host="0.0.0.0")
+    await until(lambda: sandbox.guard.changes.round_at is not None)
+    answer = await sandbox.operator("GET", "/readyz")
+    assert any("GUARD_APPSERVICE_TOKEN is not set" in reason for reason in json.loads(answer.body)["reasons"])
+    assert answer.code == 200
 
 
 @pytest_twisted.ensureDeferred

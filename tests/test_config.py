@@ -15,6 +15,9 @@ WRONG = [
     ("GUARD_BIND_PORT", "70000", "port number"),
     ("GUARD_BIND_PORT", "", "port number"),
     ("GUARD_BIND_HOST", " ", "an address"),
+    ("GUARD_BIND_HOST", "not a host", "one such as 0.0.0.0"),
+    ("GUARD_APPSERVICE_HOST", "http://127.0.0.1", "one such as 0.0.0.0"),
+    ("GUARD_ADMIN_HOST", "a,b", "one such as 0.0.0.0"),
     ("GUARD_ADMIN_PORT", "-1", "port number"),
     ("GUARD_UPSTREAM", "127.0.0.1:8071", "URL"),
     ("GUARD_UPSTREAM", "ftp://127.0.0.1", "URL"),
@@ -250,3 +253,24 @@ def test_suspicious_settings_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         read_settings().guard_bind_port = 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::1]", "::1", "fe80::1%eth0", "localhost", "lotusguard"])
+def test_names_and_addresses_of_hosts_are_taken(host: str) -> None:
+    assert read_settings(guard_bind_host=host).guard_bind_host == host
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "warned"),
+    [
+        ("127.0.0.1", "", False),
+        ("[::1]", "", False),
+        ("0.0.0.0", "", True),
+        ("lotusguard", "", True),
+        ("::", "x", False),
+    ],
+)
+def test_an_app_service_listener_that_believes_anybody_is_suspicious(host: str, token: str, warned: bool) -> None:
+    settings = read_settings(guard_appservice_port=8073, guard_appservice_host=host, guard_appservice_token=token)
+    assert any("GUARD_APPSERVICE_TOKEN is not set" in found for found in suspicions(settings)) is warned
+    assert not suspicions(read_settings(guard_appservice_host=host))

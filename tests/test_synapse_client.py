@@ -35,7 +35,7 @@ from tests.synapse import Synapse
 ROOM, ALICE = "!room:example.org", "@alice:example.org"
 LIMIT, QUALITY, CREATE = "io.lotus.voice_limit", "io.lotus.room_quality", "m.room.create"
 NOT_FOUND = (404, {"errcode": "M_NOT_FOUND"})
-UNRECOGNIZED = (404, {"errcode": "M_UNRECOGNIZED"})
+UNRECOGNIZED = (404, {"errcode": "M_UNRECOGNIZED", "error": "Unrecognized request"})
 BROKEN = (500, {"errcode": "M_UNKNOWN"})
 
 
@@ -263,6 +263,7 @@ def test_an_older_release_without_memberships_is_not_asked_for_them_again_for_a_
         assert result(client.membership(ALICE, ROOM)) is Membership.ABSENT
     assert homeserver.asked.count(f"/users/{ALICE}/memberships") == 1
     homeserver.user([], {ROOM: "ban"})
+    assert MISSING_FOR <= 60
     clock.advance(MISSING_FOR)
     assert result(client.membership(ALICE, ROOM)) is Membership.BAN
 
@@ -274,6 +275,15 @@ def test_member_list_is_used_if_the_endpoint_for_users_is_missing(
     assert result(client.membership(ALICE, ROOM)) is Membership.JOIN
     assert result(client.membership("@bob:example.org", ROOM)) is Membership.ABSENT
     assert [path for path in homeserver.asked if "/users/" in path] == [f"/users/{ALICE}/joined_rooms"]
+
+
+def test_an_error_that_no_homeserver_sends_does_not_mean_that_the_endpoint_is_missing(
+    client: SynapseClient, homeserver: Homeserver
+) -> None:
+    homeserver.answers[f"/users/{ALICE}/joined_rooms"] = (404, {"errcode": "M_UNRECOGNIZED"})
+    assert isinstance(result(client.membership(ALICE, ROOM)), DependencyFailed)
+    homeserver.user([ROOM], {ROOM: "join"})
+    assert result(client.membership(ALICE, ROOM)) is Membership.JOIN
 
 
 @pytest.mark.parametrize("answer", [(403, {"errcode": "M_FORBIDDEN"}), (404, "<html>"), BROKEN, (200, {})])

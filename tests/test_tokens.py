@@ -92,7 +92,15 @@ def test_ceiling_and_withheld_sources_are_told(
 ADMINISTRATIVE = ("roomCreate", "roomList", "roomAdmin", "roomRecord", "ingressAdmin", "hidden", "recorder")
 
 
-@pytest.mark.parametrize("grant", [*ADMINISTRATIVE, "ROOMADMIN", "roomCREATE", "notAGrant"])
+@pytest.mark.parametrize("kind", ["agent", "egress", "sip", "standard"])
+def test_nobody_becomes_anything_but_a_person(kind: str) -> None:
+    assert rebuild(join_claims() | {"kind": kind, "KindDetails": ["x"]}).claims == rebuild(join_claims()).claims
+
+
+OF_AGENTS = ("agent", "canManageAgentSession", "destinationRoom")
+
+
+@pytest.mark.parametrize("grant", [*ADMINISTRATIVE, *OF_AGENTS, "ROOMADMIN", "Agent", "roomCREATE", "notAGrant"])
 def test_administrative_and_unknown_grants_are_dropped(grant: str) -> None:
     assert rebuild(join_claims(**{grant: True})).claims["video"] == join_claims()["video"]
 

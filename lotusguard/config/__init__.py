@@ -5,7 +5,7 @@ A setting has one name everywhere: ``GUARD_SEAT_TTL`` in the environment is ``gu
 """
 
 from lotusguard.config.errors import ConfigurationError
-from lotusguard.config.read import read_settings, suspicions
+from lotusguard.config.read import exposed_appservice, read_settings, suspicions
 from lotusguard.config.settings import Settings
 
-__all__ = ["ConfigurationError", "Settings", "read_settings", "suspicions"]
+__all__ = ["ConfigurationError", "Settings", "exposed_appservice", "read_settings", "suspicions"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -86,7 +87,25 @@ def suspicions(settings: Settings) -> list[str]:
     for name, path in _files_with_secrets(settings):
         if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
             found.append(f"{name}: {str(path)!r} can be read by everybody on this machine (chmod o= it)")
-    return found
+    exposed = exposed_appservice(settings)
+    return [*found, exposed] if exposed else found
+
+
+def exposed_appservice(settings: Settings) -> str:
+    """Why the app-service listener may believe anybody; "" if it does not."""
+    if settings.guard_appservice_port is None or settings.guard_appservice_token.get_secret_value():
+        return ""
+    host = settings.guard_appservice_host.strip("[]")
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if is_loopback:
+        return ""
+    return (
+        f"GUARD_APPSERVICE_TOKEN is not set, and GUARD_APPSERVICE_HOST is {host}: whoever reaches the app-service "
+        "listener gets tokens as any user"
+    )
 
 
 def _explained(error: ValidationError) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +15,8 @@ from lotusguard.config.errors import WrongSettingError
 from lotusguard.config.kinds import Seconds
 from lotusguard.rules.jwt import SfuKey
 
+_HOST = re.compile(r"[A-Za-z0-9._-]*|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]?")
+"""The name of a host, or an IP address."""
 NO_SECRET = SecretStr("")
 FROM_FILE = (
     "livekit_key", "livekit_secret", "matrix_token", "guard_admin_token", "guard_redis_url", "guard_appservice_token",
@@ -96,9 +99,12 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _hosts_are_given(self) -> Self:
-        for name in ("guard_bind_host", "guard_appservice_host"):
-            if not getattr(self, name).strip():
+        for name in ("guard_bind_host", "guard_appservice_host", "guard_admin_host"):
+            host = getattr(self, name).strip()
+            if not host and name != "guard_admin_host":
                 raise WrongSettingError(name, "is empty", "an address such as 0.0.0.0 or 127.0.0.1")
+            if not _HOST.fullmatch(host):
+                raise WrongSettingError(name, f"{host!r} is not an address", "one such as 0.0.0.0 or 127.0.0.1")
         return self
 
     @property

@@ -48,6 +48,7 @@ class Health:
     """Asks all dependencies, and looks at what happened lately.
 
     :param store: the state directory; ``None`` if there is none or it cannot be used, as ``store_error`` says.
+    :param exposed: a warning about a listener that believes anybody; "" without one.
     :param redis_fault: tells why seats are not shared now, "" if they are; ``None`` if they should not be.
     """
 
@@ -68,6 +69,7 @@ class Health:
     _enforces_membership: bool
     _reconcile_interval: float
     _redis_fault: Callable[[], str] | None = None
+    exposed: str = ""
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
     _began: float = field(init=False)
     _enforced: dict[str, bool] = field(factory=dict, init=False)
@@ -205,6 +207,8 @@ class Health:
                 f"{self._roster.unissued} participants have tokens that this guard did not issue: "
                 "lk-jwt-service can be reached past it, or another guard runs"
             )
+        if self.exposed:
+            reasons.append(self.exposed)
         if self.dry_run:
             reasons.append("GUARD_DRY_RUN is on: nothing is changed")
         return reasons

@@ -15,6 +15,8 @@ REFUSED = {
     "sets their number.",
     Refusal.NOT_A_MEMBER: "They were not joined to the Matrix room (GUARD_MEMBERS_ONLY).",
     Refusal.HOMESERVER_NOT_ALLOWED: "Users of their homeserver may not join calls here (GUARD_HOMESERVERS).",
+    Refusal.OTHER_SERVER: "Their OpenID token was of another homeserver than they are: that homeserver vouched for a "
+    "user that is not its own.",
     Refusal.JOIN_LEVEL: "Their power level is below `join` of the room's io.lotus.call_permissions.",
     Refusal.NOT_STARTED: "Nobody was in the call, and they may not start one (`start` of io.lotus.call_permissions, or "
     "GUARD_START_HOMESERVERS).",

@@ -12,6 +12,8 @@ class Refusal(Enum):
     FULL = "full"
     NOT_A_MEMBER = "not_a_member"
     HOMESERVER_NOT_ALLOWED = "homeserver_not_allowed"
+    OTHER_SERVER = "other_server"
+    """Upstream names a user of another homeserver than the one whose OpenID token it verified; 401."""
     JOIN_LEVEL = "join_level"
     """The user's power level is below ``join``."""
     NOT_STARTED = "not_started"

@@ -43,15 +43,17 @@ def issued_to(claims: Mapping[str, Any]) -> Issued | None:
 
 _ADMINISTRATIVE = ("roomCreate", "roomList", "roomAdmin", "roomRecord", "ingressAdmin", "hidden", "recorder")
 """Grants over other people's calls, or ones that hide a participant. ``roomCreate`` deletes any room on the SFU."""
-_OTHER_GRANTS = ("sip", "agent", "inference", "observability")
-"""Top-level grants for services other than calls."""
+_OF_AGENTS = ("agent", "canManageAgentSession", "destinationRoom")
+"""Grants of agents and of calls that are forwarded. LiveKit takes their owner for no person, who takes a seat."""
+_OTHER_GRANTS = ("sip", "agent", "inference", "observability", "kind", "kindDetails")
+"""Top-level grants for services other than calls, and the claims that make something else than a person of somebody."""
 _TOP_CLAIMS = (
-    "identity", "name", "kind", "kindDetails", "video", "roomConfig", "roomPreset", "sha256", "metadata", "attributes",
+    "identity", "name", "video", "roomConfig", "roomPreset", "sha256", "metadata", "attributes",
     "iss", "sub", "aud", "exp", "nbf", "iat", "jti", *_OTHER_GRANTS,
 )  # fmt: skip
 _VIDEO_GRANTS = (
     "roomJoin", "room", "canPublish", "canSubscribe", "canPublishData", "canPublishSources", "canUpdateOwnMetadata",
-    "agent", "canSubscribeMetrics", "canManageAgentSession", "destinationRoom", *_ADMINISTRATIVE,
+    "canSubscribeMetrics", *_OF_AGENTS, *_ADMINISTRATIVE,
 )  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def rebuilt(claims: Mapping[str, Any], allowed: frozenset[Source], longest_life:
     kept = _known(claims, _TOP_EXACT, others=True)
     given = kept.get("video")
     video = _known(given, _VIDEO_EXACT, others=False) if isinstance(given, Mapping) else {}
-    for grant in _ADMINISTRATIVE:
+    for grant in (*_ADMINISTRATIVE, *_OF_AGENTS):
         video.pop(grant, None)
     for grant in _OTHER_GRANTS:
         kept.pop(grant, None)

@@ -88,6 +88,7 @@ REFUSALS = {
     Refusal.FULL: Reply(403, "M_FORBIDDEN", "This voice channel is full."),
     Refusal.NOT_A_MEMBER: Reply(403, "M_FORBIDDEN", "You are not a member of this room."),
     Refusal.HOMESERVER_NOT_ALLOWED: Reply(403, "M_FORBIDDEN", "Calls here are not open to users of your homeserver."),
+    Refusal.OTHER_SERVER: Reply(401, "M_UNAUTHORIZED", "The request could not be authorised."),
     Refusal.JOIN_LEVEL: Reply(403, "M_FORBIDDEN", "You may not join calls in this room."),
     Refusal.NOT_STARTED: Reply(403, "M_FORBIDDEN", "This call has not been started yet."),
     Refusal.REMOVED: Reply(403, "M_FORBIDDEN", "You were removed from this call."),

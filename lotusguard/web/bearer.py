@@ -11,5 +11,6 @@ from twisted.web.http import Request
 def has_bearer(request: Request, token: str) -> bool:
     """Whether a request carries this token, compared in constant time. ``""`` is nobody's token."""
     given = request.requestHeaders.getRawHeaders(b"authorization") or []
-    wanted = b"Bearer " + token.encode("utf-8")
-    return bool(token) and len(given) == 1 and hmac.compare_digest(given[0], wanted)
+    scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    is_bearer = scheme.lower() == b"bearer"  # RFC 9110 §11.1
+    return bool(token) and is_bearer and hmac.compare_digest(credentials.lstrip(b" "), token.encode("utf-8"))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -76,7 +77,9 @@ class Listener(Service):
         opening.addCallbacks(self._opened, lambda failure: failed.append(failure.value))
         if failed:
             reason = failed[0].socketError if isinstance(failed[0], CannotListenError) else failed[0]
-            raise CannotListen(f"lotusguard: {self._setting}: cannot listen on {description}: {reason}")
+            no_address = isinstance(reason, socket.gaierror) or getattr(reason, "errno", 0) == errno.EADDRNOTAVAIL
+            setting = self._setting.replace("_PORT", "_HOST") if no_address else self._setting
+            raise CannotListen(f"lotusguard: {setting}: cannot listen on {description}: {reason}")
 
     def startService(self) -> None:
         super().startService()

@@ -21,7 +21,7 @@ from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
-from lotusguard.guard.calls.moderation import Moderation, ModerationAction
+from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.decision_store import Question, RecordKind
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
@@ -208,6 +208,9 @@ class OperatorApi:
             raise Rejected(BAD_MODERATION)
         try:
             done = await self._moderation.act(room_id, user, action, by="an operator")
+        except OnlyDecided:
+            answer_json(request, 200, {"done": False})
+            return
         except (DependencyFailed, TimeoutError):
             raise Rejected(NOT_MODERATED) from None
         if not done:

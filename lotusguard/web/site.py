@@ -244,10 +244,14 @@ class GuardSite(Site):
         """Answer a well-formed request."""
         if self._answer_token is not None and request.asks_for_token:
             self._answer_token(request)
-        else:  # Klein routes on ``postpath``, quoted so that every path is printable ASCII
-            request.prepath = []
-            request.postpath = quote(request.canonical_path).encode("ascii").split(b"/")[1:]
-            request.render(self.resource)
+        else:
+            self.route(request)
+
+    def route(self, request: GuardRequest) -> None:
+        """Answer by Klein's routes. They match ``postpath``, quoted so that every path is printable ASCII."""
+        request.prepath = []
+        request.postpath = quote(request.canonical_path).encode("ascii").split(b"/")[1:]
+        request.render(self.resource)
 
     async def emptied(self) -> None:
         """Wait until no request is being answered."""

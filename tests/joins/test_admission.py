@@ -14,6 +14,7 @@ from twisted.internet.defer import CancelledError, gatherResults
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
+from lotusguard.sandbox.lk_jwt_service.dependencies import Dependencies
 from tests.calls import ALICE, BOB, CAROL, counted, old_token, room_of
 from tests.conftest import StartSandbox, until
 from tests.joins.helpers import EVE, FULL, ask, content, other_homeserver
@@ -254,3 +255,20 @@ async def test_lookups_before_and_after_upstream_named_the_caller_share_one_budg
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
     assert sandbox.reactor.seconds() - began < 5.5
     assert counted(sandbox, "fail_open_total", check="membership", reason="timeout") == 1
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("new", [False, True])
+async def test_a_homeserver_cannot_vouch_for_users_of_another_one(
+    sandbox: Sandbox, new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def believe(*_: object) -> str:
+        return ALICE
+
+    monkeypatch.setattr(Dependencies, "user_of", believe)
+    room_id = room_of(sandbox)
+    async with other_homeserver(sandbox) as other:
+        answer = await sandbox.ask_token(ALICE, room_id, new=new, openid_token=other.openid_token(EVE))
+    assert sandbox.upstream.issued, "upstream believed it"
+    assert (answer.code, content(answer)["errcode"]) == (401, "M_UNAUTHORIZED")
+    assert counted(sandbox, "joins_total", verdict="refused", reason="other_server") == 1

@@ -30,7 +30,10 @@ async def flood(
 
 
 @pytest_twisted.ensureDeferred
-async def test_anonymous_requests_for_random_slots_cost_no_listings_and_lift_no_limit(sandbox: Sandbox) -> None:
+async def test_anonymous_requests_for_random_slots_cost_no_listings_and_lift_no_limit(
+    start_sandbox: StartSandbox,
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=60, guard_upstream_timeout=120)
     room_id, other = room_of(sandbox, 1), room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
     await sandbox.enter(ALICE, other)

@@ -269,6 +269,19 @@ async def test_a_removed_person_is_refused_until_they_are_admitted(sandbox: Sand
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
 
 
+@pytest.mark.parametrize("action", ["remove", "mute"])
+@pytest_twisted.ensureDeferred
+async def test_a_dry_run_does_nothing_to_people_and_says_so(start_sandbox: StartSandbox, action: str) -> None:
+    sandbox = await start_sandbox(guard_dry_run=True)
+    room_id = room_of(sandbox)
+    bob = await sandbox.enter(BOB, room_id)
+    bob.publish("MICROPHONE")
+    body = json.dumps({"room_id": room_id, "user": BOB, "action": action}).encode()
+    answer = await sandbox.operator("POST", "/moderate", body)
+    assert (answer.code, json.loads(answer.body)) == (200, {"done": False})
+    assert bob.connected
+
+
 @pytest_twisted.ensureDeferred
 async def test_muting_mutes_what_can_be_heard(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)

@@ -146,6 +146,16 @@ async def test_status_says_what_is_not_enforced(start_sandbox: StartSandbox) -> 
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_dry_run_removes_nobody_and_says_so(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox, guard_dry_run=True)
+    room_id = await invited_room(sandbox, 3)
+    bob = await sandbox.enter(BOB, room_id)
+    answer = await answer_to(sandbox, room_id, ALICE, f"!call remove {BOB}")
+    assert answer == f"Dry run: nothing was done to {BOB}."
+    assert bob.connected
+
+
+@pytest_twisted.ensureDeferred
 async def test_member_without_the_level_is_told_which_one_it_takes(start_sandbox: StartSandbox) -> None:
     sandbox = await resident_sandbox(start_sandbox)
     room_id = await invited_room(sandbox, 3)

@@ -19,6 +19,11 @@ def says(answer: Answer, errcode: str) -> bool:
     return answer.code == 404 and json_object(answer).get("errcode") == errcode
 
 
+def lacks_endpoint(answer: Answer) -> bool:
+    """Whether a homeserver says that it does not have this endpoint: in a whole Matrix error, as all of them do."""
+    return says(answer, "M_UNRECOGNIZED") and isinstance(json_object(answer).get("error"), str)
+
+
 def ok(answer: Answer) -> dict[str, Any]:
     if answer.code != 200:
         raise ValueError(answer.code)

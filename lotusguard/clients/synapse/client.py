@@ -16,6 +16,7 @@ from lotusguard.clients.dependency_client import DependencyClient
 from lotusguard.clients.http import Answer
 from lotusguard.clients.synapse.answers import (
     joined_rooms,
+    lacks_endpoint,
     memberships,
     ok,
     read_user_id,
@@ -36,8 +37,8 @@ T = TypeVar("T")
 ROOMS_A_PAGE = 500
 LONGEST_TOKEN = 2048
 """Characters of an OpenID token; Synapse's have a tenth of that. It is sent in a request target."""
-MISSING_FOR = 600.0
-"""Seconds for which an endpoint that the homeserver does not have is not tried again."""
+MISSING_FOR = 60.0
+"""Seconds for which an endpoint that the homeserver does not have is not tried again. A proxy may have said so."""
 NO_ROOM = "!lotusguard:probe"
 _ADMIN = "/_synapse/admin/v1"
 _WHOAMI = b"/_matrix/client/v3/account/whoami"
@@ -184,7 +185,7 @@ class SynapseClient(DependencyClient):
             raise _Missing
 
         def read_or_none(answer: Answer) -> T | None:
-            return None if says(answer, "M_UNRECOGNIZED") else read(answer)
+            return None if lacks_endpoint(answer) else read(answer)
 
         path = f"{_ADMIN}/users/{quote(user_id, safe='')}/{endpoint}"
         result = await self._get(path, read_or_none, user_id)

@@ -19,7 +19,7 @@ from lotusguard.clients.keyed_worker import KeyedWorker
 from lotusguard.clients.synapse import MatrixClient
 from lotusguard.clients.synapse.sync_answer import RoomEvent
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.calls.moderation import Moderation, ModerationAction
+from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.residence.account import GuardAccount
 from lotusguard.guard.rooms.residence.residence import Residence
@@ -197,10 +197,13 @@ class Commands:
         users = [command.user] if command.user else list(self.waiting(room_id))
         if not users:
             return "Nobody is waiting."
-        answers = [
-            (done if await self.moderation.act(room_id, user, action, by) else not_done).format(user=_name(user))
-            for user in users
-        ]
+        answers = []
+        for user in users:
+            try:
+                outcome = done if await self.moderation.act(room_id, user, action, by) else not_done
+            except OnlyDecided:
+                outcome = "Dry run: nothing was done to {user}."
+            answers.append(outcome.format(user=_name(user)))
         more = len(answers) - USERS_NAMED
         return "\n".join(answers[:USERS_NAMED] + ([f"And {more} more."] if more > 0 else []))
 

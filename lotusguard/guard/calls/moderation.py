@@ -16,6 +16,10 @@ class ModerationAction(Enum):
     MUTE = "mute"
 
 
+class OnlyDecided(Exception):
+    """The user is in the call, and nothing was done to them: ``GUARD_DRY_RUN`` is on."""
+
+
 class Moderation(Protocol):
     """One implementation serves ``POST /moderate``, commands, reactions and the console."""
 
@@ -24,4 +28,5 @@ class Moderation(Protocol):
 
         :param by: who asked for it, for the log.
         :return: ``False`` if the user neither waits nor is in the call.
+        :raises OnlyDecided: in a dry run.
         """

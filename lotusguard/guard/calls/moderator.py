@@ -13,7 +13,7 @@ from twisted.logger import Logger
 from lotusguard.clients.livekit import LiveKitClient, NoSuchParticipant
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.enforcement import Enforcement
-from lotusguard.guard.calls.moderation import ModerationAction
+from lotusguard.guard.calls.moderation import ModerationAction, OnlyDecided
 from lotusguard.guard.calls.participants import ParticipantEnforcer
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.seats.book import SeatBook
@@ -45,6 +45,7 @@ class Moderator:
 
         :param by: who asked for it, for the log.
         :return: ``False`` if the user neither waits nor is in the call.
+        :raises OnlyDecided: in a dry run.
         :raises DependencyFailed: LiveKit does not do it. :raises TimeoutError: not in time.
         """
         match action:
@@ -53,9 +54,12 @@ class Moderator:
             case ModerationAction.DENY:
                 return await self._lobby.decide(room_id, user, admit=False, by=by)
             case ModerationAction.REMOVE:
-                return await self._remove(room_id, user, by)
+                done = await self._remove(room_id, user, by)
             case ModerationAction.MUTE:
-                return await self._mute(room_id, user, by)
+                done = await self._mute(room_id, user, by)
+        if done and self._participants.dry_run:
+            raise OnlyDecided
+        return done
 
     async def _remove(self, room_id: str, user: str, by: str) -> bool:
         """Remove a user from the call, and refuse them for ten minutes. Enforcement tries again what fails now."""

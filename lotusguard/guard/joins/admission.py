@@ -271,6 +271,7 @@ class Admission:
             no_token(join, answer)
             return answer
         join.user = join.decision.user = self._issuer.named_user(join, token)
+        self._checks.server_may_vouch(join)
         with self._log.stage(join.decision, Stage.LOOKUP):
             await self._look_up_room(join, join.lookups)
         await self._checks.may_join(join)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, TimeoutError
+from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import FairSemaphore, gather
@@ -22,13 +23,15 @@ from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.rules.homeservers import HomeserverList
-from lotusguard.rules.identity import server_of
+from lotusguard.rules.identity import is_matrix_user, server_of
 from lotusguard.rules.lobby import LobbyEntry, LobbyState
 from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.permissions import Action
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.refusals import JoinRefused, Refusal
+
+log = Logger()
 
 
 class MustWait(Exception):
@@ -88,6 +91,16 @@ class EntryChecks:
         """:raises JoinRefused: no user of this homeserver may join calls here."""
         if not self._homeservers.allows(server_name):
             join.refuse(Refusal.HOMESERVER_NOT_ALLOWED)
+
+    def server_may_vouch(self, join: Join) -> None:
+        """:raises JoinRefused: the homeserver whose OpenID token was verified is not the user's."""
+        openid = join.request.openid
+        if openid is not None and is_matrix_user(join.user) and server_of(join.user) != openid.server_name:
+            log.warn(
+                "{server} vouched for {user}, who is not its own user; the token is withheld",
+                server=openid.server_name, user=join.user, event_name="vouched_for_another_server",
+            )  # fmt: skip
+            join.refuse(Refusal.OTHER_SERVER)
 
     def may_refuse(self, policy: Policy) -> bool:
         """Whether anything here, or a full room, could refuse somebody in a room with this policy."""

@@ -18,8 +18,8 @@ from twisted.python.failure import Failure
 from twisted.web.template import Tag, flattenString
 
 from lotusguard.guard.calls.changes import CallChanges
-from lotusguard.guard.calls.moderation import Moderation, ModerationAction
-from lotusguard.web.answers import NO_ROUTE, Rejected, Reply, answer_failure
+from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
+from lotusguard.web.answers import NO_ROUTE, OPERATORS_ONLY, Rejected, Reply, answer_failure
 from lotusguard.web.console import pages
 from lotusguard.web.console.sessions import Session, Sessions, TooManyAttempts
 from lotusguard.web.console.view import ConsoleView, Overview
@@ -78,7 +78,7 @@ class Console:
     async def front_page(self, request: GuardRequest) -> None:
         """``GET /``"""
         if not self._sessions.enabled:
-            raise Rejected(NO_ROUTE)
+            raise Rejected(OPERATORS_ONLY)
         if self._session(request) is None:
             await _send(request, 200, pages.sign_in())
         else:
@@ -163,7 +163,11 @@ class Console:
         room_id, user, action = (form.get(name, "") for name in ("room_id", "user", "action"))
         if action not in _QUESTIONS:
             raise Rejected(NO_ROUTE)
-        done = await self._do(room_id, user, action, _operator(request))
+        try:
+            done = await self._do(room_id, user, action, _operator(request))
+        except OnlyDecided:
+            await _send(request, 200, pages.message("Not done", f"Dry run: nothing was done to {user}."))
+            return
         if not done:
             await _send(request, 404, pages.message("Not done", f"{user} neither waits nor is in this call any more."))
             return
