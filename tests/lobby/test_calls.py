@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
@@ -36,12 +37,18 @@ UNKNOWN = KnownPolicy(Policy(), Freshness.UNKNOWN, None)
 
 
 class Call:
-    """The few questions that the switch asks about calls and rooms."""
+    """The few questions that the switch asks about calls and rooms.
+
+    :ivar answers_when: fires when who is in the call can be told.
+    """
 
     def __init__(self) -> None:
         self.users: set[str] = set()
+        self.answers_when: Deferred[None] | None = None
 
     async def occupants(self, room_id: str) -> set[str]:
+        if self.answers_when is not None:
+            await self.answers_when
         return self.users
 
 
@@ -82,6 +89,25 @@ async def test_people_in_a_call_are_accepted_when_its_lobby_is_switched_on_but_n
     assert not await switch.is_on(ROOM, OFF)
     assert await switch.is_on(ROOM, ON)
     assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_lobby_is_not_on_for_anybody_before_everybody_in_the_call_is_accepted() -> None:
+    call = Call()
+    call.users = {BOB, CAROL}
+    lobby, switch = switched(Clock(), call)
+    assert not await switch.is_on(ROOM, OFF)
+    call.answers_when = answers = Deferred()
+    accepted: list[bool] = []
+    asking_twice = [Deferred.fromCoroutine(switch.is_on(ROOM, ON)) for _ in range(2)]
+    for asked in asking_twice:
+        asked.addCallback(
+            lambda on: accepted.append(on and lobby.state_of(ROOM, CAROL) is LobbyState.ACCEPTED),
+        )
+    assert accepted == []
+    call.answers_when = None
+    answers.callback(None)
+    assert accepted == [True, True]
 
 
 @pytest_twisted.ensureDeferred

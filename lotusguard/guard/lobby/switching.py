@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 from attrs import define, field
 from cachetools import LRUCache
@@ -13,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.livekit import LiveKitClient
-from lotusguard.clients.waiting import Deadline
+from lotusguard.clients.waiting import Deadline, gather_in_turns
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import SeatBook
@@ -26,6 +27,8 @@ from lotusguard.rules.participants import joined_at
 log = Logger()
 
 ROOMS_REMEMBERED = 20_000
+LET_IN_AT_ONCE = 32
+"""Users who are accepted at the same time when a lobby is switched on."""
 CALL_ENDED_AFTER = 60.0
 """Seconds without occupants and holds after which a call has ended."""
 
@@ -73,13 +76,15 @@ class LobbySwitch:
         self._started = self._clock.seconds()
 
     async def is_on(self, room_id: str, known: KnownPolicy) -> bool:
-        """Whether people have to wait in this room. While the policy is unknown nobody has to."""
+        """Whether people have to wait in this room. While the policy is unknown nobody has to.
+
+        When a lobby was switched on, this is said to nobody before everybody in the call is accepted.
+        """
         before = self._seen.get(room_id)
         seen = self._look(room_id, known, before)
-        self._seen[room_id] = seen
         if seen is Seen.ON and before is not Seen.ON:
-            for user in await self._seats.occupants(room_id):
-                await self._lobby.let_in(room_id, user)
+            let_in = partial(self._lobby.let_in, room_id)
+            await gather_in_turns(LET_IN_AT_ONCE, let_in, await self._seats.occupants(room_id))
         elif seen in _UNDECIDABLE or (seen is Seen.OFF and before is not seen):  # later another guard may know better
             await self._lobby.switched_off(room_id)
         if seen is Seen.UNDECIDABLE and before is not seen:
@@ -87,6 +92,8 @@ class LobbySwitch:
                 "the lobby of {room_id} is off: nobody could admit people there. Invite the guard's account, or set "
                 "GUARD_ADMIN_TOKEN", room_id=room_id, event_name="lobby_undecidable",
             )  # fmt: skip
+        if self._seen.get(room_id) is before:  # others may have seen a change meanwhile
+            self._seen[room_id] = seen
         return seen in _IS_ON
 
     def _look(self, room_id: str, known: KnownPolicy, before: Seen | None) -> Seen:
