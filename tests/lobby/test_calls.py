@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
+from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
@@ -34,17 +35,23 @@ ROOM = "!room:example.org"
 ON = KnownPolicy(Policy(lobby=LobbyPolicy()), Freshness.FRESH, room_exists=True)
 OFF = KnownPolicy(Policy(), Freshness.FRESH, room_exists=True)
 UNKNOWN = KnownPolicy(Policy(), Freshness.UNKNOWN, None)
+STALE_OFF = KnownPolicy(Policy(), Freshness.STALE, None)
 
 
 class Call:
     """The few questions that the switch asks about calls and rooms.
 
     :ivar answers_when: fires when who is in the call can be told.
+    :ivar read_anew: the policy as the homeserver has it.
     """
 
     def __init__(self) -> None:
         self.users: set[str] = set()
         self.answers_when: Deferred[None] | None = None
+        self.read_anew = OFF
+
+    async def get_anew(self, room_id: str, deadline: Deadline, since: float) -> KnownPolicy:
+        return self.read_anew
 
     async def occupants(self, room_id: str) -> set[str]:
         if self.answers_when is not None:
@@ -117,6 +124,29 @@ async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> N
     await lobby.ask(ROOM, BOB)
     assert not await switch.is_on(ROOM, UNKNOWN)
     assert lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+
+
+@pytest.mark.parametrize("newer", [ON, UNKNOWN, STALE_OFF])
+@pytest_twisted.ensureDeferred
+async def test_a_policy_that_may_be_out_of_date_ends_no_waiting(newer: KnownPolicy) -> None:
+    call = Call()
+    lobby, switch = switched(Clock(), call)
+    await lobby.ask(ROOM, BOB)  # at another guard
+    call.read_anew = newer
+    assert await switch.is_on(ROOM, OFF) is (newer is ON)
+    assert lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+    call.read_anew = OFF
+    assert not await switch.is_on(ROOM, OFF)
+    assert lobby.state_of(ROOM, BOB) is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_waiting_ends_when_an_unknown_policy_turns_out_to_have_no_lobby() -> None:
+    lobby, switch = switched(Clock(), Call())
+    await lobby.ask(ROOM, BOB)
+    await switch.is_on(ROOM, UNKNOWN)
+    assert not await switch.is_on(ROOM, OFF)
+    assert lobby.state_of(ROOM, BOB) is None
 
 
 @pytest_twisted.ensureDeferred

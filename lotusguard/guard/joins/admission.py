@@ -125,6 +125,8 @@ class Admission:
 
     async def _admit_unchecked(self, join: Join, forward: Forward) -> Answer:
         """Our own code failed: the join goes on without a seat, and its token is rebuilt as far as that is possible."""
+        if join.deadline.passed:  # it waited in the lobby
+            join.deadline = Deadline.after(self._clock, self._upstream_timeout + SLACK)
         answer = await self._forward(join, forward, join.request.body)
         token = self._issuer.read(join, answer)
         if token is not None and not join.user:

@@ -82,6 +82,11 @@ class LobbySwitch:
         """
         before = self._seen.get(room_id)
         seen = self._look(room_id, known, before)
+        if seen is Seen.OFF and before is not seen and self._lobby.has_entries(room_id):
+            known = await self._read_anew(room_id)
+            if known.freshness is Freshness.STALE:  # it ends nobody's waiting
+                return False
+            seen = self._look(room_id, known, before)
         if seen is Seen.ON and before is not Seen.ON:
             let_in = partial(self._lobby.let_in, room_id)
             await gather_in_turns(LET_IN_AT_ONCE, let_in, await self._seats.occupants(room_id))
@@ -95,6 +100,11 @@ class LobbySwitch:
         if self._seen.get(room_id) is before:  # others may have seen a change meanwhile
             self._seen[room_id] = seen
         return seen in _IS_ON
+
+    async def _read_anew(self, room_id: str) -> KnownPolicy:
+        """The policy as it is now: entries are those of all guards, and another one may know a newer policy."""
+        deadline = Deadline.after(self._clock, self._lookup_timeout)
+        return await self._policies.get_anew(room_id, deadline, self._clock.seconds())
 
     def _look(self, room_id: str, known: KnownPolicy, before: Seen | None) -> Seen:
         if known.freshness is Freshness.UNKNOWN:
