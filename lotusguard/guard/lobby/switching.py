@@ -31,6 +31,10 @@ LET_IN_AT_ONCE = 32
 """Users who are accepted at the same time when a lobby is switched on."""
 CALL_ENDED_AFTER = 60.0
 """Seconds without occupants and holds after which a call has ended."""
+OCCUPANTS_ASKED_EVERY = 15.0
+"""Seconds. With several guards this is a round trip for every room in which people were accepted."""
+ROOMS_AT_ONCE = 16
+"""Rooms that are asked about at the same time."""
 
 
 class Seen(Enum):
@@ -71,6 +75,7 @@ class LobbySwitch:
     _started: float = field(init=False)
     _seen: LRUCache[str, Seen] = field(factory=lambda: LRUCache(ROOMS_REMEMBERED), init=False)
     _empty_since: dict[str, float] = field(factory=dict, init=False)
+    _ask_occupants_at: float = field(default=0.0, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._started = self._clock.seconds()
@@ -162,11 +167,17 @@ class LobbySwitch:
         await self._notice_ended_calls()
 
     async def _notice_ended_calls(self) -> None:
-        now, rooms = self._clock.seconds(), self._lobby.rooms_with(LobbyState.ACCEPTED)
-        self._empty_since = {room_id: at for room_id, at in self._empty_since.items() if room_id in set(rooms)}
-        for room_id in rooms:
-            if await self._seats.occupants(room_id):
-                self._empty_since.pop(room_id, None)
-            elif now - self._empty_since.setdefault(room_id, now) >= CALL_ENDED_AFTER:
-                self._empty_since.pop(room_id)
-                await self._lobby.call_ended(room_id)
+        now = self._clock.seconds()
+        if now < self._ask_occupants_at:
+            return
+        self._ask_occupants_at = now + OCCUPANTS_ASKED_EVERY
+        rooms = set(self._lobby.rooms_with(LobbyState.ACCEPTED))
+        self._empty_since = {room_id: at for room_id, at in self._empty_since.items() if room_id in rooms}
+        await gather_in_turns(ROOMS_AT_ONCE, partial(self._notice_end, now), rooms)
+
+    async def _notice_end(self, now: float, room_id: str) -> None:
+        if await self._seats.occupants(room_id):
+            self._empty_since.pop(room_id, None)
+        elif now - self._empty_since.setdefault(room_id, now) >= CALL_ENDED_AFTER:
+            self._empty_since.pop(room_id)
+            await self._lobby.call_ended(room_id)
