@@ -275,7 +275,10 @@ class Admission:
         join.user = join.decision.user = self._issuer.named_user(join, token)
         self._checks.server_may_vouch(join)
         with self._log.stage(join.decision, Stage.LOOKUP):
-            await self._look_up_room(join, join.lookups)
+            if self._policies.has_existed(join.room_id) or self._policies.in_memory(join.room_id) is not None:
+                await self._look_up_room(join, join.lookups)
+            else:
+                await self._look_up_unknown_room(join, join.lookups)
         await self._checks.may_join(join)
         async with self._seating.seat(join) as hold_id:
             if body is not request.body:
