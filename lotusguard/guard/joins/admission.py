@@ -259,12 +259,13 @@ class Admission:
     async def _admit_when_named(self, join: Join, forward: Forward) -> Answer:
         """Only upstream can tell who asks: the token is withheld until that is decided.
 
-        Where a refusal is possible, the first request goes without its delay fields: upstream would act on them.
-        Once the caller is admitted it is repeated as it came.
+        Where a refusal is possible, the first request goes without its delay fields: upstream would act on them. One
+        with an OpenID token may always be refused: its homeserver may vouch for a user of another one. Once the caller
+        is admitted the request is repeated as it came.
         """
         request = join.request
         body = request.body
-        if request.has_delay and self._may_refuse(join):
+        if request.has_delay and (request.openid is not None or self._may_refuse(join)):
             body = request.without_delay()
         with join.waiting():
             answer = await self._forward(join, forward, body)
