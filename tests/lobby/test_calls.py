@@ -109,7 +109,8 @@ async def test_a_lobby_is_not_on_for_anybody_before_everybody_in_the_call_is_acc
     call.users = {BOB, CAROL}
     lobby, switch = switched(Clock(), call)
     assert not await switch.is_on(ROOM, OFF)
-    call.answers_when = answers = Deferred()
+    answers: Deferred[None] = Deferred()
+    call.answers_when = answers
     accepted: list[bool] = []
     asking_twice = [Deferred.fromCoroutine(switch.is_on(ROOM, ON)) for _ in range(2)]
     for asked in asking_twice:
