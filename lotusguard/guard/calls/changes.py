@@ -114,9 +114,11 @@ class CallChanges:
         await self._changed(room_id, "", Told.ROOM_LEFT)
 
     async def _changed(self, room_id: str, user: str, told: Told) -> None:
-        if self._tell_others is not None:
-            await self._tell_others(room_id, user, told.value)
-        await self.changed_at_another_guard(room_id, user, told.value)
+        try:  # here first: enforcement must not wait for Redis
+            await self.changed_at_another_guard(room_id, user, told.value)
+        finally:
+            if self._tell_others is not None:
+                await self._tell_others(room_id, user, told.value)
 
     async def changed_at_another_guard(self, room_id: str, user: str, how: str) -> None:
         """What another guard was told. :param how: a `Told`. Another release may know more ways."""
