@@ -198,3 +198,26 @@ async def test_a_user_who_becomes_exempt_frees_the_seat_at_all_guards(url: str, 
         assert await first.book.overflow(room, 1) == []
         assert await second.book.owns_seat(room, "a")
         assert isinstance(await second.book.take(room, "b", 1, ALIAS), str)
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_room_is_told_without_reading_the_others(url: str, room: str) -> None:
+    async with guards(url, 2) as (first, second):
+        await listed(first, room, 1)
+        assert await second.book.snapshot(room) is None
+        await issue(first, room, "a")
+        snapshot = await second.book.snapshot(room)
+        assert snapshot is not None
+        assert (snapshot.room_id, snapshot.seats_taken, snapshot.awaited) == (room, 1, ["a"])
+
+
+@pytest_twisted.ensureDeferred
+async def test_seats_stay_shared_while_too_many_calls_wait(
+    url: str, room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.clients.redis.client.CALLS_AT_ONCE", 8)
+    async with guards(url, 1) as (guard,):
+        await listed(guard, room, 1)
+        asked = [Deferred.fromCoroutine(guard.book.owns_seat(room, f"u{number}")) for number in range(100)]
+        assert [await one for one in asked] == [False] * 100
+        assert not guard.book.unshared

@@ -155,5 +155,8 @@ class SeatBook(Protocol):
     async def start(self, room_id: str) -> None:
         """Somebody who may start the call is in it or owns a seat."""
 
+    async def snapshot(self, room_id: str) -> RoomSnapshot | None:
+        """One room; ``None`` if nobody is there or owns a seat."""
+
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         """All rooms in which somebody is or owns a seat."""

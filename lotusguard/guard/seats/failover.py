@@ -179,6 +179,10 @@ class FailoverSeatBook:
     async def start(self, room_id: str) -> None:
         await self._either("start", room_id)
 
+    async def snapshot(self, room_id: str) -> RoomSnapshot | None:
+        snapshot: RoomSnapshot | None = await self._either("snapshot", room_id)
+        return snapshot
+
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         snapshots: Sequence[RoomSnapshot] = await self._either("snapshots")
         return snapshots

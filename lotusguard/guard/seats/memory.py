@@ -200,6 +200,10 @@ class MemorySeatBook:
     async def start(self, room_id: str) -> None:
         self._room(room_id).started = True
 
+    async def snapshot(self, room_id: str) -> RoomSnapshot | None:
+        room, now = self._rooms.get(room_id), self._clock.seconds()
+        return None if room is None or room.seats.is_idle(now) else _snapshot(room_id, room.seats, now)
+
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         now = self._clock.seconds()
         rooms = sorted(self._rooms, key=lambda room: room[0])
