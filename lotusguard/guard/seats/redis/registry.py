@@ -159,10 +159,13 @@ class RedisTokenRegistry:
         await self._write(alias, identity, new=False)
 
     async def read_ahead(self, alias: str, identities: Collection[str]) -> None:
-        """One command for all that are not known, so that a listing of a large call does not ask for each of them."""
-        unknown = [name for name in identities if await self._own.entry(alias, name) is None]
-        asked = {_identity_key(alias, base): base for name in unknown for base in base_identities(name)}
-        asked = {key: base for key, base in asked.items() if self._may_ask(key)}
+        """One command for all that are not known, or may be old, so that a listing of a large call does not ask for
+        each of them."""
+        asked = {}
+        for name in identities:
+            is_due = self._may_ask if await self._own.entry(alias, name) is None else self._may_be_old
+            bases = {_identity_key(alias, base): base for base in base_identities(name)}
+            asked.update((key, base) for key, base in bases.items() if is_due(key))
         if not asked:
             return
         with suppress(DependencyFailed):
