@@ -109,9 +109,6 @@ class SeatBook(Protocol):
     async def owns_seat(self, room_id: str, user: str) -> bool:
         """Whether this user is let in again without looking for a seat."""
 
-    async def is_present(self, room_id: str, user: str) -> bool:
-        """Whether this user is in the call."""
-
     async def exempt(self, room_id: str, user: str) -> None:
         """This user takes no seat from now on, for as long as they are in the call or hold a seat."""
 

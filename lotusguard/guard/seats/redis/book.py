@@ -131,9 +131,6 @@ class RedisSeatBook:
             return user in full.owners
         return bool(await self._step(room_id, "owns_seat", user))
 
-    async def is_present(self, room_id: str, user: str) -> bool:
-        return bool(await self._step(room_id, "is_present", user))
-
     async def exempt(self, room_id: str, user: str) -> None:
         self._steps.first(room_id, ("exempt", user))  # a step that takes a seat or looks for an overflow follows
 
