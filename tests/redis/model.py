@@ -179,7 +179,7 @@ class RoomModel:
         seats.forget_old(now, ttl)
 
 
-READING = ("owns_seat", "is_present", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
+READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
 _SHOW = """
 local stored = redis.call('GET', KEYS[1])
 if not stored then return '[]' end

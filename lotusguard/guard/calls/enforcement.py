@@ -106,8 +106,10 @@ class Enforcement:
         self._worker.run(alias, urgent=True)
 
     async def _enforce(self, alias: str) -> None:
+        urgent = alias in self._urgent
+        self._urgent.discard(alias)
         slot = await self._registry.slot_of(alias)
-        if slot is None or not await self._is_ours(slot, alias):
+        if slot is None or not await self._is_ours(slot, alias, urgent=urgent):
             return
         began = self._clock.seconds()
         try:
@@ -125,12 +127,10 @@ class Enforcement:
         except TimeoutError:
             self._participants.failed("list participants", alias, "timeout")
 
-    async def _is_ours(self, slot: Slot, alias: str) -> bool:
+    async def _is_ours(self, slot: Slot, alias: str, *, urgent: bool) -> bool:
         """Whether this guard reconciles the room. If another one does, it is told about what is urgent."""
         if self._leases is None:
             return True
-        urgent = alias in self._urgent
-        self._urgent.discard(alias)
         if await self._leases.acquire(slot.room_id):
             return True
         self._watch(alias, 0)
@@ -165,7 +165,7 @@ class Enforcement:
     async def _enforce_one(self, arrival: tuple[str, str]) -> None:
         alias, identity = arrival
         slot = await self._registry.slot_of(alias)
-        if slot is None or not await self._is_ours(slot, alias):
+        if slot is None or not await self._is_ours(slot, alias, urgent=True):
             return
         began = self._clock.seconds()
         try:
