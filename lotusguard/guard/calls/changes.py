@@ -12,6 +12,7 @@ from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
+from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.calls.discovery import Discovery
@@ -51,6 +52,7 @@ class Told(Enum):
 class CallChanges:
     """Passes on what happens to calls.
 
+    :param lost_rooms: creates SFU rooms again that LiveKit has lost.
     :param tell_others: tells the guards that share their seats with this one about a changed room.
     :ivar webhook_at: when LiveKit's last genuine webhook came.
     :ivar round_at: when the last round of reconciling ended.
@@ -65,7 +67,7 @@ class CallChanges:
     _discovery: Discovery
     _entitlement: Entitlement
     _enforcement: Enforcement
-    _lost_rooms: LostRooms
+    lost_rooms: LostRooms
     _clock: IReactorTime
     _metrics: Metrics
     _tell_others: Callable[[str, str, str], Awaitable[None]] | None = None
@@ -164,23 +166,26 @@ class CallChanges:
         if self._roster.may_exist(main):  # the call may be older than the guard
             await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
         issued = [alias for alias in await self._registry.aliases_of(room_id) if self._roster.may_exist(alias)]
-        for alias in {*issued, *await self._seats.aliases(room_id)}:  # none without a call
+        for alias in {*issued, *await self._seats.aliases(room_id)}:  # only SFU rooms that may exist, or hold seats
             self._enforcement.enforce(alias)
 
     async def reconcile(self) -> None:
         """One round: what webhooks missed.
 
-        It returns once LiveKit has told which rooms there are. Rooms that are still being worked on from the last round
-        are left alone, so that a slow one delays no other.
+        It returns once LiveKit has told which rooms there are; what follows from that is done in the background. Rooms
+        that are still being worked on from the last round are left alone, so that a slow one delays no other.
 
         :raises DependencyFailed: LiveKit does not tell.
         """
         began = self._clock.seconds()
-        rooms = await self._livekit.list_rooms()
+        try:
+            rooms = await self._livekit.list_rooms()
+        except DependencyFailed:
+            self.lost_rooms.was_away()
+            raise
         listed = {room.name for room in rooms}
         lost = [alias for alias in self._enforcement.watched if alias not in listed and self._roster.may_exist(alias)]
         self._roster.rooms_listed(listed)
-        await self._lost_rooms.create_again(lost, listed)
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
@@ -192,6 +197,7 @@ class CallChanges:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
                 self._enforcement.enforce(alias, urgent=False)
+        self.lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
 
@@ -200,6 +206,7 @@ class CallChanges:
 
         :raises DependencyFailed: it does not answer yet.
         """
+        self.lost_rooms.was_away()
         await self._livekit.probe()  # closes its circuit
         await self.reconcile()
 
@@ -211,3 +218,4 @@ class CallChanges:
             self._doubts_next = None
         self._enforcement.stop()
         self._discovery.stop()
+        self.lost_rooms.stop()

@@ -57,7 +57,7 @@ _ACTIONS: Mapping[Verb, tuple[ModerationAction, str, str]] = {
 
 
 class EndsCalls(Protocol):
-    """Who ends calls (`CallEnder`)."""
+    """Ends calls; `CallEnder` does."""
 
     async def end(self, room_id: str, by: str) -> int:
         """:return: how many participants were removed."""

@@ -190,7 +190,7 @@ class Enforcement:
         """
         await self._remove_unentitled(slot, alias, known, listing, whole=whole)
         if known.freshness is Freshness.UNKNOWN:
-            await self._seats.seat_everybody(slot.room_id)  # nobody is removed later for having come in meanwhile
+            await self._seats.seat_everybody(slot.room_id)  # nobody who comes in now is removed for it later
         elif known.policy.max_users is not None and not self._seats.unshared:
             try:
                 await self._remove_overflow(slot, known, listing.began)

@@ -19,7 +19,6 @@ from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import Roster
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.refusals import Refusal
 
@@ -106,10 +105,10 @@ class Moderator:
     async def _sessions(self, room_id: str, user: str) -> AsyncIterator[tuple[str, Slot, ParticipantInfo]]:
         """The user's sessions in all SFU rooms of the Matrix room, as LiveKit lists them now."""
         deadline, now = Deadline.after(self._clock, self._lookup_timeout), self._clock.seconds()
-        main = room_alias(room_id, ROOM_SLOT)
-        await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
-        for alias in {main, *await self._seats.aliases(room_id)}:
+        for alias, listing in await self._roster.list_all(room_id, now, deadline):
             slot = await self._registry.slot_of(alias)
-            for participant in (await self._roster.list(alias, now, deadline)).value if slot is not None else ():
-                if slot is not None and await self._registry.user_behind(alias, participant.identity) == user:
+            if slot is None:
+                continue
+            for participant in listing.value:
+                if await self._registry.user_behind(alias, participant.identity) == user:
                     yield alias, slot, participant

@@ -21,8 +21,9 @@ from lotusguard.rules.identity import possible_identities
 from lotusguard.rules.refusals import JoinRefused, Refusal
 
 ROSTER_AGE = 4.0
-"""Seconds that a listing may be old when somebody is let in. Reconciling makes the next one sooner, so that joins to a
-large call rarely wait for one. Before a refusal it is never older than the request."""
+"""Seconds that a listing may be old when somebody is let in. While ``GUARD_RECONCILE_INTERVAL`` is shorter, reconciling
+makes the next one sooner, so that joins to a large call rarely wait for one. Before a refusal it is never older than
+the request."""
 SLOTS_RETRY = 60.0
 """Seconds after which a slot of a room that has too many may be free."""
 

@@ -171,7 +171,7 @@ class Lobby:
         await self._happen_in_room(room_id, LobbyEvent.SWITCH_OFF)
 
     async def call_ended(self, room_id: str) -> None:
-        """Whoever was accepted waits again before the next call."""
+        """People who were accepted wait again before the next call."""
         await self._happen_in_room(room_id, LobbyEvent.CALL_ENDED)
 
     def waiting_in(self, room_id: str) -> list[str]:
