@@ -9,7 +9,7 @@ from enum import Enum
 from attrs import define, field
 from cachetools import LRUCache
 from livekit.protocol.webhook import WebhookEvent
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
@@ -33,6 +33,8 @@ EVENTS_REMEMBERED = 10_000
 EVENTS_OF_INTEREST = (*DEPARTURES, "participant_joined", "track_published", "room_finished")
 COUNT_LAG = 10
 """Seconds after which a new SFU room's count of participants can be trusted: it comes up to 5 s late."""
+DOUBT_INTERVAL = 10.0
+"""Seconds within which everything is read again once at most, however often the connection to Redis is lost."""
 
 
 class Told(Enum):
@@ -72,6 +74,9 @@ class CallChanges:
     webhook_at: float | None = field(default=None, init=False)
     round_at: float | None = field(default=None, init=False)
     _seen_events: LRUCache[str, None] = field(factory=lambda: LRUCache(EVENTS_REMEMBERED), init=False)
+    _doubted_at: float | None = field(default=None, init=False)
+    _doubts_next: IDelayedCall | None = field(default=None, init=False)
+    _stopped: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._metrics.cache_limit.labels("webhook_ids").set(EVENTS_REMEMBERED)
@@ -116,9 +121,11 @@ class CallChanges:
         await self._changed(room_id, "", Told.ROOM_LEFT)
 
     async def _changed(self, room_id: str, user: str, told: Told) -> None:
-        if self._tell_others is not None:
-            await self._tell_others(room_id, user, told.value)
-        await self.changed_at_another_guard(room_id, user, told.value)
+        try:  # here first: enforcement must not wait for Redis
+            await self.changed_at_another_guard(room_id, user, told.value)
+        finally:
+            if self._tell_others is not None:
+                await self._tell_others(room_id, user, told.value)
 
     async def changed_at_another_guard(self, room_id: str, user: str, how: str) -> None:
         """What another guard was told. :param how: a `Told`. Another release may know more ways."""
@@ -129,7 +136,20 @@ class CallChanges:
         await self._read_again(room_id, user)
 
     def anything_may_have_changed(self) -> None:
-        """What other guards were told may have been missed: nothing that was read before is believed."""
+        """What other guards were told may have been missed: nothing that was read before is believed.
+
+        At most once per `DOUBT_INTERVAL`: what comes sooner is done at its end.
+        """
+        if self._stopped or self._doubts_next is not None:
+            return
+        passed = DOUBT_INTERVAL if self._doubted_at is None else self._clock.seconds() - self._doubted_at
+        if passed < DOUBT_INTERVAL:
+            self._doubts_next = self._clock.callLater(DOUBT_INTERVAL - passed, self._read_everything_again)
+        else:
+            self._read_everything_again()
+
+    def _read_everything_again(self) -> None:
+        self._doubted_at, self._doubts_next = self._clock.seconds(), None
         self._policies.forget_all_freshness()
         self._members.forget_all_freshness()
         for alias in list(self._enforcement.watched):
@@ -192,6 +212,10 @@ class CallChanges:
 
     def stop(self) -> None:
         """Leave everything as it is now."""
+        self._stopped = True
+        if self._doubts_next is not None:
+            self._doubts_next.cancel()
+            self._doubts_next = None
         self._enforcement.stop()
         self._discovery.stop()
         self.lost_rooms.stop()

@@ -65,16 +65,21 @@ class Moderator:
         waits = self._lobby.state_of(room_id, user) is LobbyState.WAITING
         found = waits or user in await self._seats.occupants(room_id)
         if found:
-            await self._lobby.remove(room_id, user, by)  # first: they may ask for a token at once
+            await self._refuse(room_id, user, by)  # first: they may ask for a token at once
         async for alias, slot, participant in self._sessions(room_id, user):
             if not found:
-                await self._lobby.remove(room_id, user, by)
+                await self._refuse(room_id, user, by)
                 found = True
             if await self._participants.remove(room_id, alias, participant.identity, user, Refusal.REMOVED.value):
                 await self._roster.removed(slot, alias, participant.sid, participant.identity)
             else:
                 self._enforcement.enforce(alias)
         return found
+
+    async def _refuse(self, room_id: str, user: str, by: str) -> None:
+        """Refuse a user's joins from now on, unless this is a dry run."""
+        if not self._participants.dry_run:
+            await self._lobby.remove(room_id, user, by)
 
     async def _mute(self, room_id: str, user: str, by: str) -> bool:
         """Mute everything of a user's that can be heard. They can unmute themselves."""

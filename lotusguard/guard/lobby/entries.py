@@ -178,6 +178,10 @@ class Lobby:
         """Users who wait in one room."""
         return [user for user in self._entries.book.waiting_in(room_id) if self._waits(room_id, user)]
 
+    def has_entries(self, room_id: str) -> bool:
+        """Whether anybody waits in this room, or was decided about."""
+        return bool(self._entries.book.entries_in(room_id))
+
     def has_removed(self, room_id: str) -> bool:
         """Whether moderators removed anybody from this room's call a short while ago."""
         return self._entries.book.has_removed(room_id)
