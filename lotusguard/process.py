@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -22,6 +24,18 @@ def use_monotonic_time(reactor: Any) -> None:
     if reactor.getDelayedCalls():
         raise RuntimeError("the reactor's clock cannot be changed once something is scheduled")
     reactor.seconds = time.monotonic
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage is collected inside."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def tune_garbage_collector() -> None:

@@ -15,7 +15,7 @@ from lotusguard.config import Settings
 START = """
 import sys
 from twisted.internet import reactor
-from lotusguard.tap import Options, makeService
+from lotusguard.start import Options, makeService
 service = makeService(Options())
 service.privilegedStartService()
 service.startService()

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wiring", "commanding"),
     ("reload",),
     ("tap",),
-    ("check", "sandbox"),
+    ("start", "check", "sandbox"),
     ("history",),
     ("cli",),
 )

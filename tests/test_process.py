@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
 import pytest
 from twisted.internet.task import Clock
 
-from lotusguard.process import use_monotonic_time
+from lotusguard.process import use_monotonic_time, without_collections
 
 STEP_BACK = """
 import time
@@ -46,3 +47,12 @@ def test_the_clock_is_not_changed_once_something_is_scheduled() -> None:
     clock.callLater(1, lambda: None)
     with pytest.raises(RuntimeError):
         use_monotonic_time(clock)
+
+
+def test_collections_begin_again_after_a_part_without_any() -> None:
+    with without_collections():
+        assert not gc.isenabled()
+        with without_collections():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()

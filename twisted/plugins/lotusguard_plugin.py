@@ -3,7 +3,7 @@ from twisted.application.service import ServiceMaker
 
 lotusguard = ServiceMaker(
     "lotusguard",
-    "lotusguard.tap",
+    "lotusguard.start",
     "Enforces Matrix rooms' call policies in front of lk-jwt-service.",
     "lotusguard",
 )
