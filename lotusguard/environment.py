@@ -53,7 +53,7 @@ def read_unit_environment(
     ``$CREDENTIALS_DIRECTORY``. The later value of a name wins, as for the service.
 
     :param ask: runs ``systemctl`` with these arguments.
-    :raises UnitNotKnown: there is no such unit, or no systemd.
+    :raises UnitNotKnown: systemd does not know such a unit, or is not there.
     :raises OSError: a file cannot be read.
     """
     unit = unit if "." in unit else f"{unit}.service"

@@ -282,7 +282,7 @@ class Guard(MultiService):
         link.setServiceParent(self)
         if sharing is not None:
             changes = self.changes
-            sharing.leases.enforce = self.enforcement.enforce
+            sharing.leases.enforce = self.enforcement.enforce_as_asked
             sharing.leases.changed = lambda room_id, user, how: run_in_background(
                 changes.changed_at_another_guard(room_id, user, how), _report
             )

@@ -17,7 +17,7 @@ import pytest_twisted
 from twisted.internet import reactor as default_reactor
 from twisted.internet.task import deferLater
 from twisted.web.resource import Resource
-from twisted.web.server import Site
+from twisted.web.server import NOT_DONE_YET, Site
 
 from lotusguard.clients.http import BytesBody, FixedAgent, collected, connection_pool
 from tests.proxies import SNIPPETS, free_port
@@ -27,20 +27,27 @@ ASKED = 30
 
 
 class Guard(Resource):
-    """Answers POST requests, and counts them."""
+    """Answers POST requests, and counts them.
+
+    :ivar drops: read each request, and close the connection without an answer.
+    """
 
     isLeaf = True
 
     def __init__(self) -> None:
         super().__init__()
         self.asked = 0
+        self.drops = False
         site = Site(self)
         site.noisy = False
         self.listening = reactor.listenTCP(0, site, interface="127.0.0.1")
         self.port: int = self.listening.getHost().port
 
-    def render_POST(self, request: Any) -> bytes:
+    def render_POST(self, request: Any) -> bytes | int:
         self.asked += 1
+        if self.drops:
+            request.transport.abortConnection()
+            return NOT_DONE_YET
         request.setHeader(b"Connection", b"close")
         return b"{}"
 
@@ -64,22 +71,44 @@ def nginx(folder: Path, port: int, ports: list[int]) -> list[str]:
     return ["-p", str(folder), "-e", "stderr", "-c", f"{folder}/nginx.conf"]
 
 
+def program_of(name: str) -> str | None:
+    return shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
+
+
+def sends_again(program: str) -> bool:
+    """Whether this proxy sends a request with a body again that it could not send. Caddy before 2.8 does not."""
+    if not program.endswith("caddy"):
+        return True
+    version = subprocess.run([program, "version"], capture_output=True, text=True, check=True).stdout
+    found = re.match(r"v?(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= (2, 8)
+
+
 def caddy(folder: Path, port: int, ports: list[int]) -> list[str]:
     text = (SNIPPETS.parent / "docker" / "Caddyfile.several").read_text()
     text = text[text.index("\nmatrix-rtc.{$DOMAIN} {") :].replace("matrix-rtc.{$DOMAIN}", f"http://127.0.0.1:{port}")
     text = text.replace("lotusguard:8070 lotusguard-2:8070", " ".join(f"127.0.0.1:{port}" for port in ports))
+    if not sends_again(str(program_of("caddy"))):
+        text = re.sub(r"^\s*request_buffers .*\n", "", text, flags=re.M)  # unknown to it
     (folder / "Caddyfile").write_text("{\n\tadmin off\n\tauto_https off\n}\n" + text)
     return ["run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
 
 
-@pytest.fixture(params=[nginx, caddy], ids=["nginx", "caddy"])
-def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, list[Guard]]]:
-    """A proxy before two guards."""
-    program = shutil.which(request.param.__name__, path="/usr/sbin:/usr/bin:/usr/local/bin")
+@pytest.fixture(params=["nginx", "caddy"])
+def program(request: pytest.FixtureRequest) -> str:
+    """Where a proxy is installed."""
+    program = program_of(request.param)
     if program is None:
-        pytest.skip(f"there is no {request.param.__name__}")
+        pytest.skip(f"there is no {request.param}")
+    return program
+
+
+@pytest.fixture
+def proxy(program: str, tmp_path: Path) -> Iterator[tuple[int, list[Guard]]]:
+    """A proxy before two guards."""
     guards, port = [Guard(), Guard()], free_port()
-    command = [program, *request.param(tmp_path, port, [guard.port for guard in guards])]
+    configure = caddy if program.endswith("caddy") else nginx
+    command = [program, *configure(tmp_path, port, [guard.port for guard in guards])]
     with (tmp_path / "output").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={"HOME": str(tmp_path)})
     yield port, guards
@@ -87,30 +116,59 @@ def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int,
     process.wait(20)
 
 
-@pytest_twisted.ensureDeferred
-async def test_clients_do_not_notice_that_a_guard_is_gone(proxy: tuple[int, list[Guard]]) -> None:
-    port, guards = proxy
-    pool = connection_pool(reactor)
-    agent = FixedAgent(reactor, f"http://127.0.0.1:{port}", pool, 30)
+class Client:
+    """Asks the proxy."""
 
-    async def ask() -> int:
-        response = await agent.request(b"POST", b"/livekit/jwt/sfu/get", None, BytesBody(b"{}"))
+    def __init__(self, port: int) -> None:
+        self.pool = connection_pool(reactor)
+        self._agent = FixedAgent(reactor, f"http://127.0.0.1:{port}", self.pool, 30)
+
+    async def ask(self) -> int:
+        response = await self._agent.request(b"POST", b"/livekit/jwt/sfu/get", None, BytesBody(b"{}"))
         await collected(response, 1 << 16)
         return int(response.code)
 
-    for _ in range(1200):
-        try:
-            await ask()
-            break
-        except Exception:
-            await deferLater(reactor, 0.05)
-    codes = Counter([await ask() for _ in range(ASKED)])
+    async def answered(self) -> None:
+        """Wait until the proxy runs."""
+        for _ in range(1200):
+            try:
+                await self.ask()
+            except Exception:
+                await deferLater(reactor, 0.05)
+            else:
+                return
+        raise AssertionError("the proxy does not answer")
+
+
+@pytest_twisted.ensureDeferred
+async def test_clients_do_not_notice_that_a_guard_is_gone(proxy: tuple[int, list[Guard]], program: str) -> None:
+    if not sends_again(program):
+        pytest.skip("this Caddy closes the body of a request that it could not send")
+    port, guards = proxy
+    client = Client(port)
+    await client.answered()
+    codes = Counter([await client.ask() for _ in range(ASKED)])
     assert codes == {200: ASKED}
     assert all(guard.asked for guard in guards)
     await guards[0].listening.stopListening()
     before = guards[1].asked
-    codes = Counter([await ask() for _ in range(ASKED)])
+    codes = Counter([await client.ask() for _ in range(ASKED)])
     assert codes == {200: ASKED}
     assert guards[1].asked == before + ASKED, "a request was sent twice"
     await guards[1].listening.stopListening()
-    await pool.closeCachedConnections()
+    await client.pool.closeCachedConnections()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_request_that_a_guard_received_is_not_sent_to_another_one(proxy: tuple[int, list[Guard]]) -> None:
+    port, guards = proxy
+    client = Client(port)
+    await client.answered()
+    before = sum(guard.asked for guard in guards)
+    for guard in guards:
+        guard.drops = True
+    assert await client.ask() == 502
+    assert sum(guard.asked for guard in guards) == before + 1
+    for guard in guards:
+        await guard.listening.stopListening()
+    await client.pool.closeCachedConnections()

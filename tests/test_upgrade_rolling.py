@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,12 +18,25 @@ import pytest
 from tests.test_upgrade import Host, wheel
 
 
+def free_base() -> int:
+    """A port N0 such that N1 and N2 are free, below those that the system gives to connections.
+
+    A connection to a port that the system could give to itself may reach itself before anybody listens there.
+    """
+    for base in random.sample(range(15000, 32000, 10), 1700):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", base + 1))
+            two.bind(("127.0.0.1", base + 2))
+            return base
+    raise RuntimeError("no free ports")
+
+
 class Several(Host):
     """Guards 1 and 2. The port of guard N ends with N. The file ``order`` says which was restarted as what."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.base = self.port // 10 * 10
+        self.base = free_base()
         text = (
             self.restart.read_text().replace(str(self.pidfile), f"{self.pidfile}-$PORT").replace("/log", "/log-$PORT")
         )
@@ -65,7 +80,7 @@ def several(tmp_path: Path) -> Iterator[Several]:
     assert done.returncode == 0, done.stdout + done.stderr
     for number in "12":
         subprocess.run([str(host.one), number], env=host.environment, check=True)
-    for _ in range(400):
+    for _ in range(1200):
         with contextlib.suppress(URLError):
             assert all("1.0" in said for said in host.versions())
             break

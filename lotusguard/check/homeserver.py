@@ -157,7 +157,7 @@ class HomeserverCheck:
             )
 
     async def _accepts_invitations(self) -> bool:
-        """Whether an account that is no admin's accepts invitations. By default, only if nobody else uses it."""
+        """Whether an account that is not an admin's accepts invitations. By default, only if nobody else uses it."""
         invites = self._settings.guard_invites
         if invites is not None:
             return invites != "off"

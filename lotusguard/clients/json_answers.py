@@ -21,7 +21,7 @@ def parse_json(text: bytes) -> Any:
     """The value of a JSON text. What is nested deeper than `DEEPEST` is null, and so is an integer of more than
     `LONGEST_INTEGER` digits if Python refuses one.
 
-    :raises ValueError: it is no JSON.
+    :raises ValueError: it is not JSON.
     """
     try:
         value = _parse(text)

@@ -57,10 +57,6 @@ class KeyedWorker(Generic[K]):
         else:
             self._queued[key] = None
 
-    def is_busy(self, key: K) -> bool:
-        """Whether the key is being worked on, or waits for its turn."""
-        return key in self._running or key in self._queued
-
     def idle(self) -> Deferred[None]:
         """Fires when nothing runs and nothing waits."""
         waiter: Deferred[None] = Deferred()

@@ -49,7 +49,8 @@ class LiveKitLink(Service):
     """Keeps the connection.
 
     :param url: LiveKit's.
-    :param returned: called when there is a connection again after there was none.
+    :param returned: called when there is a connection again after an attempt failed. A connection that was only closed,
+        as proxies do with idle ones, says nothing about LiveKit.
     :param failed: called with the Failure of ``returned``.
     """
 
@@ -58,6 +59,7 @@ class LiveKitLink(Service):
     _returned: Callable[[], Awaitable[None]]
     _failed: Callable[[Failure], None]
     _kept: Deferred[None] | None = field(default=None, init=False)
+    _telling: Deferred[object] | None = field(default=None, init=False)
 
     def startService(self) -> None:
         super().startService()
@@ -66,8 +68,9 @@ class LiveKitLink(Service):
 
     def stopService(self) -> None:
         super().stopService()
-        if self._kept is not None:
-            self._kept.cancel()
+        for work in (self._kept, self._telling):
+            if work is not None:
+                work.cancel()
 
     async def _keep(self) -> None:
         address = urlsplit(self._url)
@@ -83,8 +86,10 @@ class LiveKitLink(Service):
                 attempts += 1
                 await deferLater(self._reactor, SOON if seen and attempts <= ATTEMPTS_SOON else LATER)
                 continue
-            if seen:
-                run_in_background(self._tell(), self._failed)
+            if seen and attempts:
+                if self._telling is not None:
+                    self._telling.cancel()
+                self._telling = run_in_background(self._tell(), self._failed)
             seen, attempts, began = True, 0, self._reactor.seconds()
             try:
                 await idle.lost

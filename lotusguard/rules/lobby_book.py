@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from attrs import define, field, frozen
 
 from lotusguard.rules.lobby import BEGINS, DROPPED_FIRST, TABLE, LobbyEntry, LobbyEvent, LobbyState
-from lotusguard.rules.refusals import Refusal
 
 WAITING_PER_ROOM = 100
 WAITING_IN_ALL = 5_000
@@ -88,11 +87,6 @@ class LobbyBook:
         applied = self._apply(room_id, entry, event, now)
         full = event is LobbyEvent.ASK and entry.held >= HELD_PER_USER
         return Answer(applied, self._rooms.get(room_id, {}).get(user), full)
-
-    def ask(self, room_id: str, user: str, entry_id: str, now: float) -> LobbyEntry | Refusal:
-        """A user asks for entry. :return: the user's entry, or `Refusal.LOBBY_FULL`."""
-        answer = self.happen(LobbyEvent.ASK, room_id, user, entry_id, now)
-        return answer.entry if answer.entry is not None and not answer.full else Refusal.LOBBY_FULL
 
     def happen_in_room(self, event: LobbyEvent, room_id: str, now: float) -> None:
         """Something happens to all entries of a room."""

@@ -63,10 +63,6 @@ class RoomHolds:
         """Whether this user takes no seat."""
         return self._counted.is_exempt(user)
 
-    def is_present(self, user: str) -> bool:
-        """Whether this user is in the call."""
-        return self._counted.is_present(user)
-
     def seats_taken(self, now: float) -> int:
         """How many seats are taken, requests in flight included."""
         self._advance(now)

@@ -17,8 +17,17 @@ from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_holds import RECONNECT_WINDOW, RESERVED_PER_USER, RoomHolds
 from lotusguard.rules.seats import Arrival, Hold, HoldEvent, HoldState, IdentityKey, Session
 
-__all__ = ["ENDED_SESSIONS_KEPT", "RECONNECT_WINDOW", "RESERVED_PER_USER", "UNCONFIRMED_KEPT", "RoomSeats"]
+__all__ = [
+    "CALL_ENDED_AFTER",
+    "ENDED_SESSIONS_KEPT",
+    "RECONNECT_WINDOW",
+    "RESERVED_PER_USER",
+    "UNCONFIRMED_KEPT",
+    "RoomSeats",
+]
 
+CALL_ENDED_AFTER = 60.0
+"""Seconds without occupants and holds after which a call has ended."""
 ENDED_SESSIONS_KEPT = 120.0
 """Seconds for which an ended session is remembered, so that a delayed event cannot bring it back."""
 UNCONFIRMED_KEPT = 600.0

@@ -7,7 +7,7 @@ from attrs import define, field
 
 from lotusguard.rules.seats import Hold
 
-_COUNTED = ("takes_seat", "full", "owns_seat", "removes", "in_call")
+_COUNTED = ("takes_seat", "full", "owns_seat", "removes")
 """The columns of the table that are counted."""
 
 
@@ -19,7 +19,6 @@ class Count:
     full: int = 0
     owns_seat: int = 0
     removes: int = 0
-    in_call: int = 0
 
 
 @define
@@ -87,6 +86,3 @@ class SeatCount:
         """Whether this user has a seat, or needs none."""
         user = self._users.get(user_id, _NOBODY)
         return user.owns_seat > 0 or user.exempt
-
-    def is_present(self, user_id: str) -> bool:
-        return self._users.get(user_id, _NOBODY).in_call > 0

@@ -30,6 +30,8 @@ _NOT_IN_A_HEAD = b"\0\r\n"
 """Characters that Twisted's client leaves in headers of answers, although others may read them as the end of a line."""
 _IDENTITY_PREFIX = b"x-matrix-"
 """Headers by which a homeserver names a user or itself; from anybody else they prove nothing."""
+_NO_SFU = b'"Unable to create room on SFU"'
+"""What lk-jwt-service says in a 500 when LiveKit does not answer."""
 
 
 def keep_end_to_end(headers: Headers, without: frozenset[bytes] = frozenset()) -> None:
@@ -65,10 +67,6 @@ def forwarded(request: GuardRequest, body: bytes | None, request_id: str, *, kee
     headers.setRawHeaders(b"X-Request-ID", [request_id.encode("ascii")])
     mark(headers)
     return Forwarded(request.method, request.uri, headers, body)
-
-
-_NO_SFU = b'"Unable to create room on SFU"'
-"""What lk-jwt-service says in a 500 when LiveKit does not answer."""
 
 
 def has_body(request: GuardRequest) -> bool:

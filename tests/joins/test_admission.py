@@ -260,15 +260,19 @@ async def test_lookups_before_and_after_upstream_named_the_caller_share_one_budg
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("new", [False, True])
 async def test_a_homeserver_cannot_vouch_for_users_of_another_one(
-    sandbox: Sandbox, new: bool, monkeypatch: pytest.MonkeyPatch
+    start_sandbox: StartSandbox, new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def believe(*_: object) -> str:
         return ALICE
 
     monkeypatch.setattr(Dependencies, "user_of", believe)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_members_only="off")
     room_id = room_of(sandbox)
+    delay: dict[str, Any] = {"delay_id": "d", "delay_timeout": 8000, "delay_cs_api_url": sandbox.homeserver.url}
+    await sandbox.ask_token(ALICE, room_id)  # the guard knows that the room has no policy
     async with other_homeserver(sandbox) as other:
-        answer = await sandbox.ask_token(ALICE, room_id, new=new, openid_token=other.openid_token(EVE))
+        answer = await sandbox.ask_token(ALICE, room_id, new=new, openid_token=other.openid_token(EVE), **delay)
     assert sandbox.upstream.issued, "upstream believed it"
+    assert not sandbox.upstream.jobs
     assert (answer.code, content(answer)["errcode"]) == (401, "M_UNAUTHORIZED")
     assert counted(sandbox, "joins_total", verdict="refused", reason="other_server") == 1

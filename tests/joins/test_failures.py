@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet.task import deferLater
 
+from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.rooms.members import Members
@@ -17,7 +19,9 @@ from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.calls import ALICE, BOB, counted, crashes, logged, room_of
-from tests.joins.helpers import FULL, NOT_A_MEMBER, claims_of, content
+from tests.conftest import StartSandbox, until
+from tests.joins.helpers import FULL, NOT_A_MEMBER, ask, claims_of, content
+from tests.lobby.test_joining import moderate
 
 
 class Bug(Exception):
@@ -92,3 +96,18 @@ async def test_the_limit_is_checked_although_looking_up_the_membership_crashes(
     with logged():
         answer = await sandbox.ask_token(BOB, room_id)
     assert (answer.code, content(answer)) == (403, FULL)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_join_that_waited_long_in_the_lobby_goes_on_too(
+    start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = await start_sandbox(guard_lookup_timeout=0.2, guard_upstream_timeout=0.5)
+    room_id = room_of(sandbox)
+    sandbox.homeserver.set_state(room_id, "io.lotus.lobby", {"enabled": True})
+    answer = ask(sandbox, BOB, room_id)
+    await until(lambda: counted(sandbox, "lobby_waiting") == 1)
+    await deferLater(sandbox.reactor, 1.5)  # longer than a join may take
+    monkeypatch.setattr(Admission, "_begin_anew", crash)
+    assert await moderate(sandbox, room_id, BOB, "admit") == 200
+    assert (await answer).code == 200

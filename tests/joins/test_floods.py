@@ -13,7 +13,7 @@ from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, counted, room_of
 from tests.conftest import StartSandbox, until
-from tests.joins.helpers import ask, calls_of, content
+from tests.joins.helpers import EVE, ask, calls_of, content, other_homeserver
 
 FLOOD = 1200
 
@@ -166,3 +166,17 @@ async def test_one_user_who_asks_for_150_rooms_gets_into_none_of_them_and_delays
     assert asked["user_joined_rooms"] + asked["user_memberships"] < 60
     for check in ("policy", "membership"):
         assert counted(sandbox, "fail_open_total", check=check, reason="timeout") == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_user_of_another_homeserver_who_asks_for_many_rooms_is_limited_too(
+    start_sandbox: StartSandbox,
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=10, guard_members_only="off")
+    async with other_homeserver(sandbox) as other:
+        openid = other.openid_token(EVE)
+        sandbox.homeserver.fault = Fault.delay(0.2)
+        rooms = [f"!room{number}:sandbox.local" for number in range(60)]
+        answers = await gatherResults([ask(sandbox, EVE, room, openid_token=openid) for room in rooms])
+    assert {answer.code for answer in answers} == {200, 429}
+    assert counted(sandbox, "fail_open_total", check="policy", reason="timeout") == 0

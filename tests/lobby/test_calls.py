@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
+from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
@@ -33,15 +35,30 @@ ROOM = "!room:example.org"
 ON = KnownPolicy(Policy(lobby=LobbyPolicy()), Freshness.FRESH, room_exists=True)
 OFF = KnownPolicy(Policy(), Freshness.FRESH, room_exists=True)
 UNKNOWN = KnownPolicy(Policy(), Freshness.UNKNOWN, None)
+STALE_OFF = KnownPolicy(Policy(), Freshness.STALE, None)
 
 
 class Call:
-    """The few questions that the switch asks about calls and rooms."""
+    """The few questions that the switch asks about calls and rooms.
+
+    :ivar asked: how often it was asked who is in the call.
+    :ivar answers_when: fires when who is in the call can be told.
+    :ivar read_anew: the policy as the homeserver has it.
+    """
 
     def __init__(self) -> None:
         self.users: set[str] = set()
+        self.asked = 0
+        self.answers_when: Deferred[None] | None = None
+        self.read_anew = OFF
+
+    async def get_anew(self, room_id: str, deadline: Deadline, since: float) -> KnownPolicy:
+        return self.read_anew
 
     async def occupants(self, room_id: str) -> set[str]:
+        self.asked += 1
+        if self.answers_when is not None:
+            await self.answers_when
         return self.users
 
 
@@ -52,7 +69,7 @@ def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby
 
 
 @pytest_twisted.ensureDeferred
-async def test_people_are_accepted_until_the_call_has_been_empty_for_a_minute() -> None:
+async def test_people_are_accepted_until_the_call_has_been_empty_for_a_minute_and_a_half_at_most() -> None:
     clock, call = Clock(), Call()
     lobby, switch = switched(clock, call)
     await lobby.let_in(ROOM, BOB)
@@ -61,13 +78,15 @@ async def test_people_are_accepted_until_the_call_has_been_empty_for_a_minute() 
         clock.advance(2.0)
         await switch.pass_time()
     assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
-    call.users = set()
-    await switch.pass_time()
-    clock.advance(59.0)
-    await switch.pass_time()
-    assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
-    clock.advance(1.0)
-    await switch.pass_time()
+    call.users, asked = set(), call.asked
+    for _ in range(29):
+        clock.advance(2.0)
+        await switch.pass_time()
+        assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+    assert call.asked - asked <= 5
+    for _ in range(17):
+        clock.advance(2.0)
+        await switch.pass_time()
     assert lobby.state_of(ROOM, BOB) is None
 
 
@@ -85,12 +104,55 @@ async def test_people_in_a_call_are_accepted_when_its_lobby_is_switched_on_but_n
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_lobby_is_not_on_for_anybody_before_everybody_in_the_call_is_accepted() -> None:
+    call = Call()
+    call.users = {BOB, CAROL}
+    lobby, switch = switched(Clock(), call)
+    assert not await switch.is_on(ROOM, OFF)
+    answers: Deferred[None] = Deferred()
+    call.answers_when = answers
+    accepted: list[bool] = []
+    asking_twice = [Deferred.fromCoroutine(switch.is_on(ROOM, ON)) for _ in range(2)]
+    for asked in asking_twice:
+        asked.addCallback(
+            lambda on: accepted.append(on and lobby.state_of(ROOM, CAROL) is LobbyState.ACCEPTED),
+        )
+    assert accepted == []
+    call.answers_when = None
+    answers.callback(None)
+    assert accepted == [True, True]
+
+
+@pytest_twisted.ensureDeferred
 async def test_an_unknown_policy_keeps_nobody_waiting_and_ends_no_waiting() -> None:
     lobby, switch = switched(Clock(), Call())
     await switch.is_on(ROOM, ON)
     await lobby.ask(ROOM, BOB)
     assert not await switch.is_on(ROOM, UNKNOWN)
     assert lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+
+
+@pytest.mark.parametrize("newer", [ON, UNKNOWN, STALE_OFF])
+@pytest_twisted.ensureDeferred
+async def test_a_policy_that_may_be_out_of_date_ends_no_waiting(newer: KnownPolicy) -> None:
+    call = Call()
+    lobby, switch = switched(Clock(), call)
+    await lobby.ask(ROOM, BOB)  # at another guard
+    call.read_anew = newer
+    assert await switch.is_on(ROOM, OFF) is (newer is ON)
+    assert lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+    call.read_anew = OFF
+    assert not await switch.is_on(ROOM, OFF)
+    assert lobby.state_of(ROOM, BOB) is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_waiting_ends_when_an_unknown_policy_turns_out_to_have_no_lobby() -> None:
+    lobby, switch = switched(Clock(), Call())
+    await lobby.ask(ROOM, BOB)
+    await switch.is_on(ROOM, UNKNOWN)
+    assert not await switch.is_on(ROOM, OFF)
+    assert lobby.state_of(ROOM, BOB) is None
 
 
 @pytest_twisted.ensureDeferred

@@ -280,6 +280,8 @@ async def test_a_dry_run_does_nothing_to_people_and_says_so(start_sandbox: Start
     answer = await sandbox.operator("POST", "/moderate", body)
     assert (answer.code, json.loads(answer.body)) == (200, {"done": False})
     assert bob.connected
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    assert counted(sandbox, "joins_total", verdict="would_refuse", reason="removed") == 0
 
 
 @pytest_twisted.ensureDeferred

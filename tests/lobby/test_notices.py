@@ -11,7 +11,6 @@ import pytest_twisted
 from attrs import define, field
 from twisted.internet.task import Clock
 
-from lotusguard import wiring
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.notices import LobbyNotices
@@ -20,6 +19,7 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import LobbyEntry, LobbyState
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.state import StateEvent
+from lotusguard.wiring import guard as wiring
 from tests.calls import BOB as SANDBOX_BOB
 from tests.conftest import StartSandbox, until
 from tests.lobby.test_joining import asking, lobby_room, waits

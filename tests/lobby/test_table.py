@@ -16,7 +16,6 @@ from lotusguard.guard.lobby.colours import colour_of
 from lotusguard.rules import lobby_book
 from lotusguard.rules.lobby import BEGINS, DROPPED_FIRST, TABLE, LobbyEvent, LobbyState
 from lotusguard.rules.lobby_book import HELD_PER_USER, LobbyBook
-from lotusguard.rules.refusals import Refusal
 from tests.redis.lobbies import AnyBook, MemoryBook, ValkeyBook
 
 ROOM, OTHER_ROOM, BOB, EVE = "!room:example.org", "!other:example.org", "@bob:example.org", "@eve:example.org"
@@ -187,7 +186,7 @@ def test_one_person_holds_so_many_requests_and_no_more() -> None:
     entry = book.happen(E.ASK, ROOM, BOB, "id", 0.0).entry
     assert entry is not None
     entry.held = HELD_PER_USER
-    assert book.ask(ROOM, BOB, "id", 0.0) is Refusal.LOBBY_FULL
+    assert book.happen(E.ASK, ROOM, BOB, "id", 0.0).full
 
 
 def test_of_too_many_entries_accepted_ones_are_dropped_before_removed_ones_and_waiting_ones_never(

@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import define, field
 
-from lotusguard.guard.seats.redis.scripts import room_key
+from lotusguard.guard.seats.redis.scripts import LISTING_KEPT, room_key
 from lotusguard.rules.room_seats import RoomSeats
 from lotusguard.rules.seats import Arrival, IdentityKey
 
@@ -32,6 +32,13 @@ class ModelSeats(RoomSeats):
 
     def advance(self, now: float) -> None:
         self._advance(now)
+
+    def forget_old(self, now: float, ttl: float) -> None:
+        """Another guard may rely on a recent listing of an SFU room in which nobody holds a seat."""
+        listed = dict(self._listed)
+        super().forget_old(now, ttl)
+        recent = {alias: since for alias, since in listed.items() if since >= now - LISTING_KEPT}
+        self._listed = recent | self._listed
 
 
 @define
@@ -172,7 +179,7 @@ class RoomModel:
         seats.forget_old(now, ttl)
 
 
-READING = ("owns_seat", "is_present", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
+READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
 _SHOW = """
 local stored = redis.call('GET', KEYS[1])
 if not stored then return '[]' end

@@ -173,9 +173,6 @@ class ValkeySeats:
     def is_exempt(self, user: str) -> bool:
         return bool(self._run("is_exempt", None, user))
 
-    def is_present(self, user: str) -> bool:
-        return bool(self._run("is_present", None, user))
-
     def seats_taken(self, now: float) -> int:
         return int(self._run("seats_taken", now))
 

@@ -177,3 +177,45 @@ async def test_a_guard_that_cannot_ask_redis_for_long_listens_until_it_can(
     await connected(first, second)
     assert await first.tick()
     assert not await second.tick()
+
+
+@pytest_twisted.ensureDeferred
+async def test_rooms_heard_while_redis_gave_no_answer_are_written_afterwards(
+    new_guard: NewGuard, own_server: OwnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = new_guard(), new_guard()
+    await connected(first, second)
+    await first.tick()
+    await first.turns.put_residence({"sync": "s1", "room !a": "{}"})
+    assert not await second.tick()
+    own_server.stop()
+    await until(lambda: not second.client.available)
+    monkeypatch.setattr(account, "LEASE_SECONDS", 0.0)
+    assert await second.tick()
+    assert not await second.turns.put_residence({"sync": "s2", "room !b": "{}"})
+    monkeypatch.undo()
+    own_server.start_again()
+    await connected(second)
+    own_server.client.flushall()
+    assert await second.tick()
+    third = new_guard()
+    await connected(third)
+    assert not await third.tick()
+    assert third.listener.rows == {"sync": "s2", "room !a": "{}", "room !b": "{}"}
+
+
+@pytest_twisted.ensureDeferred
+async def test_many_rooms_are_written_and_read_in_parts(new_guard: NewGuard) -> None:
+    first, second = new_guard(), new_guard()
+    await connected(first, second)
+    await first.tick()
+    rows = {"sync": "s1"} | {f"room !{number}": "{}" for number in range(2 * account.ROWS_AT_ONCE)}
+    await first.turns.put_residence(rows)
+    await second.tick()
+    assert second.listener.rows == rows
+    assert list(second.listener.rows)[-1] == "sync", "a guard that stops in between hears the rooms again"
+    await first.turns.hand_over()
+    third = new_guard()
+    await connected(third)
+    assert await third.tick()
+    assert third.turns.residence() == rows

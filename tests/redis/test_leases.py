@@ -104,3 +104,34 @@ async def test_nobody_is_removed_under_a_lease_that_another_guard_has_by_now(
         await until(lambda: len(lost) > 2)
         assert late.connected
     await until(lambda: not late.connected)
+
+
+@pytest_twisted.ensureDeferred
+async def test_three_guards_do_not_ask_each_other_without_end(
+    start_sandbox: StartSandbox, own_server: OwnServer
+) -> None:
+    """An urgent change reaches a guard without the lease: it asks whoever has it, once."""
+    settings = {"guard_redis_url": own_server.url, "guard_reconcile_interval": 3600.0}
+    sandbox = await start_sandbox(**settings)
+    first, hooks = sandbox.guard, list(sandbox.livekit.webhooks.urls)
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)  # the first guard reconciles the room
+    await sandbox.livekit.drained()
+    await first.enforcement.worker.idle()
+    others = []
+    for _ in range(2):
+        await sandbox.start_guard(**settings)
+        others.append(sandbox.guard)
+    sandbox.livekit.webhooks.urls[:] = hooks
+    before = own_server.client.info("commandstats").get("cmdstat_publish", {}).get("calls", 0)
+    late = sandbox.livekit.connect(old_token(BOB, room_id))
+    for alias in [late.room.name] * 2:
+        others[0].enforcement.enforce(alias)
+        await until(lambda: not late.connected)
+        for guard in (first, *others) * 10:
+            await guard.enforcement.worker.idle()
+            await sandbox.operator("GET", "/rooms")
+    asked = own_server.client.info("commandstats")["cmdstat_publish"]["calls"] - before
+    assert 0 < asked < 20
+    for guard in (first, others[0]):
+        await guard.stopService()

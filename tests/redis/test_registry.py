@@ -134,3 +134,46 @@ async def test_without_redis_each_guard_answers_from_its_cache(
     assert await first.user_behind("alias", "id") == "@a:x"
     await second.learn("other", Slot("!room", "t"), "id", "@b:x")
     assert set(await second.aliases_of("!room")) == {"alias", "other"}
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_may_be_old_in_a_large_call_is_read_with_one_command(
+    two: tuple[TokenRegistry, TokenRegistry], own_server: OwnServer
+) -> None:
+    first, second = two
+    names = [f"id{number}" for number in range(50)]
+    for name in names:
+        await first.learn("alias", Slot("!room", "s"), name, "@a:x", "PHONE", BOTH)
+    await second.read_ahead("alias", names)
+    await until_subscribed_again(own_server)
+    await second.read_ahead("alias", names)
+    before = commands(own_server)
+    assert [await second.user_behind("alias", name) for name in names] == 50 * ["@a:x"]
+    assert commands(own_server) == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_redis_has_lost_is_written_again(
+    two: tuple[RedisTokenRegistry, RedisTokenRegistry], own_server: OwnServer
+) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "s"), "id", "@a:x", "PHONE", BOTH, CAMERA)
+    await until(lambda: len(own_server.client.keys("*{alias}*")) == 2)
+    own_server.client.flushall()
+    first.data_set_changed()
+    await first.read_ahead("alias", ["id", "id#screen"])
+    await eventually(lambda identity: second.user_behind("alias", identity), "id", "@a:x")
+    assert await withheld(second) == CAMERA
+    assert await second.slot_of("alias") == Slot("!room", "s")
+
+
+def commands(server: OwnServer) -> int:
+    """Reads of single keys that the server has answered."""
+    return int(server.client.info("commandstats").get("cmdstat_get", {"calls": 0})["calls"])
+
+
+async def until_subscribed_again(server: OwnServer) -> None:
+    before = int(server.client.info("clients")["connected_clients"])
+    server.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    await until(lambda: server.client.info("clients").get("pubsub_clients", before) >= 2)
+    await deferLater(reactor, 0.1)

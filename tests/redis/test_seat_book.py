@@ -33,6 +33,12 @@ async def issue(guard: GuardSeats, room: str, user: str, limit: int | None = 1) 
     await guard.book.issue(room, hold_id, Issued(ALIAS, user, "PHONE"), durable=True)
 
 
+async def present(guard: GuardSeats, room: str) -> list[str]:
+    """The users in the call."""
+    snapshot = await guard.book.snapshot(room)
+    return [] if snapshot is None else [session.user for session in snapshot.present]
+
+
 async def join(guard: GuardSeats, room: str, user: str, limit: int) -> bool:
     """A join as admission makes it. :return: whether a token was issued."""
     waited = False
@@ -78,7 +84,7 @@ async def test_a_webhook_that_reaches_one_guard_is_known_to_the_others(url: str,
         await listed(first, room, 1)
         await issue(first, room, "a")
         await first.book.arrive(room, ALIAS, Arrival("PA_a", "a", "a"), 1)
-        assert await second.book.is_present(room, "a")
+        assert await present(second, room) == ["a"]
         await second.book.arrive(room, ALIAS, Arrival("PA_late", "late", "late"), 1)
         assert await first.book.overflow(room, 1) == [OverLimit(ALIAS, "PA_late", "late", "late")]
         await second.book.leave(room, ALIAS, "PA_a", "a", reactor.seconds(), by_choice=True)
@@ -174,7 +180,7 @@ async def test_sessions_are_recognised_at_the_next_step(url: str, room: str) -> 
         await listed(guard, room, 1)
         await guard.book.arrive(room, ALIAS, Arrival("PA_x", "hash", "hash"), 1)
         await guard.book.recognise(room, ALIAS, ["hash"], "@a:x")
-        assert await guard.book.is_present(room, "@a:x")
+        assert await present(guard, room) == ["@a:x"]
         assert isinstance(await guard.book.take(room, "@a:x", 1, ALIAS), str)
 
 
@@ -198,3 +204,26 @@ async def test_a_user_who_becomes_exempt_frees_the_seat_at_all_guards(url: str, 
         assert await first.book.overflow(room, 1) == []
         assert await second.book.owns_seat(room, "a")
         assert isinstance(await second.book.take(room, "b", 1, ALIAS), str)
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_room_is_told_without_reading_the_others(url: str, room: str) -> None:
+    async with guards(url, 2) as (first, second):
+        await listed(first, room, 1)
+        assert await second.book.snapshot(room) is None
+        await issue(first, room, "a")
+        snapshot = await second.book.snapshot(room)
+        assert snapshot is not None
+        assert (snapshot.room_id, snapshot.seats_taken, snapshot.awaited) == (room, 1, ["a"])
+
+
+@pytest_twisted.ensureDeferred
+async def test_seats_stay_shared_while_too_many_calls_wait(
+    url: str, room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.clients.redis.client.CALLS_AT_ONCE", 8)
+    async with guards(url, 1) as (guard,):
+        await listed(guard, room, 1)
+        asked = [Deferred.fromCoroutine(guard.book.owns_seat(room, f"u{number}")) for number in range(100)]
+        assert [await one for one in asked] == [False] * 100
+        assert not guard.book.unshared

@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 from secrets import token_hex
+from typing import Any
 
+import pytest
 import pytest_twisted
+from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from lotusguard.clients.redis.client import RedisClient
+from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.seats.redis.book import RedisSeatBook
 from lotusguard.guard.seats.redis.leases import RoomLeases
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import parse_address
@@ -71,6 +76,45 @@ async def test_a_lost_redis_costs_a_join_nothing_once_that_is_known(
     took = [await seconds(sandbox, users[1], room_id, 200) for _ in range(ROUNDS)]
     assert min(took) < DELAY
     assert counted(sandbox, "fail_open_total", check="limit", reason="redis") == ROUNDS
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_full_room_is_full_although_a_join_waited_for_other_guards(
+    start_sandbox: StartSandbox, own_server: OwnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = await start_sandbox(
+        guard_redis_url=own_server.url, guard_lookup_timeout=1.0, guard_reconcile_interval=3600
+    )
+    room_id, users = crowd(sandbox, 1)
+    await sandbox.enter(users[0], room_id)
+    assert (await sandbox.ask_token(users[2], room_id)).code == 403  # the call is listed by now
+    take = RedisSeatBook.take
+
+    async def take_late(*args: Any, **kwargs: Any) -> Any:
+        await deferLater(reactor, 1.5)
+        return await take(*args, **kwargs)
+
+    monkeypatch.setattr(RedisSeatBook, "take", take_late)
+    assert (await sandbox.ask_token(users[1], room_id)).code == 403
+
+
+@pytest.mark.parametrize(("part", "method", "check"), [(RedisSeatBook, "take", "limit"), (Lobby, "ask", "lobby")])
+@pytest_twisted.ensureDeferred
+async def test_a_join_waits_for_redis_until_its_deadline_at_most(
+    start_sandbox: StartSandbox, own_server: OwnServer, monkeypatch: pytest.MonkeyPatch, part: Any, method: str,
+    check: str,
+) -> None:  # fmt: skip
+    sandbox = await start_sandbox(guard_redis_url=own_server.url, guard_lookup_timeout=0.5, guard_upstream_timeout=0.5)
+    room_id, users = crowd(sandbox, 1)
+    sandbox.homeserver.set_state(room_id, "io.lotus.lobby", {"enabled": check == "lobby"})
+
+    async def never(*args: Any, **kwargs: Any) -> Any:
+        await Deferred()
+
+    monkeypatch.setattr(part, method, never)
+    assert (await sandbox.ask_token(users[0], room_id)).code == 504
+    assert counted(sandbox, "fail_open_total", check=check, reason="timeout") == 1
+    assert counted(sandbox, "fail_open_total", check="limit", reason="redis") == 0
 
 
 @pytest_twisted.ensureDeferred

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from attrs import Factory, define
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.dependency import DependencyFailed, DependencyRefused
-from lotusguard.clients.synapse.matrix import SINCE_UNKNOWN, Whoami
+from lotusguard.clients.synapse.matrix import FIRST_SYNC, SINCE_UNKNOWN, Whoami
 from lotusguard.clients.synapse.sync_answer import RoomEvent, SyncAnswer, read_sync
 from lotusguard.guard.rooms.residence import residence as bounds
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
@@ -27,7 +28,8 @@ from lotusguard.rules.state import StateEvent
 GUARD, ALICE, MALLORY = "@guard:here", "@alice:here", "@mallory:there"
 ROOM = "!room:here"
 LIMIT = "io.lotus.voice_limit"
-Script = SyncAnswer | DependencyFailed
+Script = SyncAnswer | DependencyFailed | None
+"""Answers of the homeserver, one after the other. At ``None`` it does not answer."""
 
 
 def event(kind: str, content: object, **more: Any) -> dict[str, Any]:
@@ -89,6 +91,9 @@ class ScriptedHomeserver:
         step = self.script.pop(0)
         if isinstance(step, DependencyFailed):
             raise step
+        if step is None:
+            await Deferred()
+        assert step is not None
         return step
 
     async def joined_rooms(self) -> list[str]:
@@ -185,14 +190,18 @@ def test_answer_that_is_too_large_is_asked_for_again_with_fewer_events() -> None
     assert guard.limit() == 3
 
 
-def test_full_answer_that_is_too_large_is_asked_for_in_parts() -> None:
+@pytest.mark.parametrize(("first", "seconds"), [(failure("too_large"), 10), (None, FIRST_SYNC + 10)])
+def test_full_answer_that_is_too_large_or_too_slow_is_asked_for_in_parts(
+    first: DependencyFailed | None, seconds: float
+) -> None:
     rooms = [f"!{number:03}:here" for number in range(2 * ROOMS_A_PART + 1)]
     parts = [rooms[start : start + ROOMS_A_PART] for start in range(0, len(rooms), ROOMS_A_PART)]
     answers = [created(part, f"s{number}") for number, part in enumerate(parts, 1)]
-    guard = Listening(failure("too_large"), *answers, rooms=rooms)
-    guard.wait(10)
+    guard = Listening(first, *answers, rooms=rooms)
+    guard.wait(seconds)
     assert sorted(guard.residence.room_ids()) == rooms
-    assert [one.filter.get("rooms") for one in guard.homeserver.syncs] == [None, *parts, None]
+    asked = [one.filter.get("rooms") for one in guard.homeserver.syncs]
+    assert asked[: len(parts) + 2] == [None, *parts, None]
     assert guard.homeserver.syncs[-1].since == "s1"  # nothing that happened between the parts is missed
     assert guard.residence.alive
 

@@ -10,7 +10,6 @@ import pytest
 from lotusguard.rules import lobby_book
 from lotusguard.rules.lobby import TABLE, LobbyEntry, LobbyEvent, LobbyState
 from lotusguard.rules.lobby_book import HELD_PER_USER, WAITING_PER_ROOM, LobbyBook
-from lotusguard.rules.refusals import Refusal
 
 ROOM = "!room:x"
 LONGEST_WAIT = 600.0
@@ -32,6 +31,12 @@ def entry(user: str, state: LobbyState = LobbyState.ACCEPTED, expires: float = 1
 def happen(book: LobbyBook, event: LobbyEvent, user: str, now: float = 0.0, room_id: str = ROOM) -> bool:
     """:return: whether the event had an effect."""
     return book.happen(event, room_id, user, f"id{next(_ids)}", now).applied
+
+
+def ask(book: LobbyBook, user: str, room_id: str = ROOM, now: float = 0.0) -> LobbyEntry | None:
+    """A user asks for entry. :return: the user's entry; ``None`` if too many wait."""
+    answer = book.happen(LobbyEvent.ASK, room_id, user, "id", now)
+    return None if answer.full else answer.entry
 
 
 def users(book: LobbyBook) -> list[str]:
@@ -72,23 +77,23 @@ def test_a_book_at_its_limit_has_room_after_an_entry_ended(small: LobbyBook) -> 
 def test_as_many_wait_in_a_room_as_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     book = LobbyBook(LONGEST_WAIT)
     for number in range(WAITING_PER_ROOM):
-        assert isinstance(book.ask(ROOM, f"u{number}", "id", 0.0), LobbyEntry)
-    assert book.ask(ROOM, "one-more", "id", 0.0) is Refusal.LOBBY_FULL
-    assert isinstance(book.ask("!other", "one-more", "id", 0.0), LobbyEntry)
+        assert ask(book, f"u{number}") is not None
+    assert ask(book, "one-more") is None
+    assert ask(book, "one-more", "!other") is not None
     assert book.waiting_in_all == WAITING_PER_ROOM + 1
     monkeypatch.setattr(lobby_book, "WAITING_IN_ALL", WAITING_PER_ROOM + 1)
-    assert book.ask("!third", "one-more", "id", 0.0) is Refusal.LOBBY_FULL
+    assert ask(book, "one-more", "!third") is None
     happen(book, LobbyEvent.LEAVE, "u0")
-    assert isinstance(book.ask(ROOM, "one-more", "id", 0.0), LobbyEntry)
+    assert ask(book, "one-more") is not None
 
 
 @pytest.mark.parametrize(("held", "full"), [(HELD_PER_USER - 1, False), (HELD_PER_USER, True)])
 def test_as_many_requests_of_one_user_are_held_as_are_allowed(held: int, full: bool) -> None:
     book = LobbyBook(LONGEST_WAIT)
-    asked = book.ask(ROOM, "a", "id", 0.0)
-    assert isinstance(asked, LobbyEntry)
+    asked = ask(book, "a")
+    assert asked is not None
     asked.held = held
-    assert (book.ask(ROOM, "a", "id", 0.0) is Refusal.LOBBY_FULL) is full
+    assert (ask(book, "a") is None) is full
 
 
 @pytest.mark.parametrize("state", LobbyState)
@@ -105,8 +110,8 @@ def test_an_entry_ends_when_its_time_is_over_and_not_before(state: LobbyState) -
 )
 def test_a_held_request_waits_as_long_as_is_allowed(waited: float, state: LobbyState) -> None:
     book = LobbyBook(LONGEST_WAIT)
-    asked = book.ask(ROOM, "a", "id", 50.0)
-    assert isinstance(asked, LobbyEntry)
+    asked = ask(book, "a", now=50.0)
+    assert asked is not None
     asked.held = 1
     found = book.find(ROOM, "a", 50.0 + waited)
     assert found is not None
@@ -117,7 +122,7 @@ def test_a_held_request_waits_as_long_as_is_allowed(waited: float, state: LobbyS
 def test_a_decision_keeps_the_beginning_of_a_state_that_stays() -> None:
     book = LobbyBook(LONGEST_WAIT)
     for now in (0.0, 1.0, 2.0):
-        book.ask(ROOM, "a", "id", now)
+        ask(book, "a", now=now)
     waiting = book.find(ROOM, "a", 2.0)
     assert waiting is not None
     assert (waiting.began, waiting.expires) == (0.0, 2.0 + TABLE[LobbyState.WAITING].lifetime)

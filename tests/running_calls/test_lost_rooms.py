@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import pytest
 import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 
 from lotusguard.clients import livekit_link
+from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.rules.identity import room_alias
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
-from tests.calls import ALICE, BOB, logged, named, room_of
+from tests.calls import ALICE, BOB, CAROL, logged, named, room_of
 from tests.conftest import StartSandbox, until
 
 
@@ -28,15 +32,26 @@ async def call_of_two(sandbox: Sandbox) -> str:
 async def next_round(sandbox: Sandbox) -> None:
     await sandbox.livekit.drained()
     await sandbox.guard.changes.reconcile()
+    await at_rest(sandbox)
+
+
+async def crash(sandbox: Sandbox) -> None:
+    """LiveKit restarts, and the guard sees that it was away."""
+    sandbox.livekit.restart()
+    await sandbox.guard.changes.livekit_returned()
+    await at_rest(sandbox)
+
+
+async def at_rest(sandbox: Sandbox) -> None:
     await sandbox.guard.enforcement.worker.idle()
+    await sandbox.guard.changes.lost_rooms.worker.idle()
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_room_that_a_crash_ended_is_created_again(sandbox: Sandbox) -> None:
     alias = await call_of_two(sandbox)
-    sandbox.livekit.restart()
     with logged() as events:
-        await next_round(sandbox)
+        await crash(sandbox)
     assert alias in sandbox.livekit.rooms
     assert sandbox.livekit.rooms[alias].settings.empty_timeout == 60
     assert len(named(events, "lost_room_created")) == 1
@@ -45,9 +60,8 @@ async def test_a_room_that_a_crash_ended_is_created_again(sandbox: Sandbox) -> N
 @pytest_twisted.ensureDeferred
 async def test_what_fails_is_tried_again_in_the_next_round(sandbox: Sandbox) -> None:
     alias = await call_of_two(sandbox)
-    sandbox.livekit.restart()
     sandbox.livekit.faults["CreateRoom"] = Fault.status(500)
-    await next_round(sandbox)
+    await crash(sandbox)
     assert alias not in sandbox.livekit.rooms
     del sandbox.livekit.faults["CreateRoom"]
     await next_round(sandbox)
@@ -60,8 +74,7 @@ async def test_a_call_that_ended_is_not_created_again(sandbox: Sandbox) -> None:
     for identity in list(sandbox.livekit.rooms[alias].participants):
         sandbox.livekit.disconnect(alias, identity)
     await next_round(sandbox)
-    sandbox.livekit.restart()
-    await next_round(sandbox)
+    await crash(sandbox)
     assert alias not in sandbox.livekit.rooms
 
 
@@ -74,30 +87,68 @@ async def test_a_room_that_somebody_deleted_is_not_created_again(sandbox: Sandbo
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_dry_run_creates_nothing(start_sandbox: StartSandbox) -> None:
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_dry_run=True)
+async def test_a_room_that_is_missing_is_not_created_unless_livekit_was_away(sandbox: Sandbox) -> None:
     alias = await call_of_two(sandbox)
-    sandbox.livekit.restart()
+    sandbox.livekit.restart()  # as if it was deleted, and another guard was told
     await next_round(sandbox)
     assert alias not in sandbox.livekit.rooms
+    sandbox.livekit.faults["ListRooms"] = Fault.status(500)
+    with pytest.raises(DependencyFailed):
+        await next_round(sandbox)
+    del sandbox.livekit.faults["ListRooms"]
+    await next_round(sandbox)
+    assert alias in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_round_does_not_wait_until_a_room_is_created(sandbox: Sandbox) -> None:
+    alias = await call_of_two(sandbox)
+    sandbox.livekit.faults["CreateRoom"] = Fault.hang()
+    sandbox.livekit.restart()
+    await sandbox.guard.changes.livekit_returned()
+    await until(lambda: "CreateRoom" in sandbox.livekit.asked)
+    assert alias not in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_dry_run_creates_nothing_until_it_is_turned_off(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_dry_run=True)
+    alias = await call_of_two(sandbox)
+    await crash(sandbox)
+    assert alias not in sandbox.livekit.rooms
+    sandbox.guard.reload(sandbox.settings.model_copy(update={"guard_dry_run": False}))
+    await next_round(sandbox)
+    assert alias in sandbox.livekit.rooms
 
 
 @pytest_twisted.ensureDeferred
 async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pauses: list[float] = []
+
+    def pause(clock: IReactorTime, seconds: float) -> Deferred[None]:
+        pauses.append(seconds)
+        return deferLater(clock, seconds)
+
     monkeypatch.setattr(livekit_link, "SHORT_LIVED", 0.0)
+    monkeypatch.setattr(livekit_link, "deferLater", pause)
     alias = await call_of_two(sandbox)
     await sandbox.livekit.stop_listening()
     sandbox.livekit.restart()
+    await until(lambda: livekit_link.SOON in pauses)  # an attempt was refused
     await sandbox.livekit.listen()
     await until(lambda: alias in sandbox.livekit.rooms)
 
 
 @pytest_twisted.ensureDeferred
-async def test_connections_that_do_not_last_are_not_renewed_all_the_time(sandbox: Sandbox) -> None:
+async def test_a_connection_that_is_only_closed_leads_to_no_round(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(livekit_link, "SHORT_LIVED", 0.0)  # it connects again at once
     await call_of_two(sandbox)
     asked = sandbox.livekit.asked["ListRooms"]
     await sandbox.livekit.drop_connections()
+    await sandbox.enter(CAROL, room_of(sandbox, 2))
     await sandbox.livekit.drained()
     assert sandbox.livekit.asked["ListRooms"] == asked

@@ -102,7 +102,7 @@ async def test_the_answer_does_not_wait_for_our_work(deaf: Sandbox) -> None:
     answer = await tell(deaf, event_about("participant_joined", alice))
     assert answer.code == 200
     await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
-    assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
+    assert not deaf.guard.enforcement.worker.idle().called
 
 
 @pytest_twisted.ensureDeferred
@@ -392,7 +392,7 @@ async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf:
     room_id, alice, _ = await with_a_slow_listing(deaf)
     deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
-    assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
+    assert not deaf.guard.enforcement.worker.idle().called
     await at_rest(deaf)
     assert await seen_in(deaf, room_id) == []
 

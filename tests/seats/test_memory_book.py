@@ -14,11 +14,11 @@ from twisted.internet.task import Clock
 
 from lotusguard.guard.seats.book import Issued
 from lotusguard.guard.seats.kept_rooms import ROOMS_PER_CALLER
-from lotusguard.guard.seats.memory import CALL_ENDED_AFTER, SLOTS_PER_ROOM, MemorySeatBook
+from lotusguard.guard.seats.memory import SLOTS_PER_ROOM, MemorySeatBook
 from lotusguard.guard.seats.store import open_state_store
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
+from lotusguard.rules.room_seats import CALL_ENDED_AFTER, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
 from lotusguard.rules.seats import Arrival
 
 ROOM, ALIAS = "!room", "alias"

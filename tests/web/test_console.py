@@ -13,6 +13,7 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, Sandbox
+from lotusguard.web.console.routes import KEEP_ALIVE, UPDATE_EVERY, pause_after
 from lotusguard.web.console.sessions import ATTEMPT_WINDOW, ATTEMPTS, SESSION_LIFETIME, Sessions, TooManyAttempts
 from tests.calls import ALICE, BOB, CAROL, room_of
 from tests.conftest import StartSandbox, until
@@ -191,6 +192,12 @@ async def test_the_stream_sends_the_overview_when_it_changes(sandbox: Sandbox) -
         assert room_id.encode() in wire.received
     finally:
         wire.drop()
+
+
+def test_the_stream_continues_soon_after_a_service_was_slow() -> None:
+    assert pause_after(0.0) == UPDATE_EVERY
+    assert UPDATE_EVERY < pause_after(0.1) < KEEP_ALIVE
+    assert pause_after(10.0) == KEEP_ALIVE
 
 
 # -- actions -----------------------------------------------------------------------------------------------

@@ -70,7 +70,11 @@ def show_calls(monkeypatch: pytest.MonkeyPatch, calls: Sequence[RoomSnapshot]) -
     async def snapshots(book: MemorySeatBook) -> Sequence[RoomSnapshot]:
         return calls
 
+    async def snapshot(book: MemorySeatBook, room_id: str) -> RoomSnapshot | None:
+        return next((call for call in calls if call.room_id == room_id), None)
+
     monkeypatch.setattr(MemorySeatBook, "snapshots", snapshots)
+    monkeypatch.setattr(MemorySeatBook, "snapshot", snapshot)
 
 
 @pytest_twisted.ensureDeferred

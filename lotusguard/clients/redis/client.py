@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import txredisapi
 from attrs import define, field, frozen
 from prometheus_client import Counter, Histogram
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
@@ -39,8 +41,28 @@ NO_SCRIPT = "no_script"
 PROBE_KEY = "lotusguard:probe"
 CALLS_AT_ONCE = 4096
 """Calls that may wait for an answer at the same time."""
+QUEUE_FULL = "queue_full"
+"""The reason of a call that was not made because so many wait for an answer."""
+BUSY_LONGEST, BUSY_POLL = 2.0, 0.05
+"""Seconds for which a call is made again while so many wait for an answer, and between two attempts."""
 
 Listener = Callable[[str], None]
+T = TypeVar("T")
+
+
+async def when_less_busy(clock: IReactorTime, call: Callable[[], Awaitable[T]]) -> T:
+    """Make a call again for a while if it was not made because too many wait for an answer: Redis does answer.
+
+    :raises DependencyFailed: it failed for another reason, or there were too many calls all the time.
+    """
+    until = clock.seconds() + BUSY_LONGEST
+    while True:
+        try:
+            return await call()
+        except DependencyFailed as failed:
+            if failed.reason != QUEUE_FULL or clock.seconds() >= until:
+                raise
+        await deferLater(clock, BUSY_POLL)
 
 
 @frozen
@@ -202,8 +224,8 @@ class RedisClient:
             self._outcomes["circuit_open"].inc()
             raise CircuitOpen(NAME)
         if self._waiting >= CALLS_AT_ONCE:
-            self._outcomes["queue_full"].inc()
-            raise DependencyFailed(NAME, "queue_full")
+            self._outcomes[QUEUE_FULL].inc()
+            raise DependencyFailed(NAME, QUEUE_FULL)
         began = self._reactor.seconds()
         self._waiting += 1
         try:

@@ -9,9 +9,10 @@ from enum import Enum
 from attrs import define, field
 from cachetools import LRUCache
 from livekit.protocol.webhook import WebhookEvent
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
+from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.calls.discovery import Discovery
@@ -32,6 +33,8 @@ EVENTS_REMEMBERED = 10_000
 EVENTS_OF_INTEREST = (*DEPARTURES, "participant_joined", "track_published", "room_finished")
 COUNT_LAG = 10
 """Seconds after which a new SFU room's count of participants can be trusted: it comes up to 5 s late."""
+DOUBT_INTERVAL = 10.0
+"""Seconds within which everything is read again once at most, however often the connection to Redis is lost."""
 
 
 class Told(Enum):
@@ -49,6 +52,7 @@ class Told(Enum):
 class CallChanges:
     """Passes on what happens to calls.
 
+    :param lost_rooms: creates SFU rooms again that LiveKit has lost.
     :param tell_others: tells the guards that share their seats with this one about a changed room.
     :ivar webhook_at: when LiveKit's last genuine webhook came.
     :ivar round_at: when the last round of reconciling ended.
@@ -63,13 +67,16 @@ class CallChanges:
     _discovery: Discovery
     _entitlement: Entitlement
     _enforcement: Enforcement
-    _lost_rooms: LostRooms
+    lost_rooms: LostRooms
     _clock: IReactorTime
     _metrics: Metrics
     _tell_others: Callable[[str, str, str], Awaitable[None]] | None = None
     webhook_at: float | None = field(default=None, init=False)
     round_at: float | None = field(default=None, init=False)
     _seen_events: LRUCache[str, None] = field(factory=lambda: LRUCache(EVENTS_REMEMBERED), init=False)
+    _doubted_at: float | None = field(default=None, init=False)
+    _doubts_next: IDelayedCall | None = field(default=None, init=False)
+    _stopped: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._metrics.cache_limit.labels("webhook_ids").set(EVENTS_REMEMBERED)
@@ -114,9 +121,11 @@ class CallChanges:
         await self._changed(room_id, "", Told.ROOM_LEFT)
 
     async def _changed(self, room_id: str, user: str, told: Told) -> None:
-        if self._tell_others is not None:
-            await self._tell_others(room_id, user, told.value)
-        await self.changed_at_another_guard(room_id, user, told.value)
+        try:  # here first: enforcement must not wait for Redis
+            await self.changed_at_another_guard(room_id, user, told.value)
+        finally:
+            if self._tell_others is not None:
+                await self._tell_others(room_id, user, told.value)
 
     async def changed_at_another_guard(self, room_id: str, user: str, how: str) -> None:
         """What another guard was told. :param how: a `Told`. Another release may know more ways."""
@@ -127,7 +136,20 @@ class CallChanges:
         await self._read_again(room_id, user)
 
     def anything_may_have_changed(self) -> None:
-        """What other guards were told may have been missed: nothing that was read before is believed."""
+        """What other guards were told may have been missed: nothing that was read before is believed.
+
+        At most once per `DOUBT_INTERVAL`: what comes sooner is done at its end.
+        """
+        if self._stopped or self._doubts_next is not None:
+            return
+        passed = DOUBT_INTERVAL if self._doubted_at is None else self._clock.seconds() - self._doubted_at
+        if passed < DOUBT_INTERVAL:
+            self._doubts_next = self._clock.callLater(DOUBT_INTERVAL - passed, self._read_everything_again)
+        else:
+            self._read_everything_again()
+
+    def _read_everything_again(self) -> None:
+        self._doubted_at, self._doubts_next = self._clock.seconds(), None
         self._policies.forget_all_freshness()
         self._members.forget_all_freshness()
         for alias in list(self._enforcement.watched):
@@ -144,23 +166,26 @@ class CallChanges:
         if self._roster.may_exist(main):  # the call may be older than the guard
             await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
         issued = [alias for alias in await self._registry.aliases_of(room_id) if self._roster.may_exist(alias)]
-        for alias in {*issued, *await self._seats.aliases(room_id)}:  # none without a call
+        for alias in {*issued, *await self._seats.aliases(room_id)}:  # only SFU rooms that may exist, or hold seats
             self._enforcement.enforce(alias)
 
     async def reconcile(self) -> None:
         """One round: what webhooks missed.
 
-        It returns once LiveKit has told which rooms there are. Rooms that are still being worked on from the last round
-        are left alone, so that a slow one delays no other.
+        It returns once LiveKit has told which rooms there are; what follows from that is done in the background. Rooms
+        that are still being worked on from the last round are left alone, so that a slow one delays no other.
 
         :raises DependencyFailed: LiveKit does not tell.
         """
         began = self._clock.seconds()
-        rooms = await self._livekit.list_rooms()
+        try:
+            rooms = await self._livekit.list_rooms()
+        except DependencyFailed:
+            self.lost_rooms.was_away()
+            raise
         listed = {room.name for room in rooms}
         lost = [alias for alias in self._enforcement.watched if alias not in listed and self._roster.may_exist(alias)]
         self._roster.rooms_listed(listed)
-        await self._lost_rooms.create_again(lost, listed)
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
@@ -172,6 +197,7 @@ class CallChanges:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
                 self._enforcement.enforce(alias, urgent=False)
+        self.lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
 
@@ -180,10 +206,16 @@ class CallChanges:
 
         :raises DependencyFailed: it does not answer yet.
         """
+        self.lost_rooms.was_away()
         await self._livekit.probe()  # closes its circuit
         await self.reconcile()
 
     def stop(self) -> None:
         """Leave everything as it is now."""
+        self._stopped = True
+        if self._doubts_next is not None:
+            self._doubts_next.cancel()
+            self._doubts_next = None
         self._enforcement.stop()
         self._discovery.stop()
+        self.lost_rooms.stop()

@@ -57,7 +57,7 @@ _ACTIONS: Mapping[Verb, tuple[ModerationAction, str, str]] = {
 
 
 class EndsCalls(Protocol):
-    """Who ends calls (`CallEnder`)."""
+    """Ends calls; `CallEnder` does."""
 
     async def end(self, room_id: str, by: str) -> int:
         """:return: how many participants were removed."""
@@ -229,10 +229,10 @@ class Commands:
     async def _status(self, room_id: str) -> str:
         known = await self._policies.get(room_id, Deadline.after(self._clock, TIMEOUT / 2))
         policy = known.policy
-        snapshots = [one for one in await self._seats.snapshots() if one.room_id == room_id]
-        users = sorted({presence.user for snapshot in snapshots for presence in snapshot.present})
-        awaited = sorted({user for snapshot in snapshots for user in snapshot.awaited} - set(users))
-        taken = sum(snapshot.seats_taken for snapshot in snapshots)
+        snapshot = await self._seats.snapshot(room_id)
+        users = sorted({presence.user for presence in snapshot.present}) if snapshot is not None else []
+        awaited = sorted({*snapshot.awaited} - {*users}) if snapshot is not None else []
+        taken = snapshot.seats_taken if snapshot is not None else 0
         lines = [
             f"Limit: {policy.max_users} ({taken} taken)." if policy.max_users is not None else "No limit.",
             f"In the call: {_names(users)}.",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from attrs import define, field
@@ -18,7 +19,7 @@ from lotusguard.clients.waiting import Deadline, Fetched, gather, gather_in_turn
 from lotusguard.guard.calls.entitlement import Entitlement, Unentitled
 from lotusguard.guard.calls.participants import PARTICIPANTS_AT_ONCE, Adjusted, ParticipantEnforcer
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
-from lotusguard.guard.seats.book import SeatBook
+from lotusguard.guard.seats.book import OverLimit, SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import Listing, Roster
 from lotusguard.metrics import Metrics
@@ -99,9 +100,16 @@ class Enforcement:
             self._urgent.add(alias)
         self._worker.run(alias, urgent=urgent)
 
+    def enforce_as_asked(self, alias: str) -> None:
+        """Another guard asked whoever has the room's lease to enforce an SFU room. If this guard has not, it does not
+        ask on: guards would ask each other without end."""
+        self._worker.run(alias, urgent=True)
+
     async def _enforce(self, alias: str) -> None:
+        urgent = alias in self._urgent
+        self._urgent.discard(alias)
         slot = await self._registry.slot_of(alias)
-        if slot is None or not await self._is_ours(slot, alias):
+        if slot is None or not await self._is_ours(slot, alias, urgent=urgent):
             return
         began = self._clock.seconds()
         try:
@@ -119,12 +127,10 @@ class Enforcement:
         except TimeoutError:
             self._participants.failed("list participants", alias, "timeout")
 
-    async def _is_ours(self, slot: Slot, alias: str) -> bool:
+    async def _is_ours(self, slot: Slot, alias: str, *, urgent: bool) -> bool:
         """Whether this guard reconciles the room. If another one does, it is told about what is urgent."""
         if self._leases is None:
             return True
-        urgent = alias in self._urgent
-        self._urgent.discard(alias)
         if await self._leases.acquire(slot.room_id):
             return True
         self._watch(alias, 0)
@@ -159,7 +165,7 @@ class Enforcement:
     async def _enforce_one(self, arrival: tuple[str, str]) -> None:
         alias, identity = arrival
         slot = await self._registry.slot_of(alias)
-        if slot is None or not await self._is_ours(slot, alias):
+        if slot is None or not await self._is_ours(slot, alias, urgent=True):
             return
         began = self._clock.seconds()
         try:
@@ -184,7 +190,7 @@ class Enforcement:
         """
         await self._remove_unentitled(slot, alias, known, listing, whole=whole)
         if known.freshness is Freshness.UNKNOWN:
-            await self._seats.seat_everybody(slot.room_id)  # nobody is removed later for having come in meanwhile
+            await self._seats.seat_everybody(slot.room_id)  # nobody who comes in now is removed for it later
         elif known.policy.max_users is not None and not self._seats.unshared:
             try:
                 await self._remove_overflow(slot, known, listing.began)
@@ -217,17 +223,32 @@ class Enforcement:
         if not await self._seats.overflow(room_id, policy.max_users):
             return
         await self._roster.refresh(room_id, since, self._deadline(), slot.slot_id)
-        for hold in await self._seats.overflow(room_id, policy.max_users):
-            if not self.eject or not self._participants.acts:
-                self._participants.skipped("remove", room_id, hold.alias, hold.identity, Refusal.FULL.value, hold.sid)
-            elif (
-                hold in await self._seats.overflow(room_id, policy.max_users)
-                and await self._may_remove(room_id)
-                and await self._participants.remove(room_id, hold.alias, hold.identity, hold.user, Refusal.FULL.value)
-            ):  # asked again for each: while others were removed a seat may have become free
+        over = await self._seats.overflow(room_id, policy.max_users)
+        if self.eject and self._participants.acts:
+            await self._remove_newest_first(slot, over, policy.max_users)
+            return
+        for hold in over:
+            self._participants.skipped("remove", room_id, hold.alias, hold.identity, Refusal.FULL.value, hold.sid)
+        await self._seats.seat_everybody(room_id)
+
+    async def _remove_newest_first(self, slot: Slot, over: Sequence[OverLimit], limit: int | None) -> None:
+        """Remove several at once, and those who came last first: a seat that becomes free goes to whoever came first.
+
+        Of those who are left at most half are removed at once. Then it is asked again who has no seat.
+        """
+
+        async def remove(hold: OverLimit) -> None:
+            if await self._participants.remove(slot.room_id, hold.alias, hold.identity, hold.user, Refusal.FULL.value):
                 await self._roster.removed(slot, hold.alias, hold.sid, hold.identity)
-        if not self.eject or not self._participants.acts:
-            await self._seats.seat_everybody(room_id)
+
+        left = list(over)
+        while left:
+            still = await self._seats.overflow(slot.room_id, limit)
+            if not await self._may_remove(slot.room_id):
+                return
+            stay = max(len(left) // 2, len(left) - PARTICIPANTS_AT_ONCE)
+            await gather_in_turns(PARTICIPANTS_AT_ONCE, remove, [hold for hold in left[stay:] if hold in still])
+            del left[stay:]
 
     async def _may_remove(self, room_id: str) -> bool:
         """Whether no other guard reconciles the room by now. It may have removed somebody else."""

@@ -211,7 +211,8 @@ class Entitlement:
         """Everybody who may stay is noted as accepted: they stay when their power level falls. A policy that may be out
         of date removes nobody, and accepts nobody."""
         room_id, known = check.room_id, check.policy
-        if not await self._switch.is_on(room_id, known) or not known.is_certain:
+        is_on = await self._switch.is_on(room_id, known)
+        if not is_on or not known.is_certain or known.policy.lobby is None:
             return []
         found = []
         for participant, user in participants:

@@ -19,7 +19,6 @@ from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import Roster
-from lotusguard.rules.identity import ROOM_SLOT, room_alias
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.refusals import Refusal
 
@@ -66,16 +65,21 @@ class Moderator:
         waits = self._lobby.state_of(room_id, user) is LobbyState.WAITING
         found = waits or user in await self._seats.occupants(room_id)
         if found:
-            await self._lobby.remove(room_id, user, by)  # first: they may ask for a token at once
+            await self._refuse(room_id, user, by)  # first: they may ask for a token at once
         async for alias, slot, participant in self._sessions(room_id, user):
             if not found:
-                await self._lobby.remove(room_id, user, by)
+                await self._refuse(room_id, user, by)
                 found = True
             if await self._participants.remove(room_id, alias, participant.identity, user, Refusal.REMOVED.value):
                 await self._roster.removed(slot, alias, participant.sid, participant.identity)
             else:
                 self._enforcement.enforce(alias)
         return found
+
+    async def _refuse(self, room_id: str, user: str, by: str) -> None:
+        """Refuse a user's joins from now on, unless this is a dry run."""
+        if not self._participants.dry_run:
+            await self._lobby.remove(room_id, user, by)
 
     async def _mute(self, room_id: str, user: str, by: str) -> bool:
         """Mute everything of a user's that can be heard. They can unmute themselves."""
@@ -101,10 +105,10 @@ class Moderator:
     async def _sessions(self, room_id: str, user: str) -> AsyncIterator[tuple[str, Slot, ParticipantInfo]]:
         """The user's sessions in all SFU rooms of the Matrix room, as LiveKit lists them now."""
         deadline, now = Deadline.after(self._clock, self._lookup_timeout), self._clock.seconds()
-        main = room_alias(room_id, ROOM_SLOT)
-        await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
-        for alias in {main, *await self._seats.aliases(room_id)}:
+        for alias, listing in await self._roster.list_all(room_id, now, deadline):
             slot = await self._registry.slot_of(alias)
-            for participant in (await self._roster.list(alias, now, deadline)).value if slot is not None else ():
-                if slot is not None and await self._registry.user_behind(alias, participant.identity) == user:
+            if slot is None:
+                continue
+            for participant in listing.value:
+                if await self._registry.user_behind(alias, participant.identity) == user:
                     yield alias, slot, participant

@@ -197,7 +197,7 @@ class ParticipantEnforcer:
         if updated.sid != fresh.sid or not (within(updated.permission, wanted) and within(wanted, updated.permission)):
             self.failed("adjust", alias, "not_applied")
             return
-        # Read again: a token that was issued meanwhile may have withheld more.
+        # Read again: a token that was issued in between may have withheld more.
         await self._registry.set_withheld(alias, identity, await self._withheld(alias, identity) - restored)
         self._tell(room_id, alias, identity, revoked, restored)
 

@@ -125,6 +125,8 @@ class Admission:
 
     async def _admit_unchecked(self, join: Join, forward: Forward) -> Answer:
         """Our own code failed: the join goes on without a seat, and its token is rebuilt as far as that is possible."""
+        if join.deadline.passed:  # it waited in the lobby
+            join.deadline = Deadline.after(self._clock, self._upstream_timeout + SLACK)
         answer = await self._forward(join, forward, join.request.body)
         token = self._issuer.read(join, answer)
         if token is not None and not join.user:
@@ -257,12 +259,13 @@ class Admission:
     async def _admit_when_named(self, join: Join, forward: Forward) -> Answer:
         """Only upstream can tell who asks: the token is withheld until that is decided.
 
-        Where a refusal is possible, the first request goes without its delay fields: upstream would act on them.
-        Once the caller is admitted it is repeated as it came.
+        Where a refusal is possible, the first request goes without its delay fields: upstream would act on them. One
+        with an OpenID token may always be refused: its homeserver may vouch for a user of another one. Once the caller
+        is admitted the request is repeated as it came.
         """
         request = join.request
         body = request.body
-        if request.has_delay and self._may_refuse(join):
+        if request.has_delay and (request.openid is not None or self._may_refuse(join)):
             body = request.without_delay()
         with join.waiting():
             answer = await self._forward(join, forward, body)
@@ -273,7 +276,10 @@ class Admission:
         join.user = join.decision.user = self._issuer.named_user(join, token)
         self._checks.server_may_vouch(join)
         with self._log.stage(join.decision, Stage.LOOKUP):
-            await self._look_up_room(join, join.lookups)
+            if self._policies.has_existed(join.room_id) or self._policies.in_memory(join.room_id) is not None:
+                await self._look_up_room(join, join.lookups)
+            else:
+                await self._look_up_unknown_room(join, join.lookups)
         await self._checks.may_join(join)
         async with self._seating.seat(join) as hold_id:
             if body is not request.body:

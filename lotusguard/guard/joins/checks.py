@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attrs import define, field
-from twisted.internet.defer import CancelledError, TimeoutError
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
@@ -77,7 +77,10 @@ class EntryChecks:
             ("lobby", self._wait_in_lobby),
         ):
             try:
-                await check(join)
+                if self._seats.is_remote:
+                    await join.deadline.wait(Deferred.fromCoroutine(check(join)))
+                else:
+                    await check(join)
             except (JoinRefused, MustWait, CancelledError):
                 raise
             except TimeoutError:  # what cannot be checked refuses nobody

@@ -21,8 +21,9 @@ from lotusguard.rules.identity import possible_identities
 from lotusguard.rules.refusals import JoinRefused, Refusal
 
 ROSTER_AGE = 4.0
-"""Seconds that a listing may be old when somebody is let in. Reconciling makes the next one sooner, so that joins to a
-large call rarely wait for one. Before a refusal it is never older than the request."""
+"""Seconds that a listing may be old when somebody is let in. While ``GUARD_RECONCILE_INTERVAL`` is shorter, reconciling
+makes the next one sooner, so that joins to a large call rarely wait for one. Before a refusal it is never older than
+the request."""
 SLOTS_RETRY = 60.0
 """Seconds after which a slot of a room that has too many may be free."""
 
@@ -96,9 +97,7 @@ class Seating:
             await self._roster.exempt(join.room_id, policy)
         refreshed: float | None = None
         while True:
-            taken = await self._seats.take(
-                join.room_id, join.user, policy.max_users, join.alias, exempt=exempt, new_slot=not join.is_main_slot
-            )
+            taken = await self._take_in_time(join, exempt=exempt)
             if self._seats.unshared and policy.max_users is not None:
                 join.unenforced("limit", "redis")
             if isinstance(taken, str):
@@ -112,6 +111,19 @@ class Seating:
                 return taken
             await self._refresh(join, required)
             refreshed = required
+
+    async def _take_in_time(self, join: Join, *, exempt: bool) -> str | Refusal:
+        """Take a seat if one is free. A wait for other guards takes nothing from the join's time for lookups.
+
+        :raises TimeoutError: not in time.
+        """
+        taking = self._seats.take(
+            join.room_id, join.user, join.policy.max_users, join.alias, exempt=exempt, new_slot=not join.is_main_slot
+        )
+        if not self._seats.is_remote:
+            return await taking
+        with join.waiting():
+            return await join.deadline.wait(Deferred.fromCoroutine(taking))
 
     async def _see_to_listing(self, join: Join, since: float) -> None:
         """An owner of a seat is let in whoever is in the call, so they need no listing. Where this question costs a

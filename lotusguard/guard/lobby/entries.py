@@ -171,12 +171,16 @@ class Lobby:
         await self._happen_in_room(room_id, LobbyEvent.SWITCH_OFF)
 
     async def call_ended(self, room_id: str) -> None:
-        """Whoever was accepted waits again before the next call."""
+        """People who were accepted wait again before the next call."""
         await self._happen_in_room(room_id, LobbyEvent.CALL_ENDED)
 
     def waiting_in(self, room_id: str) -> list[str]:
         """Users who wait in one room."""
         return [user for user in self._entries.book.waiting_in(room_id) if self._waits(room_id, user)]
+
+    def has_entries(self, room_id: str) -> bool:
+        """Whether anybody waits in this room, or was decided about."""
+        return bool(self._entries.book.entries_in(room_id))
 
     def has_removed(self, room_id: str) -> bool:
         """Whether moderators removed anybody from this room's call a short while ago."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 from attrs import define, field
 from cachetools import LRUCache
@@ -13,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.livekit import LiveKitClient
-from lotusguard.clients.waiting import Deadline
+from lotusguard.clients.waiting import Deadline, gather_in_turns
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import SeatBook
@@ -26,8 +27,14 @@ from lotusguard.rules.participants import joined_at
 log = Logger()
 
 ROOMS_REMEMBERED = 20_000
+LET_IN_AT_ONCE = 32
+"""Users who are accepted at the same time when a lobby is switched on."""
 CALL_ENDED_AFTER = 60.0
 """Seconds without occupants and holds after which a call has ended."""
+OCCUPANTS_ASKED_EVERY = 15.0
+"""Seconds. With several guards this is a round trip for every room in which people were accepted."""
+ROOMS_AT_ONCE = 16
+"""Rooms that are asked about at the same time."""
 
 
 class Seen(Enum):
@@ -68,18 +75,26 @@ class LobbySwitch:
     _started: float = field(init=False)
     _seen: LRUCache[str, Seen] = field(factory=lambda: LRUCache(ROOMS_REMEMBERED), init=False)
     _empty_since: dict[str, float] = field(factory=dict, init=False)
+    _ask_occupants_at: float = field(default=0.0, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._started = self._clock.seconds()
 
     async def is_on(self, room_id: str, known: KnownPolicy) -> bool:
-        """Whether people have to wait in this room. While the policy is unknown nobody has to."""
+        """Whether people have to wait in this room. While the policy is unknown nobody has to.
+
+        When a lobby was switched on, this is said to nobody before everybody in the call is accepted.
+        """
         before = self._seen.get(room_id)
         seen = self._look(room_id, known, before)
-        self._seen[room_id] = seen
+        if seen is Seen.OFF and before is not seen and self._lobby.has_entries(room_id):
+            known = await self._read_anew(room_id)
+            if known.freshness is Freshness.STALE:  # it ends nobody's waiting
+                return False
+            seen = self._look(room_id, known, before)
         if seen is Seen.ON and before is not Seen.ON:
-            for user in await self._seats.occupants(room_id):
-                await self._lobby.let_in(room_id, user)
+            let_in = partial(self._lobby.let_in, room_id)
+            await gather_in_turns(LET_IN_AT_ONCE, let_in, await self._seats.occupants(room_id))
         elif seen in _UNDECIDABLE or (seen is Seen.OFF and before is not seen):  # later another guard may know better
             await self._lobby.switched_off(room_id)
         if seen is Seen.UNDECIDABLE and before is not seen:
@@ -87,7 +102,14 @@ class LobbySwitch:
                 "the lobby of {room_id} is off: nobody could admit people there. Invite the guard's account, or set "
                 "GUARD_ADMIN_TOKEN", room_id=room_id, event_name="lobby_undecidable",
             )  # fmt: skip
+        if self._seen.get(room_id) is before:  # others may have seen a change meanwhile
+            self._seen[room_id] = seen
         return seen in _IS_ON
+
+    async def _read_anew(self, room_id: str) -> KnownPolicy:
+        """The policy as it is now: entries are those of all guards, and another one may know a newer policy."""
+        deadline = Deadline.after(self._clock, self._lookup_timeout)
+        return await self._policies.get_anew(room_id, deadline, self._clock.seconds())
 
     def _look(self, room_id: str, known: KnownPolicy, before: Seen | None) -> Seen:
         if known.freshness is Freshness.UNKNOWN:
@@ -145,11 +167,17 @@ class LobbySwitch:
         await self._notice_ended_calls()
 
     async def _notice_ended_calls(self) -> None:
-        now, rooms = self._clock.seconds(), self._lobby.rooms_with(LobbyState.ACCEPTED)
-        self._empty_since = {room_id: at for room_id, at in self._empty_since.items() if room_id in set(rooms)}
-        for room_id in rooms:
-            if await self._seats.occupants(room_id):
-                self._empty_since.pop(room_id, None)
-            elif now - self._empty_since.setdefault(room_id, now) >= CALL_ENDED_AFTER:
-                self._empty_since.pop(room_id)
-                await self._lobby.call_ended(room_id)
+        now = self._clock.seconds()
+        if now < self._ask_occupants_at:
+            return
+        self._ask_occupants_at = now + OCCUPANTS_ASKED_EVERY
+        rooms = set(self._lobby.rooms_with(LobbyState.ACCEPTED))
+        self._empty_since = {room_id: at for room_id, at in self._empty_since.items() if room_id in rooms}
+        await gather_in_turns(ROOMS_AT_ONCE, partial(self._notice_end, now), rooms)
+
+    async def _notice_end(self, now: float, room_id: str) -> None:
+        if await self._seats.occupants(room_id):
+            self._empty_since.pop(room_id, None)
+        elif now - self._empty_since.setdefault(room_id, now) >= CALL_ENDED_AFTER:
+            self._empty_since.pop(room_id)
+            await self._lobby.call_ended(room_id)

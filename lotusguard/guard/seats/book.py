@@ -109,9 +109,6 @@ class SeatBook(Protocol):
     async def owns_seat(self, room_id: str, user: str) -> bool:
         """Whether this user is let in again without looking for a seat."""
 
-    async def is_present(self, room_id: str, user: str) -> bool:
-        """Whether this user is in the call."""
-
     async def exempt(self, room_id: str, user: str) -> None:
         """This user takes no seat from now on, for as long as they are in the call or hold a seat."""
 
@@ -154,6 +151,9 @@ class SeatBook(Protocol):
 
     async def start(self, room_id: str) -> None:
         """Somebody who may start the call is in it or owns a seat."""
+
+    async def snapshot(self, room_id: str) -> RoomSnapshot | None:
+        """One room; ``None`` if nobody is there or owns a seat."""
 
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         """All rooms in which somebody is or owns a seat."""

@@ -124,9 +124,6 @@ class FailoverSeatBook:
     async def owns_seat(self, room_id: str, user: str) -> bool:
         return bool(await self._either("owns_seat", room_id, user))
 
-    async def is_present(self, room_id: str, user: str) -> bool:
-        return bool(await self._either("is_present", room_id, user))
-
     async def exempt(self, room_id: str, user: str) -> None:
         await self._either("exempt", room_id, user)
 
@@ -178,6 +175,10 @@ class FailoverSeatBook:
 
     async def start(self, room_id: str) -> None:
         await self._either("start", room_id)
+
+    async def snapshot(self, room_id: str) -> RoomSnapshot | None:
+        snapshot: RoomSnapshot | None = await self._either("snapshot", room_id)
+        return snapshot
 
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         snapshots: Sequence[RoomSnapshot] = await self._either("snapshots")

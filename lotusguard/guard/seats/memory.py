@@ -14,15 +14,13 @@ from lotusguard.guard.seats.kept_rooms import KeptRooms, Room
 from lotusguard.guard.seats.store import StateStore, StoredHold
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import RoomSeats
+from lotusguard.rules.room_seats import CALL_ENDED_AFTER, RoomSeats
 from lotusguard.rules.seats import Arrival, Hold, HoldState, IdentityKey
 
 IDLE_ROOM = 600.0
 """Seconds after which a room is forgotten in which nobody is and nobody holds a seat."""
 SLOTS_PER_ROOM = 16
 """SFU rooms of one Matrix room in which people may hold seats at the same time."""
-CALL_ENDED_AFTER = 60.0
-"""Seconds without occupants and holds after which a call has ended."""
 
 
 @define(eq=False)
@@ -130,10 +128,6 @@ class MemorySeatBook:
         room = self._rooms.get(room_id)
         return room is not None and room.seats.owns_seat(user)
 
-    async def is_present(self, room_id: str, user: str) -> bool:
-        room = self._rooms.get(room_id)
-        return room is not None and room.seats.is_present(user)
-
     async def exempt(self, room_id: str, user: str) -> None:
         room = self._rooms.get(room_id)
         if room is not None and not room.seats.is_exempt(user):
@@ -210,6 +204,10 @@ class MemorySeatBook:
 
     async def start(self, room_id: str) -> None:
         self._room(room_id).started = True
+
+    async def snapshot(self, room_id: str) -> RoomSnapshot | None:
+        room, now = self._rooms.get(room_id), self._clock.seconds()
+        return None if room is None or room.seats.is_idle(now) else _snapshot(room_id, room.seats, now)
 
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         now = self._clock.seconds()

@@ -95,7 +95,7 @@ class Roster:
                 await self._arrival(alias, p) async for p in in_slices(self._clock, participants) if takes_seat(p)
             ]
             await self._count_unissued(alias, present)
-            # Whoever asks for a listing has read the policy. It is not read again: the homeserver may be slow.
+            # The policy was read before the listing was asked for. It is not read again: the homeserver may be slow.
             limit = self._policies.last_known(slot.room_id).max_users
             await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
         return participants

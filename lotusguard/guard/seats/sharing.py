@@ -66,7 +66,9 @@ class Sharing:
 
     def registry(self, own: MemoryTokenRegistry, clock: IReactorTime) -> RedisTokenRegistry:
         """The shared registry. :param own: becomes this guard's cache."""
-        return RedisTokenRegistry(self.redis, own, self.guard, clock)
+        registry = RedisTokenRegistry(self.redis, own, self.guard, clock)
+        self.rebuilding.on_data_set.append(registry.data_set_changed)
+        return registry
 
     def start(self) -> None:
         self.redis.start()

@@ -222,8 +222,7 @@ class Console:
             elif began - sent_at >= KEEP_ALIVE:
                 request.write(b": nothing new\n\n")
                 sent_at = began
-            took = self._clock.seconds() - began
-            await deferLater(self._clock, max(UPDATE_EVERY, took / SHARE))
+            await deferLater(self._clock, pause_after(self._clock.seconds() - began))
 
     # -- sessions ----------------------------------------------------------------------------------------
 
@@ -251,6 +250,11 @@ class Console:
     def failed(self, request: GuardRequest, failure: Failure) -> None:
         """See ``web/answers.py``."""
         answer_failure(request, failure)
+
+
+def pause_after(took: float) -> float:
+    """Seconds until the overview is made again. :param took: seconds that it took, which may have been waiting only."""
+    return min(max(UPDATE_EVERY, took / SHARE), KEEP_ALIVE)
 
 
 def _query(request: GuardRequest) -> Mapping[str, str]:

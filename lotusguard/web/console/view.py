@@ -98,8 +98,8 @@ class ConsoleView:
 
     async def room(self, room_id: str) -> RoomRow | None:
         """One call; ``None`` if there is none."""
-        found = [snapshot for snapshot in await self._seats.snapshots() if snapshot.room_id == room_id]
-        return (await self._rows(found))[0] if found else None
+        snapshot = await self._seats.snapshot(room_id)
+        return (await self._rows([snapshot]))[0] if snapshot is not None else None
 
     def allowed(self, room_id: str, user: str) -> list[str]:
         """What a user may publish in a room, by the names that people know."""

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=500, help="callers at the same time")
     parser.add_argument("--faults", action="store_true", help="kill guards and Valkey")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no round after that")
+    parser.add_argument("--patient", action="store_true", help="for a busy machine: guards wait for Valkey a minute")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep-logs", type=Path, help="where to keep the guards' logs")
     options = parser.parse_args()
@@ -35,7 +36,14 @@ def main() -> None:
         place = options.keep_logs or Path(directory)
         place.mkdir(exist_ok=True)
         stampede = Stampede(
-            place, options.guards, options.joins, options.seats, options.at_once, Random(options.seed), _say
+            place,
+            options.guards,
+            options.joins,
+            options.seats,
+            options.at_once,
+            Random(options.seed),
+            _say,
+            options.patient,
         )
         sys.exit(0 if asyncio.run(_run(stampede, options)) else 1)
 

@@ -21,7 +21,8 @@ from tests.guardprocess import CHECKOUT, TWISTD, free_port
 STARTS = 10
 ADMIN_TOKEN = "stampede-operators"
 PATIENT = "import lotusguard.clients.redis.patience as patience; patience.LONGEST = 60; "
-"""A machine that is short of processors makes no guard go on alone. A Valkey that is gone is noticed as ever."""
+"""``--patient``: a machine that is short of processors makes no guard go on alone. A Valkey that is gone is noticed as
+ever."""
 
 
 @define(eq=False)
@@ -80,10 +81,14 @@ class Valkey:
 
 @define(eq=False)
 class GuardUnderStampede:
-    """One guard. It keeps its ports and its state directory."""
+    """One guard. It keeps its ports and its state directory.
+
+    :param patient: see `PATIENT`.
+    """
 
     directory: Path
     environment: dict[str, str]
+    patient: bool
     port: int = field(init=False, factory=free_port)
     admin_port: int = field(init=False, factory=free_port)
     process: subprocess.Popen[bytes] | None = field(init=False, default=None)
@@ -104,7 +109,7 @@ class GuardUnderStampede:
             "GUARD_STATE_DIR": str(self.directory), "GUARD_LOG_FORMAT": "json", "GUARD_ADMIN_TOKEN": ADMIN_TOKEN,
             "PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT),
         }  # fmt: skip
-        command = [sys.executable, "-c", PATIENT + TWISTD, "-n", "--pidfile=", "lotusguard"]
+        command = [sys.executable, "-c", (PATIENT if self.patient else "") + TWISTD, "-n", "--pidfile=", "lotusguard"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=own | self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.directory

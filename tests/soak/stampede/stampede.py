@@ -39,6 +39,7 @@ class Stampede:
     at_once: int
     dice: Random
     say: Say
+    patient: bool = False
     counts: Counter[str] = field(init=False, factory=Counter)
     faults: list[tuple[float, float]] = field(init=False, factory=list)
     seconds: list[float] = field(init=False, factory=list)
@@ -58,7 +59,7 @@ class Stampede:
         own = {"GUARD_SEAT_TTL": str(SEAT_TTL), "GUARD_RECONCILE_INTERVAL": str(RECONCILE)}
         told = environment(ports, self.valkey.port, **own | settings)
         for number in range(self.guards_count):
-            self.guards.append(GuardUnderStampede(self.directory / f"guard{number + 1}", told))
+            self.guards.append(GuardUnderStampede(self.directory / f"guard{number + 1}", told, self.patient))
         for guard in self.guards:
             guard.start()
         for guard in self.guards:

@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
-from lotusguard.clients.redis.client import RedisClient
+from lotusguard.clients.redis.client import RedisClient, when_less_busy
 from lotusguard.clients.redis.link import NOT_CONNECTED, ServerInfo
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.lobby.book import Held
@@ -173,7 +173,7 @@ class RedisEntries:
             raise DependencyFailed("redis", "not_shared")
         if not self._redis.available and self._redis.fault == NOT_CONNECTED:  # the guard has just been started
             await self._redis.connected_again()
-        results = await self._replica.ask(*operations)
+        results = await when_less_busy(self._clock, lambda: self._replica.ask(*operations))
         born, self._born = self._born, self._replica.born
         if born not in ("", self._born):
             self._doubt(Knowledge.REDIS_BEHIND)  # its data were deleted while it ran

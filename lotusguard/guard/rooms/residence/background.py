@@ -19,7 +19,7 @@ log = Logger()
 
 @define(eq=False)
 class BackgroundWork:
-    """Every wait in the work must be bounded."""
+    """Every wait in the work must be bounded, though it may try again for as long as the guard runs."""
 
     _running: set[Deferred[object]] = field(factory=set, init=False)
 

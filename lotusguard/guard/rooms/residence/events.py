@@ -31,7 +31,7 @@ log = Logger()
 USERS_NAMED = 20
 """Memberships that change in one answer and are passed on one by one; with more, the whole room is read again."""
 ROOMS_AT_ONCE = 4
-"""Rooms whose members are read at the same time."""
+"""Rooms whose changes are passed on at the same time."""
 EVENTS_REMEMBERED = 10_000
 """Commands and reactions. A homeserver that sends one twice has it done once."""
 OLDEST = 60.0
@@ -43,7 +43,7 @@ CANNOT_READ = (
 
 
 class RoomListener(Protocol):
-    """Who enforces what changed (`CallChanges`)."""
+    """Enforces what changed; `CallChanges` is one."""
 
     async def resident_room_changed(self, room_id: str, user: str = "") -> None:
         """State or memberships of the room changed. :param user: whose membership, if only one did."""
@@ -53,7 +53,7 @@ class RoomListener(Protocol):
 
 
 class CommandListener(Protocol):
-    """Who answers commands (`Commands`)."""
+    """Answers commands; `Commands` is one."""
 
     def received(self, room_id: str, event: RoomEvent) -> None:
         """Somebody wrote a command. Returns at once."""
@@ -159,7 +159,10 @@ class RoomEvents:
     # -- reading -------------------------------------------------------------------------------------------
 
     async def _read_again(self, room_id: str, kind: str) -> None:
-        """A state event was redacted: read what is left of it, unless a newer one is heard in between."""
+        """A state event was redacted: read what is left of it, unless a newer one is heard in between.
+
+        It is tried until the homeserver answers: the room's state would stay wrong otherwise.
+        """
         room, pause = self._residence.room(room_id), READ_AGAIN
         redacted = room.state.get(kind) if room is not None else None
         while room is not None and redacted is not None and room.state.get(kind) is redacted:

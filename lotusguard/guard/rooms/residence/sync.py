@@ -37,7 +37,8 @@ TIMELINES = (MOST_EVENTS, 5, 1)
 """Events of a room in one answer. If an answer is too large, the next number is used: what is missing is a gap."""
 FILTERS = tuple(sync_filter(TIMELINE_TYPES, STATE_TYPES, most_events=most) for most in TIMELINES)
 ROOMS_A_PART = 20
-"""Rooms in one answer, if a full sync is too large. Whatever their state is, the answer is not too large then."""
+"""Rooms in one answer, if a full sync is too large or too slow. Whatever their state is, the answer is not too large
+then."""
 BURST, RATE, PAUSE = 50, 20.0, 0.1
 """Answers that are asked for at once, and per second in the long run; the pause in seconds if there are more."""
 STUCK = 1.0
@@ -142,6 +143,7 @@ class SyncService(Service):
                 self._recover(failed.reason, failures + 1)
             except TimeoutError:
                 self._failed("timeout")
+                self._in_parts = self._in_parts or not self._residence.since  # a full answer would be as slow again
             except CancelledError:
                 raise
             except Exception:

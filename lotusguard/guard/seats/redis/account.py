@@ -28,10 +28,14 @@ FINISH = 5.0
 """Seconds that commands may take which a guard is answering when it hands over."""
 KEPT = 30 * 86_400
 """Seconds after which Redis forgets the rooms if no guard runs."""
+ROWS_AT_ONCE = 200
+"""Rows that one request or answer has at most."""
+SYNC = "sync"
+"""The row that says how far the rooms were heard. It is written after the rows of the rooms."""
 NOT_OURS = "0"
 """The token where another guard has the lease."""
 _KEYS = [f"{PREFIX}{{account}}:{name}" for name in ("lease", "fence", "rows", "order", "version")]
-TURN = Script(f"local KEPT = {KEPT}\n" + lua("turn"))
+TURN = Script(f"local KEPT, ROWS_AT_ONCE = {KEPT}, {ROWS_AT_ONCE}\n" + lua("turn"))
 
 
 class Listens(Protocol):
@@ -77,6 +81,7 @@ class AccountTurns:
 
     :ivar listener: what listens; ``None`` where the guard has no account.
     :ivar idle: waits until what was heard is done.
+    :ivar _unwritten: Redis has lost rows, or rows changed while it gave no answer: the holder writes all of them.
     """
 
     _redis: RedisClient
@@ -87,6 +92,7 @@ class AccountTurns:
     turn: Turn = field(default=Turn.FOLLOWS, init=False)
     _token: str = field(default=NOT_OURS, init=False)
     _known: int = field(default=0, init=False)
+    _unwritten: bool = field(default=False, init=False)
     _rows: dict[str, str] = field(factory=dict, init=False)
     _answered_at: float = field(init=False)
 
@@ -106,25 +112,26 @@ class AccountTurns:
             return
         if self.turn in _STOPS:
             return
-        self._answered_at, lost = self._clock.seconds(), version < self._known
+        self._answered_at = self._clock.seconds()
+        self._unwritten |= version < self._known
         if self.turn is Turn.HOLDS and token == self._token:
-            if lost:
-                await self._write(self._rows)
+            await self._write_again()
             return
         if self.turn is Turn.HOLDS or (self.turn is Turn.ALONE and token == NOT_OURS):
             await self._end(listener)
         self._token, self._known = token, version
         rows = {name: text or None for name, text in changed}
         if self.turn is Turn.ALONE:
-            self.turn = Turn.HOLDS
+            self.turn, self._unwritten = Turn.HOLDS, True
+            await self._write_again()
             return
         self._take_over(rows)
         if token == NOT_OURS:
+            self._unwritten = False  # the holder writes them
             listener.follow(rows, heard=hears)
         else:
             self._begin(Turn.HOLDS, "it is this guard's turn")
-            if lost:  # Redis does not know what its rooms were
-                await self._write(self._rows)
+            await self._write_again()
 
     async def hand_over(self) -> None:
         """This guard stops: another one listens at once."""
@@ -180,20 +187,36 @@ class AccountTurns:
             else:
                 self._rows[name] = text
 
+    async def _write_again(self) -> None:
+        """Write all rows if Redis may not have them. If that fails, the next turn tries again."""
+        if self._unwritten:
+            await self._write(self._rows)
+            self._unwritten = False
+
     async def _write(self, rows: Mapping[str, str | None]) -> bool:
         """:raises DependencyFailed: Redis gives no answer, or another guard listens by now."""
-        request = {"guard": self._guard, "token": self._token, "rows": dict(rows)}
-        version = int(await self._redis.run(TURN, _KEYS, json.dumps(request)))
-        if version < 0:
-            raise DependencyFailed("redis", "not_our_turn")
-        self._known = version
+        ordered = sorted(rows.items(), key=lambda row: row[0] == SYNC)
+        for start in range(0, len(ordered), ROWS_AT_ONCE):
+            part = dict(ordered[start : start + ROWS_AT_ONCE])
+            request = {"guard": self._guard, "token": self._token, "rows": part}
+            version = int(await self._redis.run(TURN, _KEYS, json.dumps(request)))
+            if version < 0:
+                raise DependencyFailed("redis", "not_our_turn")
+            self._known = version
         return True
 
     async def _ask(self, seconds: float, *, hears: bool) -> tuple[str, bool, int, list[tuple[str, Any]]]:
+        """:return: the token, whether the holder hears the rooms, the last version, and all rows that changed."""
         request = {"guard": self._guard, "milliseconds": int(seconds * 1000), "hears": hears, "known": self._known}
+        rows: list[tuple[str, Any]] = []
         try:
-            token, heard, version, changed = json.loads(await self._redis.run(TURN, _KEYS, json.dumps(request)))
-            return str(token), bool(heard), int(version), [(name, text) for name, text in changed]
+            while True:
+                answer = json.loads(await self._redis.run(TURN, _KEYS, json.dumps(request)))
+                token, heard, version, changed, told = answer
+                rows += [(name, text) for name, text in changed]
+                if int(told) >= int(version):
+                    return str(token), bool(heard), int(version), rows
+                request["known"] = int(told)
         except (TypeError, ValueError):
             raise DependencyFailed("redis", "invalid_response") from None
 

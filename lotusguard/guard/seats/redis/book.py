@@ -11,7 +11,7 @@ from attrs import define, field
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
-from lotusguard.clients.waiting import gather
+from lotusguard.clients.waiting import gather_in_turns
 from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.guard.seats.redis.epoch import Rebuilding
@@ -29,6 +29,8 @@ RENEW_INTERVAL = 1.5
 LISTED_TRUSTED = 2.0
 """Seconds for which the last answer about a room's SFU rooms serves again."""
 ROOMS_SHOWN = 2_000
+ROOMS_AT_ONCE = 32
+"""Rooms that one question about many of them works on at the same time. Joins need the other calls."""
 
 
 @define(eq=False)
@@ -129,9 +131,6 @@ class RedisSeatBook:
             return user in full.owners
         return bool(await self._step(room_id, "owns_seat", user))
 
-    async def is_present(self, room_id: str, user: str) -> bool:
-        return bool(await self._step(room_id, "is_present", user))
-
     async def exempt(self, room_id: str, user: str) -> None:
         self._steps.first(room_id, ("exempt", user))  # a step that takes a seat or looks for an overflow follows
 
@@ -212,11 +211,10 @@ class RedisSeatBook:
             names += [key[len(before) : -len(after)] for key in found]
             if cursor == "0" or len(names) >= ROOMS_SHOWN:
                 break
-        rooms = sorted(set(names))[:ROOMS_SHOWN]
-        found = await gather(self._snapshot(room_id) for room_id in rooms)
-        return [snapshot for snapshot in found if snapshot is not None]
+        found = await gather_in_turns(ROOMS_AT_ONCE, self.snapshot, sorted(set(names))[:ROOMS_SHOWN])
+        return sorted((one for one in found if one is not None), key=lambda snapshot: snapshot.room_id)
 
-    async def _snapshot(self, room_id: str) -> RoomSnapshot | None:
+    async def snapshot(self, room_id: str) -> RoomSnapshot | None:
         idle, taken, awaited, present = await self._step(room_id, "snapshot")
         if idle:
             return None
@@ -229,7 +227,11 @@ class RedisSeatBook:
         rooms: dict[str, list[str]] = {}
         for hold_id, (room_id, _) in self._pending.items():
             rooms.setdefault(room_id, []).append(hold_id)
-        await gather(self._step(room_id, "renew", held, self._lease) for room_id, held in rooms.items())
+
+        async def renew(room_id: str) -> None:
+            await self._step(room_id, "renew", rooms[room_id], self._lease)
+
+        await gather_in_turns(ROOMS_AT_ONCE, renew, list(rooms))
 
     async def give_back(self, holds: Collection[tuple[str, OwnHold]]) -> None:
         """Give holds to a Redis that may have lost them."""
@@ -243,7 +245,11 @@ class RedisSeatBook:
                     "restore", hold_id, own.user, token.alias, token.identity, expires, own.seated, token.device
                 )  # fmt: skip
                 rooms.setdefault(own.room_id, []).append(operation)
-        await gather(self._steps.run(room_id, *operations) for room_id, operations in rooms.items())
+
+        async def restore(room_id: str) -> None:
+            await self._steps.run(room_id, *rooms[room_id])
+
+        await gather_in_turns(ROOMS_AT_ONCE, restore, list(rooms))
 
     def stop(self) -> None:
         self._waiting.stop()

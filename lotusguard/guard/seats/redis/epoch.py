@@ -74,8 +74,8 @@ class Rebuilding:
     _generation: str = field(init=False, default="")
     _fresh: bool = field(init=False, default=False)
     _running: Deferred[Any] | None = field(init=False, default=None)
-    _waiting: set[Deferred[None]] = field(init=False, factory=set)
-    _unnamed: set[Deferred[None]] = field(init=False, factory=set)
+    _waiting: dict[Deferred[None], None] = field(init=False, factory=dict)  # in the order in which they came
+    _unnamed: dict[Deferred[None], None] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self._redis.on_server.append(self._connected)
@@ -115,15 +115,15 @@ class Rebuilding:
         _fire(self._waiting)
         _fire(self._unnamed)
 
-    async def _wait(self, waiting: set[Deferred[None]], seconds: float) -> None:
+    async def _wait(self, waiting: dict[Deferred[None], None], seconds: float) -> None:
         waiter: Deferred[None] = Deferred()
-        waiting.add(waiter)
+        waiting[waiter] = None
         try:
             await waiter.addTimeout(seconds, self._reactor)
         except TimeoutError:
             raise DependencyFailed("redis", "rebuilding") from None
         finally:
-            waiting.discard(waiter)
+            waiting.pop(waiter, None)
 
     def _connected(self, server: ServerInfo) -> None:
         if server.epoch != self._epoch:
@@ -193,7 +193,7 @@ class Rebuilding:
         _fire(self._unnamed)
 
 
-def _fire(waiting: set[Deferred[None]]) -> None:
+def _fire(waiting: dict[Deferred[None], None]) -> None:
     fire_all(list(waiting), None)
 
 

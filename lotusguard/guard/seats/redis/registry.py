@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from attrs import define, evolve, field
@@ -24,7 +25,7 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
-from lotusguard.clients.waiting import gather, run_in_background
+from lotusguard.clients.waiting import gather, gather_in_turns, run_in_background
 from lotusguard.guard.lru import LruCache
 from lotusguard.guard.seats.redis.scripts import PREFIX
 from lotusguard.guard.seats.registry import (
@@ -52,6 +53,8 @@ NOBODY = ""
 ASKED_AGAIN = 10.0
 """Seconds after which Redis is asked again about what it did not know, or about a room's SFU rooms. Guards tell each
 other about identities at once, and the SFU rooms in which somebody holds a seat are in the seat book."""
+GIVEN_BACK_AT_ONCE = 32
+"""Identities that are written again at the same time. Joins need the other calls."""
 ASKED_KEPT, ASKED_BYTES = 50_000, 16 << 20
 
 
@@ -71,6 +74,7 @@ class RedisTokenRegistry:
     _asked: LruCache[str, float] = field(init=False)
     _written: LruCache[str, float] = field(init=False)
     _messages_since: float | None = field(init=False, default=None)
+    _data_since: float | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         self._asked = LruCache(ASKED_KEPT, ASKED_BYTES, lambda key, _: (key,))
@@ -151,6 +155,8 @@ class RedisTokenRegistry:
                 stored, _ = await gather((self._redis.call("GET", key), self._ask_to_be_told(key)))
                 if stored:
                     return await self._remember(alias, base, stored)
+                if await self._is_known_as(alias, base):
+                    self._in_background(self._give_back, alias, [base])
         return entry
 
     async def set_withheld(self, alias: str, identity: str, sources: frozenset[Source]) -> None:
@@ -159,19 +165,45 @@ class RedisTokenRegistry:
         await self._write(alias, identity, new=False)
 
     async def read_ahead(self, alias: str, identities: Collection[str]) -> None:
-        """One command for all that are not known, so that a listing of a large call does not ask for each of them."""
-        unknown = [name for name in identities if await self._own.entry(alias, name) is None]
-        asked = {_identity_key(alias, base): base for name in unknown for base in base_identities(name)}
-        asked = {key: base for key, base in asked.items() if self._may_ask(key)}
+        """One command for all that are not known, or may be old, so that a listing of a large call does not ask for
+        each of them. What Redis has lost is written again."""
+        slot = await self._own.slot_of(alias)
+        if slot is not None:
+            await self.learn_alias(alias, slot)
+        asked: dict[str, str] = {}
+        for name in identities:
+            is_due = self._may_ask if await self._own.entry(alias, name) is None else self._may_be_old
+            bases = {_identity_key(alias, base): base for base in base_identities(name)}
+            asked.update((key, base) for key, base in bases.items() if is_due(key))
         if not asked:
             return
         with suppress(DependencyFailed):
-            found = await self._redis.call("MGET", *asked)
+            found, lost = await self._redis.call("MGET", *asked), list[str]()
             for (key, base), stored in zip(asked.items(), found, strict=True):
                 if stored:
                     await self._remember(alias, base, stored)
+                elif await self._is_known_as(alias, base):
+                    lost.append(base)
                 else:
                     self._in_background(self._ask_to_be_told, key)
+            if lost:
+                self._in_background(self._give_back, alias, lost)
+
+    async def _is_known_as(self, alias: str, identity: str) -> bool:
+        """Whether this guard knows this very identity, rather than it without its suffix."""
+        known = [base for base in base_identities(identity) if await self._own.entry(alias, base) is not None]
+        return known == [identity]
+
+    async def _give_back(self, alias: str, identities: Collection[str]) -> None:
+        """Write what this guard knows and Redis does not: its data were lost, or it gave no answer at the time."""
+
+        async def write(identity: str) -> None:
+            entry = await self._own.entry(alias, identity)
+            if entry is not None:
+                self._written.put(_identity_key(alias, identity), self._clock.seconds())
+                await self._exchange(alias, identity, entry, new=True)
+
+        await gather_in_turns(GIVEN_BACK_AT_ONCE, write, identities)
 
     async def _ask_to_be_told(self, key: str) -> None:
         await self._redis.call("SET", key, NOBODY, "NX", "EX", int(ASKED_AGAIN))
@@ -193,9 +225,15 @@ class RedisTokenRegistry:
         return True
 
     def _is_due(self, key: str) -> bool:
-        """Whether a known fact is to be written again, so that Redis does not delete it as unused."""
-        written = self._written.get(key)
-        return written is not None and self._clock.seconds() - written > REFRESHED
+        """Whether a known fact is to be written again: Redis would delete it as unused, or may have lost it."""
+        written, since = self._written.get(key), self._data_since
+        if written is None:
+            return since is not None
+        return self._clock.seconds() - written > REFRESHED or (since is not None and written <= since)
+
+    def data_set_changed(self) -> None:
+        """Redis may have lost what it was given. What is used is written again if it is not there."""
+        self._data_since = self._messages_since = self._clock.seconds()
 
     def _messages_come_again(self) -> None:
         self._messages_since = self._clock.seconds()
@@ -218,9 +256,9 @@ class RedisTokenRegistry:
         entry = await self._own.entry(alias, identity)
         if entry is not None:
             self._written.put(_identity_key(alias, identity), self._clock.seconds())
-            self._in_background(self._exchange, alias, identity, entry, new)
+            self._in_background(partial(self._exchange, new=new), alias, identity, entry)
 
-    async def _exchange(self, alias: str, identity: str, entry: IdentityEntry, new: bool) -> None:
+    async def _exchange(self, alias: str, identity: str, entry: IdentityEntry, *, new: bool) -> None:
         """:param new: this guard did not know the identity. What another withholds from it stays withheld."""
         key, stored = _identity_key(alias, identity), _stored(entry)
         before = await self._redis.call("SET", key, stored, "EX", IDENTITY_KEPT, "GET")

@@ -6,9 +6,9 @@
 -- chains = {user → {expires, asked}}, exempt = {user → true}}. A hold has the fields of lotusguard.rules.seats.Hold, and
 -- for a pending one "lease": when it ends unless its guard renews it.
 
-local COUNTED = {'takes_seat', 'full', 'owns_seat', 'removes', 'in_call'}
+local COUNTED = {'takes_seat', 'full', 'owns_seat', 'removes'}
 local ENDINGS = {leave = true, vanish = true, expire = true}
-local NOBODY = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0, in_call = 0, exempt = false}
+local NOBODY = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0, exempt = false}
 local Seats = {}
 
 local function key_of(alias, name) return alias .. '\0' .. name end
@@ -42,7 +42,7 @@ local function count(hold)
   aliases[hold.alias] = aliases[hold.alias] + 1
   local user = users[hold.user]
   if not user then
-    user = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0, in_call = 0,
+    user = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0,
             exempt = room.exempt[hold.user] == true}
     users[hold.user] = user
   end
@@ -160,7 +160,7 @@ end
 function Seats.open(stored)
   room, list, last, users, sessions, sessions_of, reserved, pending = stored, {}, 0, {}, {}, {}, {}, {}
   aliases, alias_count = {}, 0
-  total = {takes_seat = 0, full = 0, owns_seat = 0, removes = 0, in_call = 0}
+  total = {takes_seat = 0, full = 0, owns_seat = 0, removes = 0}
   for _, hold in ipairs(stored.holds) do
     append(hold)
     count(hold)
@@ -498,7 +498,6 @@ end
 
 function Seats.owns_seat(now, user) return owns_seat(user) end
 function Seats.is_exempt(now, user) return user_of(user).exempt end
-function Seats.is_present(now, user) return user_of(user).in_call > 0 end
 function Seats.seats_taken(now) return total.takes_seat end
 
 function Seats.sessions(now) return holds_where(function(hold) return TABLE[hold.state].in_call end) end

@@ -9,15 +9,19 @@ from types import MappingProxyType
 from attrs import fields
 
 from lotusguard.clients.redis.client import Script
-from lotusguard.rules.room_seats import ENDED_SESSIONS_KEPT, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
+from lotusguard.rules.room_seats import (
+    CALL_ENDED_AFTER,
+    ENDED_SESSIONS_KEPT,
+    RECONNECT_WINDOW,
+    RESERVED_PER_USER,
+    UNCONFIRMED_KEPT,
+)
 from lotusguard.rules.seats import TABLE, StateRules
 
 PREFIX = "lotusguard:"
 """Begins the name of every key and channel."""
 WAKE_CHANNEL = PREFIX + "wake"
 """Names of rooms in which a request in flight has ended while somebody waited for it."""
-CALL_ENDED_AFTER = 60.0
-"""Seconds without occupants and holds after which a call has ended."""
 IDLE_ROOM, OCCUPIED_ROOM = 600, 86400
 """Seconds after the last change until Redis deletes a room: in which nobody is, and any other."""
 WAIT_LONGEST = 30.0

@@ -150,7 +150,6 @@ end
 local Reading = {}
 
 function Reading.owns_seat(user) return Seats.owns_seat(now, user) end
-function Reading.is_present(user) return Seats.is_present(now, user) end
 function Reading.occupants() return Seats.occupants(now) end
 function Reading.listing_required_since() return text(Seats.listing_required_since(now)) end
 function Reading.is_started() return room.started == true and not has_ended() end

@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
-from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient
+from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient, when_less_busy
 from lotusguard.clients.waiting import gather, run_in_background
 from lotusguard.guard.seats.redis.clock import ServerClock
 from lotusguard.guard.seats.redis.epoch import Rebuilding
@@ -114,7 +114,9 @@ class RoomSteps:
         before = self._first.pop(room_id, [])
         for left in reversed(range(ATTEMPTS)):
             try:
-                results = await self._once(room_id, [*before, *operations], certain)
+                results = await when_less_busy(
+                    self._clock, lambda: self._once(room_id, [*before, *operations], certain)
+                )
                 break
             except DependencyFailed as failed:
                 if not left:

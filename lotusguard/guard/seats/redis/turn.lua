@@ -4,7 +4,8 @@
 -- last version. ARGV[1]: JSON {guard, milliseconds, hears, known, token, rows}.
 -- With rows, the holder of the lease writes them: the answer is the new version, -1 if its token is not the current one.
 -- Without rows, the lease is got or renewed (for 0 milliseconds: given up). The answer is JSON {token, hears, version,
--- rows}: 0 if another guard has the lease, whether the holder hears the rooms, and the rows that changed since a version.
+-- rows, told}: 0 if another guard has the lease, whether the holder hears the rooms, the last version, and the rows that
+-- changed since a version, up to the version `told`. More rows follow if that is not the last version.
 
 local request = cjson.decode(ARGV[1])
 local lease, fence, rows, order, version = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
@@ -36,8 +37,9 @@ end
 
 local changed, last = {}, tonumber(redis.call('GET', version)) or 0
 local since = request.known > last and 0 or request.known
-for place, name in ipairs(redis.call('ZRANGEBYSCORE', order, '(' .. string.format('%.0f', since), '+inf')) do
-  changed[place] = {name, redis.call('HGET', rows, name)}
-end
+local after = '(' .. string.format('%.0f', since)
+local found = redis.call('ZRANGEBYSCORE', order, after, '+inf', 'WITHSCORES', 'LIMIT', 0, ROWS_AT_ONCE)
+for place = 1, #found, 2 do changed[#changed + 1] = {found[place], redis.call('HGET', rows, found[place])} end
+local told = #changed == ROWS_AT_ONCE and tonumber(found[#found]) or last
 local token = holder == request.guard and redis.call('HGET', lease, 'token') or '0'
-return cjson.encode({token, redis.call('HGET', lease, 'hears') == '1', last, changed})
+return cjson.encode({token, redis.call('HGET', lease, 'hears') == '1', last, changed, told})

@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the guard's parts are put together, in the order of the layers. Nothing else constructs them."""
+"""Makes the parts of the guard itself from its state and its clients."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import frozen
-from twisted.web.client import HTTPConnectionPool
 
-from lotusguard.clients.dependency import Dependency
-from lotusguard.clients.http import FixedAgent, connection_pool
-from lotusguard.clients.livekit import LiveKitClient
-from lotusguard.clients.lk_jwt_service import LkJwtService
-from lotusguard.clients.synapse import MatrixClient, SynapseClient
-from lotusguard.clients.synapse.matrix import FIRST_SYNC, LARGEST_SYNC
-from lotusguard.clients.unconfigured import UnconfiguredDependency
 from lotusguard.config import Settings, exposed_appservice
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.commands import Commands
@@ -33,11 +23,10 @@ from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
 from lotusguard.guard.joins.checks import EntryChecks
-from lotusguard.guard.joins.decision_store import DecisionHistory, open_history
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
 from lotusguard.guard.joins.seating import Seating
-from lotusguard.guard.lobby import Lobby, LobbyEntries, MemoryEntries
+from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
@@ -49,61 +38,12 @@ from lotusguard.guard.rooms.residence.residence import Residence
 from lotusguard.guard.rooms.residence.sync import SyncService
 from lotusguard.guard.rooms.residence.voice import ResidentVoice
 from lotusguard.guard.rooms.sources import RoomSources
-from lotusguard.guard.seats.book import SeatBook
-from lotusguard.guard.seats.lease import StateLease
-from lotusguard.guard.seats.memory import MemorySeatBook
-from lotusguard.guard.seats.registry import MemoryTokenRegistry, TokenRegistry
 from lotusguard.guard.seats.roster import Roster
-from lotusguard.guard.seats.store import StateStore, StateUnusable, open_state_store
 from lotusguard.metrics import Metrics
 from lotusguard.rules.homeservers import HomeserverList
-from lotusguard.rules.jwt import SfuKey
 from lotusguard.rules.members_only import MembersOnly
-
-if TYPE_CHECKING:  # txredisapi wants the reactor when it is imported
-    from lotusguard.guard.seats.sharing import Sharing
-
-DISCOVERY_TIMEOUT = 10.0
-"""Seconds for one page of the homeserver's list of rooms."""
-MATRIX_TIMEOUT = 10.0
-"""Seconds for a call of the client-server API; joining a room of another homeserver takes long."""
-
-
-@frozen
-class State:
-    """The state that survives a restart.
-
-    :ivar seats: what decides. :ivar own_seats: the same, unless the seats are shared with other guards (``sharing``).
-    :ivar store: ``None`` if there is no state directory, or it cannot be used, as ``error`` says.
-    :ivar guarding_since: since when a guard has run on this directory, on the reactor's clock.
-    """
-
-    store: StateStore | None
-    lease: StateLease | None
-    error: str | None
-    history: DecisionHistory
-    guarding_since: float
-    registry: TokenRegistry
-    seats: SeatBook
-    own_seats: MemorySeatBook
-    lobby: LobbyEntries
-    sharing: Sharing | None
-
-
-@frozen
-class Clients:
-    """The services that the guard relies on. ``all`` are to be stopped, ``pools`` to be closed at the end.
-
-    :ivar matrix: the calls of the guard's account as a member of rooms, over connections of their own.
-    """
-
-    pools: tuple[HTTPConnectionPool, ...]
-    livekit: LiveKitClient
-    homeserver: SynapseClient
-    discovery: SynapseClient
-    matrix: MatrixClient
-    upstream: LkJwtService
-    all: tuple[Dependency, ...]
+from lotusguard.wiring.clients import Clients
+from lotusguard.wiring.state import State
 
 
 @frozen
@@ -146,88 +86,6 @@ class Calls:
     changes: CallChanges
     moderator: Moderator
     ender: CallEnder
-
-
-def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> State:
-    """Open the state directory, if there is one, and take over what an earlier run left there."""
-    store, lease, error = None, None, None
-    if settings.state_dir is not None:
-        try:
-            store = open_state_store(settings.state_dir, reactor, metrics, wall)
-            lease = StateLease(settings.state_dir)
-        except StateUnusable as unusable:
-            error = str(unusable)
-    guarding_since = reactor.seconds() - (wall() - store.guarding_since if store is not None else 0.0)
-    history = open_history(settings.state_dir if store is not None else None, reactor, metrics, wall)
-    registry = MemoryTokenRegistry(store, reactor, metrics, wall=wall)
-    registry.load()
-    seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
-    if store is not None:
-        seats.load(store.holds())
-    sharing = share_seats(settings, reactor, metrics, wall, guarding_since)
-    if sharing is None:
-        lobby = MemoryEntries(store, reactor, wall, settings.guard_lobby_wait)
-        lobby.load()
-        return State(store, lease, error, history, guarding_since, registry, seats, seats, lobby, None)
-    shared, entries = sharing.registry(registry, reactor), share_lobby(sharing, settings, reactor)
-    return State(store, lease, error, history, guarding_since, shared, sharing.book, seats, entries, sharing)
-
-
-def share_seats(
-    settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float], guarding_since: float
-) -> Sharing | None:
-    """The seats of several guards, if ``GUARD_REDIS_URL`` is set."""
-    url = settings.guard_redis_url.get_secret_value()
-    if not url:
-        return None
-    from lotusguard.guard.seats.sharing import Sharing
-
-    return Sharing.create(url, reactor, metrics, wall, settings.guard_seat_ttl, guarding_since)
-
-
-def share_lobby(sharing: Sharing, settings: Settings, reactor: Any) -> LobbyEntries:
-    """The lobby entries of several guards."""
-    from lotusguard.guard.lobby.redis.entries import RedisEntries
-
-    return RedisEntries(sharing.redis, sharing.guard, reactor, settings.guard_lobby_wait)
-
-
-def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
-    """The clients. Nothing is connected to yet."""
-    pool, matrix_pool = connection_pool(reactor), connection_pool(reactor)
-    token = settings.matrix_token.get_secret_value()
-    key = settings.sfu_key
-
-    def dependency(
-        name: str, base: str, timeout: float, missing: str, pool: HTTPConnectionPool = pool, **more: Any
-    ) -> Dependency:
-        agent = FixedAgent(reactor, base, pool)
-        if missing:
-            return UnconfiguredDependency(
-                name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, missing=missing
-            )
-        return Dependency(name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, **more)
-
-    timeout = settings.guard_lookup_timeout
-    no_token = "" if token else "no_matrix_token"
-    livekit = dependency("livekit", settings.livekit_api, timeout, "" if key else "no_livekit_key")
-    synapse = dependency("synapse", settings.synapse_api, timeout, no_token)
-    listing_rooms = dependency("synapse_discovery", settings.synapse_api, DISCOVERY_TIMEOUT, no_token)
-    matrix = dependency("matrix", settings.synapse_api, MATRIX_TIMEOUT, no_token, matrix_pool)
-    syncing = dependency("matrix_sync", settings.synapse_api, FIRST_SYNC + 1, no_token, matrix_pool, limit=LARGEST_SYNC)
-    upstream = LkJwtService(
-        FixedAgent(reactor, settings.guard_upstream, pool), reactor, metrics,
-        timeout=settings.guard_upstream_timeout, grace=settings.guard_upstream_grace,
-    )  # fmt: skip
-    return Clients(
-        (pool, matrix_pool),
-        LiveKitClient(livekit, key or SfuKey("unconfigured", token_hex()), wall),
-        SynapseClient(synapse, token, settings.guard_server_name),
-        SynapseClient(listing_rooms, token, settings.guard_server_name),
-        MatrixClient(matrix, syncing, token),
-        upstream,
-        (livekit, synapse, listing_rooms, matrix, syncing),
-    )
 
 
 def rooms(
@@ -345,7 +203,7 @@ def calls(
     changes = CallChanges(
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement,
-        LostRooms(clients.livekit, reactor, acts=not settings.guard_dry_run), reactor, metrics,
+        LostRooms(clients.livekit, reactor, acts=lambda: participants.acts), reactor, metrics,
         tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
     )  # fmt: skip
     moderator = Moderator(
@@ -371,6 +229,3 @@ def health(
 
 def homeserver_list(names: tuple[str, ...]) -> HomeserverList:
     return HomeserverList.parse(",".join(names))
-
-
-WALL_CLOCK = time.time
