@@ -61,9 +61,10 @@ def _why(asked: argparse.Namespace) -> int:
         return _history(asked, datetime.fromtimestamp(0).astimezone(), now, None)
     try:
         at, margin = read_time(asked.at, now), timedelta(minutes=asked.within)
-    except ValueError as error:
+        since, until = at - margin, at + margin
+    except (ValueError, OverflowError) as error:
         return misconfigured(str(error))
-    return _history(asked, at - margin, at + margin, None)
+    return _history(asked, since, until, None)
 
 
 def _ejected(asked: argparse.Namespace) -> int:

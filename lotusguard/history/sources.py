@@ -29,7 +29,7 @@ async def from_guard(operators: Service, token: str, question: Question) -> list
         "since": repr(question.since), "until": repr(question.until), "user": question.user, "room": question.room_id,
         "kind": question.kind.value if question.kind is not None else "",
     }  # fmt: skip
-    target = "/decisions?" + urlencode({name: value for name, value in asked.items() if value})
+    target = "/decisions?" + urlencode({name: value for name, value in asked.items() if value}, errors="replace")
     answer = await operators.ask("GET", target, headers={"Authorization": f"Bearer {token}"})
     if answer.code in (401, 403):
         raise NotKnown(f"the guard at {operators.base} does not accept the operators' token: {TOKEN}")

@@ -48,7 +48,7 @@ def explained(record: Record) -> str:
     text = reasons.get(record.reason)
     if text is None and record.reason.startswith("upstream_status_"):
         text = f"lk-jwt-service answered {record.reason.removeprefix('upstream_status_')}: see its log."
-    return text or f"Reason: {record.reason}."
+    return text or f"Reason: {_plain(record.reason)}."
 
 
 def tell(records: Sequence[Record], terminal: Terminal, nothing: str) -> None:
@@ -61,7 +61,7 @@ def tell(records: Sequence[Record], terminal: Terminal, nothing: str) -> None:
         colour = {"refused": "yellow", "removed": "yellow", "error": "red", "failed": "red"}.get(
             record.verdict, "green"
         )
-        what = terminal.paint(record.verdict.replace("_", " "), colour, "bold")
+        what = terminal.paint(_plain(record.verdict).replace("_", " "), colour, "bold")
         where = "from the call of" if record.kind is RecordKind.REMOVAL else "in"
         who = _plain(record.user) or "an unnamed user"
         terminal.line(f"{at:%Y-%m-%d %H:%M:%S}  {what}  {who} {where} {_plain(record.room_id) or 'an unnamed room'}")

@@ -159,6 +159,7 @@ class Hold:
     :ivar expires: when its state ends by itself, for states that `HoldEvent.EXPIRE` moves; when it ended, for those
         that a listing has to confirm.
     :ivar device: the device that the token was asked for; "" if it is not known.
+    :ivar stored: whether it was written to the state directory before its token was sent.
     """
 
     id: str
@@ -170,6 +171,7 @@ class Hold:
     began: float = 0.0
     expires: float = 0.0
     device: str = ""
+    stored: bool = False
 
     @property
     def rules(self) -> StateRules:

@@ -65,6 +65,7 @@ class RequestHandler:
         self._counts["token"].inc()
         request_id = _request_id(request)
         asked = _read(request, route, request_id)
+        request.drop_body()
         going = forwarded(request, asked.body, request_id, keep_identity=self._keep_identity)
 
         async def forward(body: bytes, deadline: float | None) -> Answer:

@@ -103,7 +103,7 @@ class GuardRequest(AnsweredRequest):
         self.notifyFinish().addCallbacks(self._over, self._abandoned)
 
     def _over(self, _: object = None) -> None:
-        self._drop_body()
+        self.drop_body()
         self.site.over(self)
 
     def _abandoned(self, _: Failure) -> None:
@@ -111,7 +111,8 @@ class GuardRequest(AnsweredRequest):
             self.answering.cancel()
         self._over()
 
-    def _drop_body(self) -> None:
+    def drop_body(self) -> None:
+        """The body is not needed any more."""
         if self._taken:
             self.site.pool.give_back(self._caller or "", self._taken)
             self._taken = 0
@@ -122,7 +123,7 @@ class GuardRequest(AnsweredRequest):
         if self._refused is None:
             self._refused = self._keep(data)
             if self._refused is not None:
-                self._drop_body()
+                self.drop_body()
         if self._refused is not None and self._size > self.site.pool.largest + DISCARDED:
             self.channel.loseConnection()
 
@@ -164,7 +165,7 @@ class GuardRequest(AnsweredRequest):
         if reply is None:
             self.site.dispatch(self)
         else:
-            self._drop_body()
+            self.drop_body()
             if reply in _REJECTED_BODIES:
                 self.site.rejected(_REJECTED_BODIES[reply])
             refuse(self, reply)

@@ -275,3 +275,48 @@ async def test_holds_of_a_forgotten_room_are_not_read_after_a_restart(tmp_path: 
     reopened = open_state_store(tmp_path, reactor, Metrics(), clock.seconds)
     assert {hold.room_id for hold in reopened.holds()} == {f"!flood{n}" for n in range(1, ROOMS_PER_CALLER + 1)}
     await reopened.close()
+
+
+# -- the state directory -----------------------------------------------------------------------------------
+
+
+def issue_durably(book: MemorySeatBook, user: str) -> Deferred[None]:
+    return Deferred.fromCoroutine(book.issue(ROOM, take(book, user, limit=9), Issued(ALIAS, user), durable=True))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_repeated_token_whose_hold_is_on_disk_does_not_wait_for_the_disk(tmp_path: Path, clock: Clock) -> None:
+    metrics = Metrics()
+    store = open_state_store(tmp_path, reactor, metrics, clock.seconds)
+    book = MemorySeatBook(store, clock, clock.seconds, metrics, SEAT_TTL, clock.seconds())
+    expires = clock.seconds() + SEAT_TTL
+    first = issue_durably(book, "a")
+    assert not first.called
+    await first
+    clock.advance(SEAT_TTL / 2)
+    assert issue_durably(book, "a").called
+    assert issue_durably(book, "a").called
+    other = issue_durably(book, "b")
+    assert not other.called
+    await other
+    assert {hold.user: hold.expires for hold in store.holds()} == {"a": expires, "b": clock.seconds() + SEAT_TTL}
+    await store.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_token_after_an_arrival_waits_until_its_hold_is_on_disk(tmp_path: Path, clock: Clock) -> None:
+    metrics = Metrics()
+    store = open_state_store(tmp_path, reactor, metrics, clock.seconds)
+    book = MemorySeatBook(store, clock, clock.seconds, metrics, SEAT_TTL, clock.seconds())
+    await issue_durably(book, "a")
+    clock.advance(1)
+    now(book.arrive(ROOM, ALIAS, Arrival("PA", "a", "a"), 9))
+    now(book.leave(ROOM, ALIAS, "PA", "a", clock.seconds(), by_choice=True))
+    clock.advance(1)
+    again = issue_durably(book, "a")
+    assert not again.called
+    await again
+    assert [(hold.user, hold.present, hold.expires) for hold in store.holds()] == [
+        ("a", False, clock.seconds() + SEAT_TTL)
+    ]
+    await store.close()

@@ -25,6 +25,7 @@ from lotusguard.clients.synapse.answers import (
     state_event,
     strings,
 )
+from lotusguard.clients.synapse.sync_answer import MEMBER
 from lotusguard.clients.waiting import FreshLookups, SharedLookups, gather
 from lotusguard.rules.identity import server_of
 from lotusguard.rules.membership import Membership
@@ -155,8 +156,9 @@ class SynapseClient(DependencyClient):
         """A user's membership of a room, by the cheapest endpoint that the homeserver has.
 
         ``joined_rooms`` is cached inside Synapse and answers for members. Only for others ``memberships`` is asked,
-        which tells "left" and "banned" from "never heard of"; without it (older releases) they are ABSENT. Where not
-        even ``joined_rooms`` exists (Tuwunel), the room's member list tells JOIN from ABSENT.
+        which tells "left" and "banned" from "never heard of". Where not even ``joined_rooms`` exists (Tuwunel), the
+        room's member list tells who is joined. Without either, the member event in the room's state tells the others
+        apart: "at once" holds for somebody who was banned, and never for somebody who is only missing.
 
         Both answer for all rooms of the user, so that all who ask at the same time share one request.
 
@@ -169,15 +171,30 @@ class SynapseClient(DependencyClient):
                 return Membership.JOIN
         except _Missing:
             joined = await self.members(room_id)
-            return Membership.JOIN if joined is not None and user_id in joined else Membership.ABSENT
+            if joined is None:
+                return Membership.ABSENT
+            return Membership.JOIN if user_id in joined else await self._member_event(room_id, user_id)
         try:
             found = (await self._memberships.get(user_id, self._dependency.now())).value
         except _Missing:
-            return Membership.ABSENT
+            return await self._member_event(room_id, user_id)
         try:
             return Membership(found.get(room_id, Membership.ABSENT.value))
         except ValueError:
             raise DependencyFailed(self._dependency.name, "invalid_response") from None
+
+    async def _member_event(self, room_id: str, user_id: str) -> Membership:
+        """What the room's state says of a user. It holds the event of everybody who ever was in the room."""
+
+        def read(answer: Answer) -> Membership:
+            if answer.code == 500 or says(answer, "M_NOT_FOUND"):
+                return Membership.ABSENT
+            for event in ok(answer)["state"]:
+                if event["type"] == MEMBER and event.get("state_key") == user_id:
+                    return Membership(event["content"]["membership"])
+            return Membership.ABSENT
+
+        return await self._get(_state_path(room_id, MEMBER), read, room_id, expected=(500,))
 
     async def _of_user(self, user_id: str, endpoint: str, read: Callable[[Answer], T]) -> T:
         """:raises _Missing: the homeserver does not have the endpoint."""

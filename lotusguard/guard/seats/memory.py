@@ -89,14 +89,25 @@ class MemorySeatBook:
 
     async def issue(self, room_id: str, hold_id: str, token: Issued, *, durable: bool) -> None:
         room, now = self._room(room_id), self._clock.seconds()
+        older = room.seats.reserved.get(IdentityKey(token.alias, token.identity))
         hold = room.seats.issue(hold_id, token.alias, token.identity, now, self._seat_ttl, token.device)
         if hold is None:
             return
         room.waiting.wake(room.seats.owns_seat)
-        if durable and self._store is not None and token.alias:
-            room.seats.changed.discard(IdentityKey(token.alias, token.identity))
-            await self._store.put_hold(self._stored(room_id, hold, present=False))
+        if durable and token.alias and hold.state is HoldState.ISSUED:
+            await self._write_before_sending(room_id, room, hold, older)
         self._changed(room_id, room)
+
+    async def _write_before_sending(self, room_id: str, room: Room, hold: Hold, older: Hold | None) -> None:
+        """Write the hold of a token that is about to be sent. Asking again for a token that was not used changes
+        nothing that is on disk: not even the time to arrive."""
+        if self._store is None:
+            return
+        room.seats.changed.discard(IdentityKey(hold.alias, hold.identity))
+        if older is not None and older.stored and _stored_alike(older, hold):
+            hold.stored = True
+        else:
+            hold.stored = await self._store.put_hold(self._stored(room_id, hold, present=False))
 
     async def issue_without_seat(self, room_id: str, user: str, token: Issued) -> None:
         room, now = self._room(room_id), self._clock.seconds()
@@ -252,6 +263,11 @@ class MemorySeatBook:
     def _stored(self, room_id: str, hold: Hold, *, present: bool) -> StoredHold:
         expires = self._wall() + hold.expires - self._clock.seconds()
         return StoredHold(room_id, hold.user, hold.alias, hold.identity, hold.device, present, expires)
+
+
+def _stored_alike(one: Hold, other: Hold) -> bool:
+    """Whether two holds of the same identity are the same row on disk."""
+    return (one.state, one.user, one.device, one.expires) == (other.state, other.user, other.device, other.expires)
 
 
 def _snapshot(room_id: str, seats: RoomSeats, now: float) -> RoomSnapshot:
