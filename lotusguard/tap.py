@@ -13,20 +13,15 @@ from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.python import usage
 from twisted.python.components import Componentized
-from twisted.python.failure import Failure
 
 from lotusguard import wiring
-from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.livekit_link import LiveKitLink
-from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
-from lotusguard.guard.health import Health
-from lotusguard.guard.periodic import PeriodicService
 from lotusguard.logs import LevelObserver, observer_for, write_error
 from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
+from lotusguard.upkeep import upkeep
 from lotusguard.web.console.names import RoomNames
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
@@ -42,8 +37,6 @@ log = Logger()
 
 BACKLOG = 4096
 """Connections that the kernel may keep waiting to be accepted. Clients that find no place try again after 1, 3, 7 s."""
-WATCH_EVERY = 1.0
-"""Seconds between two looks at whether what is enforced has changed."""
 OPERATORS_GRACE = 1.0
 """Seconds that operators' requests may take when the guard stops."""
 _TWIST_LOG = "fileLogObserverFactory"
@@ -228,7 +221,8 @@ class Guard(MultiService):
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
         self._reloader.observer = observer
-        self._add_periodic_work(health)
+        for work in upkeep(settings, reactor, clients, state, waiting, calls, health):
+            work.setServiceParent(self)
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
         self._systemd = SystemdNotifier(reactor)
         self._systemd.setServiceParent(self)
@@ -245,50 +239,6 @@ class Guard(MultiService):
         listener = Listener(f"the {name} listener", endpoints, setting, site, self._reactor)
         listener.setServiceParent(self)
         return listener
-
-    def _add_periodic_work(self, health: Health) -> None:
-        """The periodic work."""
-        homeserver, lease, sharing = self._clients.homeserver, self._state.lease, self._state.sharing
-        seats = self._state.own_seats if sharing is None else sharing.book
-        waiting = self._waiting
-
-        async def learn_server_name() -> None:
-            if not homeserver.server_name:
-                await homeserver.whoami()
-
-        async def prune() -> None:
-            seats.prune()
-
-        async def renew_lease() -> None:
-            if lease is not None:
-                lease.renew()
-
-        async def keep_lobbies() -> None:
-            await waiting.lobby.pass_time()
-            waiting.notices.pass_time()
-
-        interval = self._settings.guard_reconcile_interval
-        for periodic in (
-            PeriodicService("renewing the lease", 1.0, renew_lease, self._reactor, now=True),
-            PeriodicService("reconciling", interval, self.changes.reconcile, self._reactor, now=True),
-            PeriodicService("asking for the server name", 5.0, learn_server_name, self._reactor, now=True),
-            PeriodicService("watching what is enforced", WATCH_EVERY, health.watch, self._reactor),
-            PeriodicService("keeping lobbies", 1.0, keep_lobbies, self._reactor),
-            PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, self._reactor),
-            PeriodicService("pruning", 60.0, prune, self._reactor),
-        ):
-            periodic.setServiceParent(self)
-        link = LiveKitLink(self._reactor, self._settings.livekit_api, self.changes.livekit_returned, _not_looked)
-        link.setServiceParent(self)
-        if sharing is not None:
-            changes = self.changes
-            sharing.leases.enforce = self.enforcement.enforce_as_asked
-            sharing.leases.changed = lambda room_id, user, how: run_in_background(
-                changes.changed_at_another_guard(room_id, user, how), _report
-            )
-            sharing.redis.on_subscribed.append(changes.anything_may_have_changed)
-            for name, seconds, work in sharing.upkeep():
-                PeriodicService(name, seconds, work, self._reactor).setServiceParent(self)
 
     def privilegedStartService(self) -> None:
         raise_file_limit()
@@ -352,17 +302,6 @@ class Guard(MultiService):
                 "what must survive a restart is kept in memory only: {error}", error=self._state.error,
                 event_name="no_state",
             )  # fmt: skip
-
-
-def _report(failure: Failure) -> None:
-    log.failure("a change that another guard announced could not be handled", failure)
-
-
-def _not_looked(failure: Failure) -> None:
-    if failure.check(DependencyFailed):
-        log.debug("LiveKit is back and does not answer yet: {reason}", reason=failure.getErrorMessage())
-    else:
-        log.failure("what LiveKit has lost could not be found", failure)
 
 
 def _endpoint(host: str, port: int) -> str:

@@ -14,7 +14,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from lotusguard import tap
+from lotusguard import upkeep
 from lotusguard.config import Settings
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from tests.synapse import guarded, set_guarded, synapse  # noqa: F401 (fixtures: a real homeserver)
@@ -38,13 +38,13 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the stand-ins are asked comes from the test, not from the guard's own look at its health."""
-    monkeypatch.setattr(tap, "WATCH_EVERY", 3600.0)
+    monkeypatch.setattr(upkeep, "WATCH_EVERY", 3600.0)
 
 
 @pytest.fixture
 def probes(no_probes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard looks at its health as it does in operation."""
-    monkeypatch.setattr(tap, "WATCH_EVERY", 1.0)
+    monkeypatch.setattr(upkeep, "WATCH_EVERY", 1.0)
 
 
 @pytest_twisted.async_yield_fixture

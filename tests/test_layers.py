@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("guard.health",),
     ("web",),
     ("wiring", "commanding"),
-    ("reload",),
+    ("reload", "upkeep"),
     ("tap",),
     ("check", "sandbox"),
     ("history",),

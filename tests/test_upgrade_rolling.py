@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import socket
 import subprocess
 import time
@@ -15,7 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.test_upgrade import Host, wheel
+from tests.test_upgrade import UPGRADE, Host, default_signals, wheel
 
 
 def free_base() -> int:
@@ -103,6 +104,25 @@ def test_a_guard_that_does_not_start_takes_all_back(several: Several) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "guard 2 does not start as 1.1" in done.stdout
     assert several.order() == ["1 1.1", "2 1.1", "1 1.0", "2 1.0"]
+    assert all("1.0" in said for said in several.versions())
+
+
+def test_going_back_that_is_interrupted_restarts_all_guards(several: Several) -> None:
+    (several.folder / "broken-2-1.1").touch()
+    upgrade = subprocess.Popen(
+        [str(UPGRADE), str(wheel(several.folder, "1.1"))],
+        env=several.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=default_signals,
+    )  # fmt: skip
+    assert upgrade.stdout is not None
+    for line in upgrade.stdout:
+        if "going back to 1.0" in line:
+            break
+    upgrade.send_signal(signal.SIGTERM)
+    _, said = upgrade.communicate(timeout=60)
+    assert upgrade.returncode == 1, said
+    assert "interrupted; 1.0 is current and answers" in said
+    assert several.order()[-2:] == ["1 1.0", "2 1.0"]
     assert all("1.0" in said for said in several.versions())
 
 

@@ -12,7 +12,8 @@ from twisted.internet.task import deferLater
 from lotusguard.check.report import Findings
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, Script
-from lotusguard.clients.redis.link import ADVICE, NOT_CONNECTED, ServerInfo
+from lotusguard.clients.redis.faults import ADVICE, NOT_CONNECTED
+from lotusguard.clients.redis.link import ServerInfo
 from lotusguard.clients.waiting import Deadline
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import parse_address

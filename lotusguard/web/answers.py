@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import json
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import evolve, frozen
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.web.server import Request
 
 from lotusguard.clients.lk_jwt_service import VIA, UpstreamFailed
 from lotusguard.guard.joins.patience import InLobby
 from lotusguard.guard.lobby import LobbyStopped
 from lotusguard.rules.refusals import JoinRefused, Refusal
-from lotusguard.rules.requests import Unreadable, WrongOrigin
-
-if TYPE_CHECKING:
-    from lotusguard.web.site import GuardRequest
+from lotusguard.rules.requests import TokenRoute, Unreadable, WrongOrigin
 
 log = Logger()
 
@@ -46,6 +44,18 @@ class Reply:
     errcode: str
     error: str
     retry_after_ms: int | None = None
+
+
+class AnsweredRequest(Request):
+    """A request, as far as its answer depends on it.
+
+    :ivar token_route: the token route that its path is, on a listener that serves one there.
+    :ivar early_head: whether a 200 head was sent before the answer was known; see ``web/held.py``.
+    """
+
+    channel: Any
+    token_route: TokenRoute | None = None
+    early_head: bool = False
 
 
 class Rejected(Exception):
@@ -127,7 +137,7 @@ def _refused(error: JoinRefused) -> Reply:
     return evolve(reply, retry_after_ms=ceil(seconds * 1000))
 
 
-def answer_failure(request: GuardRequest, failure: Failure) -> None:
+def answer_failure(request: AnsweredRequest, failure: Failure) -> None:
     """Answer a request whose handler failed. Every listener's Klein has this as its error handler."""
     if request.channel is None:
         return  # the caller has disconnected
@@ -149,7 +159,7 @@ def answer_failure(request: GuardRequest, failure: Failure) -> None:
     refuse(request, reply)
 
 
-def _tell_to_wait(request: GuardRequest, waiting: InLobby) -> None:
+def _tell_to_wait(request: AnsweredRequest, waiting: InLobby) -> None:
     """Answer a client that polls."""
     content = {
         "status": "waiting", "id": waiting.entry_id, "color": waiting.colour,
@@ -159,7 +169,7 @@ def _tell_to_wait(request: GuardRequest, waiting: InLobby) -> None:
     answer_json(request, 202, content, cors=route is not None and route.cors)
 
 
-def refuse(request: GuardRequest, reply: Reply) -> None:
+def refuse(request: AnsweredRequest, reply: Reply) -> None:
     """Answer with a Matrix error."""
     content: dict[str, Any] = {"errcode": reply.errcode, "error": reply.error}
     if reply.retry_after_ms is not None:
@@ -169,7 +179,7 @@ def refuse(request: GuardRequest, reply: Reply) -> None:
     answer_json(request, reply.code, content, cors=cors)
 
 
-def answer_json(request: GuardRequest, code: int, content: Any, *, cors: bool = False) -> None:
+def answer_json(request: AnsweredRequest, code: int, content: Any, *, cors: bool = False) -> None:
     """Answer with JSON and finish."""
     body = json.dumps(content).encode() + b"\n"
     if request.early_head:  # the status is gone; the body says it

@@ -19,7 +19,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.server import Request, Site
 
 from lotusguard.rules.requests import TokenRoute, canonical_path
-from lotusguard.web.answers import MANY_HOSTS, NO_ROOM_FOR_BODY, NOT_A_PATH, TOO_LARGE, Reply, refuse
+from lotusguard.web.answers import MANY_HOSTS, NO_ROOM_FOR_BODY, NOT_A_PATH, TOO_LARGE, AnsweredRequest, Reply, refuse
 from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
 
 RECEIVE_TIMEOUT = 60
@@ -81,22 +81,17 @@ class Channel(HTTPChannel):
         """Not reset: the time until a request is complete is bounded, however slowly it arrives."""
 
 
-class GuardRequest(Request):
+class GuardRequest(AnsweredRequest):
     """A request whose body is kept in memory, within the site's pool.
 
     :ivar canonical_path: the one spelling of its path.
-    :ivar token_route: the token route that its path is, on a listener that serves one there.
     :ivar answering: the Deferred of its answer, cancelled if the caller disconnects.
-    :ivar early_head: whether a 200 head was sent before the answer was known; see ``web/held.py``.
     """
 
     site: GuardSite
-    channel: Any
     content: Any
     canonical_path: str
-    token_route: TokenRoute | None = None
     answering: Deferred[None] | None = None
-    early_head: bool = False
     _refused: Reply | None = None
     _size = 0
     _taken = 0

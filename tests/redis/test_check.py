@@ -11,7 +11,7 @@ import pytest_twisted
 
 from lotusguard.check.redis import RedisCheck
 from lotusguard.check.report import Finding, Findings, Report
-from lotusguard.clients.redis import link
+from lotusguard.clients.redis import faults, link
 from tests.conftest import StartSandbox, until
 
 from .conftest import OwnServer
@@ -49,7 +49,7 @@ async def test_a_wrong_password(own_server: OwnServer) -> None:
     own_server.client.config_set("requirepass", "right")
     found = await checked(f"redis://:wrong@127.0.0.1:{own_server.port}")
     assert "wrong_password" in found["reachable"].reason
-    assert found["reachable"].remedy == link.ADVICE["wrong_password"]
+    assert found["reachable"].remedy == faults.ADVICE["wrong_password"]
 
 
 @pytest_twisted.ensureDeferred
@@ -89,7 +89,7 @@ async def test_a_user_who_may_do_too_little(own_server: OwnServer, rules: str, a
     )
     found = await checked(f"redis://guard:pw@127.0.0.1:{own_server.port}")
     assert found[asked].state == "wrong"
-    assert found[asked].remedy == link.ADVICE["no_permission"]
+    assert found[asked].remedy == faults.ADVICE["no_permission"]
 
 
 @pytest_twisted.ensureDeferred
@@ -107,7 +107,7 @@ async def test_readyz_says_what_to_do(start_sandbox: StartSandbox, own_server: O
     own_server.client.config_set("requirepass", "right")
     sandbox = await start_sandbox(guard_redis_url=f"redis://:wrong@127.0.0.1:{own_server.port}")
     until_said = 0
-    while link.ADVICE["wrong_password"] not in await readyz(sandbox):
+    while faults.ADVICE["wrong_password"] not in await readyz(sandbox):
         until_said += 1
         assert until_said < 200
         await until(lambda: True)

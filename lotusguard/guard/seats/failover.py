@@ -18,7 +18,7 @@ from twisted.logger import Logger
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
-from lotusguard.clients.redis.link import NOT_CONNECTED
+from lotusguard.clients.redis.faults import NOT_CONNECTED
 from lotusguard.guard.seats.book import Issued, OverLimit, RoomSnapshot, SeatBook
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.redis.book import RedisSeatBook

@@ -10,7 +10,7 @@ from attrs import frozen
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.redis.client import RedisClient
-from lotusguard.clients.redis.link import ADVICE
+from lotusguard.clients.redis.faults import ADVICE
 from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.redis.account import TURN_INTERVAL, AccountTurns

@@ -19,7 +19,8 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, when_less_busy
-from lotusguard.clients.redis.link import NOT_CONNECTED, ServerInfo
+from lotusguard.clients.redis.faults import NOT_CONNECTED
+from lotusguard.clients.redis.link import ServerInfo
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.lobby.book import Held
 from lotusguard.guard.lobby.redis.replica import Key, Replica
