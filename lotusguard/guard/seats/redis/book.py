@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
 from attrs import define, field
 
 from lotusguard.clients.failures import DependencyFailed
-from lotusguard.clients.redis.client import RedisClient
+from lotusguard.clients.redis.client import RedisClient, when_less_busy
 from lotusguard.clients.waiting import gather_in_turns
 from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
@@ -207,7 +208,8 @@ class RedisSeatBook:
         names: list[str] = []
         cursor = "0"
         while True:
-            cursor, found = await self._redis.call("SCAN", cursor, "MATCH", f"{before}*{after}", "COUNT", 500)
+            scan = partial(self._redis.call, "SCAN", cursor, "MATCH", f"{before}*{after}", "COUNT", 500)
+            cursor, found = await when_less_busy(self._reactor, scan)
             names += [key[len(before) : -len(after)] for key in found]
             if cursor == "0" or len(names) >= ROOMS_SHOWN:
                 break
