@@ -33,6 +33,8 @@ from tests.calls import crashes, logged, named
 from tests.synapse import Synapse
 
 ROOM, ALICE = "!room:example.org", "@alice:example.org"
+MEMBER_EVENTS = f"/rooms/{ROOM}/state?type=m.room.member"
+"""Where the room's state tells of its users."""
 LIMIT, QUALITY, CREATE = "io.lotus.voice_limit", "io.lotus.room_quality", "m.room.create"
 NOT_FOUND = (404, {"errcode": "M_NOT_FOUND"})
 UNRECOGNIZED = (404, {"errcode": "M_UNRECOGNIZED", "error": "Unrecognized request"})
@@ -259,6 +261,7 @@ def test_an_older_release_without_memberships_is_not_asked_for_them_again_for_a_
     client: SynapseClient, homeserver: Homeserver, clock: Clock
 ) -> None:
     homeserver.user([], None)
+    homeserver.answers[MEMBER_EVENTS] = (200, {"state": []})
     for _ in range(3):
         assert result(client.membership(ALICE, ROOM)) is Membership.ABSENT
     assert homeserver.asked.count(f"/users/{ALICE}/memberships") == 1
@@ -273,8 +276,23 @@ def test_member_list_is_used_if_the_endpoint_for_users_is_missing(
 ) -> None:
     homeserver.answers[f"/rooms/{ROOM}/members"] = (200, {"members": [ALICE], "total": 1})
     assert result(client.membership(ALICE, ROOM)) is Membership.JOIN
+    homeserver.answers[MEMBER_EVENTS] = (200, {"state": []})
     assert result(client.membership("@bob:example.org", ROOM)) is Membership.ABSENT
     assert [path for path in homeserver.asked if "/users/" in path] == [f"/users/{ALICE}/joined_rooms"]
+
+
+@pytest.mark.parametrize("endpoint", ["joined_rooms", "memberships"])
+@pytest.mark.parametrize("said", [Membership.LEAVE, Membership.BAN])
+def test_without_an_endpoint_the_rooms_state_tells_who_left_or_was_banned(
+    client: SynapseClient, homeserver: Homeserver, endpoint: str, said: Membership
+) -> None:
+    if endpoint == "memberships":
+        homeserver.user([], None)
+    homeserver.answers[f"/rooms/{ROOM}/members"] = (200, {"members": [], "total": 0})
+    event = {"type": "m.room.member", "sender": "@mod:example.org", "content": {"membership": said.value}}
+    others = [{**event, "state_key": "@bob:example.org", "content": {"membership": "join"}}]
+    homeserver.answers[MEMBER_EVENTS] = (200, {"state": [*others, {**event, "state_key": ALICE}]})
+    assert result(client.membership(ALICE, ROOM)) is said
 
 
 def test_an_error_that_no_homeserver_sends_does_not_mean_that_the_endpoint_is_missing(

@@ -23,14 +23,13 @@ from lotusguard.guard.seats.roster import Roster
 from lotusguard.rules.identity import ROOM_SLOT
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.participants import joined_at
+from lotusguard.rules.room_seats import CALL_ENDED_AFTER
 
 log = Logger()
 
 ROOMS_REMEMBERED = 20_000
 LET_IN_AT_ONCE = 32
 """Users who are accepted at the same time when a lobby is switched on."""
-CALL_ENDED_AFTER = 60.0
-"""Seconds without occupants and holds after which a call has ended."""
 OCCUPANTS_ASKED_EVERY = 15.0
 """Seconds. With several guards this is a round trip for every room in which people were accepted."""
 ROOMS_AT_ONCE = 16
