@@ -21,11 +21,11 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.waiting import run_in_background
 
-SOON = 0.05
+SOON = 0.02
 """Seconds between two attempts to connect while LiveKit restarts."""
 LATER = 2.0
 """The same once that takes long, or if connections do not last."""
-ATTEMPTS_SOON = 600
+ATTEMPTS_SOON = 1500
 SHORT_LIVED = 5.0
 """Seconds. Something between us that closes idle connections sooner than this is not asked all the time."""
 CONNECT_TIMEOUT = 5.0
