@@ -7,7 +7,7 @@ DIST_VENV ?= .venv-dist
 BIN := $(VENV)/bin
 SECONDS_OF_SOAK ?= 600
 
-.PHONY: demo test lint unit fuzz bench profile soak constraints dist clean
+.PHONY: demo test lint unit fuzz bench profile soak stampede crashes constraints dist clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/lotusguard sandbox --demo
@@ -33,6 +33,15 @@ profile: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.soak --seconds $(SECONDS_OF_SOAK)
+
+# 2,000 joins on 10 seats through 4 guards, 100 times; then with guards and Valkey killed meanwhile.
+stampede: $(VENV)/.installed
+	$(BIN)/python -m tests.soak.stampede
+	$(BIN)/python -m tests.soak.stampede --faults --joins 300 --at-once 150
+
+# Two guards over one Valkey, with crashes between any two steps.
+crashes: $(VENV)/.installed
+	CRASH_EXAMPLES=5000 $(BIN)/python -m pytest tests/redis/test_crashes.py
 
 # The versions of all dependencies, as pip resolves them today. Run it before a release, test with them, and commit the file.
 constraints:

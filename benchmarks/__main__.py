@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import scenarios
-from benchmarks.chart import chart
+from benchmarks import large, scenarios, several_guards
+from benchmarks.chart import growth_chart, joins_chart
 from benchmarks.figures import Figure, markdown
 from benchmarks.processes import Callers, Dependencies, cores, raise_file_limit
 from benchmarks.scenarios import Bench
@@ -48,7 +48,11 @@ def main() -> None:
         scenarios.big_room(bench)
         scenarios.reconciling(bench, 5.0 if quick else 12.0)
         scenarios.policy_change(bench)
+        large.room_size(bench)
+        large.room_count(bench)
+        large.big_event(bench, 12.0 if quick else 30.0)
         scenarios.start_up(bench)
+        shared = several_guards.measure(dependencies, rounds, 600 if quick else 2400, say)
     wheel = wheel_size()
     if wheel is not None:
         figures.append(Figure("wheel", "kB", [wheel / 1000], digits=0))
@@ -60,9 +64,11 @@ def main() -> None:
     }
     sys.stdout.write("\n" + markdown(figures))
     if not quick:
+        several_guards.write(shared)
         (HERE / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         docs = HERE.parent / "docs"
-        (docs / "benchmarks.svg").write_text(chart(found["figures"]))
+        (docs / "benchmarks.svg").write_text(joins_chart(found["figures"]))
+        (docs / "benchmarks-growth.svg").write_text(growth_chart(found["figures"]))
         page = docs / "benchmarks.md"
         page.write_text(with_table(page.read_text(), introduced(found, rounds) + markdown(figures)))
 

@@ -19,6 +19,7 @@ from attrs import evolve
 from google.protobuf.json_format import MessageToDict
 from livekit.protocol.room import ListParticipantsRequest, RoomParticipantIdentity, UpdateParticipantRequest
 
+from benchmarks.churn import BigEvent
 from benchmarks.prepared_answers import (
     MATRIX_TOKEN,
     SERVER_NAME,
@@ -28,11 +29,13 @@ from benchmarks.prepared_answers import (
     cached_state_forget,
     joined_rooms,
     room_id,
+    room_members,
     token_answer,
 )
 
 JSON = b"application/json"
 PROTOBUF = b"application/protobuf"
+_NOT_FOUND = b'{"code": "not_found", "msg": "participant does not exist"}'
 _CORS = (
     b"Access-Control-Allow-Origin: *\r\nAccess-Control-Allow-Methods: POST\r\n"
     b"Access-Control-Allow-Headers: Accept, Content-Type, Content-Length, Accept-Encoding, X-CSRF-Token\r\n"
@@ -48,12 +51,18 @@ class World:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.updated_at: list[float] = []
+        self.event: BigEvent | None = None
 
     def change(self, changes: dict[str, Any]) -> None:
         if changes.pop("reset", False):
             self.calls.clear()
             self.bytes.clear()
             self.updated_at.clear()
+        event = changes.pop("event", None)
+        if event is not None:
+            if self.event is not None:
+                self.event.stop()
+            self.event = BigEvent(self.sfu, event["people"], event["port"]) if event else None
         if not changes:
             return
         people = {"rooms", "participants"} & set(changes)
@@ -117,7 +126,12 @@ class Upstream(Http):
     extra = _CORS
 
     def asked(self, target: str, head: bytes, body: bytes) -> None:
+        if target == "/sfu_webhook":
+            self.answer(b"", head)
+            return
         answer = token_answer(body) if body else b""
+        if body and self.world.event is not None:
+            self.world.event.token_issued(body)
         if self.world.scene.upstream_delay:
             asyncio.get_running_loop().call_later(self.world.scene.upstream_delay, self.answer, answer, head)
         else:
@@ -142,9 +156,15 @@ class Livekit(Http):
             self.answer(sfu.listed if len(body) == 0 else b"", head, PROTOBUF)
         elif method == "GetParticipant":
             asked = RoomParticipantIdentity.FromString(body)
+            if asked.identity not in sfu.rooms[asked.room]:
+                self.answer(_NOT_FOUND, head, status=b"404 Not Found")
+                return
             self.answer(sfu.rooms[asked.room][asked.identity].SerializeToString(), head, PROTOBUF)
         elif method == "UpdateParticipant":
             update = UpdateParticipantRequest.FromString(body)
+            if update.identity not in sfu.rooms[update.room]:
+                self.answer(_NOT_FOUND, head, status=b"404 Not Found")
+                return
             self.world.updated_at.append(time.monotonic())
             self.answer(sfu.permit(update.room, update.identity, update.permission), head, PROTOBUF)
         else:
@@ -167,6 +187,10 @@ class Synapse(Http):
                 self.answer(b"{}", head, status=b"401 Unauthorized")
                 return
             room = unquote(path.split("/")[5])
+            if path.endswith("/members"):
+                event = self.world.event
+                self.answer(room_members(scene, room) if event is None else event.members(), head)
+                return
             self.answer(cached_state(scene, room, asked["type"][0] if "type" in asked else None), head)
         elif path.endswith("/joined_rooms"):
             self.answer(joined_rooms(unquote(path.split("/")[5])), head)

@@ -43,6 +43,17 @@ def user_id(number: int) -> str:
     return f"@user{number}:{SERVER_NAME}"
 
 
+@lru_cache(maxsize=1000)
+def _members_of(number: int, people: int) -> bytes:
+    users = [user_id(number * USERS_A_ROOM + user) for user in range(people)]
+    return json.dumps({"members": users, "total": len(users)}).encode()
+
+
+def room_members(scene: Scene, room: str) -> bytes:
+    """The admin API's list of a room's members: everybody who is in its call."""
+    return _members_of(int(room.removeprefix("!room").partition(":")[0]), scene.participants)
+
+
 def stranger_id(number: int, room: int) -> str:
     """A user who makes one request: a member of the one room that the name tells."""
     return f"@new{number}-{room}:{SERVER_NAME}"
@@ -110,8 +121,8 @@ _SOURCES = (TrackSource.CAMERA, TrackSource.MICROPHONE, TrackSource.SCREEN_SHARE
 _CLAIMS = {"allow_camera": (TrackSource.CAMERA,), "allow_screenshare": _SOURCES[2:]}
 
 
-def _participant(room: int, number: int, forbidden: set[Any]) -> ParticipantInfo:
-    sid = f"PA_{room}x{number}"
+def participant(sid: str, identity: str, forbidden: set[Any]) -> ParticipantInfo:
+    """Somebody in a call, who publishes a microphone and a camera."""
     allowed = [source for source in _SOURCES if source not in forbidden]
     permission = ParticipantPermission(
         can_subscribe=True, can_publish=True, can_publish_data=True, can_publish_sources=allowed if forbidden else []
@@ -124,9 +135,13 @@ def _participant(room: int, number: int, forbidden: set[Any]) -> ParticipantInfo
         ),
     ]  # fmt: skip
     return ParticipantInfo(
-        sid=sid, identity=f"{user_id(room * 20 + number)}:{DEVICE}", state=ParticipantInfo.State.ACTIVE,
+        sid=sid, identity=identity, state=ParticipantInfo.State.ACTIVE,
         joined_at=1_760_000_000, permission=permission, tracks=tracks, is_publisher=True, region="bench",
     )  # fmt: skip
+
+
+def _participant(room: int, number: int, forbidden: set[Any]) -> ParticipantInfo:
+    return participant(f"PA_{room}x{number}", f"{user_id(room * USERS_A_ROOM + number)}:{DEVICE}", forbidden)
 
 
 @define
@@ -167,11 +182,24 @@ class SfuRooms:
             made[alias] = answer
         return answer
 
+    def put(self, alias: str, info: ParticipantInfo) -> None:
+        """Somebody arrived."""
+        self.rooms[alias][info.identity] = info
+        self._forget(alias)
+
+    def take(self, alias: str, identity: str) -> ParticipantInfo:
+        """Somebody left."""
+        self._forget(alias)
+        return self.rooms[alias].pop(identity)
+
+    def _forget(self, alias: str) -> None:
+        self._protobuf.pop(alias, None)
+        self._json.pop(alias, None)
+
     def permit(self, alias: str, identity: str, permission: ParticipantPermission) -> bytes:
         info = self.rooms[alias][identity]
         info.permission.CopyFrom(permission)
-        self._protobuf.pop(alias, None)
-        self._json.pop(alias, None)
+        self._forget(alias)
         return info.SerializeToString()
 
 

@@ -136,10 +136,12 @@ class Callers(Helper):
 class Subject(Started):
     """A process that is measured: alone on its core, started and answering.
 
+    :ivar patience: seconds to wait for its first answer.
     :ivar ready: seconds from starting the process to its first answer.
     """
 
     name = ""
+    patience = 120.0
 
     def __init__(self, dependencies: Dependencies, settings: dict[str, str] | None = None, *, twistd: str = "") -> None:
         self.port = free_port()
@@ -154,7 +156,7 @@ class Subject(Started):
         began = time.monotonic()
         super().__init__(self.command(twistd.split()), cores()[0], env, log=self.log)
         while _status(self.port, b"GET /healthz HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n") != 200:
-            if self.process.poll() is not None or time.monotonic() > began + 30:
+            if self.process.poll() is not None or time.monotonic() > began + self.patience:
                 raise RuntimeError(f"{self.name} does not answer:\n{self.log.read_text()}")
             time.sleep(0.005)
         self.ready = time.monotonic() - began

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from threading import Event, Thread
 
@@ -13,13 +13,13 @@ from attrs import define
 
 from benchmarks.figures import Figure, percentile
 from benchmarks.load import Load, Outcome
-from benchmarks.prepared_answers import BIG_ROOM, SERVER_NAME, USERS_A_ROOM, cached_alias, room_id, user_id
+from benchmarks.prepared_answers import BIG_ROOM, USERS_A_ROOM, cached_alias, room_id, user_id
 from benchmarks.processes import Callers, Dependencies, GuardProcess, PeerProcess, RelayProcess, Subject
 from lotusguard.rules.jwt import read_unverified
 
 MS = 1000.0
 UPSTREAM_SECOND = 1.0
-CROWD_AIM = 1 / 8
+CROWD_AIM = 1 / 20
 Say = Callable[[str], None]
 
 
@@ -54,49 +54,78 @@ def sources_of(answer: str) -> list[str]:
     return list(claims["video"].get("canPublishSources", ())) if claims else []
 
 
+CALLERS = (1, 32, 500)
+FIRST, FOLLOWING = "first joins", "following requests"
+
+
 def joins(bench: Bench) -> None:
-    """CPU per join, joins per second and response times at 1, 32 and 500 callers, with limit and sources enforced."""
-    loads = {1: bench.joins // 4, 32: bench.joins, 500: bench.joins}
+    """CPU per join and response times, with limit, sources and membership enforced.
+
+    In a *first join* nothing is known of the user: the guard asks who it is and whether they are a member. In a
+    *following request* both are in memory. The bare relay makes as many calls as the guard does.
+    """
     rows = {
-        callers: (
-            bench.figure(f"CPU per join, {callers} callers", "ms", 0.5 if callers == 32 else None),
-            bench.figure(f"joins per second on one core, {callers} callers", "1/s", digits=0),
-            bench.figure(f"p50, {callers} callers", "ms", digits=1),
-            bench.figure(f"p99, {callers} callers", "ms", digits=1),
+        (kind, callers): (
+            bench.figure(f"CPU per join, {kind}, {callers} callers", "ms"),
+            bench.figure(f"p50, {kind}, {callers} callers", "ms", digits=1),
+            bench.figure(f"p99, {kind}, {callers} callers", "ms", digits=1),
         )
-        for callers in loads
+        for kind in (FOLLOWING, FIRST)
+        for callers in CALLERS
     }
-    fresh = bench.figure("CPU per join, 32 callers, a connection each time", "ms")
+    rows[FOLLOWING, 32][0].aim, rows[FIRST, 32][0].aim = 0.5, 1.0
+    rows[FOLLOWING, 32][0].relay_aim = rows[FIRST, 32][0].relay_aim = 1.6
+    bench.dependencies.ask({"cap": 1_000_000, "rooms": ROOMS_JOINED})
     with (
         GuardProcess(bench.dependencies) as guard,
         PeerProcess(bench.dependencies) as peer,
-        RelayProcess(bench.dependencies) as relay,
+        RelayProcess(bench.dependencies, {"RELAY_LOOKUPS": "0"}) as relay,
+        RelayProcess(bench.dependencies, {"RELAY_LOOKUPS": "2"}) as relay_of_first,
     ):
-        subjects: tuple[Subject, ...] = (guard, peer, relay)
-        for subject in subjects:
-            bench.load(subject, 32, bench.joins // 2)
+        for subject in (guard, peer, relay, relay_of_first):
+            bench.load(subject, 32, bench.joins // 2, rooms=ROOMS_JOINED)
+        stranger = 1
         for number in range(bench.rounds):
-            for callers, requests in loads.items():
-                for place, subject in enumerate(subjects):
-                    before = subject.cpu()
-                    outcome = bench.load(subject, callers, requests)
-                    measured = (
-                        (subject.cpu() - before) / requests * MS,
-                        requests / outcome.seconds,
-                        percentile(outcome.latencies, 0.5) * MS,
-                        percentile(outcome.latencies, 0.99) * MS,
-                    )
-                    for figure, value in zip(rows[callers], measured, strict=True):
-                        (figure.guard, figure.peer, figure.relay)[place].append(value)
-                    if subject is guard and "screen_share" in sources_of(outcome.sample):
-                        raise RuntimeError("the guard did not enforce the sources")
-            for place, subject in enumerate(subjects):
-                before = subject.cpu()
-                bench.load(subject, 32, bench.joins // 2, fresh=True)
-                used = (subject.cpu() - before) / (bench.joins // 2) * MS
-                (fresh.guard, fresh.peer, fresh.relay)[place].append(used)
-            cpu = rows[32][0]
-            bench.say(f"round {number + 1}: CPU per join {cpu.guard[-1]:.2f} ms, the peer {cpu.peer[-1]:.2f} ms")
+            for callers in CALLERS:
+                requests = bench.joins // 4 if callers == 1 else bench.joins
+                for subject in (guard, peer, relay):
+                    figures = rows[FOLLOWING, callers]
+                    bench.load(subject, 32, ROOMS_JOINED * USERS_A_ROOM, rooms=ROOMS_JOINED)  # then all are known
+                    measured = _measured(bench, subject, callers, requests, strangers=0)
+                    _note(figures, subject, measured)
+                for subject in (guard, peer, relay_of_first):
+                    measured = _measured(bench, subject, callers, requests, strangers=stranger)
+                    stranger += requests
+                    _note(rows[FIRST, callers], subject, measured)
+            next_, first = rows[FOLLOWING, 32][0], rows[FIRST, 32][0]
+            bench.say(
+                f"round {number + 1}, CPU per join: following {next_.guard[-1]:.2f} ms, first {first.guard[-1]:.2f} "
+                f"ms; the peer {next_.peer[-1]:.2f} ms; relays {next_.relay[-1]:.2f} and {first.relay[-1]:.2f} ms"
+            )
+    bench.dependencies.ask({"cap": 50, "rooms": 50})
+
+
+ROOMS_JOINED = 10
+"""Rooms in `joins`: few, so that nearly every request is of the kind that is measured."""
+
+
+def _measured(bench: Bench, subject: Subject, callers: int, requests: int, strangers: int) -> tuple[float, ...]:
+    before = subject.cpu()
+    outcome = bench.load(subject, callers, requests, rooms=ROOMS_JOINED, strangers=strangers)
+    used = (subject.cpu() - before) / requests * MS
+    if isinstance(subject, GuardProcess) and "screen_share" in sources_of(outcome.sample):
+        raise RuntimeError("the guard did not enforce the sources")
+    return used, percentile(outcome.latencies, 0.5) * MS, percentile(outcome.latencies, 0.99) * MS
+
+
+def _note(figures: Sequence[Figure], subject: Subject, measured: Sequence[float]) -> None:
+    for figure, value in zip(figures, measured, strict=True):
+        if isinstance(subject, GuardProcess):
+            figure.guard.append(value)
+        elif isinstance(subject, PeerProcess):
+            figure.peer.append(value)
+        else:
+            figure.relay.append(value)
 
 
 def crowd(bench: Bench) -> None:
@@ -107,7 +136,8 @@ def crowd(bench: Bench) -> None:
     name = f"{bench.crowd:,} callers at once"
     succeeded = bench.figure(f"{name}: succeeded", "", digits=0)
     p99 = bench.figure(f"{name}: p99", "s", CROWD_AIM)
-    memory = bench.figure(f"{name}: peak memory", "MB", 1.0, digits=0)
+    memory = bench.figure(f"{name}: peak memory", "MB", digits=0)
+    each = bench.figure(f"{name}: memory for each", "kB", 10.0, digits=1)
     threads = bench.figure(f"{name}: threads", "", digits=0)
     rooms = bench.crowd // USERS_A_ROOM  # each caller is a user of their own
     bench.dependencies.ask({"upstream_delay": UPSTREAM_SECOND, "rooms": rooms})
@@ -116,6 +146,7 @@ def crowd(bench: Bench) -> None:
             with kind(bench.dependencies) as subject:
                 bench.callers.make(Load(subject.port, 8, 50))  # the policies of the rooms are cached
                 watched = Watched(subject)
+                idle = subject.status("VmRSS")
                 outcome = watched.during(
                     lambda: bench.callers.make(Load(subject.port, bench.crowd, bench.crowd, rooms=rooms))
                 )
@@ -126,6 +157,8 @@ def crowd(bench: Bench) -> None:
                     subject.status("VmHWM") / 1024,
                     watched.threads,
                 )
+                if kind is GuardProcess:
+                    each.guard.append((subject.status("VmHWM") - idle) / bench.crowd)
                 for figure, value in zip((succeeded, p99, memory, threads), values, strict=True):
                     (figure.guard if kind is GuardProcess else figure.peer).append(value)
                 bench.say(f"{name}, {subject.name}: {outcome.statuses}, p99 {values[1]:.1f} s")
@@ -255,12 +288,11 @@ def policy_change(bench: Bench) -> None:
 
 def start_up(bench: Bench) -> None:
     """From starting the process to its first answer, and its memory when idle."""
-    ready = bench.figure("start-up to first answer", "s")
-    memory = bench.figure("memory after start-up", "MB", digits=0)
+    ready = bench.figure("start-up to first answer", "s", 0.35)
+    memory = bench.figure("memory after start-up", "MB", 60.0, digits=0)
     for _ in range(max(2, bench.rounds)):
-        for kind in (GuardProcess, PeerProcess):
-            with kind(bench.dependencies) as subject:
-                time.sleep(0.3)
-                (ready.guard if kind is GuardProcess else ready.peer).append(subject.ready)
-                (memory.guard if kind is GuardProcess else memory.peer).append(subject.status("VmRSS") / 1024)
-    bench.say(f"start-up {median(ready.guard):.2f} s, {median(memory.guard):.0f} MB ({SERVER_NAME})")
+        with GuardProcess(bench.dependencies) as guard:
+            time.sleep(0.3)
+            ready.guard.append(guard.ready)
+            memory.guard.append(guard.status("VmRSS") / 1024)
+    bench.say(f"start-up {median(ready.guard):.2f} s, {median(memory.guard):.0f} MB")

@@ -21,7 +21,7 @@ from lotusguard.terminal import StepReport, Terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the command line. :return: the exit status."""
-    parser = _parser()
+    parser = command_line()
     asked = parser.parse_args(argv)
     if asked.do is None:
         parser.print_help(sys.stderr)
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The commands and their options."""
     parser = argparse.ArgumentParser(
         prog="lotusguard",
         description="Enforces Matrix rooms' call policies in front of lk-jwt-service.",

@@ -8,7 +8,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 from pydantic import SecretStr
@@ -18,11 +18,13 @@ from lotusguard.config import Settings
 from lotusguard.guard.health import Health
 from lotusguard.logs import LevelObserver
 from lotusguard.metrics import Metrics
-from lotusguard.web.appservice import AppServiceApi
 from lotusguard.web.console.sessions import Sessions
 from lotusguard.web.operators import OperatorApi
 from lotusguard.web.webhooks import Webhooks
 from lotusguard.wiring import Calls, Clients, Joins, Rooms
+
+if TYPE_CHECKING:  # it is imported only where there is such a listener
+    from lotusguard.web.appservice import AppServiceApi
 
 log = Logger()
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
-from twisted.logger import ILogObserver, Logger
+from twisted.logger import ILogObserver, Logger, LogLevel
 from twisted.python import usage
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
@@ -27,7 +27,6 @@ from lotusguard.metrics import Metrics
 from lotusguard.process import raise_file_limit, tune_garbage_collector, use_monotonic_time
 from lotusguard.reload import Reloader
 from lotusguard.supervision import ReactorLagMonitor, SystemdNotifier
-from lotusguard.web.appservice import AppServiceApi
 from lotusguard.web.console.names import RoomNames
 from lotusguard.web.console.routes import Console
 from lotusguard.web.console.sessions import Sessions
@@ -47,6 +46,8 @@ WATCH_EVERY = 1.0
 """Seconds between two looks at whether what is enforced has changed."""
 OPERATORS_GRACE = 1.0
 """Seconds that operators' requests may take when the guard stops."""
+_TWIST_LOG = "fileLogObserverFactory"
+"""The option of ``twist``, which twistd does not have, that makes the log's observer."""
 WRONG_SETTING = 78
 """Exit status for a wrong setting (``EX_CONFIG``): the unit does not start the guard again until it is corrected."""
 
@@ -98,14 +99,27 @@ class Unbuilt(MultiService):
         self._guard: Guard | None = None
 
     def setServiceParent(self, parent: Any) -> None:
-        """Under ``twistd`` the parent is the application. Its log gets the configured format, unless twistd's own
-        options send the log elsewhere, or twistd goes into the background."""
-        twistd = getattr(self._options, "parent", None) or {"nodaemon": True}
-        elsewhere = any(twistd.get(option) for option in ("logfile", "syslog", "logger"))
-        if isinstance(parent, Componentized) and twistd["nodaemon"] and not elsewhere:
-            self._observer = observer_for(self._settings.guard_log_format, self._settings.guard_log_level)
-            parent.setComponent(ILogObserver, self._observer)
+        """Under ``twistd`` and ``twist`` the parent is the application. Its log gets the configured format, unless
+        twistd's own options send the log elsewhere, or twistd goes into the background."""
+        runner = getattr(self._options, "parent", None) or {"nodaemon": True}
+        elsewhere = any(runner.get(option) for option in ("logfile", "syslog", "logger"))
+        if _TWIST_LOG in runner:
+            runner[_TWIST_LOG], runner["logLevel"] = self._observe, LogLevel.debug  # our observer leaves lines out
+        elif isinstance(parent, Componentized) and runner.get("nodaemon") and not elsewhere:
+            parent.setComponent(ILogObserver, self._observe(None))
         super().setServiceParent(parent)
+
+    def _observe(self, stream: Any) -> LevelObserver:
+        """:param stream: where to write; ``None``: standard output."""
+        self._observer = observer_for(self._settings.guard_log_format, self._settings.guard_log_level, stream)
+        if self._guard is not None:  # `twist` begins to log after the start
+            self._guard.change_levels_of(self._observer)
+        return self._observer
+
+    def startService(self) -> None:
+        if self._guard is None:  # `twist` starts services without `privilegedStartService`
+            self.privilegedStartService()
+        super().startService()
 
     def privilegedStartService(self) -> None:
         listen, admin_listen = self._options["listen"], self._options["admin-listen"]
@@ -179,6 +193,8 @@ class Guard(MultiService):
         )
         self.appservice: Listener | None = None
         if settings.guard_appservice_port is not None:
+            from lotusguard.web.appservice import AppServiceApi
+
             proxied = RequestHandler(
                 joins.admission,
                 clients.upstream,
@@ -207,7 +223,7 @@ class Guard(MultiService):
                 metrics=metrics,
                 lobby=waiting.lobby, moderation=calls.moderator,
                 console=Console(view, sessions, calls.moderator, calls.changes, reactor), token=token,
-                guard=lambda: self.public.place,
+                guard=lambda: self.public.place, clock=reactor,
             )  # fmt: skip
             endpoint = admin_listen or _endpoint(settings.guard_admin_host, settings.guard_admin_port or 0)
             self.admin = self._listener("operators'", [endpoint], "GUARD_ADMIN_PORT", operators.site(reactor))
@@ -216,6 +232,10 @@ class Guard(MultiService):
         ReactorLagMonitor(reactor, metrics).setServiceParent(self)
         self._systemd = SystemdNotifier(reactor)
         self._systemd.setServiceParent(self)
+
+    def change_levels_of(self, observer: LevelObserver) -> None:
+        """A reload changes the level of this log."""
+        self._reloader.observer = observer
 
     def reload(self, settings: Settings) -> None:
         """Apply settings that were read again; calls and seats are kept."""

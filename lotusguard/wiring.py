@@ -333,7 +333,8 @@ def calls(
         interval=settings.guard_membership_interval, arrival_age=settings.guard_policy_ttl,
     )  # fmt: skip
     participants = ParticipantEnforcer(
-        clients.livekit, state.registry, metrics, restore=settings.guard_restore, dry_run=settings.guard_dry_run,
+        clients.livekit, state.registry, reactor, metrics,
+        restore=settings.guard_restore, dry_run=settings.guard_dry_run,
         may_act=lambda: lease is None or lease.held, removed=decision_log.removed,
     )  # fmt: skip
     enforcement = Enforcement(

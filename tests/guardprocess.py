@@ -22,6 +22,7 @@ from lotusguard.sandbox.demo.sandbox import Sandbox
 
 CHECKOUT = Path(__file__).parent.parent
 TWISTD = "from twisted.scripts.twistd import run; run()"
+TWIST = "from twisted.application.twist._twist import Twist; Twist.main()"
 
 
 def free_port() -> int:
@@ -65,6 +66,7 @@ class ProcessSandbox(Sandbox):
 
     twistd: Sequence[str] = ("-n", "--pidfile=")
     """``twistd``'s own options."""
+    program = TWISTD
 
     async def start_guard(self, **settings: Any) -> None:
         """Start the process and wait until it listens."""
@@ -76,11 +78,13 @@ class ProcessSandbox(Sandbox):
         environment = {name.upper(): str(value) for name, value in values.items()}
         environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"}
         self.process = GuardProcess()
-        arguments = [sys.executable, "-c", TWISTD, *self.twistd, "lotusguard"]
+        arguments = [sys.executable, "-c", self.program, *self.twistd, "lotusguard"]
         reactor.spawnProcess(self.process, sys.executable, arguments, environment)
         self.livekit.webhooks.urls[:] = [f"{self.url}/sfu_webhook"]
         listeners = ("public listener listens", "operators' listener listens")
-        while "-n" in self.twistd and not all(said in self.process.output for said in listeners):
+        while ("-n" in self.twistd or self.program == TWIST) and not all(
+            said in self.process.output for said in listeners
+        ):
             assert not self.process.ended.called, self.process.output
             await deferLater(reactor, 0.01)
 

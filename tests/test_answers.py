@@ -35,6 +35,7 @@ FORBIDDEN, LIMITED, UNKNOWN = "M_FORBIDDEN", "M_LIMIT_EXCEEDED", "M_UNKNOWN"
         (JoinRefused(Refusal.NOT_ADMITTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.NOBODY_ADMITTED), 403, FORBIDDEN),
         (JoinRefused(Refusal.TOO_MANY_SLOTS), 429, LIMITED),
+        (JoinRefused(Refusal.TOO_MANY_LOOKUPS), 429, LIMITED),
         (JoinRefused(Refusal.LOBBY_FULL), 429, LIMITED),
         (JoinRefused(Refusal.SEAT_PENDING), 503, UNKNOWN),
         (Unreadable("x"), 400, "M_NOT_JSON"),

@@ -12,7 +12,7 @@ import jwt
 import pytest
 
 from benchmarks.__main__ import with_table
-from benchmarks.chart import SHOWN, chart
+from benchmarks.chart import GROWTH, JOINS, growth_chart, joins_chart
 from benchmarks.figures import Figure, markdown, percentile
 from benchmarks.load import Load
 from benchmarks.prepared_answers import SECRET, Scene, SfuRooms, cached_alias, issued_token, room_id, room_state
@@ -41,8 +41,8 @@ def test_ratios_are_taken_within_a_round_and_their_median_counts() -> None:
 
 def test_table_marks_missed_targets() -> None:
     text = markdown([Figure("cost", "ms", guard=[3.0], peer=[4.0], aim=0.5), Figure("only", "s", peer=[2.0])])
-    assert "| cost [ms] | 3.00 | 4.00 | 0.75 | ≤ 0.5 **missed** |" in text
-    assert "| only [s] | – | 2.00 |  |  |" in text
+    assert "| cost [ms] | 3.00 | 4.00 | 0.75 |  | ≤ 0.5 **missed** |" in text
+    assert "| only [s] | – | 2.00 |  |  |  |" in text
 
 
 def test_the_page_gets_a_new_table_and_keeps_the_rest() -> None:
@@ -52,13 +52,27 @@ def test_the_page_gets_a_new_table_and_keeps_the_rest() -> None:
         with_table("no marks", "new\n")
 
 
-def test_the_chart_is_an_svg_with_a_pair_of_bars_for_each_figure() -> None:
-    name = SHOWN[0][0]
-    svg = chart([Figure(name, "ms", guard=[1.0], peer=[2.0]).as_json()])
-    bars = [
-        float(rect.get("width", "0")) for rect in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")
+def bars_of(svg: str) -> list[float]:
+    rects = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")
+    return [float(rect.get("width", "0")) for rect in rects if rect.get("class") == "bar"]
+
+
+def test_the_charts_draw_all_bars_on_one_scale() -> None:
+    figures = [
+        Figure(JOINS[0][0], "ms", guard=[1.0], peer=[2.0], relay=[0.5]).as_json(),
+        Figure(JOINS[1][0], "ms", guard=[4.0]).as_json(),
     ]
-    assert bars[-1] == pytest.approx(2 * bars[-2])
+    own, relay, peer, other = bars_of(joins_chart(figures))
+    assert (relay, peer, other) == pytest.approx((own / 2, own * 2, own * 4), rel=0.01)
+    sizes = [Figure(name, "ms", guard=[1.0]).as_json() for name, _ in GROWTH]
+    assert len(set(bars_of(growth_chart(sizes)))) == 1
+    assert len(bars_of(growth_chart(sizes))) == len(GROWTH)
+
+
+def test_ratios_to_the_bare_relay_have_an_aim_of_their_own() -> None:
+    figure = Figure("cost", "ms", guard=[3.0], peer=[4.0], relay=[2.0], aim=1.0, relay_aim=1.6)
+    assert figure.relay_ratio == 1.5
+    assert "≤ 1 met, relay ≤ 1.6 met" in markdown([figure])
 
 
 def test_profiled_functions_are_grouped_by_library() -> None:
@@ -102,6 +116,14 @@ def test_a_small_round_runs(helpers: tuple[Dependencies, Callers], kind: type[Su
         assert subject.cpu() > before
         sources = sources_of(outcome.sample)
     assert sources == (["microphone", "camera"] if kind is GuardProcess else [])
+
+
+def test_users_who_were_never_seen_are_members_of_the_room_that_they_ask_for(
+    helpers: tuple[Dependencies, Callers],
+) -> None:
+    dependencies, callers = helpers
+    with GuardProcess(dependencies) as guard:
+        assert callers.make(Load(guard.port, 4, 40, rooms=4, strangers=1)).statuses == {"200": 40}
 
 
 @pytest.mark.parametrize("kind", [GuardProcess, PeerProcess])

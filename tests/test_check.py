@@ -162,12 +162,25 @@ async def test_synapse_api_that_leads_to_livekit_is_wrong(sandbox: Sandbox) -> N
     assert "SYNAPSE_API" in finding.remedy
 
 
+@pytest.mark.parametrize("body", [b"<html>no such page</html>", b'{"errcode": "M_UNRECOGNIZED"}'])
+@pytest.mark.parametrize(
+    ("settings", "state", "said"),
+    [
+        ({}, "warning", "no admin API: rooms are enforced where @guard:sandbox.local is invited"),
+        ({"guard_invites": "off"}, "wrong", "accepts no invitations"),
+    ],
+)
 @pytest_twisted.ensureDeferred
-async def test_synapse_api_without_the_admin_api_is_wrong(sandbox: Sandbox) -> None:
-    sandbox.homeserver.faults["server_version"] = Fault.status(404, b"<html>no such page</html>")
-    finding = found(await checked(sandbox), "synapse", "reachable")
-    assert finding.state == "wrong"
-    assert "its admin API does not answer (404)" in finding.reason
+async def test_homeserver_without_an_admin_api_is_enough_where_invitations_are_accepted(
+    sandbox: Sandbox, body: bytes, settings: dict[str, str], state: str, said: str
+) -> None:
+    for route in ("server_version", "rooms"):
+        sandbox.homeserver.faults[route] = Fault.status(404, body)
+    report = await checked(sandbox, matrix_token=sandbox.homeserver.add_user("guard"), **settings)
+    assert found(report, "synapse", "reachable").state == "fine"
+    finding = found(report, "synapse", "access token")
+    assert finding.state == state
+    assert said in finding.reason
     assert "main process" in finding.remedy
 
 
@@ -453,7 +466,7 @@ async def test_lk_jwt_service_on_every_address_is_a_warning(sandbox: Sandbox, mo
     report = await checked(sandbox)
     finding = found(report, "exposure", "lk-jwt-service")
     assert finding.state == "warning"
-    assert "listens on 0.0.0.0" in finding.reason
+    assert "listens on 0.0.0.0 (every address): anybody who can connect" in finding.reason
     assert f"LIVEKIT_JWT_BIND=127.0.0.1:{sandbox.upstream.port}" in finding.remedy
     assert ("exposure", "homeserver routes") not in {(one.about, one.asked) for one in report.findings}
 

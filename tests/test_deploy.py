@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -341,3 +342,46 @@ def test_the_module_accepts_synapses_snippet(tmp_path: Path) -> None:
     token.write_text("operators\n")
     config = module.PolicyPush.parse_config({**snippet["config"], "token_path": str(token)})
     assert config.url == f"http://127.0.0.1:{Settings.model_fields['guard_admin_port'].default}"
+
+
+# -- NixOS -------------------------------------------------------------------------------------------------
+
+NIXPKGS_LIB = os.environ.get("NIXPKGS_LIB", "")
+EVALUATED = """
+let
+  lib = import {lib};
+  anything = lib.mkOption {{ type = lib.types.attrsOf lib.types.anything; default = {{ }}; }};
+in (lib.evalModules {{
+  modules = [
+    {module}
+    {{ options.systemd = {{ services = anything; sockets = anything; }}; }}
+    {{ services.lotusguard = {{
+         enable = true;
+         package = {{ type = "derivation"; name = "lotusguard"; outPath = "/nix/store/lotusguard"; }};
+         environmentFile = "/run/secrets/lotusguard.env";
+       }}; }}
+  ];
+}}).config.systemd
+"""
+
+
+@pytest.mark.skipif(
+    not (NIXPKGS_LIB and shutil.which("nix-instantiate")), reason="NIXPKGS_LIB and nix-instantiate are needed"
+)
+def test_the_nixos_module_confines_the_service_as_the_unit_does() -> None:
+    expression = EVALUATED.format(lib=NIXPKGS_LIB, module=DEPLOY / "nixos" / "module.nix")
+    done = subprocess.run(
+        ["nix-instantiate", "--eval", "--strict", "--json", "-E", expression],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    systemd = json.loads(done.stdout)
+    assert systemd["sockets"]["lotusguard"]["listenStreams"] == ["127.0.0.1:8070", "[::1]:8070"]
+    made = systemd["services"]["lotusguard"]["serviceConfig"]
+    ours = service()["Service"]
+    differ = {"ExecStart", "ExecReload", "EnvironmentFile", "SystemCallFilter"}
+    assert {name: made.get(name) for name in ours if name not in differ} == {
+        name: value for name, value in ours.items() if name not in differ
+    }
+    assert made["ExecStart"].startswith("/nix/store/lotusguard/bin/twistd -n --pidfile= lotusguard --listen systemd:")
+    assert '[ "$EXIT_STATUS" != 78 ]' in made["ExecStopPost"]

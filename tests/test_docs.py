@@ -11,6 +11,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,11 @@ import pytest_twisted
 from pydantic import SecretStr
 from twisted.internet.threads import deferToThread
 
+from lotusguard.cli import command_line
 from lotusguard.config import Settings
 from lotusguard.rules.refusals import Refusal
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
+from lotusguard.tap import Options
 from lotusguard.web.answers import REFUSALS
 from tests.calls import ALICE, room_of
 
@@ -210,3 +213,57 @@ async def test_the_state_events_page_writes_a_policy_that_is_enforced(sandbox: S
     done = await deferToThread(run, script, environment, tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"allow_screenshare": False, "allow_camera": True}
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+def shell_lines(page: Path) -> list[str]:
+    """The lines of all shell code blocks of a page, and its inline code."""
+    text = text_of(page)
+    blocks = re.findall(r"^ *```sh[^\n]*\n(.*?)^ *```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return lines + re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S))
+
+
+COMMANDS = {"check", "trial", "why", "ejected", "sandbox"}
+
+
+def commands_in(page: Path) -> list[list[str]]:
+    """The words after each call of the command `lotusguard` in a page."""
+    found = []
+    for line in shell_lines(page):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue  # the middle of a longer command
+        for index, word in enumerate(words[:-1]):
+            called = word == "lotusguard" or word.endswith("/lotusguard")
+            if called and words[index + 1] in COMMANDS | {"--unit", "--env-file", "--version"}:
+                found.append(words[index + 1 :])
+                break
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    for words in commands_in(page):
+        command_line().parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_options_of_the_service_exist(page: Path) -> None:
+    for line in shell_lines(page):
+        if re.search(r"\btwistd\b.*\blotusguard\b", line):
+            words = shlex.split(line, comments=True)
+            Options().parseOptions(words[words.index("lotusguard") + 1 :])
+
+
+def test_the_pages_name_commands_of_every_kind() -> None:
+    found = {word for page in PAGES for words in commands_in(page) for word in words}
+    assert {*COMMANDS, "--unit", "--at", "--today", "--journal"} <= found
+
+
+def test_nothing_is_installed_from_an_index_that_does_not_have_it() -> None:
+    for page in PAGES:
+        assert "pip install lotusguard" not in text_of(page), names(page)

@@ -188,15 +188,20 @@ def test_wrong_setting_stops_the_start_with_one_line_that_names_it(
     assert "expected" in line
 
 
-def test_port_in_use_stops_the_start_with_a_line_that_names_the_setting(installed: Path) -> None:
+@pytest.mark.parametrize("state", [False, True], ids=["in memory", "with a state directory"])
+@pytest.mark.parametrize("taken", ["GUARD_BIND_PORT", "GUARD_ADMIN_PORT"])
+def test_port_in_use_ends_the_process_with_a_line_that_names_the_setting(
+    installed: Path, tmp_path: Path, taken: str, state: bool
+) -> None:
+    """With a state directory there are threads by then, which must not keep the process alive."""
+    settings = {"GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": "0", "GUARD_ADMIN_PORT": ""}
+    if state:
+        settings["GUARD_STATE_DIR"] = str(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        done = twistd(
-            installed, "-n", "--pidfile=", "lotusguard",
-            GUARD_BIND_HOST="127.0.0.1", GUARD_BIND_PORT=port, GUARD_ADMIN_PORT="",
-        )  # fmt: skip
+        settings[taken] = str(other.getsockname()[1])
+        done = twistd(installed, "-n", "--pidfile=", "lotusguard", **settings)
     assert done.returncode != 0
-    assert "lotusguard: GUARD_BIND_PORT: cannot listen on" in done.stdout.splitlines()[-1]
+    assert f"lotusguard: {taken}: cannot listen on" in done.stdout.splitlines()[-1]
     assert done.stdout.count("MATRIX_TOKEN is not set") == 1
     assert not done.stderr, "the log has it already"
 

@@ -22,7 +22,7 @@ from lotusguard.clients.http import Answer
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, room_of
 from tests.conftest import until
-from tests.guardprocess import ProcessSandbox
+from tests.guardprocess import TWIST, ProcessSandbox
 
 
 @pytest_twisted.async_yield_fixture
@@ -198,4 +198,23 @@ async def test_daemonized_guard_serves_and_keeps_issued_holds(tmp_path: Path) ->
     finally:
         if pid:
             os.kill(pid, signal.SIGKILL)
+        await sandbox.stop()
+
+
+@pytest_twisted.ensureDeferred
+async def test_twist_runs_the_service_with_the_configured_log(tmp_path: Path) -> None:
+    sandbox = ProcessSandbox(
+        reactor, guard_state_dir=tmp_path / "state", guard_log_format="json", guard_log_level="debug"
+    )
+    sandbox.program, sandbox.twistd = TWIST, ()
+    await sandbox.start()
+    try:
+        room_id = room_of(sandbox, 1)
+        assert (await sandbox.ask_token(ALICE, room_id)).code == 200
+        assert (await sandbox.ask_token(BOB, room_id)).code == 403
+        assert await sandbox.end("TERM") == "SIGTERM", "as `twist` ends every service"
+        said = [json.loads(line) for line in sandbox.process.output.splitlines()]
+        assert {line["event"] for line in said} >= {"listening", "join"}
+        assert "debug" in {line["level"] for line in said}
+    finally:
         await sandbox.stop()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
 
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from tests.calls import ALICE, BOB, room_of
+from tests.conftest import until
 from tests.guardprocess import CHECKOUT, TWISTD, GuardProcess
 
 DROP_IN = CHECKOUT / "deploy" / "systemd" / "lotusguard.service.d" / "socket.conf"
@@ -58,9 +58,9 @@ class Activated:
             self._environment,
             childFDs={0: "w", 1: "r", 2: "r", 3: self.held.fileno(), 4: self.held6.fileno()},
         )
-        while self.process.output.count("public listener listens") < 2:
-            assert not self.process.ended.called, self.process.output
-            await deferLater(reactor, 0.01)
+        process = self.process
+        await until(lambda: process.ended.called or process.output.count("public listener listens") == 2, seconds=60)
+        assert not process.ended.called, process.output
 
     async def end(self) -> int | str:
         """Stop the guard as ``systemctl stop`` does."""
@@ -95,8 +95,6 @@ async def test_requests_during_a_restart_wait_and_are_answered(sandbox: Sandbox,
     await sandbox.enter(ALICE, room_id)
     assert await activated.end() == "SIGTERM", activated.process.output
     asking = [Deferred.fromCoroutine(sandbox.ask_token(user, room_id)) for user in (ALICE, BOB, BOB)]
-    await deferLater(reactor, 0.2)
-    assert not any(asked.called for asked in asking), "nothing answers while it is stopped"
     await activated.start()
     codes = [(await asked).code for asked in asking]
     assert codes == [200, 403, 403]

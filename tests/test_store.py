@@ -98,7 +98,7 @@ def modes(directory: Path) -> dict[str, int]:
 
 @pytest_twisted.ensureDeferred
 async def test_holds_that_have_not_expired_are_read_after_a_restart(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store:
+    async with opened(tmp_path, stopped_clock()) as store:
         assert await store.put_hold(hold("@alice:s", expires=NOW + 10))
         store.put_hold_later(hold("@bob:s", expires=NOW + 20))
         assert await store.put_hold(hold("@alice:s", expires=NOW + 40))
@@ -110,7 +110,7 @@ async def test_holds_that_have_not_expired_are_read_after_a_restart(tmp_path: Pa
 
 @pytest_twisted.ensureDeferred
 async def test_a_hold_of_somebody_in_the_call_is_kept_until_it_is_dropped(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store:
+    async with opened(tmp_path, stopped_clock()) as store:
         for user in ("@alice:s", "@bob:s"):
             assert await store.put_hold(hold(user, present=True))
     async with opened(tmp_path, wall=NOW + 7200) as again:
@@ -214,7 +214,7 @@ async def test_the_oldest_writes_are_dropped_beyond_the_limit(tmp_path: Path, mo
 
 @pytest_twisted.ensureDeferred
 async def test_invalid_write_does_not_block_others(tmp_path: Path) -> None:
-    async with opened(tmp_path) as store:
+    async with opened(tmp_path, stopped_clock()) as store:
         store.put_hold_later(hold("@lone-surrogate-\ud800:s"))
         assert await store.put_hold(hold("@alice:s"))
     async with opened(tmp_path) as again:
@@ -238,7 +238,7 @@ async def test_a_file_of_version_1_is_migrated(tmp_path: Path) -> None:
     with database(tmp_path) as file:
         file.executescript(VERSION_1)
     for _ in range(2):
-        async with opened(tmp_path) as store:
+        async with opened(tmp_path, stopped_clock()) as store:
             assert list(store.aliases(10)) == [("alias", "!r:s", "m.call#ROOM")]
             assert list(store.identities(10)) == [StoredIdentity("alias", "identity", "@alice:s", "", None, 0)]
             assert store.holds() == [StoredHold("!r:s", "@alice:s", "", "@alice:s", "", False, NOW + 50)]
@@ -263,7 +263,7 @@ async def test_a_file_of_a_newer_release_is_set_aside_and_kept(tmp_path: Path) -
 @pytest_twisted.ensureDeferred
 async def test_rows_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path) -> None:
     metrics = Metrics()
-    async with opened(tmp_path) as store:
+    async with opened(tmp_path, stopped_clock()) as store:
         for user in ("@alice:s", "@bob:s", "@carol:s"):
             assert await store.put_hold(hold(user))
         store.put_identity("a", "good", "@u:s", "", 2, 0, NOW)
@@ -296,7 +296,7 @@ async def test_every_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
 @pytest_twisted.ensureDeferred
 async def test_a_file_that_others_could_read_is_made_private(tmp_path: Path) -> None:
     (tmp_path / "lotusguard.sqlite3").touch(mode=0o644)
-    async with opened(tmp_path) as store:
+    async with opened(tmp_path, stopped_clock()) as store:
         assert await store.put_hold(hold("@alice:s"))
         assert set(modes(tmp_path).values()) == {0o600}
 

@@ -12,13 +12,14 @@ import pytest_twisted
 from lotusguard.clients.http import Answer
 from lotusguard.rules.jwt import read_unverified
 from tests.conftest import until
+from tests.homeserver import Homeserver
 from tests.synapse import Guarded, MakeGuarded, Synapse, User
 
 VOICE_LIMIT, ROOM_QUALITY = "io.lotus.voice_limit", "io.lotus.room_quality"
 FULL = {"errcode": "M_FORBIDDEN", "error": "This voice channel is full."}
 
 
-async def users_of(synapse: Synapse) -> tuple[User, User, User]:
+async def users_of(synapse: Homeserver) -> tuple[User, User, User]:
     return await synapse.user("alice"), await synapse.user("bob"), await synapse.user("carol")
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lotusguard.rules.sources import CAMERA, EVERY_SOURCE, MICROPHONE, SCREEN_SHARE, SCREEN_SHARE_AUDIO, Source
-from lotusguard.rules.tokens import Rebuilt, granted_sources, issued_to, rebuilt
+from lotusguard.rules.tokens import LONGEST_UPSTREAM_LIFE, Rebuilt, granted_sources, issued_to, rebuilt
 
 NOW = 1_800_000_000.0
 LIFE = 120
@@ -141,6 +141,32 @@ def test_iat_is_preferred_to_nbf() -> None:
 def test_value_that_is_not_a_time_of_issue_is_ignored(value: Any) -> None:
     assert issued(iat=value, nbf=value) == NOW + LIFE
     assert issued(iat=value) == NOW + LIFE
+
+
+def test_times_of_issue_without_an_expiry() -> None:
+    assert issued(exp="absent", nbf=0) == NOW + LIFE
+    assert issued(exp="absent", nbf=-1) == NOW + LIFE
+    assert issued(exp="absent", nbf=1) == 1 + LIFE
+    assert issued(exp="absent", nbf=int(NOW) - 50) == NOW - 50 + LIFE
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (0, NOW + 10_000),
+        (-1, NOW + LIFE),
+        (LONGEST_UPSTREAM_LIFE, NOW + 10_000 - LONGEST_UPSTREAM_LIFE + LIFE),
+        (LONGEST_UPSTREAM_LIFE + 1, NOW + LIFE),
+    ],
+)
+def test_a_time_of_issue_is_not_after_the_expiry_nor_more_than_a_day_before(before: int, expected: float) -> None:
+    expiry = int(NOW) + 10_000
+    assert issued(exp=expiry, iat=expiry - before, nbf="absent") == expected
+
+
+@pytest.mark.parametrize(("expiry", "expected"), [(-(2**53) + 1, -(2**53) + 1), (-(2**53), NOW + LIFE)])
+def test_numbers_that_a_float_cannot_hold_are_no_times(expiry: int, expected: float) -> None:
+    assert issued(exp=expiry, iat="absent", nbf="absent") == expected
 
 
 def test_all_other_claims_are_kept() -> None:

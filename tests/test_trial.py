@@ -78,6 +78,15 @@ async def test_trial_creates_its_room_once_and_uses_it_again(sandbox: Sandbox) -
 
 
 @pytest_twisted.ensureDeferred
+async def test_an_account_that_replaces_another_gets_a_trial_room_of_its_own(sandbox: Sandbox) -> None:
+    await try_join(settings_of(sandbox), reactor, sandbox.url)
+    given = settings_of(sandbox, matrix_token=sandbox.homeserver.add_user("second"))
+    for _ in range(2):
+        assert await try_join(given, reactor, sandbox.url) == "a token was issued and rebuilt"
+    assert len(sandbox.homeserver.rooms) == 2
+
+
+@pytest_twisted.ensureDeferred
 async def test_the_real_synapse_lets_the_account_create_the_room_once(guarded: Guarded) -> None:
     sandbox = guarded.sandbox
     for _ in range(2):

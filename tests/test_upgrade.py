@@ -354,6 +354,26 @@ def test_an_interrupted_upgrade_leaves_the_old_release_running(guarded: Host, na
     assert "1.0" in guarded.running()
 
 
+def test_after_a_killed_upgrade_back_returns_to_the_release_that_ran(guarded: Host) -> None:
+    assert guarded.upgrade(wheel(guarded.folder, "1.1")).returncode == 0
+    upgrade = subprocess.Popen(
+        [str(UPGRADE), str(wheel(guarded.folder, "1.2"))],
+        env=guarded.environment | {"LOTUSGUARD_WATCH_SECONDS": "60"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert upgrade.stdout is not None
+    for line in upgrade.stdout:
+        if "watching it" in line:
+            break
+    upgrade.kill()
+    upgrade.communicate(timeout=60)
+    told = guarded.upgrade("--status").stdout
+    assert "an earlier upgrade was cut off (from 1.1 to 1.2); 1.2 is current. --back returns to 1.1" in told
+    assert guarded.upgrade("--back").returncode == 0
+    assert guarded.current() == "1.1"
+    assert previous(guarded) == "1.0"
+    assert "cut off" not in guarded.upgrade("--status").stdout
+
+
 def test_upgrade_interrupted_before_the_switch_leaves_neither_process_nor_release(guarded: Host) -> None:
     rehearsal = guarded.folder / "rehearsal"
     upgrade = subprocess.Popen(

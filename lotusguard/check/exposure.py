@@ -104,7 +104,7 @@ class ExposureCheck:
         if open_ones:
             self._say.warning(
                 "lk-jwt-service",
-                f"listens on {', '.join(open_ones)}: whoever reaches that address gets tokens past the guard",
+                f"listens on {_addresses(open_ones)}: anybody who can connect there gets tokens past the guard",
                 f"LIVEKIT_JWT_BIND=127.0.0.1:{parts.port}, or a firewall",
             )
         elif addresses:
@@ -201,3 +201,11 @@ def _http_address(url: str) -> str | None:
         return None
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def _addresses(found: list[str]) -> str:
+    """IPv6 addresses in brackets; those that mean every address are explained."""
+    return ", ".join(
+        (f"[{address}]" if ":" in address else address) + (" (every address)" if address in ("::", "0.0.0.0") else "")
+        for address in found
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lotusguard check`` asks Synapse: does it answer, is our token an admin's, can policies be read?"""
+"""``lotusguard check`` asks the homeserver: does it answer, is our token an admin's, can policies be read?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from lotusguard.check.report import Findings
 from lotusguard.config import Settings
 from lotusguard.rules.identity import server_of
 
-NEW_TOKEN = "log in as a server admin and put the access token into MATRIX_TOKEN"
+NEW_TOKEN = (
+    "log in as a server admin, or as an account of the guard's own (docs/resident.md), and put the access token into "
+    "MATRIX_TOKEN"
+)
 MAIN_PROCESS = (
     "point SYNAPSE_API to the main process's own listener, with the `client` resource, not to a proxy or worker"
 )
@@ -30,7 +33,7 @@ class Us:
 
 
 class HomeserverCheck:
-    """Asks Synapse. :param findings: where findings are added."""
+    """Asks the homeserver. :param findings: where findings are added."""
 
     def __init__(self, settings: Settings, synapse: Service, findings: Findings) -> None:
         self._settings = settings
@@ -78,14 +81,6 @@ class HomeserverCheck:
         if answer.code == 403 and "errcode" not in json_of(answer):
             self._say.wrong("reachable", f"{base} is a homeserver, but {BLOCKED}", MAIN_PROCESS)
             return False
-        by_invitation = self._settings.guard_invites in ("local", "any")
-        if (answer.code == 404 or (answer.code == 200 and not version)) and not by_invitation:
-            self._say.wrong(
-                "reachable",
-                f"{base} is a homeserver, but its admin API does not answer ({answer.code})",
-                f"{MAIN_PROCESS}; if this homeserver has no admin API, set GUARD_INVITES=local",
-            )
-            return False
         self._say.fine("reachable", f"{base}, Synapse {version}" if version else f"{base}, version unknown")
         return True
 
@@ -116,20 +111,11 @@ class HomeserverCheck:
     async def _room_for_admins(self, user: str) -> str | None:
         """The ID of some room; ``""`` if there is none, None if we may not list rooms."""
         answer = await self._synapse.ask("GET", "/_synapse/admin/v1/rooms?limit=1", headers=self._headers)
-        if answer.code in (403, 404) and await self._accepts_invitations():
-            self._say.warning(
-                "access token",
-                f"{user} is not a server admin: only the rooms to which it was invited are enforced",
-                "invite it into the rooms that need it; see docs/resident.md",
-            )
+        if answer.code == 404:
+            await self._without_admin_api(user)
             return None
         if answer.code == 403:
-            self._say.wrong(
-                "access token",
-                f"MATRIX_TOKEN is {user}'s, who is not a server admin: no room's policy can be read",
-                f"make {user} an admin (PUT /_synapse/admin/v1/users/{user}/admin), or {NEW_TOKEN}; or set "
-                "GUARD_INVITES=local and invite the account into the rooms that need it",
-            )
+            await self._without_admin_rights(user)
             return None
         rooms = json_of(answer).get("rooms")
         if answer.code != 200 or not isinstance(rooms, list):
@@ -138,12 +124,46 @@ class HomeserverCheck:
         self._say.fine("access token", f"{user}, a server admin")
         return str(rooms[0].get("room_id", "")) if rooms else ""
 
+    async def _without_admin_api(self, user: str) -> None:
+        """The homeserver is of another make, or ``SYNAPSE_API`` leads to a worker or proxy."""
+        nothing = "this homeserver has no admin API"
+        if await self._accepts_invitations():
+            self._say.warning(
+                "access token",
+                f"{nothing}: rooms are enforced where {user} is invited",
+                f"invite it into the rooms that need it; see docs/resident.md. If this is Synapse: {MAIN_PROCESS}",
+            )
+        else:
+            self._say.wrong(
+                "access token",
+                f"{nothing}, and {user} accepts no invitations: no room's policy can be read",
+                f"make it an account that nobody else uses, or set GUARD_INVITES=local; see docs/resident.md. "
+                f"If this is Synapse: {MAIN_PROCESS}",
+            )
+
+    async def _without_admin_rights(self, user: str) -> None:
+        if await self._accepts_invitations():
+            self._say.warning(
+                "access token",
+                f"{user} is not a server admin: only the rooms to which it was invited are enforced",
+                "invite it into the rooms that need it; see docs/resident.md",
+            )
+        else:
+            self._say.wrong(
+                "access token",
+                f"MATRIX_TOKEN is {user}'s, who is not a server admin: no room's policy can be read",
+                f"make {user} an admin (PUT /_synapse/admin/v1/users/{user}/admin), or {NEW_TOKEN}; or set "
+                "GUARD_INVITES=local and invite the account into the rooms that need it",
+            )
+
     async def _accepts_invitations(self) -> bool:
         """Whether an account that is no admin's accepts invitations. By default, only if nobody else uses it."""
         invites = self._settings.guard_invites
         if invites is not None:
             return invites != "off"
         answer = await self._synapse.ask("GET", "/_matrix/client/v3/devices", headers=self._headers)
+        if answer.code in (400, 401, 403, 404):  # an app-service's account
+            return True
         devices = json_of(answer).get("devices")
         return answer.code == 200 and isinstance(devices, list) and len(devices) <= 1
 
@@ -183,6 +203,7 @@ class HomeserverCheck:
                 "OpenID",
                 f"callers cannot be verified here ({errcode_of(answer)}): they are refused only after lk-jwt-service "
                 "has made a room for them",
-                "add the `openid` resource (or `federation`) to the listener that SYNAPSE_API points to",
+                "add the `openid` resource (or `federation`) to the listener that SYNAPSE_API points to; in "
+                "Dendrite, leave federation on",
             )
         return openid

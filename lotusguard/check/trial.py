@@ -14,7 +14,6 @@ from lotusguard.check.livekit import LiveKitCheck
 from lotusguard.check.report import Findings, Report
 from lotusguard.clients.http import Answer, connection_pool
 from lotusguard.config import Settings
-from lotusguard.rules.identity import server_of
 from lotusguard.rules.jwt import NotOurs
 from lotusguard.rules.tokens import issued_to
 
@@ -72,7 +71,8 @@ class Trial:
         answer = await self._guard.post_json("/sfu/get", body)
         token = json_of(answer).get("jwt")
         if answer.code != 200 or not isinstance(token, str):
-            raise TrialFailed(f"the guard answers {errcode_of(answer)} {json_of(answer).get('error', '')!r} to a join")
+            said = f"{errcode_of(answer)} {json_of(answer).get('error', '')!r}"
+            raise TrialFailed(f"the guard answers {said} to a join; `lotusguard check` looks for the cause")
         return await self._checked(token)
 
     async def _checked(self, token: str) -> str:
@@ -95,22 +95,35 @@ class Trial:
         return "a token was issued and rebuilt"
 
     async def _room(self, user: str) -> str:
-        """The ID of the trial room, which is created the first time."""
-        alias = f"#{ALIAS}:{server_of(user)}"
-        known = await self._request("GET", f"/_matrix/client/v3/directory/room/{quote(alias, safe='')}")
-        room_id = json_of(known).get("room_id")
-        if known.code != 200 or not isinstance(room_id, str):
-            new = {"preset": "private_chat", "room_alias_name": ALIAS, "name": "lotusguard: trial joins"}
-            answer = await self._synapse.post_json("/_matrix/client/v3/createRoom", new, **self._headers)
-            room_id = json_of(answer).get("room_id")
-            if answer.code != 200 or not isinstance(room_id, str):
-                raise TrialFailed(f"{user} cannot create {alias} ({errcode_of(answer)}): name a room with --room")
+        """The ID of the trial room, which is created the first time. An account that replaces another has a room of its
+        own."""
+        localpart, _, server = user[1:].partition(":")
+        joined = (await self._ask("GET", "/_matrix/client/v3/joined_rooms")).get("joined_rooms")
+        for name in (ALIAS, f"{ALIAS}-{localpart}"):
+            alias = f"#{name}:{server}"
+            known = await self._request("GET", f"/_matrix/client/v3/directory/room/{quote(alias, safe='')}")
+            room_id = json_of(known).get("room_id")
+            if known.code != 200 or not isinstance(room_id, str):
+                return await self._new_room(user, name)
+            if isinstance(joined, list) and room_id in joined:
+                return room_id
+        raise TrialFailed(f"{user} is not in {alias}: name a room that it is in with --room")
+
+    async def _new_room(self, user: str, name: str) -> str:
+        new = {"preset": "private_chat", "room_alias_name": name, "name": "lotusguard: trial joins"}
+        answer = await self._synapse.post_json("/_matrix/client/v3/createRoom", new, **self._headers)
+        room_id = json_of(answer).get("room_id")
+        if answer.code != 200 or not isinstance(room_id, str):
+            raise TrialFailed(f"{user} cannot create #{name} ({errcode_of(answer)}): name a room with --room")
         return room_id
 
     async def _ask(self, method: str, target: str, body: bytes | None = None) -> dict[str, Any]:
         answer = await self._request(method, target, body)
         if answer.code != 200:
-            raise TrialFailed(f"the homeserver answers {errcode_of(answer)} to {target.partition('?')[0]}")
+            path = target.partition("?")[0]
+            raise TrialFailed(
+                f"the homeserver answers {errcode_of(answer)} to {path}; `lotusguard check` looks for the cause"
+            )
         return json_of(answer)
 
     async def _request(self, method: str, target: str, body: bytes | None = None) -> Answer:

@@ -58,7 +58,7 @@ class UpstreamCheck:
         self._say.wrong(
             "reachable",
             f"GUARD_UPSTREAM ({settings.guard_upstream}) is the guard itself: {port} is {ours[port]}",
-            "let lk-jwt-service listen on another port (LIVEKIT_JWT_BIND=:8071) and name that in GUARD_UPSTREAM",
+            "let lk-jwt-service listen on another port (LIVEKIT_JWT_BIND=127.0.0.1:8071); name it in GUARD_UPSTREAM",
         )
         return True
 

@@ -93,6 +93,11 @@ class Dependency:
     def probe(self, probe: Callable[[], Awaitable[object]]) -> None:
         self._prober.probe = probe
 
+    @property
+    def clock(self) -> IReactorTime:
+        """The clock of its deadlines."""
+        return self._clock
+
     def now(self) -> float:
         """Seconds on the clock of its deadlines."""
         return self._clock.seconds()

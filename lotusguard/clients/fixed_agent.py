@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import define, field
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
 from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.python.failure import Failure
-from twisted.web.client import URI, Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool
+from twisted.web.client import URI, Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool, ResponseNeverReceived
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IResponse
 from zope.interface import implementer
@@ -38,6 +39,25 @@ def connection_pool(reactor: Any) -> HTTPConnectionPool:
     pool.maxPersistentPerHost = IDLE_CONNECTIONS
     pool.cachedConnectionTimeout = IDLE_TIMEOUT
     return pool
+
+
+class StaleConnection(ResponseNeverReceived):
+    """A connection that had been kept open was closed before it brought an answer: its other end may have closed it
+    before it saw the request."""
+
+
+@implementer(IStreamClientEndpoint)
+@define(eq=False)
+class _Endpoint:
+    """The endpoint of one request. :ivar connected: whether a connection was opened for the request."""
+
+    _endpoint: IStreamClientEndpoint
+    connected: bool = field(init=False, default=False)
+
+    def connect(self, protocolFactory: Any) -> Deferred[Any]:
+        self.connected = True
+        connecting: Deferred[Any] = self._endpoint.connect(protocolFactory)
+        return connecting
 
 
 @implementer(IAgent)
@@ -66,10 +86,14 @@ class FixedAgent(Agent):
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: Any = None
     ) -> Deferred[IResponse]:
-        """:param uri: a request target such as ``/path?query``, not a whole URI."""
+        """Fails with `StaleConnection` if a connection that was used before brings no answer.
+
+        :param uri: a request target such as ``/path?query``, not a whole URI.
+        """
+        endpoint = _Endpoint(self._fixed)
         return self._requestWithEndpoint(
-            self._key, self._fixed, method, self._uri, headers, bodyProducer, self._prefix + uri
-        ).addErrback(_as_cancelled)
+            self._key, endpoint, method, self._uri, headers, bodyProducer, self._prefix + uri
+        ).addErrback(_explained, endpoint)
 
 
 def _endpoint(reactor: Any, host: str, port: int, timeout: float | None) -> IStreamClientEndpoint:
@@ -82,9 +106,11 @@ def _endpoint(reactor: Any, host: str, port: int, timeout: float | None) -> IStr
     return HostnameEndpoint(reactor, host, port, timeout, attemptDelay=NEXT_ADDRESS)  # type: ignore[arg-type]
 
 
-def _as_cancelled(failure: Failure) -> Failure:
+def _explained(failure: Failure, endpoint: _Endpoint) -> Failure:
     """Make a cancelled request fail with `CancelledError`. Twisted wraps it in the error of what it interrupted."""
     reasons = getattr(failure.value, "reasons", ())
     if failure.check(ConnectingCancelledError) or any(reason.check(CancelledError) for reason in reasons):
         raise CancelledError
+    if failure.check(ResponseNeverReceived) and not endpoint.connected:
+        raise StaleConnection(reasons)
     return failure

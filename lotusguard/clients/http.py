@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, cast
 
 import treq
@@ -14,7 +13,8 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from lotusguard.clients.fixed_agent import IDLE_CONNECTIONS, FixedAgent, connection_pool
+from lotusguard.clients.fixed_agent import IDLE_CONNECTIONS, FixedAgent, StaleConnection, connection_pool
+from lotusguard.clients.json_answers import parse_json
 
 __all__ = [
     "IDLE_CONNECTIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "BodyTooLarge",
     "BytesBody",
     "FixedAgent",
+    "StaleConnection",
     "answer_of",
     "collected",
     "connection_pool",
@@ -126,7 +127,7 @@ class _Abortable:
 
 def json_object(answer: Answer) -> dict[str, Any]:
     """The JSON object in an answer. :raises ValueError: the body is not a JSON object."""
-    content = json.loads(answer.body)
+    content = parse_json(answer.body)
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content

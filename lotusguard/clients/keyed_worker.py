@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any, Generic, TypeVar
 
 from attrs import define, field
 from twisted.internet.defer import Deferred
@@ -13,9 +13,11 @@ from twisted.internet.defer import Deferred
 from lotusguard.clients.lookups import fire_all
 from lotusguard.clients.waiting import run_in_background
 
+K = TypeVar("K", bound=Hashable)
+
 
 @define(eq=False)
-class KeyedWorker:
+class KeyedWorker(Generic[K]):
     """Runs work for keys in the background::
 
         worker = KeyedWorker(enforce, limit=8, failed=log_failure)
@@ -29,18 +31,18 @@ class KeyedWorker:
     :param failed: called with the key and the Failure of its work.
     """
 
-    _work: Callable[[str], Coroutine[Any, Any, object]]
+    _work: Callable[[K], Coroutine[Any, Any, object]]
     _limit: int
-    _failed: Callable[[str, Any], None]
-    _running: dict[str, Deferred[Any] | None] = field(factory=dict, init=False)
-    _again: set[str] = field(factory=set, init=False)
-    _queued: dict[str, None] = field(factory=dict, init=False)
+    _failed: Callable[[K, Any], None]
+    _running: dict[K, Deferred[Any] | None] = field(factory=dict, init=False)
+    _again: set[K] = field(factory=set, init=False)
+    _queued: dict[K, None] = field(factory=dict, init=False)
     _waiters: list[Deferred[None]] = field(factory=list, init=False)
     _stopped: bool = field(default=False, init=False)
-    _ending: deque[str] = field(factory=deque, init=False)
+    _ending: deque[K] = field(factory=deque, init=False)
     _starting_next: bool = field(default=False, init=False)
 
-    def run(self, key: str, *, urgent: bool = True) -> None:
+    def run(self, key: K, *, urgent: bool = True) -> None:
         """Ask for the key's work. Returns at once.
 
         :param urgent: start it now, whatever the limit; else when few other keys are being worked on.
@@ -55,7 +57,7 @@ class KeyedWorker:
         else:
             self._queued[key] = None
 
-    def is_busy(self, key: str) -> bool:
+    def is_busy(self, key: K) -> bool:
         """Whether the key is being worked on, or waits for its turn."""
         return key in self._running or key in self._queued
 
@@ -75,7 +77,7 @@ class KeyedWorker:
             if work is not None:
                 work.cancel()
 
-    def _start(self, key: str) -> None:
+    def _start(self, key: K) -> None:
         self._queued.pop(key, None)
         self._again.discard(key)
         self._running[key] = None  # the work may end before run_in_background returns
@@ -84,7 +86,7 @@ class KeyedWorker:
             self._running[key] = running
         running.addBoth(lambda _: self._ended(key))
 
-    def _ended(self, key: str) -> None:
+    def _ended(self, key: K) -> None:
         """Start what comes next. Work may end at once, so a loop does it: nested calls would exceed Python's limit."""
         self._ending.append(key)
         if self._starting_next:
@@ -97,7 +99,7 @@ class KeyedWorker:
             self._starting_next = False
         self._tell_if_idle()
 
-    def _start_after(self, key: str) -> None:
+    def _start_after(self, key: K) -> None:
         del self._running[key]
         if key in self._again:
             self._start(key)

@@ -17,7 +17,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IResponse
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, answer_of
+from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, StaleConnection, answer_of
 from lotusguard.metrics import Metrics
 
 T = TypeVar("T")
@@ -27,8 +27,6 @@ TOKEN_ANSWER_LIMIT = 1024 * 1024
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.5
 """Seconds between two attempts while connections are refused."""
 PROBE_TIMEOUT = 2.0
-STALE_ATTEMPTS = 3
-"""Attempts on kept-alive connections that may end without an answer before upstream counts as hanging up."""
 VIA = b"1.1 lotusguard"
 """The ``Via`` of every forwarded request (RFC 9110 §7.6.3); a guard that receives it is part of a loop."""
 
@@ -100,29 +98,31 @@ class LkJwtService:
             ``timeout``, and the grace comes before that.
         :raises UpstreamFailed:
         """
-        return await self._attempted(request, self._whole, deadline)
+        return await self._attempted(request, self._whole, deadline, self._grace)
 
-    async def open(self, request: Forwarded) -> IResponse:
+    async def open(self, request: Forwarded, *, hold: bool = True) -> IResponse:
         """Forward a request and wait for the head of the answer; the caller reads its body.
 
+        :param hold: the request, while connections are refused. Otherwise it fails at once.
         :raises UpstreamFailed:
         """
-        return await self._attempted(request, self._send, None)
+        return await self._attempted(request, self._send, None, self._grace if hold else 0.0)
 
     async def _attempted(
         self,
         request: Forwarded,
         attempt: Callable[[Forwarded], Deferred[T]],
         deadline: float | None,
+        grace: float,
     ) -> T:
         """Make an attempt, and further ones if upstream has not seen the request.
 
-        While connections are refused (upstream is restarting) the request is held. If upstream closes a kept-alive
-        connection before it answers, the request is sent again on another one.
+        While connections are refused (upstream is restarting) the request is held. If upstream closes a connection that
+        was used before, it has probably not seen the request, which is sent once more.
         """
         began = self._clock.seconds()
-        held_until = began + self._grace if deadline is None else min(began + self._grace, deadline)
-        pause, stale = FIRST_PAUSE, 0
+        held_until = began + grace if deadline is None else min(began + grace, deadline)
+        pause, repeated = FIRST_PAUSE, False
         while True:
             try:
                 seconds = self._seconds_left(deadline)
@@ -137,10 +137,11 @@ class LkJwtService:
                 await deferLater(self._clock, pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
             except ResponseNeverReceived as never:
-                hung_up = all(reason.check(ConnectionDone, ConnectionLost) for reason in never.reasons)
-                stale += 1
-                if not hung_up or stale >= STALE_ATTEMPTS:
+                closed = all(reason.check(ConnectionDone, ConnectionLost) for reason in never.reasons)
+                if repeated or not closed or not isinstance(never, StaleConnection):
                     raise self._failed(502, "hung_up") from None
+                repeated = True
+                await deferLater(self._clock, 0)  # by then the pool has dropped the others that were closed with it
             except Exception:
                 raise self._failed(502, "invalid_response") from None
             else:

@@ -56,6 +56,7 @@ class _Call(Generic[T]):
             self.running.cancel()
 
 
+@define(eq=False)
 class SharedLookups(Generic[K, T]):
     """One call for all callers who want the same thing at the same time::
 
@@ -66,9 +67,8 @@ class SharedLookups(Generic[K, T]):
     the old one still runs: its result may be older than the change that made us forget.
     """
 
-    def __init__(self, call: Callable[[K], Coroutine[Any, Any, T]]) -> None:
-        self._call = call
-        self._calls: dict[K, _Call[T]] = {}
+    _call: Callable[[K], Coroutine[Any, Any, T]]
+    _calls: dict[K, _Call[T]] = field(factory=dict, init=False)
 
     def get(self, key: K) -> Deferred[T]:
         """The outcome of the call for this key: of the running one, or of a new one."""
@@ -128,6 +128,7 @@ class _Key(Generic[T]):
         return self.running is None and self.following is None
 
 
+@define(eq=False)
 class FreshLookups(Generic[K, T]):
     """Shared lookups for callers who say how old a result may be::
 
@@ -140,14 +141,11 @@ class FreshLookups(Generic[K, T]):
     :param spacing: seconds between the beginnings of two calls for the same key, at least.
     """
 
-    def __init__(
-        self, call: Callable[[K], Coroutine[Any, Any, T]], clock: IReactorTime, *, spacing: float = 0.0
-    ) -> None:
-        self._call = call
-        self._clock = clock
-        self._spacing = spacing
-        self._keys: dict[K, _Key[T]] = {}
-        self._starts: OrderedDict[K, float] = OrderedDict()
+    _call: Callable[[K], Coroutine[Any, Any, T]]
+    _clock: IReactorTime
+    _spacing: float = field(default=0.0, kw_only=True)
+    _keys: dict[K, _Key[T]] = field(factory=dict, init=False)
+    _starts: OrderedDict[K, float] = field(factory=OrderedDict, init=False)
 
     def get(self, key: K, since: float) -> Deferred[Fetched[T]]:
         """A result of a call that began at ``since`` or later. :param since: a time on the clock, not in the future."""

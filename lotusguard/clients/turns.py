@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+from attrs import define, field
 from twisted.internet.defer import Deferred
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ class QueueFull(Exception):
     """Too many calls are waiting for a turn."""
 
 
+@define(eq=False)
 class FairSemaphore:
     """At most ``limit`` turns at once. Free turns go round the keys that wait, in order of arrival within a key::
 
@@ -31,12 +33,15 @@ class FairSemaphore:
     :param queue_limit: waiters of all keys together.
     """
 
-    def __init__(self, limit: int, queue_limit: int | None = None) -> None:
-        self._limit = self._free = limit
-        self._queue_limit = queue_limit
-        self._queues: OrderedDict[Hashable, _Queue] = OrderedDict()
-        self._waiting = 0
-        self._giving = False
+    _limit: int
+    _queue_limit: int | None = None
+    _free: int = field(init=False)
+    _queues: OrderedDict[Hashable, _Queue] = field(factory=OrderedDict, init=False)
+    _waiting: int = field(default=0, init=False)
+    _giving: bool = field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._free = self._limit
 
     @property
     def waiting(self) -> int:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from attrs import frozen
 from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from lotusguard.clients.lookups import Fetched, FreshLookups, SharedLookups, fire_all
@@ -24,9 +25,12 @@ __all__ = [
     "fire_all",
     "gather",
     "gather_in_turns",
+    "in_slices",
     "run_in_background",
 ]
 
+SLICE = 250
+"""Items after which other work gets its turn. One takes some ten microseconds."""
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -99,6 +103,18 @@ async def gather_in_turns(limit: int, call: Callable[[S], Coroutine[Any, Any, T]
 
     await gather(work() for _ in range(limit))
     return results
+
+
+async def in_slices(clock: IReactorTime, items: Iterable[S]) -> AsyncIterator[S]:
+    """The items, with a pause after every `SLICE`: a call with thousands of participants must not delay joins::
+
+    async for participant in in_slices(clock, participants):
+        ...
+    """
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % SLICE == 0:
+            await deferLater(clock, 0)
 
 
 def run_in_background(work: Coroutine[Any, Any, object], failed: Callable[[Failure], None]) -> Deferred[Any]:

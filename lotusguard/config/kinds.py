@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
-from pydantic_settings import NoDecode
 
 from lotusguard.rules.redis_address import parse_address
 
@@ -79,7 +78,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 OptionalPort = Annotated[Port | None, BeforeValidator(_none_if_empty)]
 OptionalCount = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_none_if_empty)]
 Bytes = Annotated[int, Field(ge=1024)]
-ServerNames = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+ServerNames = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Word = BeforeValidator(_switch_or_word)
 LogLevel = Annotated[Literal["debug", "info", "warn", "error", "critical"], BeforeValidator(_level)]
 MembersOnly = Annotated[Literal["on", "log", "off"], Word]

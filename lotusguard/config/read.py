@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import SecretStr, ValidationError
 
 from lotusguard.config.errors import ConfigurationError, WrongSettingError
@@ -38,21 +36,43 @@ def read_settings(**given: object) -> Settings:
     :raises ConfigurationError: one line about the first wrong setting.
     """
     try:
-        return Settings(**given)  # type: ignore[arg-type]
+        return Settings.model_validate({**_from_file(), **_from_environment(), **given})
     except ValidationError as error:
         raise ConfigurationError(_explained(error)) from None
+    except WrongSettingError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def _from_environment() -> dict[str, str]:
+    """Empty variables are settings too: an empty port is no listener."""
+    environment = {name.lower(): value for name, value in os.environ.items()}
+    return {name: environment[name] for name in Settings.model_fields if name in environment}
+
+
+def _from_file() -> dict[str, Any]:
+    """The settings in the file that ``GUARD_CONFIG`` names; none without one.
+
+    :raises ConfigurationError: it cannot be read.
+    """
+    path = os.environ.get("GUARD_CONFIG")
+    if not path:
+        return {}
+    import yaml  # only here: most guards have no such file
+
+    expected = "a YAML file of `name: value` lines"
+    if not Path(path).is_file():
+        raise ConfigurationError(str(WrongSettingError("guard_config", f"{path!r} is not a file", expected)))
+    try:
+        content = yaml.safe_load(Path(path).read_bytes())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(
-            f"GUARD_CONFIG: {os.environ['GUARD_CONFIG']!r} is not YAML{where}; expected `name: value` lines"
-        ) from None
-    except (OSError, TypeError, ValueError) as error:
-        if isinstance(error, WrongSettingError):
-            raise ConfigurationError(str(error)) from None
-        raise ConfigurationError(
-            f"GUARD_CONFIG: {os.environ.get('GUARD_CONFIG')!r} cannot be read; expected a file of `name: value` lines"
-        ) from None
+        raise ConfigurationError(f"GUARD_CONFIG: {path!r} is not YAML{where}; expected `name: value` lines") from None
+    except OSError:
+        content = path
+    if not isinstance(content, dict | None) or not all(isinstance(name, str) for name in content or ()):
+        raise ConfigurationError(f"GUARD_CONFIG: {path!r} cannot be read; expected a file of `name: value` lines")
+    return content or {}
 
 
 def suspicions(settings: Settings) -> list[str]:
@@ -61,8 +81,8 @@ def suspicions(settings: Settings) -> list[str]:
     found = []
     for name in os.environ:
         if name.startswith("GUARD_") and name.lower() not in known:
-            near = difflib.get_close_matches(name.lower(), known, 1)
-            found.append(f"{name} is not a setting" + (f"; did you mean {near[0].upper()}?" if near else ""))
+            near = _nearest(name.lower(), known)
+            found.append(f"{name} is not a setting" + (f"; did you mean {near.upper()}?" if near else ""))
     for name, path in _files_with_secrets(settings):
         if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
             found.append(f"{name}: {str(path)!r} can be read by everybody on this machine (chmod o= it)")
@@ -76,13 +96,20 @@ def _explained(error: ValidationError) -> str:
         return str(cause)
     name = str(first["loc"][0]) if first["loc"] else "settings"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, Settings.model_fields, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = _nearest(name, Settings.model_fields)
+        hint = f"; did you mean {near}?" if near else ""
         return f"{name}: no setting has this name{hint} (expected the names of docs/configuration.md, in lower case)"
     # A URL may hold a password.
     hidden = _is_secret(name) or "@" in str(first["input"]) or len(str(first["input"])) > 200
     given = "" if hidden else f"{first['input']!r} "
     return f"{name.upper()}: {given}{_problem(first, cause)}; expected {_expectation(name)}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that looks most like this one; "" if none does."""
+    import difflib  # only for mistakes
+
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), "")
 
 
 def _is_secret(name: str) -> bool:
@@ -112,7 +139,6 @@ def _expectation(name: str) -> str:
 def _files_with_secrets(settings: Settings) -> list[tuple[str, Path]]:
     files = [(name, getattr(settings, name)) for name in Settings.model_fields if name.endswith("_file")]
     config = os.environ.get("GUARD_CONFIG")
-    content = yaml.safe_load(Path(config).read_bytes()) if config else None
-    if config and isinstance(content, dict) and any(_is_secret(name) for name in content):
+    if config and any(_is_secret(name) for name in _from_file()):
         files.append(("guard_config", Path(config)))
     return [(name.upper(), path) for name, path in files if path is not None]

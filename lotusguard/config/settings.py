@@ -7,13 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, SecretStr, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, model_validator
 
 from lotusguard.config import kinds
 from lotusguard.config.errors import WrongSettingError
@@ -27,10 +21,10 @@ FROM_FILE = (
 """Settings that may also be read from the file that ``…_FROM_FILE`` names."""
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """The settings. The names, defaults and meanings are a contract with operators."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, env_ignore_empty=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     guard_bind_host: str = "0.0.0.0"
     guard_bind_port: kinds.Port = 8070
@@ -78,21 +72,6 @@ class Settings(BaseSettings):
     guard_dry_run: bool = False
     guard_log_level: kinds.LogLevel = "info"
     guard_log_format: Annotated[Literal["text", "json"], kinds.Word] = "text"
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        path = os.environ.get("GUARD_CONFIG")
-        if path and not Path(path).is_file():
-            raise WrongSettingError("guard_config", f"{path!r} is not a file", "a YAML file of `name: value` lines")
-        file = (YamlConfigSettingsSource(settings_cls, Path(path)),) if path else ()
-        return (init_settings, env_settings, *file)
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,7 @@ REFUSED = {
     Refusal.NOT_ADMITTED: "A moderator denied them entry from the lobby.",
     Refusal.NOBODY_ADMITTED: "They waited in the lobby, and nobody admitted them in time (GUARD_LOBBY_WAIT).",
     Refusal.TOO_MANY_SLOTS: "The room had too many calls at once (different slot IDs).",
+    Refusal.TOO_MANY_LOOKUPS: "They asked for tokens of too many rooms at once.",
     Refusal.LOBBY_FULL: "Too many people were waiting in the lobby.",
     Refusal.SEAT_PENDING: "The last seat was being given to somebody else, and that took too long. They may try again.",
 }
@@ -60,7 +61,8 @@ def tell(records: Sequence[Record], terminal: Terminal, nothing: str) -> None:
         )
         what = terminal.paint(record.verdict.replace("_", " "), colour, "bold")
         where = "from the call of" if record.kind is RecordKind.REMOVAL else "in"
-        terminal.line(f"{at:%Y-%m-%d %H:%M:%S}  {what}  {_plain(record.user)} {where} {_plain(record.room_id)}")
+        who = _plain(record.user) or "an unnamed user"
+        terminal.line(f"{at:%Y-%m-%d %H:%M:%S}  {what}  {who} {where} {_plain(record.room_id) or 'an unnamed room'}")
         for line in _details(record):
             terminal.line(f"    {line}")
 

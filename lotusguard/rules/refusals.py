@@ -20,6 +20,8 @@ class Refusal(Enum):
     """A moderator removed the user from this call less than ten minutes ago."""
     TOO_MANY_SLOTS = "too_many_slots"
     """The room has as many slots as it may have; 429."""
+    TOO_MANY_LOOKUPS = "too_many_lookups"
+    """The user asks for tokens of too many rooms at once; 429."""
     LOBBY_FULL = "lobby_full"
     """Too many people wait in a lobby; 429."""
     NOT_ADMITTED = "not_admitted"

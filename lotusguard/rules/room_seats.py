@@ -161,9 +161,16 @@ class RoomSeats(RoomHolds):
         if limit is None:
             self.unlimited_at = now
         there = set()
-        for who in sorted(present, key=self._precedence):
+        news = []
+        for who in present:
             at = Session(alias, who.sid)
             there.add(at)
+            if self._is_settled(at, who):
+                self._arrival_times.arrived(who.user)
+            else:
+                news.append(who)
+        for who in sorted(news, key=_joined):
+            at = Session(alias, who.sid)
             if self._ended.get(at, since) < since:
                 del self._ended[at]  # the SFU was asked after that event, and says it is there
             before = first and (who.joined is None or who.joined <= self.unlimited_at)
@@ -226,6 +233,16 @@ class RoomSeats(RoomHolds):
 
     # -- how it is done ----------------------------------------------------------------------------------
 
+    def _is_settled(self, at: Session, who: Arrival) -> bool:
+        """Whether a listing says nothing new about a participant: they have a seat, and no unused token."""
+        hold = self.sessions.get(at)
+        return (
+            hold is not None
+            and hold.state is HoldState.PRESENT
+            and at not in self._ended
+            and IdentityKey(at.alias, who.identity) not in self.reserved
+        )
+
     def _end_unused(self, user: str, left: IdentityKey, left_by: float, now: float) -> None:
         """End the holds of tokens that the device of an identity was given for the same call and did not use."""
         device = _device_named_by(left.identity, user)
@@ -233,10 +250,6 @@ class RoomSeats(RoomHolds):
             same_call = key.alias == left.alias and key.identity != left.identity
             if device and hold.device == device and same_call and hold.sid == "" and hold.began <= left_by:
                 self._move(hold, HoldEvent.LEAVE, now)
-
-    def _precedence(self, who: Arrival) -> tuple[bool, float]:
-        """Owners of a seat first, then by the time they joined."""
-        return (not self.owns_seat(who.user), who.joined if who.joined is not None else 0.0)
 
     def _reserve(self, hold: Hold, key: IdentityKey, now: float, ttl: float) -> Hold:
         """Make an issued hold of a pending one."""
@@ -274,14 +287,12 @@ class RoomSeats(RoomHolds):
 
     def _may_sit(self, hold: Hold, limit: int) -> bool:
         """Whether a participant without a seat may have one. Before the first listing nobody can tell."""
-        return self.owns_seat(hold.user) or (
-            hold.alias in self._listed and self._counted.owners_besides(hold.user) < limit
-        )
+        return self.owns_seat(hold.user) or (hold.alias in self._listed and self._counted.total.owns_seat < limit)
 
     def _seat_failed_open(self, limit: int) -> None:
         """Tokens that were issued while the roster was unknown get the seats that are free, first come first served."""
         for hold in list(self._failed_open.values()):
-            if self.owns_seat(hold.user) or self._counted.owners_besides(hold.user) < limit:
+            if self.owns_seat(hold.user) or self._counted.total.owns_seat < limit:
                 self._move(hold, HoldEvent.SEAT)
 
     def _forget_ended(self, now: float) -> None:
@@ -305,6 +316,11 @@ class RoomSeats(RoomHolds):
 def _key(alias: str, identity: str, hold_id: str) -> IdentityKey:
     """The key of a token. One that cannot be read gets a key of its own, so that it replaces no other hold."""
     return IdentityKey(alias, identity or hold_id)
+
+
+def _joined(who: Arrival) -> float:
+    """When somebody joined; those of whom the SFU does not say are taken for the oldest."""
+    return who.joined if who.joined is not None else 0.0
 
 
 def _device_named_by(identity: str, user: str) -> str:

@@ -90,8 +90,3 @@ class SeatCount:
 
     def is_present(self, user_id: str) -> bool:
         return self._users.get(user_id, _NOBODY).in_call > 0
-
-    def owners_besides(self, user_id: str) -> int:
-        """How many users have a seat, this one not counted."""
-        user = self._users.get(user_id, _NOBODY)
-        return self.total.owns_seat - (1 if user.owns_seat and not user.exempt else 0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import treq
+from lotusguard.clients.http import BodyTooLarge, collected
 
 ANSWER_READ = 1024 * 1024
 """The longest answer, in bytes, that a stand-in reads."""
@@ -16,15 +16,10 @@ ANSWER_READ = 1024 * 1024
 
 async def answer_of(response: Any) -> bytes:
     """The body of an answer to a stand-in. :raises ValueError: it is too large; the connection is dropped."""
-    body = bytearray()
-
-    def part(chunk: bytes) -> None:
-        body.extend(chunk)
-        if len(body) > ANSWER_READ:
-            raise ValueError("too_large")
-
-    await treq.collect(response, part)
-    return bytes(body)
+    try:
+        return await collected(response, ANSWER_READ)
+    except BodyTooLarge:
+        raise ValueError("too_large") from None
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,12 @@ WRONG_ORIGIN = Reply(403, "M_FORBIDDEN", "The user does not belong to the homese
 NO_ROUTE = Reply(404, "M_UNRECOGNIZED", "There is nothing here.")
 NOBODY_TO_MODERATE = Reply(404, "M_NOT_FOUND", "That user is not waiting, or not in the call.")
 TOO_LARGE = Reply(413, "M_TOO_LARGE", "The request is too large.")
-UNREACHABLE = Reply(502, "M_UNKNOWN", "The call service cannot be reached.")
+UNREACHABLE = Reply(502, "M_UNKNOWN", "lk-jwt-service, which issues tokens for calls, cannot be reached.")
 NOT_ANSWERED = Reply(502, "M_UNKNOWN", "The request could not be answered.")
 NOT_MODERATED = Reply(502, "M_UNKNOWN", "LiveKit did not do it.")
-LOOP = Reply(502, "M_UNKNOWN", "The call service's address leads back to its guard.")
+LOOP = Reply(502, "M_UNKNOWN", "The guard's address of lk-jwt-service leads back to a guard.")
 NO_ROOM_FOR_BODY = Reply(503, "M_LIMIT_EXCEEDED", "Too many large requests at once.")
-NOT_IN_TIME = Reply(504, "M_UNKNOWN", "The call service did not answer in time.")
+NOT_IN_TIME = Reply(504, "M_UNKNOWN", "lk-jwt-service, which issues tokens for calls, did not answer in time.")
 REFUSALS = {
     Refusal.FULL: Reply(403, "M_FORBIDDEN", "This voice channel is full."),
     Refusal.NOT_A_MEMBER: Reply(403, "M_FORBIDDEN", "You are not a member of this room."),
@@ -94,6 +94,7 @@ REFUSALS = {
     Refusal.NOT_ADMITTED: Reply(403, "M_FORBIDDEN", "You were not admitted to this call."),
     Refusal.NOBODY_ADMITTED: Reply(403, "M_FORBIDDEN", "Nobody admitted you in time."),
     Refusal.TOO_MANY_SLOTS: Reply(429, "M_LIMIT_EXCEEDED", "This room has too many calls."),
+    Refusal.TOO_MANY_LOOKUPS: Reply(429, "M_LIMIT_EXCEEDED", "You ask for too many calls at once."),
     Refusal.LOBBY_FULL: Reply(429, "M_LIMIT_EXCEEDED", "Too many people are waiting to join this call."),
     Refusal.SEAT_PENDING: Reply(503, "M_UNKNOWN", "Other requests for this call are still being decided."),
 }

@@ -78,7 +78,10 @@ class RequestHandler:
         give(request, answer)
 
     async def relay(self, request: GuardRequest) -> None:
-        """Any other request: forwarded as it came, answered as upstream answers."""
+        """Any other request: forwarded as it came, answered as upstream answers.
+
+        While upstream restarts, only what belongs to a join is held: its preflight.
+        """
         self._refuse_loop(request)
         self._counts["relay"].inc()
         body = request.body()
@@ -88,7 +91,7 @@ class RequestHandler:
             _request_id(request),
             keep_identity=self._keep_identity,
         )
-        response = await self._upstream.open(going)
+        response = await self._upstream.open(going, hold=request.token_route is not None)
         await relay(request, response, self._clock, self._idle)
 
     def _refuse_loop(self, request: GuardRequest) -> None:

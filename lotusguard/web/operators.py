@@ -13,10 +13,12 @@ from attrs import asdict, define, field
 from klein import Klein
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from twisted.internet.defer import TimeoutError
+from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
 from lotusguard import __version__
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction
@@ -50,6 +52,8 @@ from lotusguard.web.site import GuardRequest, GuardSite
 MAX_BODY = 4096
 """Bytes that the body of an operator's request may have, times `RELAYED_FACTOR`."""
 
+LOOKUP_TIME = 2.0
+"""Seconds in which policies are looked up that only other guards know."""
 FOREVER = 1e12
 """A time in seconds since the epoch that nobody will see."""
 
@@ -91,6 +95,7 @@ class OperatorApi:
     _moderation: Moderation
     _console: Console
     _guard: Callable[[], str]
+    _clock: IReactorTime
     token: str = field(repr=False)
 
     def site(self, reactor: Any) -> GuardSite:
@@ -118,7 +123,10 @@ class OperatorApi:
     @for_operators
     async def rooms(self, request: GuardRequest) -> None:
         """Live rooms of all guards; the SFU rooms that this guard enforces, and its latest decisions."""
-        listed = [self._room(snapshot) for snapshot in await self._seats.snapshots()]
+        snapshots = await self._seats.snapshots()
+        deadline = Deadline.after(self._clock, LOOKUP_TIME)  # other guards may know rooms that this one never read
+        await self._policies.look_up_unknown([snapshot.room_id for snapshot in snapshots], deadline)
+        listed = [self._room(snapshot) for snapshot in snapshots]
         watched = {}
         for alias, participants in self._enforcement.watched.items():
             slot = await self._registry.slot_of(alias)

@@ -241,3 +241,16 @@ async def test_a_participant_who_is_still_joining_or_hidden_takes_a_seat(sandbox
     room_id = room_of(sandbox, 1)
     sandbox.livekit.connect(old_token(BOB, room_id, hidden=True), activate=activate)
     assert (await sandbox.ask_token(ALICE, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
+async def test_lookups_before_and_after_upstream_named_the_caller_share_one_budget(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3)
+    room_id = room_of(sandbox)
+    sandbox.homeserver.faults["userinfo"] = Fault.hang(times=1)  # the guard's own question, not upstream's
+    for route in ("room_state", "user_joined_rooms"):
+        sandbox.homeserver.faults[route] = Fault.hang()
+    began = sandbox.reactor.seconds()
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    assert sandbox.reactor.seconds() - began < 5.5
+    assert counted(sandbox, "fail_open_total", check="membership", reason="timeout") == 1

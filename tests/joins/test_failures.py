@@ -35,7 +35,7 @@ def crash_at_once(*args: Any, **kwargs: Any) -> Any:
 CHECKS = [
     (Callers, "identify", crash),
     (Policies, "get", crash),
-    (Policies, "is_remembered", crash_at_once),
+    (Policies, "in_memory", crash_at_once),
     (Policies, "last_known", crash_at_once),
     (Members, "get", crash),
     (Roster, "refresh", crash),

@@ -141,3 +141,25 @@ async def test_a_crowd_before_the_call_has_started_is_refused_with_few_lookups(s
     answers = await gatherResults([ask(sandbox, BOB, room_id) for _ in range(200)])
     assert {answer.code for answer in answers} == {403}
     assert calls_of(sandbox, "ListParticipants") - listings < 20
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_user_who_asks_for_150_rooms_gets_into_none_of_them_and_delays_nobody(
+    start_sandbox: StartSandbox,
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=10)
+    theirs, other = room_of(sandbox), room_of(sandbox)
+    sandbox.homeserver.leave(other, CAROL)
+    sandbox.homeserver.fault = Fault.delay(0.05)
+    before = sandbox.homeserver.asked.copy()
+    joins = [ask(sandbox, BOB, f"!room{number}:sandbox.local") for number in range(150)]
+    members = await gatherResults([ask(sandbox, CAROL, room) for room in (theirs, other)])
+    answers = await gatherResults(joins)
+    assert [answer.code for answer in members] == [200, 403]
+    assert {answer.code for answer in answers} == {403, 429}
+    limited = next(content(answer) for answer in answers if answer.code == 429)
+    assert (limited["errcode"], limited["retry_after_ms"]) == ("M_LIMIT_EXCEEDED", 2000)
+    asked = sandbox.homeserver.asked - before
+    assert asked["user_joined_rooms"] + asked["user_memberships"] < 60
+    for check in ("policy", "membership"):
+        assert counted(sandbox, "fail_open_total", check=check, reason="timeout") == 0

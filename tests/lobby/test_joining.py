@@ -160,6 +160,45 @@ async def test_somebody_who_left_the_room_while_waiting_is_refused_although_admi
 
 
 @pytest_twisted.ensureDeferred
+async def test_somebody_who_was_banned_unheard_while_waiting_is_refused_although_admitted(sandbox: Sandbox) -> None:
+    room_id = lobby_room(sandbox)
+    answer = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    sandbox.homeserver.ban(room_id, BOB)
+    assert await moderate(sandbox, room_id, BOB, "admit") == 200
+    assert error_of(await answer) == (403, "You are not a member of this room.")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_limit_that_was_set_unheard_while_somebody_waited_holds_for_them(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_policy_ttl=3600)
+    room_id = lobby_room(sandbox)
+    await sandbox.enter(ALICE, room_id)
+    answer = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    put_policy(sandbox, room_id, 1)
+    assert await moderate(sandbox, room_id, BOB, "admit") == 200
+    assert error_of(await answer) == (403, "This voice channel is full.")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["of that user", "of the room"])
+@pytest_twisted.ensureDeferred
+async def test_a_pushed_ban_ends_the_waiting_at_once(sandbox: Sandbox, named: bool) -> None:
+    room_id = lobby_room(sandbox)
+    answer, other = asking(sandbox, BOB, room_id), asking(sandbox, CAROL, room_id)
+    await waits(sandbox, 2)
+    sandbox.homeserver.ban(room_id, BOB)
+    told = {"room_id": room_id} | ({"user": BOB} if named else {})
+    await sandbox.operator("POST", "/policy-changed", json.dumps(told).encode())
+    await waits(sandbox, 1)
+    assert await waiting_in(sandbox, room_id) == [CAROL]
+    assert error_of(await answer) == (403, "You are not a member of this room.")
+    assert not other.called
+    assert await moderate(sandbox, room_id, CAROL, "admit") == 200
+    assert (await other).code == 200
+
+
+@pytest_twisted.ensureDeferred
 async def test_everybody_who_waits_comes_in_when_the_lobby_is_switched_off(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_policy_ttl=0.2)
     room_id = lobby_room(sandbox)

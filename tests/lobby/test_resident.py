@@ -259,3 +259,13 @@ async def answer_from(sandbox: Sandbox, room_id: str, body: str, sender: str = A
 
 def answers(sandbox: Sandbox, room_id: str) -> list[str]:
     return [text for text in notices(sandbox, room_id) if "asks to join the call" not in text]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_ban_that_the_guards_account_sees_ends_the_waiting(start_sandbox: StartSandbox) -> None:
+    sandbox, room_id = await resident_lobby(start_sandbox)
+    answer, other = await wait_for(sandbox, room_id, BOB, CAROL)
+    other.addErrback(lambda failure: None)  # the guard stops while Carol waits
+    sandbox.homeserver.ban(room_id, BOB)
+    assert error_of(await answer) == (403, "You are not a member of this room.")
+    await waits(sandbox, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lotusguard.guard.lobby.colours import colour_of
@@ -214,6 +214,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
+@settings(max_examples=40)
 def test_the_rules_are_the_same_in_memory_and_in_valkey(steps: list[tuple[LobbyEvent | None, str, float]]) -> None:
     memory, valkey, now = MemoryBook(LONGEST_WAIT), ValkeyBook(LONGEST_WAIT), 0.0
     for event, user, pause in steps:

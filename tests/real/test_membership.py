@@ -12,8 +12,8 @@ from tests.real.stack import Stack
 from tests.real.timings import ban_holder_of_tokens, remove_publisher, session_length
 
 RECONNECTIONS = 10
-PATIENCE = 3.0
-"""Seconds that a removal may take on a busy machine; `benchmarks.real_stack` measures it."""
+PATIENCE = 20.0
+"""Seconds that a removal may take on a busy machine. `benchmarks.real_stack` measures it on an idle one."""
 
 
 @pytest.mark.parametrize("new", [False, True])
@@ -26,6 +26,23 @@ def test_only_a_member_gets_a_token(pushed_stack: Stack, new: bool) -> None:
     assert pushed_stack.ask_token(alice, room_id, new=new).status == 200
     pushed_stack.leave(alice, room_id)
     assert pushed_stack.ask_token(alice, room_id, new=new).status == 403
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("how", ["invited", "knocking", "reading a world-readable room"])
+def test_somebody_who_is_near_a_room_and_not_in_it_gets_no_token(pushed_stack: Stack, how: str, new: bool) -> None:
+    (alice,) = pushed_stack.users("alice")
+    room_id = pushed_stack.room()
+    if how == "invited":
+        pushed_stack.moderate("invite", alice, room_id)
+    elif how == "knocking":
+        pushed_stack.set_state(room_id, "m.room.join_rules", {"join_rule": "knock"})
+        pushed_stack.matrix("POST", f"/_matrix/client/v3/knock/{room_id}", {}, user=alice)
+    else:
+        pushed_stack.set_state(room_id, "m.room.history_visibility", {"history_visibility": "world_readable"})
+        path = f"/_matrix/client/v3/rooms/{room_id}/state/m.room.create"
+        assert pushed_stack.matrix("GET", path, user=alice)["room_version"]
+    assert pushed_stack.ask_token(alice, room_id, new=new, member=False).status == 403
 
 
 def test_nobody_gets_a_token_for_a_room_that_the_homeserver_does_not_know(pushed_stack: Stack) -> None:

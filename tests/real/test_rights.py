@@ -9,8 +9,8 @@ from tests.real.signalling import signalling
 from tests.real.stack import Stack, claims_in
 from tests.real.timings import SPEAKERS, demote, promote, silent_audience
 
-PATIENCE = 3.0
-"""Seconds that a change may take on a busy machine; `benchmarks.real_stack` measures it."""
+PATIENCE = 20.0
+"""Seconds that a change may take on a busy machine. `benchmarks.real_stack` measures it on an idle one."""
 
 
 @pytest.mark.parametrize("needed", [{}, {"camera": 100, "screen_share": 100}])

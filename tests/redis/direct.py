@@ -6,7 +6,7 @@ Every command is carried out at once, so that a test decides what comes between 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from itertools import count
 from typing import Any
@@ -29,8 +29,9 @@ from lotusguard.metrics import Metrics
 
 from .server import shared_client
 
-_epochs = count(1)
 METRICS = Metrics()
+STARTED = 1000.0
+"""When the first guard was started, on the server's clock."""
 Spy = Callable[[str, str], None]
 
 
@@ -50,9 +51,10 @@ class Server:
     :ivar spy: told of each step on a room that is carried out: the room's key and the request.
     """
 
-    now: float = 1000.0
+    now: float = STARTED
     up: bool = True
-    epoch: str = field(factory=lambda: f"epoch{next(_epochs)}")
+    names: Iterator[int] = field(factory=lambda: count(1))
+    epoch: str = "epoch0"
     spy: Spy = field(default=lambda key, request: None)
     client: Any = field(factory=shared_client)
     listeners: dict[str, list[Callable[[str], None]]] = field(factory=dict)
@@ -94,7 +96,7 @@ class Server:
         for key, dumped in data.items():
             self.client.restore(key, 600_000, dumped)
         if not same_server:
-            self.epoch = f"epoch{next(_epochs)}"
+            self.epoch = f"epoch{next(self.names)}"
 
 
 def _text(answer: Any) -> Any:
@@ -141,6 +143,9 @@ class DirectClient:
             raise DependencyFailed("redis", "unreachable")
         if not self.connected:
             self.connect()
+
+    async def probe(self) -> None:
+        await self.call("SET", "lotusguard:probe", "1", "EX", 60)
 
     async def load(self, script: Script) -> None:
         return None
@@ -196,11 +201,11 @@ class DirectGuard:
     book: FailoverSeatBook = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.clock.advance(float(next(_epochs)))  # no two guards' clocks agree
+        self.clock.advance(float(next(self.server.names)))  # no two guards' clocks agree
         client: Any = DirectClient(self.server, self.clock)
         self.client, self.own = client, OwnHolds(self.clock)
         self.rebuilding = Rebuilding(client, self.name, self.clock)
-        since = self.clock.seconds()
+        since = self.clock.seconds() - (self.server.now - STARTED)  # it has a state directory
         self.shared = RedisSeatBook(
             client, self.clock, METRICS, self.seat_ttl, since, self.rebuilding, self.own
         )  # fmt: skip

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from lotusguard.guard.seats.redis.scripts import room_key
 from lotusguard.rules.room_seats import RoomSeats
-from lotusguard.rules.seats import Arrival, HoldState, IdentityKey
+from lotusguard.rules.seats import Arrival, IdentityKey
 
 from .direct import Server
 
@@ -39,6 +39,7 @@ class _State:
     seats: ModelSeats
     leases: dict[str, float] = field(factory=dict)
     epoch: str = ""
+    before: str = ""
     made: bool = False
 
 
@@ -72,6 +73,8 @@ class RoomModel:
         state = self._now
         if not state.made and all(operation[0] in READING for operation in request["operations"]):
             return  # it leaves nothing behind
+        if state.made and state.before == request["epoch"]:
+            return  # rejected: the guard does not know of the new data set yet
         if not state.made:
             state.seats, state.epoch, state.made = ModelSeats(request["guarding_since"]), request["epoch"], True
             state.seats.vacated = now
@@ -81,7 +84,7 @@ class RoomModel:
         self._advance(now)
         if state.epoch != request["epoch"]:
             state.seats.distrust()
-            state.epoch = request["epoch"]
+            state.before, state.epoch = state.epoch, request["epoch"]
         for name, *arguments in request["operations"]:
             if name not in READING:
                 getattr(self, f"_{name}")(now, *arguments)
@@ -117,7 +120,7 @@ class RoomModel:
 
     def _issue(self, now: float, hold_id: str, user: str, alias: str, identity: str, device: str, ttl: float) -> None:
         seats = self._now.seats
-        if seats.issue(hold_id, alias, identity, now, ttl) is None:
+        if seats.issue(hold_id, alias, identity, now, ttl, device) is None:
             self._issue_without_seat(now, hold_id, user, alias, identity, device, ttl)
         seats.forget_old(now, ttl)
 
@@ -126,7 +129,7 @@ class RoomModel:
     ) -> None:
         seats = self._now.seats
         if not any(hold.id == hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
-            seats.issue_without_seat(hold_id, user, alias, identity, now, ttl)
+            seats.issue_without_seat(hold_id, user, alias, identity, now, ttl, device)
 
     def _release(self, now: float, hold_id: str) -> None:
         self._now.seats.release(hold_id)
@@ -136,16 +139,24 @@ class RoomModel:
             self._now.leases[hold_id] = now + lease
 
     def _restore(
-        self, now: float, hold_id: str, user: str, alias: str, identity: str, expires: float, seated: bool
+        self,
+        now: float,
+        hold_id: str,
+        user: str,
+        alias: str,
+        identity: str,
+        expires: float,
+        seated: bool,
+        device: str,
     ) -> None:
         seats, key = self._now.seats, IdentityKey(alias, identity)
         if seats.find(key) is not None or expires <= now:
             return
         if seated:
             if all(hold.id != hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
-                seats.restore(hold_id, user, key, present=False, now=now, expires=expires)
+                seats.restore(hold_id, user, key, present=False, now=now, expires=expires, device=device)
         else:
-            seats.issue_without_seat(hold_id, user, alias, identity, now, expires - now)
+            seats.issue_without_seat(hold_id, user, alias, identity, now, expires - now, device)
 
     def _arrive(self, now: float, alias: str, who: list[Any], limit: Any) -> None:
         self._now.seats.arrive(alias, Arrival(*who), limit, now)
@@ -169,4 +180,3 @@ local shown = {}
 for place, hold in ipairs(cmsgpack.unpack(stored).holds) do shown[place] = {user = hold.user, state = hold.state} end
 return #shown > 0 and cjson.encode(shown) or '[]'
 """
-PENDING = HoldState.PENDING

@@ -188,6 +188,9 @@ class ValkeySeats:
     def occupants(self, now: float) -> set[str]:
         return set(self._run("occupants", now))
 
+    def is_idle(self, now: float) -> bool:
+        return bool(self._run("is_idle", now))
+
     def is_occupied(self, now: float) -> bool:
         return bool(self._run("is_occupied", now))
 

@@ -109,6 +109,7 @@ async def test_who_got_in_while_the_guards_were_alone_is_over_the_limit_afterwar
         await first.rebuilding.wait()
         who = [Arrival(f"PA_{user}", user, user, reactor.seconds()) for user in ("a", "b")]
         await first.book.apply_listing(room, ALIAS, who, 1, reactor.seconds() + 0.001)
+        await first.book.is_started(room)  # a listing is applied with the next step
         over = await second.book.overflow(room, 1)
         assert [hold.user for hold in over] in (["a"], ["b"])
         assert await second.book.take(room, "c", 1, ALIAS) is Refusal.FULL

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from random import Random
 from secrets import token_hex
 
 import pytest
@@ -223,6 +224,17 @@ async def test_nobody_waits_longer_than_the_setting_says(url: str, room: str) ->
 
 
 @pytest_twisted.ensureDeferred
+async def test_nobody_waits_longer_without_redis(own_server: OwnServer, room: str) -> None:
+    async with lobbies(own_server.url, 1, longest_wait=1.0) as (guard,):
+        held = await guard.ask(room)
+        own_server.stop()
+        await guard.connected(False)
+        await guard.lobby.pass_time()
+        assert await held is S.UNANSWERED
+        assert guard.entries.alone
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_guard_that_starts_learns_what_was_decided(url: str, room: str) -> None:
     async with lobbies(url, 1) as (first,):
         await first.lobby.remove(room, BOB, "")
@@ -343,3 +355,49 @@ async def test_what_guards_know_already_costs_no_script(url: str, room: str) -> 
         assert await first.lobby.let_in(room, BOB)
         await first.lobby.switched_off("!nobody-waits-here:example.org")
         assert not first.entries.alone
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest_twisted.ensureDeferred
+async def test_whatever_happens_all_guards_know_the_same_in_the_end(
+    own_server: OwnServer, room: str, seed: int
+) -> None:
+    random = Random(seed)
+    users = [f"@{number}:example.org" for number in range(6)]
+    async with lobbies(own_server.url, 3) as guards:
+        for step in range(120):
+            lobby, user = random.choice(guards).lobby, random.choice(users)
+            match random.choice(["ask", "ask", "let_in", "admit", "deny", "remove", "leave", "tick", "subscription"]):
+                case "ask":
+                    assert (await lobby.ask(room, user)).user == user
+                case "let_in":
+                    await lobby.let_in(room, user)
+                case "admit":
+                    await lobby.decide(room, user, admit=True, by="")
+                case "deny":
+                    await lobby.decide(room, user, admit=False, by="")
+                case "remove":
+                    await lobby.remove(room, user, "")
+                case "leave":
+                    await lobby.left_room(room, user)
+                case "tick":
+                    await lobby.pass_time()
+                case "subscription":
+                    random.choice(guards).client.subscribe_again()
+            if step % 40 == 20:
+                own_server.stop()
+            elif step % 40 == 30:
+                own_server.start_again()
+        await until(lambda: all(guard.client.available and not guard.entries.alone for guard in guards))
+
+        def known(guard: GuardLobby) -> list[LobbyState | None]:
+            return [guard.lobby.state_of(room, user) for user in users]
+
+        end = reactor.seconds() + 15
+        while not known(guards[0]) == known(guards[1]) == known(guards[2]):
+            assert reactor.seconds() < end, [known(guard) for guard in guards]
+            for guard in guards:
+                await guard.lobby.pass_time()
+            await deferLater(reactor, 0.1)
+        in_redis = [await guards[0].lobby.read(room, user) for user in users]
+        assert in_redis == known(guards[0])

@@ -152,6 +152,23 @@ async def listed(two: Two) -> list[dict[str, Any]]:
 
 
 @pytest_twisted.ensureDeferred
+async def test_operators_see_the_same_at_both_guards(two: Two) -> None:
+    room_id = room_of(two.sandbox, 3)
+    two.sandbox.homeserver.set_state(room_id, "io.lotus.lobby", {"enabled": True})
+    await two.enter(0, ALICE, room_id)
+    await wait_at(two, 0, room_id)
+    shown = []
+    for number in (0, 1):
+        two.use(number)
+        rooms = json.loads((await two.sandbox.operator("GET", "/rooms")).body)["rooms"]
+        shown.append((rooms, [(entry["user"], entry["color"]) for entry in await listed(two)]))
+    assert shown[0] == shown[1]
+    assert shown[1][0][0]["policy"]["max_users"] == 3
+    two.use(1)
+    await moderate(two.sandbox, room_id, BOB, "deny")
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_push_to_one_guard_is_enforced_at_once_by_the_one_that_keeps_the_call(two: Two) -> None:
     for told in (0, 1):
         room_id = room_of(two.sandbox)

@@ -14,6 +14,7 @@ from lotusguard.guard.calls.moderation import ModerationAction
 from lotusguard.rules.commands import Authority, Command, NotACommand, Verb, is_command, read_command
 from lotusguard.rules.state import StateEvent
 from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, DAVE, counted, seen_in
 from tests.conftest import StartSandbox, until
 from tests.residence.helpers import GUARD, invited_room, notices, resident_sandbox
@@ -256,7 +257,54 @@ async def test_flood_of_commands_is_answered_ten_times(start_sandbox: StartSandb
     sandbox = await resident_sandbox(start_sandbox)
     room_id = await invited_room(sandbox)
     for _ in range(40):
-        sandbox.homeserver.send_message(room_id, CAROL, "!call")
+        sandbox.homeserver.send_message(room_id, ALICE, "!call")
     await until(lambda: counted(sandbox, "commands_total", outcome="dropped") >= 29)
     await sandbox.guard.commands.worker.idle()
     assert len(notices(sandbox, room_id)) <= 12
+
+
+@pytest_twisted.ensureDeferred
+async def test_flood_of_commands_by_others_does_not_silence_the_moderators(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox)
+    for _ in range(40):
+        sandbox.homeserver.send_message(room_id, CAROL, "!call end")
+    await until(lambda: counted(sandbox, "commands_total", outcome="dropped") >= 35)
+    await sandbox.guard.commands.worker.idle()
+    assert len(notices(sandbox, room_id)) <= 5
+    assert await answer_to(sandbox, room_id, ALICE, "!call end") == "Nobody is in the call."
+
+
+@pytest_twisted.ensureDeferred
+async def test_moderator_who_is_demoted_before_the_command_is_done_is_refused(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox)
+    let_guard_write(sandbox, room_id)
+    carol = await sandbox.enter(CAROL, room_id)
+    sandbox.homeserver.send_message(room_id, BOB, "!call end")  # both arrive with one answer
+    sandbox.homeserver.set_state(room_id, "m.room.power_levels", {"users": {ALICE: 100, GUARD: 50}})
+    await until(lambda: notices(sandbox, room_id))
+    assert notices(sandbox, room_id) == [f"{BOB}: this needs power level 50, yours is 0."]
+    assert carol.connected
+
+
+@pytest_twisted.ensureDeferred
+async def test_leaving_that_fails_is_said_and_stops_no_later_command(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox)
+    sandbox.homeserver.faults["leave"] = Fault.status(500, times=1)
+    assert "I leave" in await answer_to(sandbox, room_id, ALICE, "!call leave")
+    await until(lambda: "I could not leave (status_500)." in notices(sandbox, room_id))
+    assert await answer_to(sandbox, room_id, ALICE, "!call end") == "Nobody is in the call."
+
+
+@pytest_twisted.ensureDeferred
+async def test_user_ids_of_any_characters_do_not_forge_a_notice(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox)
+    forged = {f"@x{number}\nLobby: off.\u202e:evil": {"join": False} for number in range(3000)}
+    sandbox.homeserver.set_state(room_id, "io.lotus.call_permissions", {"users": forged})
+    lines = (await answer_to(sandbox, room_id, ALICE, "!call")).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["No limit.", "In the call", "Exceptions"]
+    assert "\u202e" not in lines[2]
+    assert lines[2].endswith("and 2980 more.")

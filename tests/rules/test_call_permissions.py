@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotusguard.rules.permissions import Action, CallPermissions, Lobby, read_lobby, read_permissions
+from lotusguard.rules.permissions import (
+    Action,
+    CallPermissions,
+    Lobby,
+    permissions_as_json,
+    read_lobby,
+    read_permissions,
+)
 from lotusguard.rules.policy import Malformed, Policy, needs_levels, read_policy
 from lotusguard.rules.power_levels import PowerLevels
 from lotusguard.rules.sources import ALL_SOURCES, CAMERA, MICROPHONE, SCREEN_SHARE, SCREEN_SHARE_AUDIO, Source
@@ -68,6 +75,28 @@ def test_bypassing_the_lobby_and_moderating_need_the_kick_level_unless_the_event
     ):
         assert [policy.may_moderate(user) for user in (ALICE, DJ)] == expected
         assert [policy.bypasses_lobby(user) for user in (ALICE, DJ)] == expected
+
+
+@pytest.mark.parametrize(
+    ("permissions", "named"),
+    [
+        (CallPermissions(), False),
+        (CallPermissions({Action.JOIN: 0}, {"@a:x": {Action.JOIN: False}}), False),
+        (CallPermissions({Action.BYPASS_LIMIT: 0}), True),
+        (CallPermissions({}, {"@a:x": {Action.JOIN: True}, "@b:x": {Action.BYPASS_LIMIT: False}}), True),
+    ],
+)
+def test_a_level_or_an_exception_names_an_action(permissions: CallPermissions, named: bool) -> None:
+    assert permissions.names(Action.BYPASS_LIMIT) is named
+    assert Policy(permissions=permissions).has_bypass is named
+
+
+def test_a_room_that_names_no_permissions_has_no_bypass_and_writes_none() -> None:
+    assert not Policy().has_bypass
+    assert permissions_as_json(None) == {}
+    assert permissions_as_json(CallPermissions({Action.JOIN: 5})) == {"join": 5}
+    exceptions = CallPermissions({}, {"@a:x": {Action.START: False}})
+    assert permissions_as_json(exceptions) == {"users": {"@a:x": {"start": False}}}
 
 
 def test_exceptions_win_over_levels_in_both_directions() -> None:

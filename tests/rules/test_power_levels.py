@@ -53,12 +53,18 @@ def test_creator_is_named_in_the_content_before_version_11() -> None:
 def test_creators_stand_above_every_level_from_version_12_on(version: Any) -> None:
     event = StateEvent(POWER_LEVELS, {"users": {BOB: 10**30}, "kick": 10**40}, ALICE)
     for power_levels in (event, None):
-        read = read_power_levels(power_levels, create(version, additional_creators=[EVE, 5, None, ""]))
+        read = read_power_levels(power_levels, create(version, additional_creators=[EVE, 5, None, "", {"a": 1}, [EVE]]))
         assert read is not None
         assert read.level_of(ALICE) is CREATOR
         assert read.level_of(EVE) is CREATOR
         assert read.level_of(ALICE) >= read.kick
         assert read.level_of(BOB) == (10**30 if power_levels else 0)
+
+
+def test_creators_are_not_listed_from_version_12_on_and_a_room_without_one_lists_nobody() -> None:
+    assert read_power_levels(None, create("12")) == PowerLevels(creators=frozenset({ALICE}))
+    assert read_power_levels(None, create("11")) == PowerLevels(users={ALICE: 100})
+    assert read_power_levels(None, create("11", sender="")) == PowerLevels()
 
 
 def test_additional_creators_mean_nothing_before_version_12() -> None:

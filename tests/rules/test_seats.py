@@ -238,6 +238,7 @@ def test_a_moment_in_the_call_by_the_other_route_ends_no_hold() -> None:
 def test_hanging_up_keeps_the_holds_of_other_devices_and_slots(device: str, alias: str) -> None:
     seats = with_both_routes(device, alias)
     leave(seats, CLEAR, 2)
+    assert seats.reserved[IdentityKey(alias, HASHED)].state is HoldState.ISSUED
     listing(seats, 1, 3)
     assert refused(seats, "b", 1, 3) is Refusal.FULL
 

@@ -105,7 +105,7 @@ class Call:
         self.homeserver.memberships[user] = membership
 
     def checking(self, *participants: ParticipantInfo, known: KnownPolicy = KNOWN) -> Deferred[Any]:
-        return Deferred.fromCoroutine(self.entitlement.unentitled(ROOM, ALIAS, known, participants))
+        return Deferred.fromCoroutine(self.entitlement.unentitled(ROOM, ALIAS, known, participants, whole=True))
 
     def removed(self, *participants: ParticipantInfo, known: KnownPolicy = KNOWN) -> list[str]:
         """Check the participants. :return: the users to be removed."""

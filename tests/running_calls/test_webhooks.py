@@ -11,7 +11,6 @@ import pytest
 import pytest_twisted
 from livekit.protocol.models import DisconnectReason
 from twisted.internet import reactor
-from twisted.internet.task import deferLater
 
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
@@ -371,8 +370,11 @@ async def test_a_listing_between_two_sessions_ends_no_seat(deaf: Sandbox) -> Non
     assert new.connected
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf: Sandbox) -> None:
+async def with_a_slow_listing(deaf: Sandbox) -> tuple[str, Participant, int]:
+    """Alice is in a call with two seats, and LiveKit has begun to list it.
+
+    :return: the room, Alice, and how many listings there were before.
+    """
     room_id = room_of(deaf, 2)
     alice = await deaf.enter(ALICE, room_id)
     await tell(deaf, event_about("participant_joined", alice))
@@ -382,7 +384,12 @@ async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf:
     deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
     await tell(deaf, event_about("track_published", alice))
     await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
-    await deferLater(reactor, 0.02)  # LiveKit has begun to answer
+    return room_id, alice, listings
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf: Sandbox) -> None:
+    room_id, alice, _ = await with_a_slow_listing(deaf)
     deaf.livekit.disconnect(alice.room.name, alice.identity)
     await tell(deaf, event_about("participant_left", alice))
     assert deaf.guard.enforcement.worker.is_busy(alice.room.name)
@@ -392,15 +399,7 @@ async def test_a_listing_that_began_before_a_departure_adds_no_participant(deaf:
 
 @pytest_twisted.ensureDeferred
 async def test_a_listing_that_began_before_an_arrival_ends_no_seat(deaf: Sandbox) -> None:
-    room_id = room_of(deaf, 2)
-    alice = await deaf.enter(ALICE, room_id)
-    await tell(deaf, event_about("participant_joined", alice))
-    await at_rest(deaf)
-    listings = deaf.livekit.asked["ListParticipants"]
-    deaf.livekit.room_faults[alice.room.name] = Fault.drip(0.003, times=1)
-    await tell(deaf, event_about("track_published", alice))
-    await until(lambda: deaf.livekit.asked["ListParticipants"] > listings)
-    await deferLater(reactor, 0.02)
+    room_id, alice, listings = await with_a_slow_listing(deaf)
     deaf.livekit.room_faults[alice.room.name] = Fault.hang()  # the next listing gets no answer
     bob = deaf.livekit.connect(old_token(BOB, room_id))
     await tell(deaf, event_about("participant_joined", bob))

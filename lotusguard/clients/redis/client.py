@@ -84,7 +84,9 @@ class RedisClient:
     def __attrs_post_init__(self) -> None:
         self._prober = Prober(self.breaker, self._reactor, self.probe)
         self._commands = Link(self._address, CommandProtocol, self._commands_ready, self._reactor)
-        self._messages = Link(self._address, SubscriberProtocol, self._messages_ready, self._reactor, quiet=True)
+        self._messages = Link(
+            self._address, SubscriberProtocol, self._messages_ready, self._reactor, first=self._commands
+        )
         self._seconds = self._metrics.dependency_seconds.labels(NAME)
         outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")
         self._outcomes = {outcome: self._metrics.dependency_calls.labels(NAME, outcome) for outcome in outcomes}

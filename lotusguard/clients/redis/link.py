@@ -99,7 +99,7 @@ class Link(Generic[P]):
     """Keeps one connection.
 
     :param ready: prepares a new connection before anybody uses it; if it fails, the connection is closed.
-    :param quiet: another link to the same server says in the log what happens to both.
+    :param first: the other link to the same server. It says in the log what happens to both.
     :ivar protocol: the connection; ``None`` while there is none.
     :ivar fault: why there is none.
     """
@@ -108,9 +108,10 @@ class Link(Generic[P]):
     _protocol: type[P]
     _ready: Callable[[P, ServerInfo], Awaitable[None]]
     _reactor: Any
-    _quiet: bool = field(default=False, kw_only=True)
+    _first: Link[Any] | None = field(default=None, kw_only=True)
     protocol: P | None = field(init=False, default=None)
     fault: str = field(init=False, default=NOT_CONNECTED)
+    _said: str = field(init=False, default="")
     _running: Deferred[None] | None = field(init=False, default=None)
     _wanted: bool = field(init=False, default=False)
     _waiting: list[Deferred[None]] = field(init=False, factory=list)
@@ -154,7 +155,8 @@ class Link(Generic[P]):
                 pause, self.protocol, self.fault = RETRY_FIRST, protocol, ""
                 waiting, self._waiting = self._waiting, []
                 fire_all(waiting, None)
-                if not self._quiet:
+                self._said = ""
+                if self._first is None:
                     log.info("connected to Redis at {server}", server=self._address.name, event_name="redis_connected")
                 try:
                     await _copy(protocol.lost)
@@ -165,13 +167,15 @@ class Link(Generic[P]):
             pause = min(2 * pause, RETRY_LAST)
 
     def _failed(self, reason: str) -> None:
-        if reason != self.fault and self._wanted and not (self._quiet and reason in _BOTH_LINKS):
+        self.fault = reason
+        is_new = reason != self._said and self._wanted
+        if is_new and (self._first is None or self._first.protocol is not None):
+            self._said = reason
             log.error(
                 "no connection to Redis at {server} for {what}: {reason}. {advice}",
-                what="messages" if self._quiet else "commands",
-                server=self._address.name, reason=reason, advice=ADVICE.get(reason, ""), event_name="redis_lost",
+                what="commands" if self._first is None else "messages", server=self._address.name, reason=reason,
+                advice=ADVICE.get(reason, ""), event_name="redis_lost",
             )  # fmt: skip
-        self.fault = reason
 
     async def _connect(self) -> P:
         deadline = Deadline.after(self._reactor, CONNECT_TIMEOUT)
@@ -266,8 +270,6 @@ _ERRORS = {
     "MOVED": "cluster",
     "CROSSSLOT": "cluster",
 }
-_BOTH_LINKS = frozenset({"connection_lost", "unreachable", "timeout", "no_master"})
-"""Faults that both links have at the same time: one of them says so."""
 ADVICE = {
     "wrong_password": "Correct the user name or the password in GUARD_REDIS_URL.",
     "no_password": "The server wants a password: put it into GUARD_REDIS_URL.",

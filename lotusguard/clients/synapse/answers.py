@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 from attrs import frozen
+from twisted.web.http import stringToDatetime
 
 from lotusguard.clients.http import Answer, json_object
 from lotusguard.rules.identity import is_room_id
-from lotusguard.rules.membership import Membership
 from lotusguard.rules.state import StateEvent
 
 
@@ -25,6 +25,15 @@ def ok(answer: Answer) -> dict[str, Any]:
     return json_object(answer)
 
 
+def answered_at(answer: Answer) -> float | None:
+    """When the homeserver answered, by its own clock, in seconds since the epoch; ``None`` if it does not say."""
+    (date, *_) = answer.headers.getRawHeaders(b"date") or [b""]
+    try:
+        return float(stringToDatetime(date))
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError):
+        return None
+
+
 def state_event(event: dict[str, Any]) -> StateEvent:
     """:param event: as the admin API and the client API write it."""
     sender = event.get("sender", "")
@@ -37,11 +46,11 @@ def joined_rooms(answer: Answer) -> list[str]:
     return strings(ok(answer)["joined_rooms"])
 
 
-def membership_in(room_id: str, answer: Answer) -> Membership:
-    memberships = ok(answer)["memberships"]
-    if not isinstance(memberships, dict):
+def memberships(answer: Answer) -> dict[str, object]:
+    found = ok(answer)["memberships"]
+    if not isinstance(found, dict):
         raise TypeError("memberships is not an object")
-    return Membership(memberships.get(room_id, Membership.ABSENT.value))
+    return found
 
 
 def strings(value: object) -> list[str]:

@@ -17,7 +17,7 @@ from twisted.web.http_headers import Headers
 
 from lotusguard.clients.dependency import Dependency, DependencyRefused
 from lotusguard.clients.http import Answer, json_object
-from lotusguard.clients.synapse.answers import ok, read_user_id
+from lotusguard.clients.synapse.answers import answered_at, joined_rooms, ok, read_user_id
 from lotusguard.clients.synapse.sync_answer import MEMBER, SyncAnswer, read_sync
 from lotusguard.clients.waiting import gather
 from lotusguard.rules.membership import Membership
@@ -30,10 +30,11 @@ POLL = 10.0
 SYNC_GRACE = 5.0
 FIRST_SYNC = 60.0
 """Seconds that the first ``/sync``, or any other answer of the homeserver's, may take."""
-LARGEST_SYNC = 64 * 1024 * 1024
-"""Bytes."""
+SINCE_UNKNOWN = "since_unknown"
+LARGEST_SYNC = 16 * 1024 * 1024
+"""Bytes. Nothing else happens in the guard while an answer is parsed: 0.2 s for this one."""
 _CLIENT = "/_matrix/client/v3"
-_MOST_EVENTS = 50
+MOST_EVENTS = 50
 """Events of a room's timeline in one answer; a gap before them is reported as such."""
 
 
@@ -45,8 +46,18 @@ class Whoami:
     device_id: str
 
 
-def sync_filter(types: Collection[str], state_types: Collection[str], *, most_events: int = _MOST_EVENTS) -> str:
-    """A filter that reports these types only.
+def sync_filter(
+    types: Collection[str],
+    state_types: Collection[str],
+    *,
+    most_events: int = MOST_EVENTS,
+    rooms: Collection[str] | None = None,
+    nonce: str = "",
+) -> str:
+    """A filter that reports these types only, of these rooms only.
+
+    :param nonce: makes the filter another one. Synapse answers a full sync with the same filter from memory for two
+        minutes, however old that answer is.
 
     State types are in both lists: a type that ``timeline`` lacks is reported nowhere, whatever ``state`` says. Member
     events are loaded lazily: a gap in a room of 50,000 members would otherwise be an answer of 25 MB. The members of a
@@ -56,12 +67,13 @@ def sync_filter(types: Collection[str], state_types: Collection[str], *, most_ev
     return json.dumps(
         {
             "presence": nothing,
-            "account_data": nothing,
+            "account_data": {**nothing, **({"not_senders": [f"@{nonce}:lotusguard.invalid"]} if nonce else {})},
             "room": {
                 "timeline": {"types": sorted({*types, *state_types}), "limit": most_events},
                 "state": {"types": sorted(state_types), "lazy_load_members": True},
                 "ephemeral": nothing,
                 "account_data": nothing,
+                **({} if rooms is None else {"rooms": sorted(rooms)}),
             },
         },
         separators=(",", ":"),
@@ -126,7 +138,8 @@ class MatrixClient:
         account's device, which nothing prevents: never call it for an account that somebody else uses too.
 
         :param wait: for something new, if there is nothing yet.
-        :raises TokenUnknown: the homeserver does not know this ``since`` any more.
+        :raises DependencyRefused: `SINCE_UNKNOWN`: the homeserver does not know our place in its stream; the next sync
+            has to be a full one.
         """
         query = {"filter": room_filter, "set_presence": "offline", "timeout": str(int(POLL * 1000)) if wait else "0"}
         if since:
@@ -135,12 +148,12 @@ class MatrixClient:
         def read(answer: Answer) -> SyncAnswer | None:
             if since and answer.code in (400, 404):
                 return None
-            return read_sync(ok(answer), user_id)
+            return read_sync(ok(answer), user_id, answered_at(answer))
 
         path = f"{_CLIENT}/sync?{urlencode(query)}".encode("ascii")
         answered = await self._long_polls.call(b"GET", path, self._headers, read=read)
         if answered is None:
-            raise TokenUnknown(self._long_polls.name, "since_unknown")
+            raise DependencyRefused(self._long_polls.name, SINCE_UNKNOWN)
         return answered
 
     # -- reading rooms -------------------------------------------------------------------------------------
@@ -169,6 +182,10 @@ class MatrixClient:
 
         path = f"{_room(room_id)}/state/{quote(kind, safe='')}/{quote(key, safe='')}"
         return await self._call("GET", path, read, turn=room_id)
+
+    async def joined_rooms(self) -> list[str]:
+        """The rooms that the account is in."""
+        return await self._call("GET", f"{_CLIENT}/joined_rooms", joined_rooms)
 
     async def joined_members(self, room_id: str) -> frozenset[str]:
         """The IDs of the users joined to a room that the account is in. Large for large rooms."""
@@ -227,10 +244,6 @@ class MatrixClient:
             method.encode("ascii"), path.encode("ascii"), self._headers, body, read=read, turn=turn,
             expected=(403, *expected),
         )  # fmt: skip
-
-
-class TokenUnknown(DependencyRefused):
-    """The homeserver does not know our place in its stream: the next sync has to be a full one."""
 
 
 def _room(room_id: str) -> str:

@@ -16,7 +16,7 @@ class RoomEvent:
     """An event of a room.
 
     :ivar state_key: ``None`` if it is not a state event.
-    :ivar age: seconds since the event was sent, by the homeserver's clock; 0 if it does not say.
+    :ivar age: seconds since the event was sent, by the homeserver's clock; 0 if it is not known.
     :ivar redacts: the ID of the event that this one redacts, or ``""``.
     """
 
@@ -62,8 +62,9 @@ class SyncAnswer:
     left: frozenset[str]
 
 
-def read_sync(answer: Mapping[str, Any], user_id: str) -> SyncAnswer:
+def read_sync(answer: Mapping[str, Any], user_id: str, now: float | None = None) -> SyncAnswer:
     """:param user_id: whose sync it is.
+    :param now: the homeserver's time, in seconds since the epoch: Dendrite does not say how old an event is.
 
     :raises ValueError: it is not an answer to ``/sync``.
     """
@@ -73,47 +74,68 @@ def read_sync(answer: Mapping[str, Any], user_id: str) -> SyncAnswer:
     rooms = _mapping(answer.get("rooms"))
     return SyncAnswer(
         since,
-        {room_id: _joined_room(_mapping(entry)) for room_id, entry in _mapping(rooms.get("join")).items()},
+        {room_id: _joined_room(_mapping(entry), now) for room_id, entry in _mapping(rooms.get("join")).items()},
         {room_id: _inviter(_mapping(entry), user_id) for room_id, entry in _mapping(rooms.get("invite")).items()},
         frozenset(_mapping(rooms.get("leave"))),
     )
 
 
-def _joined_room(entry: Mapping[str, Any]) -> JoinedRoom:
+def _joined_room(entry: Mapping[str, Any], now: float | None) -> JoinedRoom:
     timeline = _mapping(entry.get("timeline"))
     return JoinedRoom(
-        tuple(_events(entry.get("state"))), tuple(_events(timeline)), bool(timeline.get("limited", False))
+        tuple(_events(entry.get("state"), now)), tuple(_events(timeline, now)), bool(timeline.get("limited", False))
     )
 
 
 def _inviter(entry: Mapping[str, Any], user_id: str) -> str:
-    for event in _events(entry.get("invite_state")):
-        if event.type == MEMBER and event.state_key == user_id and event.mapping.get("membership") == "invite":
-            return event.sender
-    return ""
+    """Who invited the user; ``""`` if the events disagree.
+
+    Beside the invitation itself there is what the inviting homeserver says about the room, unverified: it may name
+    somebody else.
+    """
+    inviters = {
+        event.sender
+        for event in _events(entry.get("invite_state"), None)
+        if event.type == MEMBER and event.state_key == user_id and event.mapping.get("membership") == "invite"
+    }
+    return inviters.pop() if len(inviters) == 1 else ""
 
 
-def _events(section: object) -> Iterator[RoomEvent]:
+def _events(section: object, now: float | None) -> Iterator[RoomEvent]:
     events = _mapping(section).get("events")
     for event in events if isinstance(events, list) else ():
         try:
-            yield _event(event)
+            yield _event(event, now)
         except (TypeError, KeyError, AttributeError):
             continue
 
 
-def _event(event: Mapping[str, Any]) -> RoomEvent:
+def _event(event: Mapping[str, Any], now: float | None) -> RoomEvent:
     content = event["content"]
     redacts = event.get("redacts") or _mapping(content).get("redacts") or ""
-    age = _mapping(event.get("unsigned")).get("age", 0)
     read = RoomEvent(
-        event["type"], event["sender"], content, event.get("event_id", ""), event.get("state_key"),
-        age / 1000 if isinstance(age, int | float) else 0.0, redacts,
+        event["type"], event["sender"], content, event.get("event_id", ""), event.get("state_key"), _age(event, now),
+        redacts,
     )  # fmt: skip
     texts = (read.type, read.sender, read.event_id, read.redacts, read.state_key or "")
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("not a text")
     return read
+
+
+def _age(event: Mapping[str, Any], now: float | None) -> float:
+    age = _mapping(event.get("unsigned")).get("age")
+    if isinstance(age, int | float):
+        return _seconds(age)
+    sent = event.get("origin_server_ts")
+    return max(0.0, now - _seconds(sent)) if now is not None and isinstance(sent, int | float) else 0.0
+
+
+def _seconds(milliseconds: int | float) -> float:
+    try:
+        return milliseconds / 1000
+    except OverflowError:
+        return 0.0
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

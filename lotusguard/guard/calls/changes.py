@@ -10,8 +10,10 @@ from attrs import define, field
 from cachetools import LRUCache
 from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from lotusguard.clients.livekit import LiveKitClient
+from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
@@ -23,6 +25,8 @@ from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import DEPARTURES, Roster
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
+
+log = Logger()
 
 EVENTS_REMEMBERED = 10_000
 EVENTS_OF_INTEREST = (*DEPARTURES, "participant_joined", "track_published", "room_finished")
@@ -89,7 +93,9 @@ class CallChanges:
             self._discovery.want(alias, self._enforcement.enforce)
             return
         await self._roster.handle(slot, event)
-        if event.event not in DEPARTURES:
+        if event.event in ("participant_joined", "track_published"):
+            self._enforcement.enforce_arrival(alias, event.participant.identity)
+        elif event.event not in DEPARTURES:
             self._enforcement.enforce(alias)
 
     async def room_changed(self, room_id: str, user: str = "") -> None:
@@ -130,6 +136,10 @@ class CallChanges:
     async def _read_again(self, room_id: str, user: str) -> None:
         self._policies.forget_freshness(room_id)
         self._members.forget_freshness(room_id, user)
+        run_in_background(
+            self._entitlement.end_waiting(room_id, user),
+            lambda failure: log.failure("who waits in a lobby could not be checked", failure),
+        )
         main = room_alias(room_id, ROOM_SLOT)
         if self._roster.may_exist(main):  # the call may be older than the guard
             await self._registry.learn_alias(main, Slot(room_id, ROOM_SLOT))
@@ -175,5 +185,5 @@ class CallChanges:
 
     def stop(self) -> None:
         """Leave everything as it is now."""
-        self._enforcement.worker.stop()
+        self._enforcement.stop()
         self._discovery.stop()

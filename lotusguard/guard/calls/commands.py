@@ -34,7 +34,9 @@ from lotusguard.rules.state import VOICE_LIMIT
 log = Logger()
 
 ROOM_BURST, ROOM_RATE = 10, 0.2
-"""Commands of one room that are answered at once, and per second in the long run. More are dropped."""
+"""Commands of a room's moderators that are answered at once, and per second in the long run. More are dropped."""
+OTHERS_BURST, OTHERS_RATE = 3, 0.05
+"""The same for everybody else in the room, who are told that they may not: they must not silence the moderators."""
 ROOMS_AT_ONCE = 8
 TIMEOUT = 30.0
 """Seconds that a command may take."""
@@ -87,26 +89,34 @@ class Commands:
     _clock: IReactorTime
     _metrics: Metrics
     _queues: dict[str, deque[RoomEvent]] = field(factory=dict, init=False)
-    _limits: LRUCache[str, RateLimit] = field(factory=lambda: LRUCache(10_000), init=False)
-    _worker: KeyedWorker = field(init=False)
+    _limits: LRUCache[tuple[str, bool], RateLimit] = field(factory=lambda: LRUCache(10_000), init=False)
+    _worker: KeyedWorker[str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._worker = KeyedWorker(self._answer_all, ROOMS_AT_ONCE, _failed)
 
     @property
-    def worker(self) -> KeyedWorker:
+    def worker(self) -> KeyedWorker[str]:
         """Answers, one room at a time for each key."""
         return self._worker
 
     def received(self, room_id: str, event: RoomEvent) -> None:
         """Somebody wrote a command. Returns at once."""
-        limit = self._limits.get(room_id) or RateLimit(self._clock, ROOM_BURST, ROOM_RATE)
-        self._limits[room_id] = limit
-        if not limit.take():
+        if not self._limit_of(room_id, event.sender).take():
             self._metrics.commands.labels("dropped").inc()
             return
         self._queues.setdefault(room_id, deque()).append(event)
         self._worker.run(room_id, urgent=False)
+
+    def _limit_of(self, room_id: str, sender: str) -> RateLimit:
+        """Which limit counts for a user now."""
+        pushed = self._residence.state_of(room_id)
+        moderates = pushed is not None and Authority.of_state(pushed.events).may_moderate(sender)
+        limit = self._limits.get((room_id, moderates))
+        if limit is None:
+            burst, rate = (ROOM_BURST, ROOM_RATE) if moderates else (OTHERS_BURST, OTHERS_RATE)
+            limit = self._limits[room_id, moderates] = RateLimit(self._clock, burst, rate)
+        return limit
 
     def stop(self) -> None:
         self._worker.stop()
@@ -122,13 +132,22 @@ class Commands:
                 user=event.sender, command=str(event.mapping["body"])[:200], room_id=room_id, outcome=outcome,
                 event_name="command",
             )  # fmt: skip
-            try:
-                await self._voice.notice(room_id, text, f"call-{event.event_id}" if event.event_id else "")
-            except DependencyFailed as failed:
-                log.warn("could not answer in {room_id}: {reason}", room_id=room_id, reason=failed.reason)
+            await self._say(room_id, text, f"call-{event.event_id}" if event.event_id else "")
             if outcome == "leaving":
-                await self._client.leave(room_id)
+                await self._leave(room_id)
         self._queues.pop(room_id, None)
+
+    async def _say(self, room_id: str, text: str, transaction: str = "") -> None:
+        try:
+            await self._voice.notice(room_id, text, transaction)
+        except DependencyFailed as failed:
+            log.warn("could not answer in {room_id}: {reason}", room_id=room_id, reason=failed.reason)
+
+    async def _leave(self, room_id: str) -> None:
+        try:
+            await self._client.leave(room_id)
+        except DependencyFailed as failed:
+            await self._say(room_id, f"I could not leave ({failed.reason}).")
 
     async def _answer(self, room_id: str, event: RoomEvent) -> tuple[str, str]:
         """Do what a command says. :return: the answer, and the outcome."""
@@ -148,12 +167,12 @@ class Commands:
 
     async def _do(self, room_id: str, event: RoomEvent) -> str:
         pushed = self._residence.state_of(room_id)
-        if pushed is None:
+        if pushed is None or not pushed.live:  # the sender's power level is not known
             raise DependencyFailed("synapse", "no_state")
         authority = Authority.of_state(pushed.events)
         if not authority.may_moderate(event.sender):
             raise CommandRefused(
-                f"{event.sender}: this needs power level {authority.moderate_level}, "
+                f"{_name(event.sender)}: this needs power level {authority.moderate_level}, "
                 f"yours is {authority.level_of(event.sender)}."
             )
         command = read_command(event.mapping["body"], _mentioned(event.mapping))
@@ -179,7 +198,7 @@ class Commands:
         if not users:
             return "Nobody is waiting."
         answers = [
-            (done if await self.moderation.act(room_id, user, action, by) else not_done).format(user=user)
+            (done if await self.moderation.act(room_id, user, action, by) else not_done).format(user=_name(user))
             for user in users
         ]
         more = len(answers) - USERS_NAMED
@@ -190,7 +209,7 @@ class Commands:
         needed = authority.level_to_send(VOICE_LIMIT)
         if not authority.may_send_state(by, VOICE_LIMIT):
             raise CommandRefused(
-                f"{by}: changing {VOICE_LIMIT} needs power level {needed}, yours is {authority.level_of(by)}."
+                f"{_name(by)}: changing {VOICE_LIMIT} needs power level {needed}, yours is {authority.level_of(by)}."
             )
         own = self._account.user_id
         if not authority.may_send_state(own, VOICE_LIMIT):
@@ -243,7 +262,13 @@ GOODBYE = "I leave this room, and no longer hear what changes here."
 
 def _names(users: Sequence[str]) -> str:
     more = len(users) - USERS_NAMED
-    return (", ".join(users[:USERS_NAMED]) + (f" and {more} more" if more > 0 else "")) or "nobody"
+    named = ", ".join(map(_name, users[:USERS_NAMED]))
+    return (named + (f" and {more} more" if more > 0 else "")) or "nobody"
+
+
+def _name(user: str) -> str:
+    """A user ID on one line: those of other homeservers may hold any characters."""
+    return " ".join(user.split())
 
 
 def _exception(exception: tuple[Action, bool]) -> str:

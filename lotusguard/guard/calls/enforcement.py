@@ -14,9 +14,9 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.keyed_worker import KeyedWorker
-from lotusguard.clients.waiting import Deadline, gather_in_turns
+from lotusguard.clients.waiting import Deadline, Fetched, gather, gather_in_turns
 from lotusguard.guard.calls.entitlement import Entitlement, Unentitled
-from lotusguard.guard.calls.participants import PARTICIPANTS_AT_ONCE, ParticipantEnforcer
+from lotusguard.guard.calls.participants import PARTICIPANTS_AT_ONCE, Adjusted, ParticipantEnforcer
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
@@ -26,6 +26,8 @@ from lotusguard.rules.refusals import Refusal
 
 log = Logger()
 
+LARGE_CALL = 100
+"""If a call has more participants than this, an arrival is checked without listing the call."""
 ROOMS_AT_ONCE = 8
 """SFU rooms that reconciling works on at the same time."""
 UNRESTRICTED_KEPT = 50_000
@@ -66,18 +68,27 @@ class Enforcement:
     _leases: RoomLease | None = None
     watched: dict[str, int] = field(factory=dict, init=False)
     _unrestricted: LRUCache[str, None] = field(factory=lambda: LRUCache(UNRESTRICTED_KEPT), init=False)
-    _worker: KeyedWorker = field(init=False)
+    _worker: KeyedWorker[str] = field(init=False)
+    _arrivals: KeyedWorker[tuple[str, str]] = field(init=False)
     _urgent: set[str] = field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
         self._worker = KeyedWorker(self._enforce, ROOMS_AT_ONCE, self._failed)
+        self._arrivals = KeyedWorker(
+            self._enforce_one, ROOMS_AT_ONCE, lambda who, failure: self._failed(who[0], failure)
+        )
         self._metrics.rooms.set_function(lambda: len(self.watched))
         self._metrics.participants.set_function(lambda: sum(self.watched.values()))
 
     @property
-    def worker(self) -> KeyedWorker:
+    def worker(self) -> KeyedWorker[str]:
         """Runs the passes: never two at once for an SFU room."""
         return self._worker
+
+    def stop(self) -> None:
+        """Leave everything as it is now."""
+        self._worker.stop()
+        self._arrivals.stop()
 
     def enforce(self, alias: str, *, urgent: bool = True) -> None:
         """Bring one SFU room in line with its policy, in the background.
@@ -122,8 +133,56 @@ class Enforcement:
         return False
 
     async def _pass(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing) -> None:
-        """The listing has been applied to the seat book already."""
-        removed = await self._remove_unentitled(slot, alias, known, listing)
+        """The listing has been applied to the seat book already.
+
+        Rights are adjusted at once: who may stay takes lookups, and a forbidden share must not last as long as those.
+        """
+        adjusted, _ = await gather((
+            self._participants.adjust(slot.room_id, alias, listing.value, known),
+            self._remove(slot, alias, known, listing, whole=True),
+        ))  # fmt: skip
+        if adjusted is Adjusted.LEFT_SOME:
+            self.enforce(alias)
+        elif known.is_certain and not known.policy and adjusted is Adjusted.NOTHING_TO_DO:
+            self._unrestricted[alias] = None  # nothing is withheld from anybody
+
+    # -- one participant of a large call -------------------------------------------------------------------
+
+    def enforce_arrival(self, alias: str, identity: str) -> None:
+        """A participant arrived or published something. In a large call nobody else is looked at: a listing costs as
+        much as it has participants, and reconciling makes the next one soon."""
+        if self.watched.get(alias, 0) > LARGE_CALL:
+            self._arrivals.run((alias, identity))
+        else:
+            self.enforce(alias)
+
+    async def _enforce_one(self, arrival: tuple[str, str]) -> None:
+        alias, identity = arrival
+        slot = await self._registry.slot_of(alias)
+        if slot is None or not await self._is_ours(slot, alias):
+            return
+        began = self._clock.seconds()
+        try:
+            known = await self._policies.get(slot.room_id, self._deadline())
+            participant = await self._participants.find(slot.room_id, alias, identity)
+        except DependencyFailed as failed:
+            self._participants.failed("find a participant", alias, failed.reason)
+            return
+        if participant is not None:
+            only: Listing = Fetched((participant,), began)
+            await gather((
+                self._participants.adjust(slot.room_id, alias, only.value, known),
+                self._remove(slot, alias, known, only, whole=False),
+            ))  # fmt: skip
+
+    # -- who may stay --------------------------------------------------------------------------------------
+
+    async def _remove(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing, *, whole: bool) -> None:
+        """Remove participants who may not be in the call, and those over its limit.
+
+        :param whole: whether the listing is one of the whole call.
+        """
+        await self._remove_unentitled(slot, alias, known, listing, whole=whole)
         if known.freshness is Freshness.UNKNOWN:
             await self._seats.seat_everybody(slot.room_id)  # nobody is removed later for having come in meanwhile
         elif known.policy.max_users is not None and not self._seats.unshared:
@@ -133,26 +192,19 @@ class Enforcement:
                 self._participants.failed("list participants", alias, failed.reason)
             except TimeoutError:
                 self._participants.failed("list participants", alias, "timeout")
-        left = [participant for participant in listing.value if participant.identity not in removed]
-        adjusted = await self._participants.adjust(slot.room_id, alias, left, known)
-        if known.is_certain and not known.policy and not adjusted:
-            self._unrestricted[alias] = None  # nothing is withheld from anybody
 
-    async def _remove_unentitled(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing) -> set[str]:
-        """:return: the identities that were removed."""
-        removed = set()
-
+    async def _remove_unentitled(
+        self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing, *, whole: bool
+    ) -> None:
         async def remove(found: Unentitled) -> None:
             identity = found.participant.identity
             if await self._may_remove(slot.room_id) and await self._participants.remove(
                 slot.room_id, alias, identity, found.user, found.reason.value
             ):
-                removed.add(identity)
                 await self._roster.removed(slot, alias, found.participant.sid, identity)
 
-        unentitled = await self._entitlement.unentitled(slot.room_id, alias, known, listing.value)
+        unentitled = await self._entitlement.unentitled(slot.room_id, alias, known, listing.value, whole=whole)
         await gather_in_turns(PARTICIPANTS_AT_ONCE, remove, unentitled)
-        return removed
 
     async def _remove_overflow(self, slot: Slot, known: KnownPolicy, since: float) -> None:
         """Remove participants over the limit, wherever in the Matrix room.

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from enum import Enum
 
 from attrs import define, field, frozen
 from cachetools import LRUCache
 from livekit.protocol.models import ParticipantInfo
 from twisted.internet.defer import CancelledError
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient, NodeGone, NoSuchParticipant
-from lotusguard.clients.waiting import gather_in_turns
+from lotusguard.clients.waiting import gather_in_turns, in_slices
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
@@ -35,9 +37,26 @@ from lotusguard.rules.sources import (
 
 log = Logger()
 
-PARTICIPANTS_AT_ONCE = 3
-"""Participants of one SFU room that are changed at the same time, so that one whose node hangs delays few."""
+PARTICIPANTS_AT_ONCE = 12
+"""Participants of one SFU room that are changed at the same time: several, so that those whose node hangs delay few of
+the others, and fewer than the calls to LiveKit that may be in flight."""
 LOGGED_KEPT = 10_000
+
+
+AT_ONCE_FROM = 50
+"""If more participants than this are to be changed, each is changed as the listing showed them, which halves the calls.
+Otherwise each is read again first."""
+LISTING_SERVES = 1.0
+"""Seconds for which a listing may serve for that, once it has been worked through."""
+
+
+class Adjusted(Enum):
+    """How far the rights in a call are as they should be."""
+
+    NOTHING_TO_DO = "nothing to do"
+    DONE = "done"
+    LEFT_SOME = "left some"
+    """The listing became too old; the rest needs another one."""
 
 
 @frozen
@@ -61,6 +80,7 @@ class ParticipantEnforcer:
 
     _livekit: LiveKitClient
     _registry: TokenRegistry
+    _clock: IReactorTime
     _metrics: Metrics
     restore: bool
     dry_run: bool
@@ -96,20 +116,29 @@ class ParticipantEnforcer:
 
     async def adjust(
         self, room_id: str, alias: str, participants: Collection[ParticipantInfo], known: KnownPolicy
-    ) -> bool:
+    ) -> Adjusted:
         """Bring everybody's rights in line with the policy.
 
         Rights are given back only while the policy is certain.
-
-        :return: whether there was anything to do.
         """
-        due = [a for p in participants if (a := await self._due(alias, p, known)) is not None]
+        due = [
+            adjustment
+            async for participant in in_slices(self._clock, participants)
+            if (adjustment := await self._due(alias, participant, known)) is not None
+        ]
+
+        many, until = len(due) > AT_ONCE_FROM, self._clock.seconds() + LISTING_SERVES
+        outcome = Adjusted.DONE if due else Adjusted.NOTHING_TO_DO
 
         async def adjust(adjustment: _Adjustment) -> None:
-            await self._adjust(room_id, alias, adjustment)
+            nonlocal outcome
+            if many and self._clock.seconds() > until:
+                outcome = Adjusted.LEFT_SOME
+            else:
+                await self._adjust(room_id, alias, adjustment, read_again=not many)
 
         await gather_in_turns(PARTICIPANTS_AT_ONCE, adjust, due)
-        return bool(due)
+        return outcome
 
     async def _due(self, alias: str, participant: ParticipantInfo, known: KnownPolicy) -> _Adjustment | None:
         """What has to change for a participant, as the listing shows them; ``None`` if nothing has to."""
@@ -128,17 +157,28 @@ class ParticipantEnforcer:
         entry = await self._registry.entry(alias, identity)
         return entry.withheld & entry.ceiling if entry is not None and entry.ceiling is not None else NO_SOURCE
 
-    async def _adjust(self, room_id: str, alias: str, adjustment: _Adjustment) -> None:
+    async def _adjust(self, room_id: str, alias: str, adjustment: _Adjustment, *, read_again: bool) -> None:
         participant = adjustment.participant
         with self._failures("adjust", alias, participant.identity):
             if adjusted(participant.permission, adjustment.allowed, adjustment.owed) is not None:
-                await self._set_rights(room_id, alias, adjustment)
+                await self._set_rights(room_id, alias, adjustment, read_again=read_again)
             for track in disguised(participant, adjustment.allowed):
                 await self._mute(room_id, alias, participant.identity, track.sid, Source(track.source))
 
-    async def _set_rights(self, room_id: str, alias: str, adjustment: _Adjustment) -> None:
-        identity = adjustment.participant.identity
-        fresh = await self._livekit.get_participant(alias, identity)
+    async def find(self, room_id: str, alias: str, identity: str) -> ParticipantInfo | None:
+        """A participant as LiveKit shows them now; ``None`` if there is none of that identity.
+
+        :raises DependencyFailed: LiveKit does not tell.
+        """
+        try:
+            return await self._livekit.get_participant(alias, identity, turn=room_id)
+        except NoSuchParticipant:
+            return None
+
+    async def _set_rights(self, room_id: str, alias: str, adjustment: _Adjustment, *, read_again: bool) -> None:
+        fresh, identity = adjustment.participant, adjustment.participant.identity
+        if read_again:
+            fresh = await self._livekit.get_participant(alias, identity)
         if fresh.sid != adjustment.participant.sid:
             return  # another session since the listing; its arrival is worked on next
         wanted = adjusted(fresh.permission, adjustment.allowed, adjustment.owed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-from attrs import define
+from attrs import define, field
 from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 
@@ -23,6 +23,7 @@ from lotusguard.guard.joins.issuing import TokenIssuer, no_token
 from lotusguard.guard.joins.join import Join
 from lotusguard.guard.joins.patience import SILENT, InLobby, Patience
 from lotusguard.guard.joins.seating import Seating
+from lotusguard.guard.joins.user_turns import RETRY, TooManyLookups, UserTurns
 from lotusguard.guard.lobby import POLL_AGAIN, Lobby, LobbyStopped
 from lotusguard.guard.lobby.colours import colour_of
 from lotusguard.guard.rooms.members import Members
@@ -63,6 +64,7 @@ class Admission:
     dry_run: bool
     _lobby: Lobby
     _longest_wait: float
+    _turns: UserTurns = field(factory=UserTurns, init=False)
 
     async def join(
         self, request: TokenRequest, request_id: str, forward: Forward, patience: Patience = SILENT
@@ -166,7 +168,7 @@ class Admission:
             waited.request, waited.room_id, waited.decision, waited.log,
             Deadline(self._clock, now + self._lookup_timeout + self._upstream_timeout + SLACK),
             Deadline(self._clock, now + self._lookup_timeout), self._lookup_timeout, waited.dry_run, caller,
-            arrived=now,
+            arrived=now, not_before=now,
         )  # fmt: skip
         if caller.identified is Identified.PROVEN:
             join.user = caller.user
@@ -179,22 +181,23 @@ class Admission:
     async def _look_up(self, join: Join) -> None:
         """Find out who asks and what the room wants, concurrently.
 
-        For a room that is not in memory nothing is looked up before the caller is known. For one that is, a slow
-        homeserver leaves time to ask LiveKit. A policy that needs no lookup needs nothing done at once either.
+        For a room that is not in memory, or did not exist, nothing is looked up before the caller is known. For one
+        that is, a slow homeserver leaves time to ask LiveKit. A policy that needs no lookup needs nothing done at once
+        either.
         """
         with self._log.stage(join.decision, Stage.LOOKUP):
             known = self._policies.in_memory(join.room_id)
             if known is not None:
                 join.learn_policy(known)
                 await self._look_up_caller(join, join.lookups, self._look_up_membership)
-            elif self._policies.is_remembered(join.room_id):
+            elif self._policies.has_existed(join.room_id):
                 deadline = join.lookups.sooner(self._lookup_timeout * STALE_SHARE)
                 await gather((
                     self._look_up_caller(join, deadline, self._look_up_membership),
                     self._look_up_policy(join, deadline),
                 ))  # fmt: skip
             else:
-                await self._look_up_caller(join, join.lookups, self._look_up_room)
+                await self._look_up_caller(join, join.lookups, self._look_up_unknown_room)
 
     async def _look_up_caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
         """:param then: what is looked up once the caller is proven."""
@@ -204,24 +207,40 @@ class Admission:
                 join.user = join.decision.user = caller.user
                 await then(join, deadline)
 
+    async def _look_up_unknown_room(self, join: Join, deadline: Deadline) -> None:
+        await gather((self._look_up_policy_in_turn(join, deadline), self._look_up_membership(join, deadline)))
+
+    async def _look_up_policy_in_turn(self, join: Join, deadline: Deadline) -> None:
+        """However many rooms one user names, lookups for the others are not late.
+
+        :raises JoinRefused: the user asks for too many rooms at once.
+        """
+        left = deadline.left()
+        try:
+            async with self._turns.of(join):
+                await self._look_up_policy(join, join.deadline.sooner(left))
+        except TooManyLookups:
+            join.refuse(Refusal.TOO_MANY_LOOKUPS, RETRY)
+            join.unenforced("policy", "too_many_lookups")
+
     async def _look_up_room(self, join: Join, deadline: Deadline) -> None:
         await gather((self._look_up_policy(join, deadline), self._look_up_membership(join, deadline)))
 
     async def _look_up_policy(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "policy"):
-            join.learn_policy(await self._policies.get(join.room_id, deadline))
+            join.learn_policy(await self._policies.get_anew(join.room_id, deadline, join.not_before))
 
     async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
         with self._failing_open(join, "membership"):
             if self._checks.asks_membership:
-                join.membership = await self._members.get(join.room_id, join.user, deadline)
+                join.membership = await self._members.get(join.room_id, join.user, deadline, not_before=join.not_before)
 
     @contextmanager
     def _failing_open(self, join: Join, check: str) -> Iterator[None]:
         """A failure of our own in one lookup does not stop the others."""
         try:
             yield
-        except CancelledError:
+        except (JoinRefused, CancelledError):
             raise
         except Exception:
             self._log.failure(join.decision, check)
@@ -245,13 +264,13 @@ class Admission:
         body = request.body
         if request.has_delay and self._may_refuse(join):
             body = request.without_delay()
-        answer = await self._forward(join, forward, body)
+        with join.waiting():
+            answer = await self._forward(join, forward, body)
         token = self._issuer.read(join, answer)
         if token is None:
             no_token(join, answer)
             return answer
         join.user = join.decision.user = self._issuer.named_user(join, token)
-        join.renew_lookups()
         with self._log.stage(join.decision, Stage.LOOKUP):
             await self._look_up_room(join, join.lookups)
         await self._checks.may_join(join)

@@ -134,9 +134,8 @@ class EntryChecks:
         turns = self._starting.setdefault(join.room_id, FairSemaphore(1))
         acquiring = turns.acquire()
         if not acquiring.called:
-            with join.log.stage(join.decision, Stage.CHECK):
+            with join.waiting(), join.log.stage(join.decision, Stage.CHECK):
                 await join.deadline.wait(acquiring)
-            join.renew_lookups()
         try:
             await gather((
                 self.read_policy_again(join), self._roster.refresh(join.room_id, join.arrived, join.lookups)
@@ -173,7 +172,8 @@ class EntryChecks:
             if not await self._switch.is_on(join.room_id, join.known):
                 return
         if state is LobbyState.ACCEPTED or join.policy.bypasses_lobby(join.user) or await self._was_in(join, state):
-            await self._lobby.let_in(join.room_id, join.user)
+            if not await self._lobby.let_in(join.room_id, join.user):
+                join.refuse(Refusal.REMOVED)
             return
         if join.dry_run:
             join.decision.verdict, join.decision.reason = Verdict.WOULD_REFUSE, "lobby"

@@ -126,7 +126,7 @@ class DecisionLog:
         self._metrics.fail_open.labels(check, reason).inc()
         log.warn(
             "{check} not enforced for {user} in {room_id}: {reason}",
-            check=check, reason=reason, user=decision.user or "an unnamed user", room_id=decision.room_id,
+            check=check, reason=reason, user=_user(decision), room_id=_room(decision),
             request_id=decision.request_id, event_name="fail_open",
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ class DecisionLog:
         self.error_at = self._clock.seconds()
         log.failure(
             "{check} failed for a join to {room_id} [{request_id}]; the join goes on without it",
-            check=check, room_id=decision.room_id, request_id=decision.request_id, event_name="internal_error",
+            check=check, room_id=_room(decision), request_id=decision.request_id, event_name="internal_error",
         )  # fmt: skip
 
     def secret_mismatch(self, decision: Decision, why: str) -> None:
@@ -167,15 +167,15 @@ class DecisionLog:
         self.decisions.append(decision)
         self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total - waited)
         self._keep(decision)
-        line = "{verdict} {user} in {room_id}: {reason}, {milliseconds:.0f} ms [{request_id}]"
+        line = "{verdict} {user} in {room_id}: {reason}, {seconds:.3f} s [{request_id}]"
         if decision.seats:
             line += " ({seats})"
         if decision.unenforced:
             line += " not enforced: {passed}"
         log.info(
             line,
-            verdict=decision.verdict.value, user=decision.user or "an unnamed user", room_id=decision.room_id,
-            reason=decision.reason, milliseconds=round(total * 1000, 3), passed=", ".join(decision.unenforced),
+            verdict=decision.verdict.value, user=_user(decision), room_id=_room(decision),
+            reason=decision.reason, seconds=round(total, 6), passed=", ".join(decision.unenforced),
             request_id=decision.request_id, route=decision.route,
             unenforced=decision.unenforced, seats=decision.seats,
             stages={name: round(seconds, 6) for name, seconds in decision.stages.items()}, event_name="join",
@@ -211,3 +211,13 @@ class DecisionLog:
                 decision.route, decision.request_id,
             )
         )  # fmt: skip
+
+
+def _user(decision: Decision) -> str:
+    """The user, for the log."""
+    return decision.user or "an unnamed user"
+
+
+def _room(decision: Decision) -> str:
+    """The room, for the log: a request may name none."""
+    return decision.room_id or "an unnamed room"

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from attrs import Factory, define, field
 
 from lotusguard.clients.waiting import Deadline
@@ -18,16 +21,22 @@ from lotusguard.rules.requests import TokenRequest
 NOT_LOOKED_UP = KnownPolicy(NO_POLICY, Freshness.UNKNOWN, None, "not_looked_up")
 
 
+LEAST_LOOKUPS = 1 / 6
+"""Part of the lookup timeout that is left for lookups after a wait, whatever those before it took."""
+
+
 @define
 class Join:
     """One token request on its way.
 
     :ivar deadline: for everything, upstream's answer included.
     :ivar lookups: for what is asked of the homeserver and LiveKit.
-    :ivar lookup_timeout: seconds that such lookups may take.
+    :ivar lookup_timeout: seconds that such lookups may take, all together.
     :ivar user: who asks, once that is proven; "" before.
     :ivar arrived: when the request arrived, or was decided anew after waiting in the lobby. No refusal rests on a
         lookup that began before.
+    :ivar not_before: after a wait, nothing that was looked up before this time counts, whatever it says. What is pushed
+        does.
     """
 
     request: TokenRequest
@@ -43,6 +52,7 @@ class Join:
     membership: KnownMembership | None = None
     user: str = ""
     arrived: float = field(default=Factory(lambda join: join.decision.began, takes_self=True), kw_only=True)
+    not_before: float = field(default=0.0, kw_only=True)
 
     @property
     def policy(self) -> Policy:
@@ -65,9 +75,14 @@ class Join:
         elif known.policy and self.decision.verdict is Verdict.ALLOWED:
             self.decision.reason = "policy" if known.is_certain else "stale_policy"
 
-    def renew_lookups(self) -> None:
-        """Allow for new lookups, after a wait for something else."""
-        self.lookups = self.deadline.sooner(self.lookup_timeout)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the join waits for something else than a lookup, its time for lookups does not pass."""
+        left = max(self.lookups.left(), LEAST_LOOKUPS * self.lookup_timeout)
+        try:
+            yield
+        finally:
+            self.lookups = self.deadline.sooner(left)
 
     def refuse(self, refusal: Refusal, retry_after: float | None = None) -> None:
         """Refuse the join, or only say so in a dry run. :raises JoinRefused:"""

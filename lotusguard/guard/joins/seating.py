@@ -20,8 +20,9 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import possible_identities
 from lotusguard.rules.refusals import JoinRefused, Refusal
 
-ROSTER_AGE = 2.0
-"""Seconds that a listing may be old when somebody is let in. Before a refusal it is never older than the request."""
+ROSTER_AGE = 4.0
+"""Seconds that a listing may be old when somebody is let in. Reconciling makes the next one sooner, so that joins to a
+large call rarely wait for one. Before a refusal it is never older than the request."""
 SLOTS_RETRY = 60.0
 """Seconds after which a slot of a room that has too many may be free."""
 
@@ -154,12 +155,11 @@ class Seating:
         """
         waiting = Deferred.fromCoroutine(self._seats.wait_for_seat(join.room_id, join.user, again=again))
         try:
-            with join.log.stage(join.decision, Stage.SEAT):
+            with join.waiting(), join.log.stage(join.decision, Stage.SEAT):
                 await join.deadline.wait(waiting)
         except TimeoutError:
             join.refuse(Refusal.SEAT_PENDING)
             return False
-        join.renew_lookups()
         return True
 
     async def _has_new_policy(self, join: Join, refusal: Refusal) -> bool:

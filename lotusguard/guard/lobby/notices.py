@@ -116,6 +116,8 @@ class LobbyNotices:
         known = self._notices.get((room_id, entry.user))
         if known is not None and (known.event_id == entry.notice or not known.event_id):
             return
+        if known is not None:
+            self._forget(known)
         now, key = self._clock.seconds(), (room_id, entry.user)
         self._notices[key] = self._by_event[entry.notice] = _Notice(*key, now, entry.notice)
         self._last[key] = now

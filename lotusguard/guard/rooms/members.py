@@ -74,17 +74,19 @@ class Members:
         self._metrics.cache_entries.labels("memberships").set_function(self._known.__len__)
 
     async def get(
-        self, room_id: str, user: str, deadline: Deadline, since: float | None = None, max_age: float | None = None
-    ) -> KnownMembership:
+        self, room_id: str, user: str, deadline: Deadline, since: float | None = None, max_age: float | None = None,
+        not_before: float = 0.0,
+    ) -> KnownMembership:  # fmt: skip
         """A user's membership. Never fails, and never waits beyond the deadline.
 
         :param since: the lookup must have begun at this time or later.
+        :param not_before: the same, but a membership that is pushed counts too.
         :param max_age: seconds for which a membership is believed here, instead of the TTL.
         """
         if since is None and self._pushed.is_joined(room_id, user):
             return KnownMembership(Membership.JOIN, self._clock.seconds())
         key = _Key(room_id, user)
-        needed = max(self._oldest(key, self._ttl if max_age is None else max_age), since or 0.0)
+        needed = max(self._oldest(key, self._ttl if max_age is None else max_age), since or 0.0, not_before)
         known = self._known.get(key)
         if known is not None and known.began >= needed:
             return known

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from attrs import define, evolve, field, frozen
@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import Deadline, FreshLookups
+from lotusguard.clients.waiting import Deadline, FreshLookups, gather_in_turns
 from lotusguard.guard.rooms.source import NOTHING_PUSHED, PushedRooms, PushedState, RoomStateSource
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import is_room_id
@@ -29,6 +29,8 @@ ROOMS_WITHOUT_POLICY_KEPT = 8 * 1024 * 1024
 """Bytes of rooms without one. They are kept apart, so that a flood of made-up rooms forgets no policy."""
 FAILURE_REMEMBERED = 1.0
 """Seconds for which a failed lookup is not tried again for the same room."""
+LOOKUPS_AT_ONCE = 8
+"""Rooms that operators are shown and about which nothing is known: so many are looked up at the same time."""
 ENTRY_SIZE = 1024
 """Bytes that an entry costs beside its event contents."""
 USUAL_TEXT, TEXT_COST = 500, 15
@@ -116,6 +118,11 @@ class Policies:
             self._metrics.cache_limit.labels(name).set(cache.maxsize // ENTRY_SIZE)
             self._metrics.cache_entries.labels(name).set_function(cache.__len__)
 
+    async def get_anew(self, room_id: str, deadline: Deadline, since: float) -> KnownPolicy:
+        """The room's policy, as it is pushed now or looked up no earlier than ``since``. See `get`."""
+        pushed = self._pushed.state_of(room_id)
+        return await self.get(room_id, deadline, None if pushed is not None and pushed.live else since)
+
     async def get(self, room_id: str, deadline: Deadline, since: float | None = None) -> KnownPolicy:
         """The room's policy. Never fails, and never waits beyond the deadline.
 
@@ -163,9 +170,23 @@ class Policies:
         entry = self._entry(room_id)
         return entry.policy if entry is not None else NO_POLICY
 
+    async def look_up_unknown(self, room_ids: Iterable[str], deadline: Deadline) -> None:
+        """Look up the rooms about which nothing is known, as far as that is done by the deadline."""
+
+        async def look_up(room_id: str) -> None:
+            if not deadline.passed:
+                await self.get(room_id, deadline)
+
+        await gather_in_turns(LOOKUPS_AT_ONCE, look_up, [one for one in room_ids if not self.is_remembered(one)])
+
     def is_remembered(self, room_id: str) -> bool:
         """Whether anything is known about the room."""
         return room_id in self._with_policy or room_id in self._without_policy
+
+    def has_existed(self, room_id: str) -> bool:
+        """Whether the homeserver knew the room when it was last read."""
+        entry = self._entry(room_id)
+        return entry is not None and entry.room_exists
 
     def forget_freshness(self, room_id: str) -> None:
         """The policy has changed: an answer to an earlier lookup is not believed.

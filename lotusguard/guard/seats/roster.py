@@ -11,7 +11,7 @@ from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.livekit import LiveKitClient
-from lotusguard.clients.waiting import Deadline, Fetched, FreshLookups, gather
+from lotusguard.clients.waiting import Deadline, Fetched, FreshLookups, gather, in_slices
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
@@ -91,7 +91,9 @@ class Roster:
         participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
         if slot is not None:
             await self._registry.read_ahead(alias, [participant.identity for participant in participants])
-            present = [await self._arrival(alias, p) for p in participants if takes_seat(p)]
+            present = [
+                await self._arrival(alias, p) async for p in in_slices(self._clock, participants) if takes_seat(p)
+            ]
             await self._count_unissued(alias, present)
             # Whoever asks for a listing has read the policy. It is not read again: the homeserver may be slow.
             limit = self._policies.last_known(slot.room_id).max_users
@@ -186,7 +188,7 @@ class Roster:
 
     async def _count_unissued(self, alias: str, present: Sequence[Arrival]) -> None:
         unissued = 0
-        for who in present:
+        async for who in in_slices(self._clock, present):
             ours = who.joined is None or who.joined <= self._guarding_since
             if not ours and await self._registry.entry(alias, who.identity) is None:
                 unissued += 1

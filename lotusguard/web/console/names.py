@@ -39,7 +39,7 @@ class RoomNames:
     _source: RoomStateSource
     _clock: IReactorTime
     _known: LRUCache[str, _Known] = field(factory=lambda: LRUCache(NAMES_KEPT), init=False)
-    _reader: KeyedWorker = field(init=False)
+    _reader: KeyedWorker[str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._reader = KeyedWorker(self._read, AT_ONCE, _failed)

@@ -9,6 +9,7 @@ from typing import Any
 from attrs import define, field, frozen
 from twisted.internet.interfaces import IReactorTime
 
+from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.joins.history import Minute
@@ -20,6 +21,8 @@ from lotusguard.web.console.names import RoomNames
 DECISIONS_SHOWN = 20
 ROOMS_SHOWN = 25
 """Calls on the front page, the largest first; another page has all of them."""
+LOOKUP_TIME = 1.0
+"""Seconds in which policies are looked up that only other guards know."""
 REPORT_AGE = 10.0
 """Seconds for which a health report is shown again: making one asks every dependency."""
 
@@ -73,7 +76,7 @@ class ConsoleView:
             self._report = await self._health.report()
             self._reported_at = self._clock.seconds()
         snapshots = await self._sorted()
-        rooms = [self._row(snapshot) for snapshot in snapshots[:ROOMS_SHOWN]]
+        rooms = await self._rows(snapshots[:ROOMS_SHOWN])
         decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
         waiting = self._waiting()
         named = {*(one.room_id for one in waiting), *(decision.room_id or "" for decision in decisions)} - {""}
@@ -87,7 +90,7 @@ class ConsoleView:
 
     async def rooms(self) -> list[RoomRow]:
         """All live calls."""
-        return [self._row(snapshot) for snapshot in await self._sorted()]
+        return await self._rows(await self._sorted())
 
     async def _sorted(self) -> list[RoomSnapshot]:
         """The largest calls first."""
@@ -95,16 +98,20 @@ class ConsoleView:
 
     async def room(self, room_id: str) -> RoomRow | None:
         """One call; ``None`` if there is none."""
-        for snapshot in await self._seats.snapshots():
-            if snapshot.room_id == room_id:
-                return self._row(snapshot)
-        return None
+        found = [snapshot for snapshot in await self._seats.snapshots() if snapshot.room_id == room_id]
+        return (await self._rows(found))[0] if found else None
 
     def allowed(self, room_id: str, user: str) -> list[str]:
         """What a user may publish in a room, by the names that people know."""
         return sorted(
             source.claim.replace("_", " ") for source in self._policies.last_known(room_id).allowed_sources(user)
         )
+
+    async def _rows(self, snapshots: Sequence[RoomSnapshot]) -> list[RoomRow]:
+        """Calls with their policies. Other guards may know rooms that this one never read."""
+        deadline = Deadline.after(self._clock, LOOKUP_TIME)
+        await self._policies.look_up_unknown([snapshot.room_id for snapshot in snapshots], deadline)
+        return [self._row(snapshot) for snapshot in snapshots]
 
     def _row(self, snapshot: RoomSnapshot) -> RoomRow:
         policy = self._policies.last_known(snapshot.room_id)

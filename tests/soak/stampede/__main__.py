@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--at-once", type=int, default=500, help="callers at the same time")
     parser.add_argument("--faults", action="store_true", help="kill guards and Valkey")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no round after that")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep-logs", type=Path, help="where to keep the guards' logs")
     options = parser.parse_args()
@@ -36,14 +37,16 @@ def main() -> None:
         stampede = Stampede(
             place, options.guards, options.joins, options.seats, options.at_once, Random(options.seed), _say
         )
-        sys.exit(0 if asyncio.run(_run(stampede, options.rounds, faults=options.faults)) else 1)
+        sys.exit(0 if asyncio.run(_run(stampede, options)) else 1)
 
 
-async def _run(stampede: Stampede, rounds: int, *, faults: bool) -> bool:
+async def _run(stampede: Stampede, options: argparse.Namespace) -> bool:
+    faults = options.faults
     # where nothing fails nobody enters either, so the holds have to last for a whole round
     await stampede.start(**({} if faults else {"GUARD_SEAT_TTL": "600"}))
     try:
-        await repeat(rounds, stampede.round_with_faults if faults else stampede.exact_round)
+        work = stampede.round_with_faults if faults else stampede.exact_round
+        await repeat(options.rounds, 60 * options.minutes, work)
         return _judge(stampede, faults=faults)
     finally:
         stampede.stop()

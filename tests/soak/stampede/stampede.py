@@ -179,6 +179,7 @@ class Stampede:
         for guard in killed:
             await guard.answers()
         self.faults.append((began, time.monotonic()))
+        self.say(f"round {self._round}: {kind}, from {began:.1f} to {time.monotonic():.1f}")
 
     async def _restart_valkey(self, kind: str) -> None:
         if kind == "valkey empty":
@@ -193,6 +194,9 @@ class Stampede:
 
     def overflows(self) -> list[float]:
         """How long, in seconds, more people were in a call than it has seats, not counting the time of faults."""
+        for alias, since, until in self.sfu.ended:
+            if self._counted(since, until) > RECONCILE:
+                self.say(f"too many in {alias[:8]} from {since:.1f} to {until:.1f}")
         ended = [*self.sfu.ended, *((alias, since, time.monotonic()) for alias, since in self.sfu.over.items())]
         return sorted(self._counted(since, until) for _, since, until in ended)
 
@@ -203,6 +207,10 @@ class Stampede:
         return until - since
 
 
-async def repeat(rounds: int, work: Callable[[], Any]) -> None:
+async def repeat(rounds: int, seconds: float, work: Callable[[], Any]) -> None:
+    """Begin no round after so many seconds."""
+    end = time.monotonic() + seconds
     for _ in range(rounds):
+        if time.monotonic() > end:
+            break
         await work()

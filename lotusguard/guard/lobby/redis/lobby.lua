@@ -12,7 +12,7 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 local BASE = KEYS[1]
 local DUE, SPARE, WAITING, ROOMS = BASE .. ':due', BASE .. ':spare', BASE .. ':waiting', BASE .. ':rooms'
 local VERSION, BORN = BASE .. ':version', BASE .. ':born'
-local changes = {}
+local changes, speaks = {}, false
 
 local version = tonumber(redis.call('GET', VERSION))
 if not version then  -- versions grow with time, so those of a data set that was lost are lower
@@ -179,6 +179,7 @@ function Operations.restore(room, given)
 end
 
 function Operations.pass_time()
+  speaks = true  -- every guard hears this, or finds out that its subscription hears nothing
   for _, name in ipairs(redis.call('ZRANGEBYSCORE', DUE, '-inf', now, 'LIMIT', 0, DROPPED_AT_ONCE)) do
     local room, user = unpack(cjson.decode(name))
     if not find(room, user) then
@@ -205,8 +206,6 @@ local results = {}
 for place, operation in ipairs(request.operations) do
   results[place] = Operations[operation[1]](unpack(operation, 2))
 end
-if #changes > 0 then
-  redis.call('SET', VERSION, string.format('%.0f', version))
-  redis.call('PUBLISH', CHANNEL, cjson.encode({request.guard, version, changes}))
-end
+if #changes > 0 then redis.call('SET', VERSION, string.format('%.0f', version)) end
+if #changes > 0 or speaks then redis.call('PUBLISH', CHANNEL, cjson.encode({request.guard, version, changes})) end
 return cjson.encode({now, version, redis.call('GET', BORN), changes, results})

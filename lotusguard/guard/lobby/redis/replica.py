@@ -22,6 +22,8 @@ from lotusguard.rules.lobby_book import Change, LobbyBook
 ENDS_REMEMBERED = 5_000
 PATIENCE = 0.9
 """Seconds after which a change that Redis named must have been heard of."""
+SILENCE = 5.0
+"""Seconds after which something must have been heard: every guard makes itself heard every second."""
 
 Key = tuple[str, str]
 """A room and a user."""
@@ -52,10 +54,12 @@ class Replica:
     _version: int = field(default=0, init=False)
     _heard: int = field(default=0, init=False)
     _awaited: tuple[int, float] = field(default=(0, 0.0), init=False)
+    _heard_at: float = field(init=False)
     _ended: LRUCache[Key, int] = field(factory=lambda: LRUCache(ENDS_REMEMBERED), init=False)
 
     def __attrs_post_init__(self) -> None:
         self.book = LobbyBook(self._longest_wait)
+        self._heard_at = self._clock.seconds()
 
     async def ask(self, *operations: Sequence[Any]) -> list[Any]:
         """Run operations of ``lobby.lua``. What they change is in ``book.changes`` then.
@@ -78,20 +82,23 @@ class Replica:
     def hear(self, message: str) -> None:
         """A guard, perhaps this one, published changes."""
         _, version, changes = json.loads(message)
-        self._heard = max(self._heard, int(version))
+        self._heard, self._heard_at = max(self._heard, int(version)), self._clock.seconds()
         if not self.time.known:
             return  # all entries are about to be read
         adopted = [self._adopt(room_id, told, event, after) for room_id, told, event, _, after in changes]
         self.learnt([change for change in adopted if change is not None])
 
     def has_missed(self) -> bool:
-        """Whether changes that Redis named a second ago have not been heard of. To be asked every second."""
+        """Whether changes that Redis named a second ago have not been heard of, or nothing at all is heard.
+
+        To be asked every second.
+        """
         awaited, since = self._awaited
         now = self._clock.seconds()
-        if self._heard >= awaited:
-            self._awaited = (self._version, now)
-            return False
-        return now - since >= PATIENCE
+        if self._heard < awaited:
+            return now - since >= PATIENCE
+        self._awaited = (self._version, now)
+        return now - self._heard_at >= SILENCE
 
     def take_over(self, room_id: str, told: Told) -> LobbyEntry:
         """An entry as it is in Redis now."""
@@ -123,7 +130,7 @@ class Replica:
             key = (room_id, entry.user)
             if key not in seen and entry.version <= began and not keep(key):
                 changes.append(self.book.learn_end(*key, None))
-        self._heard = max(self._heard, began)
+        self._heard, self._heard_at = max(self._heard, began), self._clock.seconds()
         self._awaited = (began, self._clock.seconds())
         self.learnt([change for change in changes if change is not None])
 

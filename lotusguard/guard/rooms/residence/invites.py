@@ -21,7 +21,7 @@ log = Logger()
 
 AT_ONCE = 2
 WAITING = 200
-"""Invitations that may wait. More are dropped: who means it invites again."""
+"""Invitations that may wait. More are dropped until the next full sync, or until somebody invites again."""
 ATTEMPTS = 3
 PAUSE = 5.0
 """Seconds between two attempts."""
@@ -36,14 +36,15 @@ class InviteHandler:
     _residence: Residence
     _clock: IReactorTime
     _metrics: Metrics
-    _worker: KeyedWorker = field(init=False)
+    _worker: KeyedWorker[str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._worker = KeyedWorker(self._settle, AT_ONCE, _failed)
 
     def invited(self, room_id: str, inviter: str) -> None:
         """Somebody invited the account, just now or before a restart."""
-        if len(self._residence.invites) >= WAITING and room_id not in self._residence.invites:
+        full = len(self._residence.invites) >= WAITING and room_id not in self._residence.invites
+        if full or not is_room_id(room_id):
             self._metrics.invites.labels("dropped").inc()
             return
         self._residence.add_invite(room_id, inviter)

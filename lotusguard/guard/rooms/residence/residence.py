@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from enum import Enum
-from typing import Protocol
 
 from attrs import define, field
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.synapse.sync_answer import SyncAnswer
 from lotusguard.guard.rooms.residence.room import ResidentRoom, RoomChange
+from lotusguard.guard.rooms.residence.stored import ROOM_ROW, Stored, StoredRows
 from lotusguard.guard.rooms.source import PushedState
 from lotusguard.metrics import Metrics
 from lotusguard.rules.state import CREATE, StateEvent
@@ -25,20 +23,9 @@ log = Logger()
 ROOMS_KEPT = 2_000
 """Rooms beyond these are not resident: they are looked up like any other."""
 STATE_KEPT = 64 * 1024 * 1024
-"""Bytes of the state of all rooms; rooms that do not fit are not resident."""
+"""Bytes of the state of all rooms. If they are exceeded, the state of the largest rooms is looked up."""
 MEMBERS_KEPT = 500_000
 """User IDs of all rooms; in rooms that do not fit, memberships are looked up."""
-_SYNC, _ROOM, _INVITE = "sync", "room ", "invite "
-
-
-class ResidenceStore(Protocol):
-    """What must survive a restart (`StateStore`)."""
-
-    def residence(self) -> dict[str, str]:
-        """What `put_residence` wrote."""
-
-    def put_residence(self, rows: Mapping[str, str | None]) -> Deferred[bool]:
-        """Write all of these rows, or none. :return: whether they are on disk."""
 
 
 SILENCE = 60.0
@@ -68,7 +55,7 @@ class Residence:
     :ivar invites: who invited the account, by the ID of a room whose invitation is not settled.
     """
 
-    _store: ResidenceStore | None
+    _rows: StoredRows = field(alias="store", converter=StoredRows)
     _clock: IReactorTime
     _wall: Callable[[], float]
     _metrics: Metrics
@@ -82,8 +69,6 @@ class Residence:
     _size: int = field(default=0, init=False)
     _current_at: float = field(default=0.0, init=False)
     _silent_since: float = field(init=False)
-    _unsaved: dict[str, int] = field(factory=dict, init=False)
-    _saves: int = field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._silent_since = self._clock.seconds()
@@ -142,14 +127,19 @@ class Residence:
 
     # -- what /sync says -----------------------------------------------------------------------------------
 
-    def apply(self, answer: SyncAnswer) -> tuple[dict[str, RoomChange], list[str]]:
-        """Take over an answer. :return: what changed in which rooms, and the rooms that the account is not in any more.
+    def apply(
+        self, answer: SyncAnswer, all_rooms: Collection[str] | None = None
+    ) -> tuple[dict[str, RoomChange], list[str]]:
+        """Take over an answer.
 
-        The first answer without a token before it names all rooms: others are not resident any more.
+        :param all_rooms: all rooms that the account is in, if that is known; others are not resident any more.
+        :return: what changed in which rooms, and the rooms that the account is not in any more.
         """
-        gone = [room_id for room_id in answer.left if room_id in self._rooms]
-        if not self.since:
-            gone += [room_id for room_id in self._rooms if room_id not in answer.joined]
+        gone = [
+            room_id
+            for room_id in self._rooms
+            if room_id in answer.left or (all_rooms is not None and room_id not in all_rooms)
+        ]
         for room_id in gone:
             self.drop(room_id)
         changes = {}
@@ -159,23 +149,33 @@ class Residence:
                 self._metrics.residence_overflow.labels("room").inc()
                 continue
             members, size = len(room.joined or ()), room.size
-            change = room.apply(news)
+            changes[room_id] = change = room.apply(news)
             self._rooms[room_id] = room
             self._members += len(room.joined or ()) - members
             self._size += room.size - size
             self.settle_invite(room_id)
-            if self._size > STATE_KEPT:
-                self.drop(room_id)
-                self._metrics.residence_overflow.labels("state").inc()
-                continue
-            changes[room_id] = change
             if change.state:
-                self._touch(_ROOM + room_id)
+                self._rows.room_changed(room_id)
         for room_id in answer.left:
             self.settle_invite(room_id)
-        self.since = answer.since
-        self.status, self.reason, self._current_at = SyncStatus.ALIVE, "", self._clock.seconds()
+        self._keep_within_bounds()
         return changes, gone
+
+    def continue_from(self, since: str) -> None:
+        """Everything before this token is taken over: what is known is current."""
+        self.since = since
+        self.status, self.reason, self._current_at = SyncStatus.ALIVE, "", self._clock.seconds()
+
+    def _keep_within_bounds(self) -> None:
+        """Forget the state of the largest rooms, if all states are too large. These rooms are looked up from now on."""
+        while self._size > STATE_KEPT:
+            room_id = max(self._rooms, key=lambda each: self._rooms[each].size)
+            room = self._rooms[room_id]
+            self._size -= room.size
+            room.forget_state()
+            self._rows.room_changed(room_id)
+            self._metrics.residence_overflow.labels("state").inc()
+            log.warn("the state of {room_id} is too large to be kept", room_id=room_id, event_name="state_too_large")
 
     def failing(self, reason: str) -> None:
         """The sync failed: what is known is not current from now on."""
@@ -194,7 +194,7 @@ class Residence:
         if room is not None:
             self._members -= len(room.joined or ())
             self._size -= room.size
-            self._touch(_ROOM + room_id)
+            self._rows.room_changed(room_id)
 
     def _new_room(self) -> ResidentRoom | None:
         return ResidentRoom() if len(self._rooms) < ROOMS_KEPT else None
@@ -206,7 +206,7 @@ class Residence:
             size = room.size
             room.put(event)
             self._size += room.size - size
-            self._touch(_ROOM + room_id)
+            self._rows.room_changed(room_id)
 
     def members_unknown(self, room_id: str) -> None:
         """Memberships of a room may have changed unseen, and are about to be read."""
@@ -215,51 +215,45 @@ class Residence:
             self._members -= len(room.joined)
             room.joined = None
 
-    def members_read(self, room_id: str, members: frozenset[str] | None) -> None:
-        """The members of a room were read; ``None`` if they could not be."""
+    def has_room_for(self, members: int) -> bool:
+        """Whether a list of so many members fits."""
+        return self._members + members <= MEMBERS_KEPT
+
+    def members_read(self, room_id: str, members: frozenset[str]) -> bool:
+        """The members of a room were read. :return: whether they fit; if not, they are looked up one by one."""
         room = self._rooms.get(room_id)
         if room is None:
-            return
+            return True
         before = len(room.joined or ())
-        if members is not None and self._members - before + len(members) > MEMBERS_KEPT:
+        fits = self.has_room_for(len(members) - before)
+        if not fits:
             self._metrics.residence_overflow.labels("members").inc()
-            members = None
-        room.members_read(members)
+        room.members_read(members if fits else None)
         self._members += len(room.joined or ()) - before
+        return fits
 
     # -- invitations ---------------------------------------------------------------------------------------
 
     def add_invite(self, room_id: str, inviter: str) -> None:
         """Somebody invited the account. It is kept until `settle_invite`, over a restart too."""
         self.invites[room_id] = inviter
-        self._touch(_INVITE + room_id)
+        self._rows.invite_changed(room_id)
 
     def settle_invite(self, room_id: str) -> None:
         """The invitation was accepted, declined or withdrawn."""
         if self.invites.pop(room_id, None) is not None:
-            self._touch(_INVITE + room_id)
+            self._rows.invite_changed(room_id)
 
     # -- the state store -----------------------------------------------------------------------------------
 
     def load(self) -> None:
         """Take over what an earlier run stored: last known policies hold before the homeserver has answered."""
-        rows = self._store.residence() if self._store is not None else {}
-        if not rows:
-            return
-        try:
-            place = json.loads(rows[_SYNC])
-            user_id, since, saved_at = str(place["user_id"]), str(place["since"]), float(place["at"])
-            rooms = {name: ResidentRoom.loaded(text) for name, text in rows.items() if name.startswith(_ROOM)}
-            invites = {name: str(json.loads(text)) for name, text in rows.items() if name.startswith(_INVITE)}
-        except (KeyError, ValueError, TypeError) as error:
-            log.warn("stored rooms are not used: {reason}", reason=str(error), event_name="residence_not_loaded")
-            self._unsaved.update(dict.fromkeys((name for name in rows if name != _SYNC), 0))
-            return
-        self._rooms, self._members = {name.removeprefix(_ROOM): room for name, room in rooms.items()}, 0
-        self._size = sum(room.size for room in rooms.values())
-        self.invites = {name.removeprefix(_INVITE): inviter for name, inviter in invites.items()}
-        self._user_id, self.since = user_id, since
-        self._current_at = self._clock.seconds() - max(0.0, self._wall() - saved_at)
+        stored = self._rows.read()
+        if stored is not None:
+            self._rooms, self.invites, self._members = stored.rooms, stored.invites, 0
+            self._size = sum(room.size for room in self._rooms.values())
+            self._user_id, self.since = stored.user_id, stored.since
+            self._current_at = self._clock.seconds() - max(0.0, self._wall() - stored.saved_at)
 
     def follow(self, changed: Mapping[str, str | None], *, heard: bool) -> None:
         """Another guard listens. :param changed: rows that it stored. :param heard: whether it hears the rooms."""
@@ -267,8 +261,8 @@ class Residence:
             self._silent_since = self._clock.seconds()
         self.status, self.reason = SyncStatus.FOLLOWING, ""
         for name, text in changed.items():
-            if name.startswith(_ROOM):
-                self._follow_room(name.removeprefix(_ROOM), text)
+            if name.startswith(ROOM_ROW):
+                self._follow_room(name.removeprefix(ROOM_ROW), text)
         self._current_at = self._clock.seconds() if heard else self._current_at
 
     def _follow_room(self, room_id: str, text: str | None) -> None:
@@ -297,25 +291,5 @@ class Residence:
 
     async def save(self) -> None:
         """Write what changed, together with the token that belongs to it. Returns when it is on disk, or is late."""
-        if self._store is None or not self.since:
-            return
-        self._saves += 1
-        mine = self._saves
-        names = dict(self._unsaved)
-        place = {"user_id": self._user_id, "since": self.since, "at": self._wall()}
-        rows: Mapping[str, str | None] = {**{name: self._row(name) for name in names}, _SYNC: json.dumps(place)}
-        if await self._store.put_residence(rows):
-            self._unsaved = {
-                name: touched for name, touched in self._unsaved.items() if touched > mine or name not in names
-            }
-
-    def _row(self, name: str) -> str | None:
-        if name.startswith(_ROOM):
-            room = self._rooms.get(name.removeprefix(_ROOM))
-            return room.dumped() if room is not None else None
-        inviter = self.invites.get(name.removeprefix(_INVITE))
-        return json.dumps(inviter) if inviter is not None else None
-
-    def _touch(self, name: str) -> None:
-        """A row has to be written with the next save."""
-        self._unsaved[name] = self._saves + 1
+        if self.since:
+            await self._rows.write(Stored(self._user_id, self.since, self._wall(), self._rooms, self.invites))

@@ -99,6 +99,11 @@ class ResidentRoom:
         known = self.state.get(event.type)
         self._replace({**self.state, event.type: StateEvent(event.type, event.content, known.sender if known else "")})
 
+    def forget_state(self) -> None:
+        """It is too large to be kept."""
+        self._event_ids.clear()
+        self._replace({})
+
     def _replace(self, state: Mapping[str, StateEvent]) -> None:
         self.state = state
         self.size = sum(len(str(event.content)) + 200 for event in state.values())
@@ -111,7 +116,7 @@ class ResidentRoom:
         self._heard_while_reading = dict(recent)
 
     def members_read(self, members: Iterable[str] | None) -> None:
-        """The member list as it was read; ``None`` if it could not be read or is too long to be kept."""
+        """The member list as it was read; ``None`` if it is too long to be kept."""
         heard, self._heard_while_reading = self._heard_while_reading or {}, None
         if members is None:
             self.joined = None

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
+from secrets import token_hex
 from typing import Any
 
 from attrs import define, field
@@ -18,7 +19,7 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.synapse import MatrixClient
-from lotusguard.clients.synapse.matrix import FIRST_SYNC, POLL, SYNC_GRACE, TokenUnknown, sync_filter
+from lotusguard.clients.synapse.matrix import FIRST_SYNC, MOST_EVENTS, POLL, SINCE_UNKNOWN, SYNC_GRACE, sync_filter
 from lotusguard.clients.synapse.sync_answer import SyncAnswer
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
@@ -26,15 +27,26 @@ from lotusguard.guard.rooms.residence.events import RoomEvents
 from lotusguard.guard.rooms.residence.invites import InviteHandler
 from lotusguard.guard.rooms.residence.residence import Residence, SyncStatus
 from lotusguard.guard.rooms.residence.room import STATE_TYPES, TIMELINE_TYPES
+from lotusguard.guard.rooms.residence.voice import RateLimit
 
 log = Logger()
 
-FILTER = sync_filter(TIMELINE_TYPES, STATE_TYPES)
-FIRST_FILTER = sync_filter((), STATE_TYPES, most_events=1)
-"""For a full sync: nothing that was said earlier is answered."""
+TOO_LARGE = "too_large"
+
+TIMELINES = (MOST_EVENTS, 5, 1)
+"""Events of a room in one answer. If an answer is too large, the next number is used: what is missing is a gap."""
+FILTERS = tuple(sync_filter(TIMELINE_TYPES, STATE_TYPES, most_events=most) for most in TIMELINES)
+ROOMS_A_PART = 20
+"""Rooms in one answer, if a full sync is too large. Whatever their state is, the answer is not too large then."""
+BURST, RATE, PAUSE = 50, 20.0, 0.1
+"""Answers that are asked for at once, and per second in the long run; the pause in seconds if there are more."""
+STUCK = 1.0
+"""Seconds until the next sync after an answer that came at once and does not continue."""
+PATIENCE = 10
+"""Failures of the homeserver in a row after which our place in its stream is given up: it may be what it fails at."""
 SAVE_INTERVAL = 2.0
 """Seconds between two writes of what the answers changed. A restart continues from the last one."""
-_BACKOFF = backoffPolicy(initialDelay=0.5, maxDelay=30.0, factor=1.7)
+_BACKOFF = backoffPolicy(initialDelay=0.5, maxDelay=5.0, factor=1.7)
 
 
 @define(eq=False, slots=False)
@@ -58,6 +70,12 @@ class SyncService(Service):
     ready: bool = field(default=False, init=False)
     _running: Deferred[None] | None = field(default=None, init=False)
     _saved_at: float = field(default=0.0, init=False)
+    _size: int = field(default=0, init=False)
+    _in_parts: bool = field(default=False, init=False)
+    _pace: RateLimit = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._pace = RateLimit(self._clock, BURST, RATE)
 
     def startService(self) -> None:
         super().startService()
@@ -112,7 +130,7 @@ class SyncService(Service):
 
     async def _listen(self) -> None:
         for room_id in self._residence.room_ids():
-            self._events.read_members(room_id)
+            self._events.member_lists.read(room_id)
         self._invites.resume()
         failures = 0
         while True:
@@ -121,8 +139,7 @@ class SyncService(Service):
                 failures = 0
             except DependencyFailed as failed:
                 self._failed(failed.reason)
-                if isinstance(failed, TokenUnknown):
-                    self._residence.since = ""
+                self._recover(failed.reason, failures + 1)
             except TimeoutError:
                 self._failed("timeout")
             except CancelledError:
@@ -133,6 +150,16 @@ class SyncService(Service):
             if not self._residence.alive:
                 failures += 1
                 await deferLater(self._clock, self._pause(failures))
+
+    def _recover(self, reason: str, failures: int) -> None:
+        """Ask for something else next time, if the same answer would fail again."""
+        full = not self._residence.since
+        if reason == TOO_LARGE and full:
+            self._in_parts = True
+        elif reason == TOO_LARGE and self._size + 1 < len(TIMELINES):
+            self._size += 1
+        elif reason in (TOO_LARGE, SINCE_UNKNOWN) or (failures % PATIENCE == 0 and _is_its_own(reason)):
+            self._residence.since = ""
 
     async def _learn_account(self) -> None:
         failures = 0
@@ -145,34 +172,78 @@ class SyncService(Service):
                 await deferLater(self._clock, self._pause(failures))
 
     async def _sync(self) -> None:
-        """One answer. While all is well, an answer that is late shows that the connection hangs."""
-        residence = self._residence
-        full = not residence.since
-        wait = residence.alive and not full  # else the first answer has to come at once: nothing is heard before
-        seconds = POLL + SYNC_GRACE if wait else FIRST_SYNC
-        asking = self._client.sync(self._account.user_id, residence.since, FIRST_FILTER if full else FILTER, wait=wait)
-        answer = await Deadline.after(self._clock, seconds).wait(Deferred.fromCoroutine(asking))
-        await self._apply(answer, full=full)
+        """One answer, or all that a full sync takes."""
+        since = self._residence.since
+        if not since:
+            await (self._sync_in_parts() if self._in_parts else self._sync_fully())
+            self._in_parts = False
+            return
+        waited, began = self._residence.alive, self._clock.seconds()
+        await self._hear(await self._ask(since, FILTERS[self._size], wait=waited))
+        self._size = 0
+        if waited and self._residence.since == since and self._clock.seconds() - began < STUCK:
+            await deferLater(self._clock, STUCK)
+        elif not self._pace.take():
+            await deferLater(self._clock, PAUSE)
 
-    async def _apply(self, answer: SyncAnswer, *, full: bool) -> None:
-        was = self._residence.status
+    async def _ask(self, since: str, room_filter: str, *, wait: bool = False) -> SyncAnswer:
+        """:param wait: for news, while all is well; then a late answer shows that the connection hangs. Otherwise the
+        answer has to come at once: nothing is heard before it.
+        """
+        seconds = POLL + SYNC_GRACE if wait else FIRST_SYNC
+        asking = self._client.sync(self._account.user_id, since, room_filter, wait=wait)
+        return await Deadline.after(self._clock, seconds).wait(Deferred.fromCoroutine(asking))
+
+    async def _sync_fully(self) -> None:
+        answer = await self._ask("", _full_filter())
+        self._apply(answer, answer.since, all_rooms=answer.joined.keys())
+        await self._save()
+
+    async def _sync_in_parts(self) -> None:
+        """A full sync, some rooms at a time. It continues from the first answer; the others may be newer."""
+        room_ids = sorted(await self._client.joined_rooms())
+        parts = [room_ids[start : start + ROOMS_A_PART] for start in range(0, len(room_ids), ROOMS_A_PART)] or [[]]
+        first = ""
+        for number, part in enumerate(parts, 1):
+            answer = await self._ask("", _full_filter(part))
+            first = first or answer.since
+            self._apply(answer, first if number == len(parts) else "", all_rooms=room_ids)
+        await self._save()
+
+    async def _hear(self, answer: SyncAnswer) -> None:
+        """Take over what is new, and hear what people said in rooms that were known before."""
         known = set(self._residence.room_ids())
-        changes, gone = self._residence.apply(answer)
-        if was is not SyncStatus.ALIVE:
-            log.info("changes in {count} rooms arrive at once", count=len(self._residence), event_name="sync_alive")
+        changed = self._apply(answer, answer.since)
+        said = [(room_id, answer.joined[room_id]) for room_id in changed if room_id in known]
+        commands = any(self._events.holds_commands(news) for _, news in said)  # after a crash, none is done twice
+        moved = self._in_turns and known != set(self._residence.room_ids())  # the other guards have to know
+        if commands or moved or self._clock.seconds() - self._saved_at >= SAVE_INTERVAL:
+            await self._save()
+        for room_id, news in said:
+            self._events.said(room_id, news)
+
+    def _apply(self, answer: SyncAnswer, since: str, all_rooms: Collection[str] | None = None) -> Collection[str]:
+        """Take over an answer.
+
+        :param since: where to continue; ``""`` after an answer that is only a part.
+        :param all_rooms: the rooms that the account is in, if this is a full sync.
+        :return: the rooms with news.
+        """
+        full = all_rooms is not None
+        was_alive, known = self._residence.alive, set(self._residence.room_ids())
+        changes, gone = self._residence.apply(answer, all_rooms)
+        if since:
+            self._residence.continue_from(since)
+            if not was_alive:
+                log.info("changes in {count} rooms arrive at once", count=len(self._residence), event_name="sync_alive")
+                self._events.member_lists.read_missing()
         for room_id in gone:
             self._events.left(room_id)
         for room_id, change in changes.items():
             self._events.changed(room_id, change, answer.joined[room_id], full=full, new=room_id not in known)
         for room_id, inviter in answer.invited.items():
             self._invites.invited(room_id, inviter)
-        said = [(room_id, answer.joined[room_id]) for room_id in changes if room_id in known and not full]
-        commands = any(self._events.holds_commands(news) for _, news in said)  # after a crash, none is done twice
-        moved = self._in_turns and (gone or known != set(self._residence.room_ids()))  # the others have to know
-        if full or commands or moved or self._clock.seconds() - self._saved_at >= SAVE_INTERVAL:
-            await self._save()
-        for room_id, news in said:
-            self._events.said(room_id, news)
+        return changes.keys()
 
     async def _save(self) -> None:
         self._saved_at = self._clock.seconds()
@@ -182,6 +253,16 @@ class SyncService(Service):
         if self._residence.status is not SyncStatus.FAILING or self._residence.reason != reason:
             log.warn("changes in rooms do not arrive: {reason}", reason=reason, event_name="sync_failing")
         self._residence.failing(reason)
+
+
+def _full_filter(rooms: Collection[str] | None = None) -> str:
+    """A filter for a full sync: nothing that was said earlier is answered."""
+    return sync_filter((), STATE_TYPES, most_events=1, rooms=rooms, nonce=token_hex(8))
+
+
+def _is_its_own(reason: str) -> bool:
+    """Whether a failure is the homeserver's own: it was reached, and did not give a usable answer."""
+    return reason.startswith("status_5") or reason == "invalid_response"
 
 
 def _log_unless_cancelled(failure: Failure) -> None:

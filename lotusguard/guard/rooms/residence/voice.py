@@ -26,6 +26,10 @@ ALL_BURST, ALL_RATE = 300, 20.0
 """The same for all rooms together."""
 
 
+LONGEST_NOTICE = 8_000
+"""Characters."""
+
+
 @define(eq=False)
 class RateLimit:
     """A token bucket. :param burst: what may be taken at once. :param rate: what is given back per second."""
@@ -77,7 +81,7 @@ class ResidentVoice:
 
         :raises DependencyFailed: it was not sent: the homeserver refuses, or too much was sent lately.
         """
-        content = {"msgtype": "m.notice", "body": text, "m.mentions": {}}
+        content = {"msgtype": "m.notice", "body": _shown(text), "m.mentions": {}}
         return await self._send(room_id, MESSAGE, content, transaction)
 
     async def react(self, room_id: str, event_id: str, key: str, transaction: str = "") -> None:
@@ -116,3 +120,9 @@ class ResidentVoice:
             raise
         self._metrics.notices.labels("sent").inc()
         return event_id
+
+
+def _shown(text: str) -> str:
+    """The text without characters that hide or reorder others: user IDs of other homeservers may hold any."""
+    shown = "".join(each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
+    return shown if len(shown) <= LONGEST_NOTICE else f"{shown[:LONGEST_NOTICE]}…"

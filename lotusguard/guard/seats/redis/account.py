@@ -106,9 +106,9 @@ class AccountTurns:
             return
         if self.turn in _STOPS:
             return
-        self._answered_at = self._clock.seconds()
+        self._answered_at, lost = self._clock.seconds(), version < self._known
         if self.turn is Turn.HOLDS and token == self._token:
-            if version < self._known:  # the data were lost
+            if lost:
                 await self._write(self._rows)
             return
         if self.turn is Turn.HOLDS or (self.turn is Turn.ALONE and token == NOT_OURS):
@@ -123,6 +123,8 @@ class AccountTurns:
             listener.follow(rows, heard=hears)
         else:
             self._begin(Turn.HOLDS, "it is this guard's turn")
+            if lost:  # Redis does not know what its rooms were
+                await self._write(self._rows)
 
     async def hand_over(self) -> None:
         """This guard stops: another one listens at once."""

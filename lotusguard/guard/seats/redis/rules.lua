@@ -73,12 +73,6 @@ local function owns_seat(name)
   return user.owns_seat > 0 or user.exempt
 end
 
-local function owners_besides(name)
-  local user = user_of(name)
-  if user.owns_seat > 0 and not user.exempt then return total.owns_seat - 1 end
-  return total.owns_seat
-end
-
 -- where holds are --------------------------------------------------------------------------------------------------
 
 local function append(hold)
@@ -287,7 +281,7 @@ end
 
 -- Whether a participant without a seat may have one. Before the first listing nobody can tell.
 local function may_sit(hold, limit)
-  return owns_seat(hold.user) or (room.listed[hold.alias] ~= nil and owners_besides(hold.user) < limit)
+  return owns_seat(hold.user) or (room.listed[hold.alias] ~= nil and total.owns_seat < limit)
 end
 
 local function arrived(alias, who, limit, now, joined_by)
@@ -352,14 +346,13 @@ local function forget_ended(now)
   end
 end
 
--- Owners of a seat first, then by the time they joined.
-local function by_precedence(present)
+-- By the time they joined.
+local function by_age(present)
   local sorted = {}
   for place, who in ipairs(present) do
-    sorted[place] = {who = who, place = place, owns = owns_seat(who.user), joined = who.joined or 0}
+    sorted[place] = {who = who, place = place, joined = who.joined or 0}
   end
   table.sort(sorted, function(a, b)
-    if a.owns ~= b.owns then return a.owns end
     if a.joined ~= b.joined then return a.joined < b.joined end
     return a.place < b.place
   end)
@@ -369,7 +362,7 @@ end
 -- Tokens that were issued while the roster was unknown get the seats that are free, first come first served.
 function Seats.seat_failed_open(now, limit)
   for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
-    if owns_seat(hold.user) or owners_besides(hold.user) < limit then move(hold, 'seat', now) end
+    if owns_seat(hold.user) or total.owns_seat < limit then move(hold, 'seat', now) end
   end
 end
 
@@ -380,7 +373,7 @@ function Seats.apply_listing(now, alias, present, limit, since)
   room.touched = now
   if not limit then room.unlimited_at = now end
   local there = {}
-  for _, entry in ipairs(by_precedence(present)) do
+  for _, entry in ipairs(by_age(present)) do
     local who = entry.who
     local at = key_of(alias, who.sid)
     there[at] = true

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What guards do when Redis loses data, scripts or time, and what they leave there."""
+
+from __future__ import annotations
+
+import re
+from secrets import token_hex
+
+import pytest_twisted
+from twisted.internet.defer import Deferred, gatherResults
+
+from lotusguard.clients.redis.client import Script
+from lotusguard.guard.seats.book import Issued
+from lotusguard.guard.seats.redis.epoch import GUARD_SEEN, HEARTBEAT, RECORD, SEEN
+from lotusguard.guard.seats.redis.leases import LEASE
+from lotusguard.guard.seats.redis.scripts import STEP, room_key
+from lotusguard.rules.refusals import Refusal
+from lotusguard.rules.seats import Arrival
+from tests.conftest import until
+
+from .conftest import OwnServer
+from .direct import DirectGuard, Server
+from .guards import guards, reactor
+from .test_crashes import outcome_of
+from .test_seat_book import ALIAS, issue, listed
+
+SET_BACK = Script("""
+local room = cmsgpack.unpack(redis.call('GET', KEYS[1]))
+local by = tonumber(ARGV[1])
+room.at = room.at + by
+for _, hold in ipairs(room.holds) do hold.began, hold.expires = hold.began + by, hold.expires + by end
+for alias, since in pairs(room.listed) do room.listed[alias] = since + by end
+redis.call('SET', KEYS[1], cmsgpack.pack(room))
+""")
+"""What a room looks like after the server's clock was set back by so many seconds."""
+
+
+@pytest_twisted.ensureDeferred
+async def test_every_guard_gives_back_its_holds_after_everything_was_deleted(own_server: OwnServer, room: str) -> None:
+    async with guards(own_server.url, 2) as (first, second):
+        await listed(first, room, 3)
+        await issue(first, room, "a", 3)
+        await issue(second, room, "b", 3)
+        before = {first.rebuilding.data_set, second.rebuilding.data_set}
+        own_server.client.flushall()
+        await until(lambda: before.isdisjoint({first.rebuilding.data_set, second.rebuilding.data_set}))
+        await gatherResults([Deferred.fromCoroutine(guard.rebuilding.wait()) for guard in (first, second)])
+        for guard in (first, second):
+            assert await guard.book.owns_seat(room, "a")
+            assert await guard.book.owns_seat(room, "b")
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_new_is_seated_right_after_everything_was_deleted(own_server: OwnServer, room: str) -> None:
+    async with guards(own_server.url, 2) as (first, second):
+        await listed(first, room, 1)
+        await issue(first, room, "a", 1)
+        own_server.client.flushall()
+        assert await second.book.take(room, "new", 1, ALIAS) is Refusal.FULL
+        assert await second.book.owns_seat(room, "a")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_call_is_started_still_after_everything_was_deleted(own_server: OwnServer, room: str) -> None:
+    async with guards(own_server.url, 2) as (first, second):
+        joined = reactor.seconds()
+        await first.book.start(room)
+        await issue(first, room, "a", None)
+        own_server.client.flushall()
+        await until(lambda: not first.rebuilding.complete)
+        await first.rebuilding.wait()
+        assert await second.book.is_started(room), "a token that was issued says so"
+        other = f"{room}2"
+        await second.book.apply_listing(other, ALIAS, [Arrival("PA_x", "x", "x", joined)], None, reactor.seconds())
+        assert await second.book.is_started(other), "somebody has been in the call for longer than the data"
+
+
+@pytest_twisted.ensureDeferred
+async def test_scripts_that_the_server_forgot_are_sent_again(own_server: OwnServer, room: str) -> None:
+    async with guards(own_server.url, 1) as (guard,):
+        await listed(guard, room, 1)
+        own_server.client.script_flush()
+        hold_id = await guard.book.take(room, "a", 1, ALIAS)
+        assert isinstance(hold_id, str)
+        own_server.client.script_flush()
+        await guard.book.issue(room, hold_id, Issued(ALIAS, "a"), durable=True)
+        assert await guard.book.take(room, "b", 1, ALIAS) is Refusal.FULL
+        assert not guard.book.unshared
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_clock_that_is_set_back_neither_keeps_seats_nor_rejects_listings(
+    own_server: OwnServer, room: str
+) -> None:
+    async with guards(own_server.url, 1, 1.0) as (guard,):
+        await listed(guard, room, 1)
+        await issue(guard, room, "a", 1)
+        await guard.client.run(SET_BACK, [room_key(room)], "3600")
+        assert await guard.book.take(room, "b", 1, ALIAS) is Refusal.FULL
+        end = reactor.seconds() + 1.5
+        await until(lambda: reactor.seconds() > end)
+        await listed(guard, room, 1)
+        assert isinstance(await guard.book.take(room, "b", 1, ALIAS), str)
+
+
+def test_a_listing_from_a_guard_whose_clock_is_ahead_counts_from_now_on_at_most() -> None:
+    server = Server()
+    server.replace({})
+    guard = DirectGuard(server)
+    server.now += 6.0
+    guard.clock.advance(6.0)
+    outcome_of(guard.upkeep())
+    outcome_of(guard.book.apply_listing("!r", ALIAS, [], 1, guard.clock.seconds() + 3600.0))
+    outcome_of(guard.book.is_started("!r"))
+    _, since = outcome_of(guard.book.listed_since("!r", [ALIAS]))
+    assert since <= guard.clock.seconds()
+
+
+@pytest_twisted.ensureDeferred
+async def test_every_key_has_an_end_and_the_keys_of_a_script_have_one_tag(own_server: OwnServer, room: str) -> None:
+    async with guards(own_server.url, 2) as (first, second):
+        await listed(first, room, 2)
+        await issue(first, room, "a", 2)
+        await second.book.arrive(room, ALIAS, Arrival("PA_a", "a", "a"), 2)
+        await first.client.run(LEASE, (f"lotusguard:lease:{{{room}}}", f"lotusguard:fence:{{{room}}}"), "g", "8000")
+        await first.client.probe()
+        keys = [key.decode() for key in own_server.client.keys("*")]
+        assert len(keys) >= 5
+        assert not [key for key in keys if own_server.client.ttl(key) < 0]
+        assert all(key.startswith("lotusguard:") for key in keys)
+    assert {re.findall(r"\{.*?\}", key)[0] for key in (SEEN, RECORD)} == {"{guards}"}
+    assert STEP.text.count("KEYS[2]") == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_guards_that_come_and_go_leave_nothing(own_server: OwnServer) -> None:
+    async with guards(own_server.url, 1) as (guard,):
+        epoch = own_server.client.hget(RECORD, "epoch").decode()
+        for _ in range(200):
+            request = (
+                f'{{"epoch": "{epoch}", "generation": "", "proposed": "x", "guard": "{token_hex(6)}", "seen": ["y"],'
+                ' "given_back": true, "fresh": false, "longest": 0}'
+            )
+            await guard.client.run(HEARTBEAT, (SEEN, RECORD), request)
+        assert own_server.client.hlen(RECORD) <= 5
+        own_server.client.zadd(SEEN, {f"old{n}": own_server.client.time()[0] - 2 * GUARD_SEEN for n in range(100)})
+        await guard.rebuilding.heartbeat()
+        assert own_server.client.zcount(SEEN, "-inf", own_server.client.time()[0] - GUARD_SEEN) == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_server_that_accepts_no_writes_is_named_and_not_tried_by_every_join(
+    own_server: OwnServer, room: str
+) -> None:
+    async with guards(own_server.url, 1) as (guard,):
+        await listed(guard, room, 1)
+        client = own_server.client
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "1mb")
+        await issue(guard, room, "a", 1)
+        assert guard.book.unshared
+        assert guard.client.trouble == "out_of_memory"
+        end = reactor.seconds() + 2.0
+        await until(lambda: reactor.seconds() > end)
+        assert guard.book.unshared, "a server that only reads shares nothing"
+        client.config_set("maxmemory", "0")
+        await until(lambda: not guard.book.unshared, 30)
+        await listed(guard, room, 1)
+        assert await guard.book.owns_seat(room, "a")
