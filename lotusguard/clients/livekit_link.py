@@ -7,25 +7,25 @@ After a crash LiveKit's clients try again within a second. Asking every few seco
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from attrs import define, field
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
+from twisted.internet.endpoints import HostnameEndpoint
 from twisted.internet.error import ConnectError, DNSLookupError
-from twisted.internet.protocol import Protocol
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from lotusguard.clients.waiting import run_in_background
 
-SOON = 0.05
+SOON = 0.02
 """Seconds between two attempts to connect while LiveKit restarts."""
 LATER = 2.0
 """The same once that takes long, or if connections do not last."""
-ATTEMPTS_SOON = 600
+ATTEMPTS_SOON = 1500
 SHORT_LIVED = 5.0
 """Seconds. Something between us that closes idle connections sooner than this is not asked all the time."""
 CONNECT_TIMEOUT = 5.0
@@ -37,7 +37,7 @@ _ADDRESS_DELAY = 0.01
 class _Idle(Protocol):
     """:ivar lost: fires when the connection is closed."""
 
-    lost: Deferred[None] = field(factory=Deferred)
+    lost: Deferred[None] = field(factory=Deferred, init=False)
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         lost, self.lost = self.lost, Deferred()
@@ -78,10 +78,12 @@ class LiveKitLink(Service):
         endpoint = HostnameEndpoint(
             self._reactor, address.hostname or "", port, timeout=CONNECT_TIMEOUT, attemptDelay=_ADDRESS_DELAY
         )
+        factory = Factory.forProtocol(_Idle)
+        factory.noisy = False  # it would log each attempt
         seen, attempts = False, 0
         while True:
             try:
-                idle = await connectProtocol(endpoint, _Idle())
+                idle = cast(_Idle, await endpoint.connect(factory))
             except (ConnectError, DNSLookupError, OSError):
                 attempts += 1
                 await deferLater(self._reactor, SOON if seen and attempts <= ATTEMPTS_SOON else LATER)
