@@ -256,7 +256,7 @@ async def test_private_routes_require_the_operators_token(start_sandbox: StartSa
     room_id = room_of(sandbox, 3)
     await sandbox.enter(ALICE, room_id)
     wrong = (
-        None, "", "Bearer ", "Bearer", f"Bearer {ADMIN_TOKEN}x", f"Bearer {ADMIN_TOKEN[:-1]}", f"bearer  {ADMIN_TOKEN}",
+        None, "", "Bearer ", "Bearer", f"Bearer {ADMIN_TOKEN}x", f"Bearer {ADMIN_TOKEN[:-1]}", f"Bearer{ADMIN_TOKEN}",
         ADMIN_TOKEN, f"Basic {ADMIN_TOKEN}", "Bearer \xe4", *([] if configured else [f"Bearer {ADMIN_TOKEN}"]),
     )  # fmt: skip
     for authorization in wrong:
@@ -273,7 +273,9 @@ async def test_private_routes_require_the_operators_token(start_sandbox: StartSa
             for private in (ALICE, room_id, "alice"):
                 assert private.encode() not in answer.body
     if configured:
-        assert (await sandbox.operator("GET", "/rooms")).code == 200
+        for scheme in ("Bearer", "bearer", "BEARER "):  # RFC 9110 §11.1 and §11.4
+            headers = {"Authorization": f"{scheme} {ADMIN_TOKEN}"}
+            assert (await sandbox.request("GET", sandbox.admin_url + "/rooms", None, headers)).code == 200
 
 
 @pytest_twisted.ensureDeferred
@@ -297,7 +299,7 @@ async def test_tokens_are_compared_in_constant_time(sandbox: Sandbox, monkeypatc
 
     monkeypatch.setattr(hmac, "compare_digest", watching(hmac.compare_digest))
     await sandbox.request("GET", sandbox.admin_url + "/rooms", None, {"Authorization": "Bearer wrong"})
-    assert (b"Bearer wrong", f"Bearer {ADMIN_TOKEN}".encode()) in compared
+    assert (b"wrong", ADMIN_TOKEN.encode()) in compared
     compared.clear()
     body = b'{"event":"room_started","id":"x"}'
     headers = {"Authorization": sandbox.livekit.webhooks.authorization(b"another body")}
