@@ -31,6 +31,7 @@ from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.remembered import RememberedPolicies
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
 from lotusguard.guard.rooms.residence.events import RoomEvents
 from lotusguard.guard.rooms.residence.invites import InviteHandler
@@ -96,8 +97,8 @@ def rooms(
     residence = Residence(state.store if state.sharing is None else state.sharing.turns, reactor, wall, metrics)
     sources = RoomSources(clients.homeserver, clients.matrix, residence, account)
     policies = Policies(
-        sources, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
-        default_limit=settings.guard_default_max_users, pushed=sources,
+        sources, RememberedPolicies(metrics, settings.guard_default_max_users), reactor, metrics,
+        ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale, pushed=sources,
     )  # fmt: skip
     members = Members(sources, reactor, metrics, settings.guard_policy_ttl, sources)
     voice = ResidentVoice(clients.matrix, residence, reactor, metrics)
