@@ -25,6 +25,7 @@ from lotusguard.guard.joins.callers import Callers
 from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
+from lotusguard.guard.joins.lookups import Lookups
 from lotusguard.guard.joins.seating import Seating
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.notices import LobbyNotices
@@ -172,9 +173,10 @@ def joins(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
     )  # fmt: skip
+    lookups = Lookups(Callers(clients.homeserver, reactor), given.policies, given.members, checks.asks_membership)
     admission = Admission(
-        Callers(clients.homeserver, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
-        reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
+        lookups, given.policies, checks, seating, issuer, decision_log, reactor,
+        settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
         waiting.lobby, settings.guard_lobby_wait,
     )  # fmt: skip
     return Joins(admission, issuer, decision_log)
