@@ -19,6 +19,7 @@ from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.calls.moderation import Moderation
 from lotusguard.guard.calls.moderator import Moderator
 from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.guard.calls.status import CallStatus
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
@@ -126,9 +127,10 @@ def syncing(
     """
     events = RoomEvents(clients.matrix, given.account, given.residence, given.voice, kept.changes, reactor)
     invites = InviteHandler(clients.matrix, given.account, given.residence, reactor, metrics)
+    status = CallStatus(given.policies, state.seats, waiting, health.not_enforced, reactor)
     commands = Commands(
-        given.voice, clients.matrix, given.account, given.residence, given.policies, state.seats, kept.ender,
-        moderation, waiting, health.not_enforced, reactor, metrics,
+        given.voice, clients.matrix, given.account, given.residence, status, kept.ender, moderation, waiting, reactor,
+        metrics,
     )  # fmt: skip
     events.commands = commands
     in_turns = state.sharing is not None
