@@ -203,7 +203,8 @@ def calls(
     changes = CallChanges(
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement,
-        LostRooms(clients.livekit, reactor, acts=lambda: participants.acts), reactor, metrics,
+        LostRooms(clients.livekit, state.seats, enforcement.reconciles, reactor, lambda: participants.acts),
+        reactor, metrics,
         tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
     )  # fmt: skip
     moderator = Moderator(
