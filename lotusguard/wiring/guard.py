@@ -172,7 +172,7 @@ def joins(
         all_tokens=settings.guard_tokens == "all", wall=wall,
     )  # fmt: skip
     admission = Admission(
-        Callers(clients.homeserver, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
+        Callers(clients.openid, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
         reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
         waiting.lobby, settings.guard_lobby_wait,
     )  # fmt: skip
@@ -220,7 +220,7 @@ def health(
     kept: Calls, waiting: Waiting,
 ) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, given.sources, clients.upstream,
+        clients.livekit, clients.homeserver, clients.openid, given.sources, clients.upstream,
         decided.decision_log, kept.changes, given.roster, state.store, state.lease, state.error, waiting.switch,
         reactor, metrics, settings.guard_dry_run, enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
