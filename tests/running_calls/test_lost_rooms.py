@@ -164,6 +164,18 @@ async def test_a_call_that_ended_is_not_created_again_by_a_guard_that_restarts(
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_lost_room_that_was_listed_before_the_round_is_created_again(sandbox: Sandbox) -> None:
+    alias = await call_of_two(sandbox)
+    sandbox.livekit.restart()
+    sandbox.guard.enforcement.enforce(alias)
+    await at_rest(sandbox)
+    assert alias not in sandbox.guard.enforcement.watched
+    await sandbox.guard.changes.livekit_returned()
+    await at_rest(sandbox)
+    assert alias in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
 async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
