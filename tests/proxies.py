@@ -98,7 +98,8 @@ def traefik(name: str, place: Place) -> list[str]:
             router["tls"] = {}
     if place.certificate is not None:
         certificate, key = place.certificate
-        dynamic["tls"] = {"certificates": [{"certFile": str(certificate), "keyFile": str(key)}]}
+        own = {"certFile": str(certificate), "keyFile": str(key)}
+        dynamic["tls"] = {"stores": {"default": {"defaultCertificate": own}}}
     return traefik_arguments(place.folder, place.port, dynamic)
 
 
@@ -112,7 +113,7 @@ def traefik_settings(name: str, guards: list[str]) -> dict[str, Any]:
         at = settings
         for word in path:
             at = at.setdefault(word, {})
-        at[last] = value
+        at[last] = value.split(",") if last == "middlewares" else value
     for service in settings["http"]["services"].values():
         del service["loadbalancer"]["server"]
         service["loadbalancer"]["servers"] = [{"url": guard} for guard in guards]

@@ -136,14 +136,14 @@ class Client:
         return int(response.code)
 
     async def answered(self) -> None:
-        """Wait until the proxy runs."""
+        """Wait until the proxy runs. Traefik listens before it knows its routes."""
         for _ in range(1200):
             try:
-                await self.ask()
+                if await self.ask() == 200:
+                    return
             except Exception:
-                await deferLater(reactor, 0.05)
-            else:
-                return
+                pass
+            await deferLater(reactor, 0.05)
         raise AssertionError("the proxy does not answer")
 
 
