@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,8 @@ def traefik(folder: Path, port: int, ports: list[int]) -> list[str]:
     for router in settings["http"]["routers"].values():
         router["rule"] = router["rule"].replace("matrix-rtc.example.org", "127.0.0.1")
         del router["tls"]
-    return traefik_arguments(folder, port, settings)
+    (option,) = re.findall(r"# (--serversTransport\S+)", (SNIPPETS / "traefik.yaml").read_text())
+    return [*traefik_arguments(folder, port, settings), option]
 
 
 CONFIGURE = {"nginx": nginx, "caddy": caddy, "traefik": traefik}
@@ -164,6 +167,32 @@ async def test_clients_do_not_notice_that_a_guard_is_gone(proxy: Proxy) -> None:
     assert left.asked == before + ASKED, "a request was sent twice"
     await left.listening.stopListening()
     await client.pool.closeCachedConnections()
+
+
+@pytest_twisted.ensureDeferred
+async def test_clients_wait_a_moment_for_a_guard_whose_machine_does_not_answer(proxy: Proxy) -> None:
+    if proxy.program.endswith("caddy") and not knows_buffers(proxy.program):
+        pytest.skip("this Caddy closes the body of a request that it could not send")
+    client = Client(proxy.port)
+    await client.answered()
+    lost, left = proxy.guards
+    await lost.listening.stopListening()
+    with no_connections(lost.port):
+        codes = Counter([await client.ask() for _ in range(4)])
+    assert codes == {200: 4}
+    await left.listening.stopListening()
+    await client.pool.closeCachedConnections()
+
+
+@contextmanager
+def no_connections(port: int) -> Iterator[None]:
+    """Answer no attempt to connect to a port, neither yes nor no."""
+    with socket.socket() as full, socket.socket() as first:
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        full.bind(("127.0.0.1", port))
+        full.listen(0)
+        first.connect(("127.0.0.1", port))
+        yield
 
 
 @pytest_twisted.ensureDeferred
