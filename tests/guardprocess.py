@@ -23,6 +23,8 @@ from lotusguard.sandbox.demo.sandbox import Sandbox
 CHECKOUT = Path(__file__).parent.parent
 TWISTD = "from twisted.scripts.twistd import run; run()"
 TWIST = "from twisted.application.twist._twist import Twist; Twist.main()"
+WARNINGS = "error,ignore:'spwd' is deprecated:DeprecationWarning"
+"""Twisted 26 imports ``spwd`` with Python 3.11 and 3.12, unless it knows already which plugins there are."""
 
 
 def free_port() -> int:
@@ -76,7 +78,7 @@ class ProcessSandbox(Sandbox):
         ports = {"guard_bind_port": self.port, "guard_admin_port": self.admin_port}
         values = {"guard_lookup_timeout": 60} | self.guard_settings() | ports | settings
         environment = {name.upper(): str(value) for name, value in values.items()}
-        environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "error"}
+        environment |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": WARNINGS}
         self.process = GuardProcess()
         arguments = [sys.executable, "-c", self.program, *self.twistd, "lotusguard"]
         reactor.spawnProcess(self.process, sys.executable, arguments, environment)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the snippets of ``deploy/proxy`` in real reverse proxies on loopback. Tests."""
+"""Runs the snippets of ``deploy/proxy`` in real reverse proxies on loopback. Tests.
+
+The variables ``NGINX``, ``CADDY`` and ``TRAEFIK`` name other programs than those on ``PATH``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import yaml
 from attrs import frozen
 
 SNIPPETS = Path(__file__).parent.parent / "deploy" / "proxy"
@@ -83,21 +88,68 @@ def caddy(name: str, place: Place) -> list[str]:
     return ["run", "--config", str(config), "--adapter", "caddyfile"]
 
 
+def traefik(name: str, place: Place) -> list[str]:
+    """Configure a Traefik with the labels of the snippet, with its addresses replaced. :return: its arguments."""
+    dynamic = traefik_settings(name, [f"http://{place.guard}"])
+    for router in dynamic["http"]["routers"].values():
+        router["rule"] = router["rule"].replace("matrix-rtc.example.org", "127.0.0.1")
+        del router["tls"]
+        if place.certificate is not None:
+            router["tls"] = {}
+    if place.certificate is not None:
+        certificate, key = place.certificate
+        own = {"certFile": str(certificate), "keyFile": str(key)}
+        dynamic["tls"] = {"stores": {"default": {"defaultCertificate": own}}}
+    return traefik_arguments(place.folder, place.port, dynamic)
+
+
+def traefik_settings(name: str, guards: list[str]) -> dict[str, Any]:
+    """What Traefik makes of the labels of a snippet, as a file of its file provider."""
+    labels = yaml.safe_load((SNIPPETS / name).read_text(encoding="utf-8"))["services"]["lotusguard"]["labels"]
+    assert labels.pop("traefik.enable") == "true"
+    settings: dict[str, Any] = {}
+    for label, value in labels.items():
+        *path, last = label.split(".")[1:]
+        at = settings
+        for word in path:
+            at = at.setdefault(word, {})
+        at[last] = value.split(",") if last == "middlewares" else value
+    for service in settings["http"]["services"].values():
+        del service["loadbalancer"]["server"]
+        service["loadbalancer"]["servers"] = [{"url": guard} for guard in guards]
+    return settings
+
+
+def traefik_arguments(folder: Path, port: int, dynamic: dict[str, Any]) -> list[str]:
+    """Write these settings. :return: arguments of a Traefik that has them, and else its own defaults."""
+    (folder / "traefik.yaml").write_text(yaml.safe_dump(dynamic), encoding="utf-8")
+    return [
+        f"--entryPoints.websecure.address=127.0.0.1:{port}", f"--providers.file.filename={folder}/traefik.yaml",
+        "--global.checkNewVersion=false", "--global.sendAnonymousUsage=false",
+    ]  # fmt: skip
+
+
 PROXIES: dict[str, Callable[[str, Place], list[str]]] = {
     "nginx.conf": nginx,
     "nginx-proxy-manager.conf": nginx,
     "Caddyfile": caddy,
+    "traefik.yaml": traefik,
 }
-"""What each snippet is for."""
+"""The program that each snippet configures."""
+
+
+def installed(name: str) -> str | None:
+    """The path of a proxy: the value of the variable of this name in upper case, or what is on ``PATH``."""
+    return os.environ.get(name.upper()) or shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
 
 
 def program_for(snippet: str) -> str | None:
-    """The installed proxy that a snippet is for."""
-    return shutil.which(PROXIES[snippet].__name__, path=os.environ["PATH"] + ":/usr/sbin")
+    """The path of the proxy that a snippet is for."""
+    return installed(PROXIES[snippet].__name__)
 
 
 def begun(program: str, snippet: str, place: Place) -> subprocess.Popen[bytes]:
-    """The running proxy; its output is in ``output``."""
+    """Start the proxy. It writes its output to the file ``output``."""
     command = [program, *PROXIES[snippet](snippet, place)]
     with (place.folder / "output").open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env={"HOME": str(place.folder)})

@@ -178,9 +178,18 @@ def test_the_example_environment_is_valid(monkeypatch: pytest.MonkeyPatch) -> No
 # -- containers ------------------------------------------------------------------------------------------
 
 
-def test_containers_are_configured_with_real_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+SEVERAL = yaml.safe_load((DEPLOY / "docker" / "compose.several.yaml").read_text(encoding="utf-8"))["services"]
+
+
+@pytest.mark.parametrize(
+    "added", [{}, *(SEVERAL[name]["environment"] for name in ("lotusguard", "lotusguard-2"))],
+    ids=["one guard", "first of two", "second of two"],
+)  # fmt: skip
+def test_containers_are_configured_with_real_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, added: dict[str, str]
+) -> None:
     services = compose()["services"]
-    for name, value in services["lotusguard"]["environment"].items():
+    for name, value in (services["lotusguard"]["environment"] | added).items():
         assert name.lower() in Settings.model_fields
         if value.startswith("/run/secrets/"):
             assert Path(value).name in services["lotusguard"]["secrets"]
@@ -191,6 +200,32 @@ def test_containers_are_configured_with_real_settings(monkeypatch: pytest.Monkey
     assert settings.sfu_key is not None
     for url in (settings.guard_upstream, settings.livekit_api, settings.synapse_api):
         assert url.split("/")[2].split(":")[0] in services
+    shared = settings.guard_redis_url.get_secret_value()
+    assert shared == ("redis://valkey:6379" if added else "")
+
+
+DOCKER_COMPOSE = os.environ.get("DOCKER_COMPOSE", "")
+
+
+@pytest.mark.skipif(not DOCKER_COMPOSE, reason="DOCKER_COMPOSE does not name a Docker Compose 2")
+def test_docker_compose_accepts_the_files_and_gives_each_guard_a_state_of_its_own() -> None:
+    files = [str(DEPLOY / "docker" / name) for name in ("compose.yaml", "compose.several.yaml")]
+    done = subprocess.run(
+        [DOCKER_COMPOSE, "-f", files[0], "-f", files[1], "config"],
+        capture_output=True, text=True, check=False, timeout=60, env={"DOMAIN": "example.org", "HOME": "/nonexistent"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    services = yaml.safe_load(done.stdout)["services"]
+    first, second = services["lotusguard"], services["lotusguard-2"]
+    assert first["environment"] == second["environment"]
+    assert "GUARD_REDIS_URL" in first["environment"]
+    assert [volume["source"] for one in (first, second) for volume in one["volumes"]] == [
+        "guard-state",
+        "guard-state-2",
+    ]
+    assert {key: first[key] for key in first if key != "volumes"} == {
+        key: second[key] for key in second if key != "volumes"
+    }
 
 
 def test_only_the_guard_reaches_lk_jwt_service_in_the_compose_stack() -> None:
@@ -313,15 +348,35 @@ def test_kubernetes_schemas_accept_the_example() -> None:
             validate.validate(manifest, validate.latest_version(), strict=True)
 
 
+CUSTOM_RESOURCES = os.environ.get("PROMETHEUS_OPERATOR_CRDS", "")
+
+
+@pytest.mark.skipif(
+    not CUSTOM_RESOURCES, reason="PROMETHEUS_OPERATOR_CRDS does not name example/prometheus-operator-crd"
+)
+def test_the_prometheus_operators_schema_accepts_the_example() -> None:
+    path = Path(CUSTOM_RESOURCES) / "monitoring.coreos.com_servicemonitors.yaml"
+    (version,) = yaml.safe_load(path.read_text(encoding="utf-8"))["spec"]["versions"]
+    schema = version["schema"]["openAPIV3Schema"]
+    forbid_unknown_fields(schema["properties"]["spec"])
+    pytest.importorskip("jsonschema").Draft7Validator(schema).validate(manifests()["ServiceMonitor"])
+
+
+def forbid_unknown_fields(schema: Any) -> None:
+    """Kubernetes drops fields that a schema does not know."""
+    if isinstance(schema, dict):
+        if "properties" in schema:
+            schema.setdefault("additionalProperties", False)
+        for value in list(schema.values()):
+            forbid_unknown_fields(value)
+
+
 def test_traefik_sends_clients_to_the_guard_and_nobody_to_its_webhook_route() -> None:
     labels = yaml.safe_load((DEPLOY / "proxy" / "traefik.yaml").read_text())["services"]["lotusguard"]["labels"]
     port = labels["traefik.http.services.lotusguard.loadbalancer.server.port"]
     assert port == str(Settings.model_fields["guard_bind_port"].default)
-    assert labels["traefik.http.routers.lotusguard-webhook.service"] == "noop@internal"
-    (pattern,) = re.findall(
-        r"PathRegexp\(`(?:\(\?i\))?([^`]*)`\)", labels["traefik.http.routers.lotusguard-webhook.rule"]
-    )
-    for path in ("/livekit/jwt/sfu_webhook", "/livekit/jwt//sfu_webhook", "/livekit/jwt/sfu%5Fwebhook"):
+    (pattern,) = re.findall(r"!PathRegexp\(`(?:\(\?i\))?([^`]*)`\)", labels["traefik.http.routers.lotusguard.rule"])
+    for path in ("/livekit/jwt/sfu_webhook", "/livekit/jwt//sfu_webhook", "/livekit/jwt/SFU%5Fwebhook"):
         assert re.match(pattern, path, re.IGNORECASE)
     assert not re.match(pattern, "/livekit/jwt/sfu/get")
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,22 @@ async def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / FILE_NAME) as connection:
         assert connection.execute("SELECT count(*) FROM records").fetchone() == (1,)
     connection.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_file_that_is_locked_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lotusguard.guard.joins.decision_store.LOCK_TIMEOUT", 0.0)
+    history = open_history(tmp_path, reactor, Metrics(), time.time)
+    history.put(record())
+    await history.close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as connection, logged() as events:
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+        connection.execute("BEGIN EXCLUSIVE")
+        await open_history(tmp_path, reactor, Metrics(), time.time).close()
+    assert len(named(events, "decisions_lost")) == 1
+    history = open_history(tmp_path, reactor, Metrics(), time.time)
+    assert await history.find(ALWAYS) == [record()]
+    await history.close()
 
 
 @pytest_twisted.ensureDeferred

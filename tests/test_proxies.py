@@ -33,8 +33,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
             pytest.skip(f"there is no {PROXIES[name].__name__}")
         place = Place(tmp_path, free_port(), sandbox.url.removeprefix("http://"))
         running.append(begun(program, name, place))
-        for _ in range(200):
-            if is_listening(place):
+        for _ in range(1200):
+            # Traefik listens before it knows its routes.
+            if is_listening(place) and (await sandbox.request("GET", f"{place.url}/healthz")).code == 200:
                 return place.url
             await deferLater(reactor, 0.05)
         raise AssertionError((tmp_path / "output").read_text())

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy snippets for several guards, in real proxies where they are installed: a guard is taken away in mid-run."""
+"""The proxy snippets for several guards, in real proxies where they are installed: one of the guards goes away."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import signal
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_twisted
+from attrs import frozen
 from twisted.internet import reactor as default_reactor
 from twisted.internet.task import deferLater
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
 from lotusguard.clients.http import BytesBody, FixedAgent, collected, connection_pool
-from tests.proxies import SNIPPETS, free_port
+from tests.proxies import SNIPPETS, free_port, installed, traefik_arguments, traefik_settings
 
 reactor: Any = default_reactor
 ASKED = 30
@@ -71,47 +73,55 @@ def nginx(folder: Path, port: int, ports: list[int]) -> list[str]:
     return ["-p", str(folder), "-e", "stderr", "-c", f"{folder}/nginx.conf"]
 
 
-def program_of(name: str) -> str | None:
-    return shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin")
-
-
-def sends_again(program: str) -> bool:
-    """Whether this proxy sends a request with a body again that it could not send. Caddy before 2.8 does not."""
-    if not program.endswith("caddy"):
-        return True
+def knows_buffers(program: str) -> bool:
+    """Whether this Caddy knows ``request_buffers``, without which it does not send a request with a body again."""
     version = subprocess.run([program, "version"], capture_output=True, text=True, check=True).stdout
-    found = re.match(r"v?(\d+)\.(\d+)", version)
-    return found is not None and (int(found[1]), int(found[2])) >= (2, 8)
+    found = re.match(r"v?(\d+)\.(\d+)", version)  # a Caddy built by `go install` says "unknown"
+    return found is None or (int(found[1]), int(found[2])) >= (2, 8)
 
 
 def caddy(folder: Path, port: int, ports: list[int]) -> list[str]:
     text = (SNIPPETS.parent / "docker" / "Caddyfile.several").read_text()
     text = text[text.index("\nmatrix-rtc.{$DOMAIN} {") :].replace("matrix-rtc.{$DOMAIN}", f"http://127.0.0.1:{port}")
     text = text.replace("lotusguard:8070 lotusguard-2:8070", " ".join(f"127.0.0.1:{port}" for port in ports))
-    if not sends_again(str(program_of("caddy"))):
-        text = re.sub(r"^\s*request_buffers .*\n", "", text, flags=re.M)  # unknown to it
+    if not knows_buffers(str(installed("caddy"))):
+        text = re.sub(r"^\s*request_buffers .*\n", "", text, flags=re.M)
     (folder / "Caddyfile").write_text("{\n\tadmin off\n\tauto_https off\n}\n" + text)
     return ["run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
 
 
-@pytest.fixture(params=["nginx", "caddy"])
-def program(request: pytest.FixtureRequest) -> str:
-    """Where a proxy is installed."""
-    program = program_of(request.param)
+def traefik(folder: Path, port: int, ports: list[int]) -> list[str]:
+    settings = traefik_settings("traefik.yaml", [f"http://127.0.0.1:{port}" for port in ports])
+    for router in settings["http"]["routers"].values():
+        router["rule"] = router["rule"].replace("matrix-rtc.example.org", "127.0.0.1")
+        del router["tls"]
+    (option,) = re.findall(r"# (--serversTransport\S+)", (SNIPPETS / "traefik.yaml").read_text())
+    return [*traefik_arguments(folder, port, settings), option]
+
+
+CONFIGURE = {"nginx": nginx, "caddy": caddy, "traefik": traefik}
+
+
+@frozen
+class Proxy:
+    """A running proxy before two guards."""
+
+    program: str
+    port: int
+    guards: tuple[Guard, Guard]
+
+
+@pytest.fixture(params=CONFIGURE)
+def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Proxy]:
+    name: str = request.param
+    program = installed(name)
     if program is None:
-        pytest.skip(f"there is no {request.param}")
-    return program
-
-
-@pytest.fixture
-def proxy(program: str, tmp_path: Path) -> Iterator[tuple[int, list[Guard]]]:
-    """A proxy before two guards."""
-    guards, port = [Guard(), Guard()], free_port()
-    configure = caddy if program.endswith("caddy") else nginx
-    command = [program, *configure(tmp_path, port, [guard.port for guard in guards])]
+        pytest.skip(f"there is no {name}")
+    guards, port = (Guard(), Guard()), free_port()
+    command = [program, *CONFIGURE[name](tmp_path, port, [guard.port for guard in guards])]
     with (tmp_path / "output").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={"HOME": str(tmp_path)})
-    yield port, guards
+    yield Proxy(program, port, guards)
     process.send_signal(signal.SIGTERM)
     process.wait(20)
 
@@ -129,46 +139,71 @@ class Client:
         return int(response.code)
 
     async def answered(self) -> None:
-        """Wait until the proxy runs."""
+        """Wait until the proxy runs. Traefik listens before it knows its routes."""
         for _ in range(1200):
             try:
-                await self.ask()
+                if await self.ask() == 200:
+                    return
             except Exception:
-                await deferLater(reactor, 0.05)
-            else:
-                return
+                pass
+            await deferLater(reactor, 0.05)
         raise AssertionError("the proxy does not answer")
 
 
 @pytest_twisted.ensureDeferred
-async def test_clients_do_not_notice_that_a_guard_is_gone(proxy: tuple[int, list[Guard]], program: str) -> None:
-    if not sends_again(program):
+async def test_clients_do_not_notice_that_a_guard_is_gone(proxy: Proxy) -> None:
+    if proxy.program.endswith("caddy") and not knows_buffers(proxy.program):
         pytest.skip("this Caddy closes the body of a request that it could not send")
-    port, guards = proxy
-    client = Client(port)
+    client = Client(proxy.port)
     await client.answered()
     codes = Counter([await client.ask() for _ in range(ASKED)])
     assert codes == {200: ASKED}
-    assert all(guard.asked for guard in guards)
-    await guards[0].listening.stopListening()
-    before = guards[1].asked
+    assert all(guard.asked for guard in proxy.guards)
+    gone, left = proxy.guards
+    await gone.listening.stopListening()
+    before = left.asked
     codes = Counter([await client.ask() for _ in range(ASKED)])
     assert codes == {200: ASKED}
-    assert guards[1].asked == before + ASKED, "a request was sent twice"
-    await guards[1].listening.stopListening()
+    assert left.asked == before + ASKED, "a request was sent twice"
+    await left.listening.stopListening()
     await client.pool.closeCachedConnections()
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_request_that_a_guard_received_is_not_sent_to_another_one(proxy: tuple[int, list[Guard]]) -> None:
-    port, guards = proxy
-    client = Client(port)
+async def test_clients_wait_a_moment_for_a_guard_whose_machine_does_not_answer(proxy: Proxy) -> None:
+    if proxy.program.endswith("caddy") and not knows_buffers(proxy.program):
+        pytest.skip("this Caddy closes the body of a request that it could not send")
+    client = Client(proxy.port)
     await client.answered()
-    before = sum(guard.asked for guard in guards)
-    for guard in guards:
+    lost, left = proxy.guards
+    await lost.listening.stopListening()
+    with no_connections(lost.port):
+        codes = Counter([await client.ask() for _ in range(4)])
+    assert codes == {200: 4}
+    await left.listening.stopListening()
+    await client.pool.closeCachedConnections()
+
+
+@contextmanager
+def no_connections(port: int) -> Iterator[None]:
+    """Answer no attempt to connect to a port, neither yes nor no."""
+    with socket.socket() as full, socket.socket() as first:
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        full.bind(("127.0.0.1", port))
+        full.listen(0)
+        first.connect(("127.0.0.1", port))
+        yield
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_request_that_a_guard_received_is_not_sent_to_another_one(proxy: Proxy) -> None:
+    client = Client(proxy.port)
+    await client.answered()
+    before = sum(guard.asked for guard in proxy.guards)
+    for guard in proxy.guards:
         guard.drops = True
     assert await client.ask() == 502
-    assert sum(guard.asked for guard in guards) == before + 1
-    for guard in guards:
+    assert sum(guard.asked for guard in proxy.guards) == before + 1
+    for guard in proxy.guards:
         await guard.listening.stopListening()
     await client.pool.closeCachedConnections()

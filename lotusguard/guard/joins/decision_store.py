@@ -186,7 +186,8 @@ class DecisionStore:
 
 def open_history(directory: Path | None, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> DecisionHistory:
     """The history in a state directory that is known to be writable; in memory without one, or if the file cannot be
-    used. A damaged file is deleted: nothing is enforced by it."""
+    used. A damaged file is deleted: nothing is enforced by it. One that cannot be opened now, because the
+    disk is full or it is locked, is left."""
     if directory is None:
         return MemoryHistory()
     path = directory / FILE_NAME
@@ -195,10 +196,11 @@ def open_history(directory: Path | None, reactor: Any, metrics: Metrics, wall: C
             return DecisionStore(_connect(path), path, reactor, metrics, wall)
         except (sqlite3.Error, OSError) as error:
             log.error(
-                "{path} cannot be used, earlier decisions are lost: {reason}",
+                "{path} cannot be used, earlier decisions are not known: {reason}",
                 path=str(path), reason=str(error), event_name="decisions_lost",
             )  # fmt: skip
-            if last_attempt or not _delete(path):
+            damaged = not isinstance(error, (OSError, sqlite3.OperationalError))
+            if last_attempt or not damaged or not _delete(path):
                 break
     return MemoryHistory()
 

@@ -22,7 +22,7 @@ _INVALID = (
 class WritingThread(ThreadPool):
     """Its thread does not keep the process from ending when the start fails, for instance because a port is taken."""
 
-    threadFactory = partial(Thread, daemon=True)  # type: ignore[assignment]
+    threadFactory = staticmethod(partial(Thread, daemon=True))  # type: ignore[assignment]
 
 
 def run_batch(

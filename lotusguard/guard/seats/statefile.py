@@ -8,6 +8,7 @@ found, and the oldest deleted, without a scan and without an index on ``seen``.
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -23,6 +24,9 @@ LOCK_TIMEOUT = 2.0
 """Seconds that SQLite waits for a lock which another process holds."""
 CHECK_TIMEOUT = 0.3
 """Seconds for SQLite's integrity check at the start. A large file is checked as far as it gets."""
+
+LEAST_SPACE = 1 << 17
+"""Free bytes that SQLite needs to open the file: 32 kB to share its index, and a few pages."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS aliases (
@@ -72,11 +76,20 @@ def open_state_file(directory: Path, wall: Callable[[], float]) -> tuple[sqlite3
             return _connect(path), path
         except sqlite3.DatabaseError as error:
             if last_attempt or isinstance(error, sqlite3.OperationalError):
-                raise StateUnusable(f"{path}: {error}") from None
+                raise StateUnusable(f"{path}: {error}{_cause(directory)}") from None
             _set_aside(path, error, wall)
         except OSError as error:
             raise StateUnusable(f"{path}: {error.strerror}") from None
     raise AssertionError
+
+
+def _cause(directory: Path) -> str:
+    """What SQLite does not say: a file that it cannot enlarge for lack of space is a "disk I/O error" to it."""
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError:
+        return ""
+    return ", no space is left" if free < LEAST_SPACE else ""
 
 
 def _set_aside(path: Path, error: sqlite3.DatabaseError, wall: Callable[[], float]) -> None:
@@ -167,5 +180,6 @@ def _migrate(connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # SQLite has rolled back itself if the disk is full
+            connection.execute("ROLLBACK")
         raise
