@@ -113,7 +113,7 @@ class Call:
         self.clock.advance(0.2)  # the spacing of lookups
         assert checking.called
         found: Any = checking.result
-        return [one.user for one in found]
+        return [one.user for one in found.unentitled]
 
     def value(self, metric: str) -> float:
         return self.metrics.registry.get_sample_value(f"lotusguard_{metric}") or 0.0
@@ -371,5 +371,5 @@ def test_a_homeserver_that_hangs_delays_a_check_by_one_timeout() -> None:
     checking = call.checking(*sessions(MANY))
     call.clock.pump([0.1] * int(TIMEOUT * 10 + 2))
     assert checking.called
-    assert checking.result == []
+    assert checking.result.unentitled == []
     assert call.homeserver.asked["membership"] <= 10

@@ -196,7 +196,7 @@ class CallChanges:
             if await self._registry.slot_of(alias) is None:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
-                self._enforcement.enforce(alias, urgent=False)
+                self._enforcement.reconcile(alias)
         self.lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)

@@ -168,6 +168,10 @@ class MemorySeatBook:
             room.started = True
         self._changed(room_id, room)
 
+    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+        room = self._rooms.get(room_id)
+        return room is not None and room.seats.listed_again(alias, limit, since, self._clock.seconds())
+
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         room = self._room(room_id)
         over = room.seats.overflow(limit, self._clock.seconds())
