@@ -115,3 +115,12 @@ def test_an_overtaken_listing_is_not_what_the_next_one_is_compared_with() -> Non
     listing(seats, 2, 6, "a")
     listing(seats, 2, 5)  # shows nobody, and is ignored
     assert not seats.listed_again(ALIAS, 2, 7, 7)
+
+
+def test_somebody_whom_a_webhook_brought_and_no_listing_shows_calls_for_a_whole_listing() -> None:
+    seats = room()
+    enter(seats, "a", 2, 1)
+    listing(seats, 2, 3, "a")
+    enter(seats, "b", 2, 5)
+    seats.apply_listing(ALIAS, [Arrival("PA_a", "a", "a")], 2, since=4, now=6)
+    assert not seats.listed_again(ALIAS, 2, 7, 7)
