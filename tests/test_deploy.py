@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from lotusguard.config import Settings, read_settings
-from lotusguard.tap import BACKLOG, WRONG_SETTING, Options
+from lotusguard.tap import WRONG_SETTING, Options
+from lotusguard.wiring.listeners import BACKLOG
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNITS = DEPLOY / "systemd"
