@@ -35,9 +35,6 @@ def upkeep(
         if not homeserver.server_name:
             await homeserver.whoami()
 
-    async def prune() -> None:
-        seats.prune()
-
     async def renew_lease() -> None:
         if lease is not None:
             lease.renew()
@@ -53,7 +50,7 @@ def upkeep(
     yield PeriodicService("watching what is enforced", WATCH_EVERY, health.watch, reactor)
     yield PeriodicService("keeping lobbies", 1.0, keep_lobbies, reactor)
     yield PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, reactor)
-    yield PeriodicService("pruning", 60.0, prune, reactor)
+    yield PeriodicService("pruning", 60.0, seats.prune, reactor)
     yield LiveKitLink(reactor, settings.livekit_api, calls.changes.livekit_returned, _not_looked)
     yield from _sharing(reactor, state, calls)
 

@@ -189,10 +189,10 @@ class FailoverSeatBook:
 
     # -- upkeep ------------------------------------------------------------------------------------------
 
-    def prune(self) -> None:
+    async def prune(self) -> None:
         """Forget what is old; Redis does so itself."""
         if self._alone is not None:
-            self._alone.prune()
+            await self._alone.prune()
 
     async def give_back(self) -> None:
         """Give Redis what this guard issued lately, and share the seats again.

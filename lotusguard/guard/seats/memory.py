@@ -9,6 +9,7 @@ from secrets import token_hex
 from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 
+from lotusguard.clients.waiting import in_slices
 from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.kept_rooms import KeptRooms, Room
 from lotusguard.guard.seats.store import StateStore, StoredHold
@@ -216,14 +217,20 @@ class MemorySeatBook:
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         now = self._clock.seconds()
         rooms = sorted(self._rooms, key=lambda room: room[0])
-        return [_snapshot(room_id, room.seats, now) for room_id, room in rooms if not room.seats.is_idle(now)]
+        return [
+            _snapshot(room_id, room.seats, now)
+            async for room_id, room in in_slices(self._clock, rooms)
+            if not room.seats.is_idle(now)
+        ]
 
     # -- upkeep ------------------------------------------------------------------------------------------
 
-    def prune(self) -> None:
+    async def prune(self) -> None:
         """Forget rooms in which nothing happens, and what no delayed event can refer to any more."""
-        now = self._clock.seconds()
-        for room_id, room in self._rooms:
+        async for room_id, room in in_slices(self._clock, self._rooms):
+            if self._rooms.get(room_id) is not room:
+                continue
+            now = self._clock.seconds()
             if now - room.seats.touched > IDLE_ROOM and room.seats.is_idle(now):
                 self._rooms.forget(room_id)
                 continue
