@@ -112,7 +112,8 @@ class ConsoleView:
         named = {*(one.room_id for one in waiting), *(decision.room_id or "" for decision in decisions)} - {""}
         return Overview(
             self._report, len(snapshots), rooms, waiting, len(all_waiting), decisions,
-            self._decision_log.history.last_hour(), self._since_epoch, {room_id: self.names.of(room_id) for room_id in named},
+            self._decision_log.history.last_hour(), self._since_epoch,
+            {room_id: self.names.of(room_id) for room_id in named},
         )  # fmt: skip
 
     def _since_epoch(self, at: float) -> float:
