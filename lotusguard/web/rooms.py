@@ -40,11 +40,10 @@ class RoomsReport:
         snapshots = await self._seats.snapshots()
         deadline = Deadline.after(self._clock, LOOKUP_TIME)  # other guards may know rooms that this one never read
         await self._policies.look_up_unknown([snapshot.room_id for snapshot in snapshots], deadline)
-        rooms = [json.dumps(room) async for room in self._rooms(snapshots)]
-        sfu_rooms = [entry async for entry in self._sfu_rooms()]
-        parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in more.items()]
-        parts += [f'"rooms": [{", ".join(rooms)}]', f'"sfu_rooms": {{{", ".join(sfu_rooms)}}}']
-        return f"{{{', '.join(parts)}}}\n".encode()
+        rooms = [json.dumps(room).encode() async for room in self._rooms(snapshots)]
+        sfu_rooms = [entry.encode() async for entry in self._sfu_rooms()]
+        others = "".join(f"{json.dumps(name)}: {json.dumps(value)}, " for name, value in more.items()).encode()
+        return b'{%b"rooms": [%b], "sfu_rooms": {%b}}\n' % (others, b", ".join(rooms), b", ".join(sfu_rooms))
 
     async def _rooms(self, snapshots: Sequence[RoomSnapshot]) -> AsyncIterator[dict[str, Any]]:
         room: dict[str, Any] = {}
