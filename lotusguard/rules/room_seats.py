@@ -3,7 +3,7 @@
 
 Every method is one step without an await, so looking for a free seat and taking it cannot be torn apart. Times are
 seconds on one monotonic clock. Every operation costs the same however many seats are held; a listing costs as much
-as it has participants.
+as it has participants, and one that shows the same as the last one costs nothing (``RoomSeats.listed_again``).
 """
 
 from __future__ import annotations
