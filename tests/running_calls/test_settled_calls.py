@@ -186,7 +186,8 @@ def test_a_change_during_a_pass_counts(forget: Callable[[SettledCalls], None]) -
     assert not calls.holds(ALIAS, NO_POLICY, 1, 0.0)
 
 
-def test_a_pass_that_has_not_ended_settles_nothing() -> None:
+def test_a_pass_that_fails_settles_nothing() -> None:
     calls = settled_at(30.0)
     calls.begin(ALIAS)
+    assert not calls.holds(ALIAS, Policy(max_users=1), 1, 0.0)  # so there is a whole pass; it fails
     assert not calls.holds(ALIAS, NO_POLICY, 1, 0.0)

@@ -124,6 +124,7 @@ class Enforcement:
         if slot is None or not await self._is_ours(slot, alias, urgent=urgent):
             return
         began = self._clock.seconds()
+        self._settled.begin(alias)
         try:
             known = await self._policies.get(slot.room_id, self._deadline())
             if not known.policy and not self._entitlement.checks(slot.room_id) and alias in self._unrestricted:
@@ -135,7 +136,6 @@ class Enforcement:
             news = self._roster.last_news(alias)
             settles = self._entitlement.settles(slot.room_id, known)
             if listing.value and not (settles and self._settled.holds(alias, known.policy, news, began)):
-                self._settled.begin(alias)
                 again_at = await self._pass(slot, alias, known, listing)
                 if settles and again_at is not None:
                     self._settled.settle(alias, known.policy, news, again_at)

@@ -29,13 +29,15 @@ class SettledCalls:
     _running: set[str] = field(factory=set, init=False)
 
     def holds(self, alias: str, policy: Policy, news: int | None, now: float) -> bool:
-        """Whether another pass would find nothing to do either."""
+        """Whether another pass would find nothing to do either. If not, the last one is forgotten."""
         known = self._settled.get(alias)
-        return known is not None and known.news == news and now < known.until and known.policy == policy
+        if known is not None and known.news == news and now < known.until and known.policy == policy:
+            return True
+        self._settled.pop(alias, None)
+        return False
 
     def begin(self, alias: str) -> None:
         """A pass begins."""
-        self._settled.pop(alias, None)
         self._running.add(alias)
 
     def settle(self, alias: str, policy: Policy, news: int | None, until: float) -> None:
