@@ -50,6 +50,8 @@ def main() -> None:
         scenarios.policy_change(bench)
         large.room_size(bench)
         large.room_count(bench)
+        large.many_rooms(bench)
+        large.quiet_call(bench, 6.0 if quick else 15.0)
         large.big_event(bench, 12.0 if quick else 30.0)
         scenarios.start_up(bench)
         shared = several_guards.measure(dependencies, rounds, 600 if quick else 2400, say)

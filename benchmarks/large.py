@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from threading import Event, Thread
+from typing import Self
 
 from benchmarks.figures import percentile
 from benchmarks.load import Outcome
@@ -28,6 +31,9 @@ A_MINUTE = 500
 """People who join the big event, and leave it, in a minute."""
 BURST = 20.0
 """Joins a second while the policy of the big event changes."""
+SHOWN = (100, 20_000)
+"""Rooms in which somebody holds a seat; the second is the most that a guard keeps."""
+LOOKED_AT = ("/rooms", "/lobby", "/metrics", "/", "/console/rooms")
 NOBODY_RECONCILES = {"GUARD_RECONCILE_INTERVAL": "3600", "GUARD_SEAT_TTL": "3600"}
 
 
@@ -76,8 +82,11 @@ def _compare(bench: Bench, guards: Mapping[str, GuardProcess]) -> None:
     bench.say(f"{growth.name}: {median(growth.guard):.2f}")
 
 
-def _remember_rooms(directory: Path, rooms: int) -> None:
-    """A state directory as a guard leaves it that issued a token in each of these rooms."""
+def _remember_rooms(directory: Path, rooms: int, *, held: bool = False) -> None:
+    """A state directory as a guard leaves it that issued a token in each of these rooms.
+
+    :param held: whether the token was issued a moment ago, so that a seat is held.
+    """
     connection, _ = open_state_file(directory, time.time)
     now = time.time()
     names = [(f"!other{number}:{SERVER_NAME}", f"@other{number}:{SERVER_NAME}") for number in range(rooms)]
@@ -91,8 +100,78 @@ def _remember_rooms(directory: Path, rooms: int) -> None:
             "INSERT INTO identities (alias, identity, user, device, ceiling, seen) VALUES (?, ?, ?, ?, 15, ?)",
             ((cached_alias(room), f"{user}:{DEVICE}", user, DEVICE, now) for room, user in names),
         )
+        if held:
+            connection.executemany(
+                "INSERT INTO holds (room_id, alias, identity, user, device, present, expires) "
+                "VALUES (?, ?, ?, ?, ?, 0, ?)",
+                ((room, cached_alias(room), f"{user}:{DEVICE}", user, DEVICE, now + 3600) for room, user in names),
+            )
         connection.execute("COMMIT")
     connection.close()
+
+
+def quiet_call(bench: Bench, seconds: float) -> None:
+    """Reconciling one call of 5,000 people in which nothing changes."""
+    share = bench.figure(f"reconciling a call of {PEOPLE:,} in which nothing changes: share of a core", "%", digits=1)
+    bench.dependencies.ask({"rooms": 1, "participants": PEOPLE, "cap": PEOPLE + 1_000})
+    for _ in range(max(1, bench.rounds // 2)):
+        with GuardProcess(bench.dependencies) as guard:
+            bench.load(guard, 8, 40, rooms=1)  # the guard knows the room
+            time.sleep(8)
+            before, began = guard.cpu(), time.monotonic()
+            time.sleep(seconds)
+            share.guard.append((guard.cpu() - before) / (time.monotonic() - began) * 100)
+    bench.dependencies.ask({"rooms": 50, "participants": 20, "cap": 50})
+    bench.say(f"{share.name}: {median(share.guard):.1f} %")
+
+
+def many_rooms(bench: Bench) -> None:
+    """What operators look at, while somebody holds a seat in each of so many rooms: CPU, and how long a request of
+    somebody else waits at most."""
+    bench.dependencies.ask({"rooms": 1, "participants": 0})
+    for rooms in SHOWN:
+        with TemporaryDirectory(prefix="bench") as directory:
+            _remember_rooms(Path(directory), rooms, held=True)
+            with GuardProcess(bench.dependencies, {**NOBODY_RECONCILES, "GUARD_STATE_DIR": directory}) as guard:
+                session = guard.console_session()
+                for path in LOOKED_AT:
+                    name = f"{path} with seats held in {rooms:,} rooms"
+                    cpu = bench.figure(f"{name}: CPU", "ms", digits=0)
+                    wait = bench.figure(f"{name}: longest wait of another request", "ms", digits=0)
+                    for _ in range(bench.rounds):
+                        before = guard.cpu()
+                        with LongestWait(guard) as waited:
+                            guard.look_at(path, session)
+                        cpu.guard.append((guard.cpu() - before) * MS)
+                        wait.guard.append(waited.seconds * MS)
+                    bench.say(f"{name}: {median(cpu.guard):.0f} ms, another waits {median(wait.guard):.0f} ms at most")
+    bench.dependencies.ask({"rooms": 50, "participants": 20})
+
+
+class LongestWait:
+    """Asks a guard for its health all the time, in a thread. :ivar seconds: the longest time until the answer."""
+
+    def __init__(self, guard: GuardProcess) -> None:
+        self.seconds = 0.0
+        self._guard = guard
+        self._over = Event()
+        self._thread = Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        connection = HTTPConnection("127.0.0.1", self._guard.admin_port, 60)
+        while not self._over.wait(0.002):
+            began = time.monotonic()
+            connection.request("GET", "/healthz")
+            connection.getresponse().read()
+            self.seconds = max(self.seconds, time.monotonic() - began)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def big_event(bench: Bench, seconds: float) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -186,6 +187,23 @@ class GuardProcess(Subject):
     """lotusguard as in production: under ``twistd``, with a state directory."""
 
     name = "lotusguard"
+
+    def console_session(self) -> str:
+        """Sign in to the console. :return: the cookie."""
+        connection = HTTPConnection("127.0.0.1", self.admin_port, 60)
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        connection.request("POST", "/console/sign-in", f"token={ADMIN_TOKEN}", form)
+        answer = connection.getresponse()
+        return (answer.getheader("Set-Cookie") or "").partition(";")[0]
+
+    def look_at(self, path: str, session: str) -> None:
+        """GET something of the operators' listener. :param session: a cookie of the console."""
+        connection = HTTPConnection("127.0.0.1", self.admin_port, 60)
+        connection.request("GET", path, headers={"Authorization": f"Bearer {ADMIN_TOKEN}", "Cookie": session})
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{path}: {answer.status}")
 
     def command(self, twistd: list[str]) -> list[str]:
         return [*TWISTD, *twistd, "lotusguard"]

@@ -111,6 +111,7 @@ class Reloader:
     def _enforcement(self, new: Settings) -> None:
         self._calls.enforcement.eject = new.guard_overflow == "eject"
         self._calls.participants.restore = new.guard_restore
+        self._calls.enforcement.settings_changed()
 
     def _level(self, new: Settings) -> None:
         if self.observer is not None:

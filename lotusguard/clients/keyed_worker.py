@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
@@ -36,7 +36,7 @@ class KeyedWorker(Generic[K]):
     _failed: Callable[[K, Any], None]
     _running: dict[K, Deferred[Any] | None] = field(factory=dict, init=False)
     _again: set[K] = field(factory=set, init=False)
-    _queued: dict[K, None] = field(factory=dict, init=False)
+    _queued: OrderedDict[K, None] = field(factory=OrderedDict, init=False)  # a plain dict finds its first key slowly
     _waiters: list[Deferred[None]] = field(factory=list, init=False)
     _stopped: bool = field(default=False, init=False)
     _ending: deque[K] = field(factory=deque, init=False)

@@ -29,10 +29,12 @@ _ENDINGS = (HoldEvent.LEAVE, HoldEvent.VANISH, HoldEvent.EXPIRE)
 @define
 class RoomHolds:
     """
+    :ivar version: is higher after each change of what is held here, and by whom.
     :ivar vacated: when the last hold of those that make the room occupied ended.
     :ivar changed: identities whose hold changed since somebody last cleared this set; for persistence.
     """
 
+    version: int = field(default=0, init=False)
     vacated: float = field(default=0.0, init=False)
     sessions: dict[Session, Hold] = field(factory=dict, init=False)
     """PRESENT and UNSEATED holds"""
@@ -215,11 +217,13 @@ class RoomHolds:
         self._failed_open.pop(key, None)
 
     def _count(self, hold: Hold) -> None:
+        self.version += 1
         self._aliases[hold.alias] = self._aliases.get(hold.alias, 0) + 1
         self._counted.add(hold)
 
     def _uncount(self, hold: Hold) -> None:
         """Must be called before the hold's state changes."""
+        self.version += 1
         self._aliases[hold.alias] -= 1
         if not self._aliases[hold.alias]:
             del self._aliases[hold.alias]

@@ -3,7 +3,7 @@
 
 Every method is one step without an await, so looking for a free seat and taking it cannot be torn apart. Times are
 seconds on one monotonic clock. Every operation costs the same however many seats are held; a listing costs as much
-as it has participants.
+as it has participants, and one that shows the same as the last one costs nothing (``RoomSeats.listed_again``).
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class RoomSeats(RoomHolds):
     touched: float = 0.0
     _arrival_times: ArrivalTimes = field(factory=ArrivalTimes, init=False)
     _ended: dict[Session, float] = field(factory=dict, init=False)
+    _settled: dict[str, int] = field(factory=dict, init=False)
+    """The version of the seats at the last listing of each SFU room, if that listing told nothing new."""
 
     # -- a join ------------------------------------------------------------------------------------------
 
@@ -162,13 +164,11 @@ class RoomSeats(RoomHolds):
         :param since: when the listing began. It does not contradict anything that happened later.
         """
         self._advance(now)
+        self._settled.pop(alias, None)
         if since < self._listed.get(alias, since):
             return  # a later listing overtook it: this one would bring back people who have left
         first = alias not in self._listed
-        self._listed[alias] = since
-        self.touched = now
-        if limit is None:
-            self.unlimited_at = now
+        self._note_listing(alias, limit, since, now)
         there = set()
         news = []
         for who in present:
@@ -194,6 +194,21 @@ class RoomSeats(RoomHolds):
         if limit is not None:
             self._seat_failed_open(limit)
         self._forget_ended(now)
+        undecided = self._unconfirmed or self._unseated or self._failed_open
+        if not news and not undecided and len(self._by_alias.get(alias, ())) == len(there):
+            self._settled[alias] = self.version
+
+    def listed_again(self, alias: str, limit: int | None, since: float, now: float) -> bool:
+        """A listing that shows the same participants as the last one that was applied. Costs the same at any size.
+
+        :return: whether it tells nothing new. If not, it has to be applied: a seat was taken or given up since, or
+            somebody's seat depends on a listing.
+        """
+        self._advance(now)
+        if self._settled.get(alias) != self.version or since < self._listed.get(alias, since):
+            return False
+        self._note_listing(alias, limit, since, now)
+        return True
 
     def overflow(self, limit: int | None, now: float) -> list[Hold]:
         """Participants to be removed: those without a seat in a room that is certainly full.
@@ -245,6 +260,12 @@ class RoomSeats(RoomHolds):
         self.changed.discard(key)
 
     # -- how it is done ----------------------------------------------------------------------------------
+
+    def _note_listing(self, alias: str, limit: int | None, since: float, now: float) -> None:
+        self._listed[alias] = since
+        self.touched = now
+        if limit is None:
+            self.unlimited_at = now
 
     def _is_settled(self, at: Session, who: Arrival) -> bool:
         """Whether a listing says nothing new about a participant: they have a seat, and no unused token."""
@@ -324,6 +345,7 @@ class RoomSeats(RoomHolds):
             self._move(hold, HoldEvent.CONFIRM)
         self._arrival_times.forget_old(now, ttl)
         self._listed = {alias: since for alias, since in self._listed.items() if alias in self._aliases}
+        self._settled = {alias: version for alias, version in self._settled.items() if alias in self._listed}
 
 
 def _key(alias: str, identity: str, hold_id: str) -> IdentityKey:

@@ -181,7 +181,11 @@ def refuse(request: AnsweredRequest, reply: Reply) -> None:
 
 def answer_json(request: AnsweredRequest, code: int, content: Any, *, cors: bool = False) -> None:
     """Answer with JSON and finish."""
-    body = json.dumps(content).encode() + b"\n"
+    answer_body(request, code, json.dumps(content).encode() + b"\n", cors=cors)
+
+
+def answer_body(request: AnsweredRequest, code: int, body: bytes, *, cors: bool = False) -> None:
+    """Answer with what is JSON already and finish."""
     if request.early_head:  # the status is gone; the body says it
         request.write(body)
         request.finish()

@@ -18,7 +18,6 @@ from twisted.python.failure import Failure
 
 from lotusguard import __version__
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
@@ -28,11 +27,9 @@ from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.sources import RoomSources
-from lotusguard.guard.seats.book import RoomSnapshot, SeatBook
+from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
-from lotusguard.rules.permissions import permissions_as_json
-from lotusguard.rules.seats import HoldState
 from lotusguard.web.answers import (
     BAD_MODERATION,
     BAD_QUESTION,
@@ -42,18 +39,18 @@ from lotusguard.web.answers import (
     NOT_MODERATED,
     OPERATORS_ONLY,
     Rejected,
+    answer_body,
     answer_failure,
     answer_json,
 )
 from lotusguard.web.bearer import has_bearer
 from lotusguard.web.console.routes import Console
+from lotusguard.web.rooms import RoomsReport
 from lotusguard.web.site import GuardRequest, GuardSite
 
 MAX_BODY = 4096
 """Bytes that the body of an operator's request may have, times `RELAYED_FACTOR`."""
 
-LOOKUP_TIME = 2.0
-"""Seconds in which policies are looked up that only other guards know."""
 FOREVER = 1e12
 """A time in seconds since the epoch that nobody will see."""
 
@@ -123,43 +120,11 @@ class OperatorApi:
     @for_operators
     async def rooms(self, request: GuardRequest) -> None:
         """Live rooms of all guards; the SFU rooms that this guard enforces, and its latest decisions."""
-        snapshots = await self._seats.snapshots()
-        deadline = Deadline.after(self._clock, LOOKUP_TIME)  # other guards may know rooms that this one never read
-        await self._policies.look_up_unknown([snapshot.room_id for snapshot in snapshots], deadline)
-        listed = [self._room(snapshot) for snapshot in snapshots]
-        watched = {}
-        for alias, participants in self._enforcement.watched.items():
-            slot = await self._registry.slot_of(alias)
-            watched[alias] = {"participants": participants, "room_id": slot.room_id if slot else None}
         decisions = [_as_json(decision) for decision in list(self._decision_log.decisions)[-100:]]
-        shown = {"guard": self._guard(), "rooms": listed, "sfu_rooms": watched, "decisions": decisions}
-        answer_json(request, 200, shown)
-
-    def _room(self, snapshot: RoomSnapshot) -> dict[str, Any]:
-        policy = self._policies.last_known(snapshot.room_id)
-        present = [
-            {
-                "user": one.user,
-                "identity": one.identity,
-                "alias": one.alias,
-                "seated": one.state == HoldState.PRESENT.value,
-                "allowed": sorted(source.claim for source in policy.allowed_sources(one.user)),
-            }
-            for one in snapshot.present
-        ]
-        return {
-            "room_id": snapshot.room_id,
-            "source": self._sources.source_of(snapshot.room_id).value,
-            "policy": {
-                "max_users": policy.max_users,
-                "forbidden": sorted(source.claim for source in policy.forbidden),
-                "permissions": permissions_as_json(policy.permissions),
-                "lobby": policy.lobby is not None,
-            },
-            "seats_held": snapshot.seats_taken,
-            "awaited": list(snapshot.awaited),
-            "present": present,
-        }
+        report = RoomsReport(
+            self._seats, self._policies, self._sources, self._enforcement, self._registry, self._clock
+        )  # fmt: skip
+        answer_body(request, 200, await report.as_json(guard=self._guard(), decisions=decisions))
 
     @app.route("/decisions")
     @for_operators

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -174,3 +175,23 @@ def test_a_refreshed_token_lives_ten_minutes_or_as_long_as_the_first_one(stack: 
     with signalling(stack.sfu_url, token) as connection:
         claims = claims_in(connection.refreshed_token())
     assert abs(claims["exp"] - time.time() - max(life, REFRESHED_LIFE)) < 10
+
+
+def test_listings_of_an_unchanged_call_have_the_same_entries_in_any_order(stack: Stack, room: str) -> None:
+    """The guard looks at nobody while the entries stay the same."""
+    calls = [publishing(stack, room) for _ in range(3)]
+    identities = {call.identity for call in calls}
+
+    def entries() -> list[str]:
+        listed = json.loads(stack.sfu_call("ListParticipants", {"room": room}).body)["participants"]
+        return sorted(json.dumps(entry, sort_keys=True) for entry in listed)
+
+    def published() -> bool:
+        return all('"tracks": [{' in entry for entry in entries()) and len(entries()) == len(identities)
+
+    eventually(published, 10.0, "everybody's track")
+    time.sleep(1.0)
+    first = entries()
+    for _ in range(10):
+        time.sleep(0.3)
+        assert entries() == first

@@ -235,7 +235,7 @@ def test_holds_in_rooms_that_nobody_lists_are_forgotten(book: MemorySeatBook, cl
     for number in range(50):
         now(book.issue(ROOM, take(book, "a", limit=None), Issued(ALIAS, f"identity{number}"), durable=False))
     clock.advance(SEAT_TTL + UNCONFIRMED_KEPT)
-    book.prune()
+    now(book.prune())
     assert now(book.snapshots()) == []
 
 

@@ -14,7 +14,7 @@ from twisted.logger import Logger
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient
-from lotusguard.clients.waiting import run_in_background
+from lotusguard.clients.waiting import in_slices, run_in_background
 from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
@@ -192,11 +192,11 @@ class CallChanges:
         }
         for alias in [alias for alias in self._enforcement.watched if alias not in occupied]:
             occupied.add(alias)  # once more, to see that nobody is there
-        for alias in occupied:
+        async for alias in in_slices(self._clock, occupied):
             if await self._registry.slot_of(alias) is None:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
-                self._enforcement.enforce(alias, urgent=False)
+                self._enforcement.reconcile(alias)
         self.lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from attrs import define, field
 from cachetools import LRUCache
@@ -16,8 +16,9 @@ from twisted.python.failure import Failure
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.keyed_worker import KeyedWorker
 from lotusguard.clients.waiting import Deadline, Fetched, gather, gather_in_turns
-from lotusguard.guard.calls.entitlement import Entitlement, Unentitled
+from lotusguard.guard.calls.entitlement import Checked, Entitlement, Unentitled
 from lotusguard.guard.calls.participants import PARTICIPANTS_AT_ONCE, Adjusted, ParticipantEnforcer
+from lotusguard.guard.calls.settled import SettledCalls
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import OverLimit, SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
@@ -68,6 +69,7 @@ class Enforcement:
     eject: bool
     _leases: RoomLease | None = None
     watched: dict[str, int] = field(factory=dict, init=False)
+    _settled: SettledCalls = field(factory=SettledCalls, init=False)
     _unrestricted: LRUCache[str, None] = field(factory=lambda: LRUCache(UNRESTRICTED_KEPT), init=False)
     _worker: KeyedWorker[str] = field(init=False)
     _arrivals: KeyedWorker[tuple[str, str]] = field(init=False)
@@ -98,11 +100,21 @@ class Enforcement:
         """
         if urgent and self._leases is not None:
             self._urgent.add(alias)
+        self._settled.forget(alias)
         self._worker.run(alias, urgent=urgent)
+
+    def reconcile(self, alias: str) -> None:
+        """Nothing is known to have changed in an SFU room: see whether anything has, when few others are worked on."""
+        self._worker.run(alias, urgent=False)
+
+    def settings_changed(self) -> None:
+        """Settings of what is enforced have changed."""
+        self._settled.forget_all()
 
     def enforce_as_asked(self, alias: str) -> None:
         """Another guard asked whoever has the room's lease to enforce an SFU room. If this guard has not, it does not
         ask on: guards would ask each other without end."""
+        self._settled.forget(alias)
         self._worker.run(alias, urgent=True)
 
     async def _enforce(self, alias: str) -> None:
@@ -112,6 +124,7 @@ class Enforcement:
         if slot is None or not await self._is_ours(slot, alias, urgent=urgent):
             return
         began = self._clock.seconds()
+        self._settled.begin(alias)
         try:
             known = await self._policies.get(slot.room_id, self._deadline())
             if not known.policy and not self._entitlement.checks(slot.room_id) and alias in self._unrestricted:
@@ -120,8 +133,12 @@ class Enforcement:
             self._unrestricted.pop(alias, None)
             listing = await self._roster.list(alias, began, self._deadline())
             self._watch(alias, len(listing.value))
-            if listing.value:
-                await self._pass(slot, alias, known, listing)
+            news = self._roster.last_news(alias)
+            settles = self._entitlement.settles(slot.room_id, known)
+            if listing.value and not (settles and self._settled.holds(alias, known.policy, news, began)):
+                again_at = await self._pass(slot, alias, known, listing)
+                if settles and again_at is not None:
+                    self._settled.settle(alias, known.policy, news, again_at)
         except DependencyFailed as failed:
             self._participants.failed("list participants", alias, failed.reason)
         except TimeoutError:
@@ -145,19 +162,23 @@ class Enforcement:
             await self._leases.ask_holder(alias)
         return False
 
-    async def _pass(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing) -> None:
+    async def _pass(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing) -> float | None:
         """The listing has been applied to the seat book already.
 
         Rights are adjusted at once: who may stay takes lookups, and a forbidden share must not last as long as those.
+
+        :return: when time alone may give the next pass something to do; ``None`` if this one had something to do.
         """
-        adjusted, _ = await gather((
+        outcomes = await gather((
             self._participants.adjust(slot.room_id, alias, listing.value, known),
             self._remove(slot, alias, known, listing, whole=True),
         ))  # fmt: skip
+        adjusted, checked = cast("tuple[Adjusted, Checked]", outcomes)
         if adjusted is Adjusted.LEFT_SOME:
             self.enforce(alias)
         elif known.is_certain and not known.policy and adjusted is Adjusted.NOTHING_TO_DO:
             self._unrestricted[alias] = None  # nothing is withheld from anybody
+        return checked.again_at if adjusted is Adjusted.NOTHING_TO_DO and not checked.unentitled else None
 
     # -- one participant of a large call -------------------------------------------------------------------
 
@@ -190,12 +211,12 @@ class Enforcement:
 
     # -- who may stay --------------------------------------------------------------------------------------
 
-    async def _remove(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing, *, whole: bool) -> None:
+    async def _remove(self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing, *, whole: bool) -> Checked:
         """Remove participants who may not be in the call, and those over its limit.
 
         :param whole: whether the listing is one of the whole call.
         """
-        await self._remove_unentitled(slot, alias, known, listing, whole=whole)
+        checked = await self._remove_unentitled(slot, alias, known, listing, whole=whole)
         if known.freshness is Freshness.UNKNOWN:
             await self._seats.seat_everybody(slot.room_id)  # nobody who comes in now is removed for it later
         elif known.policy.max_users is not None and not self._seats.unshared:
@@ -205,10 +226,11 @@ class Enforcement:
                 self._participants.failed("list participants", alias, failed.reason)
             except TimeoutError:
                 self._participants.failed("list participants", alias, "timeout")
+        return checked
 
     async def _remove_unentitled(
         self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing, *, whole: bool
-    ) -> None:
+    ) -> Checked:
         async def remove(found: Unentitled) -> None:
             identity = found.participant.identity
             if await self._may_remove(slot.room_id) and await self._participants.remove(
@@ -216,8 +238,9 @@ class Enforcement:
             ):
                 await self._roster.removed(slot, alias, found.participant.sid, identity)
 
-        unentitled = await self._entitlement.unentitled(slot.room_id, alias, known, listing.value, whole=whole)
-        await gather_in_turns(PARTICIPANTS_AT_ONCE, remove, unentitled)
+        checked = await self._entitlement.unentitled(slot.room_id, alias, known, listing.value, whole=whole)
+        await gather_in_turns(PARTICIPANTS_AT_ONCE, remove, checked.unentitled)
+        return checked
 
     async def _remove_overflow(self, slot: Slot, known: KnownPolicy, since: float) -> None:
         """Remove participants over the limit, wherever in the Matrix room.
@@ -267,6 +290,7 @@ class Enforcement:
         else:
             self.watched.pop(alias, None)
             self._entitlement.forget(alias)
+            self._settled.forget(alias)
 
     def _deadline(self) -> Deadline:
         return Deadline.after(self._clock, self._lookup_timeout)

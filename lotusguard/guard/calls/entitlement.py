@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from attrs import define, evolve, field, frozen
 from cachetools import LRUCache
@@ -55,6 +55,17 @@ class Unentitled:
 
 
 @frozen
+class Checked:
+    """The result of checking participants.
+
+    :ivar again_at: when the first membership among them has to be looked up again.
+    """
+
+    unentitled: Sequence[Unentitled]
+    again_at: float
+
+
+@frozen
 class _Absence:
     """When the lookups began that found no entry for a user: the first one and the latest."""
 
@@ -62,14 +73,19 @@ class _Absence:
     latest: float
 
 
-@frozen
+@define
 class _Check:
-    """One check of a call's participants. :ivar deadline: for all lookups together; what is late stays unknown."""
+    """One check of a call's participants.
+
+    :ivar deadline: for all lookups together; what is late stays unknown.
+    :ivar again_at: see `Checked`.
+    """
 
     room_id: str
     policy: KnownPolicy
     began: float
     deadline: Deadline
+    again_at: float
 
 
 @define(eq=False)
@@ -121,13 +137,13 @@ class Entitlement:
 
     async def unentitled(
         self, room_id: str, alias: str, known: KnownPolicy, participants: Iterable[ParticipantInfo], *, whole: bool
-    ) -> list[Unentitled]:
+    ) -> Checked:
         """Those of these participants of one SFU room who may not be in its call.
 
         :param whole: whether these are all of its participants.
         """
         now = self._clock.seconds()
-        check = _Check(room_id, known, now, Deadline.after(self._clock, self._lookup_timeout))
+        check = _Check(room_id, known, now, Deadline.after(self._clock, self._lookup_timeout), now + self._interval)
         found, allowed = [], []
         async for participant, user in in_slices(self._clock, await self._identified(alias, participants, whole)):
             refusal = await self._refused_by_policy(room_id, known, user)
@@ -142,7 +158,13 @@ class Entitlement:
             users = {one.user for one in gone}
             allowed = [(participant, user) for participant, user in allowed if user not in users]
             found += gone
-        return found + await self._not_admitted(check, allowed)
+        found += await self._not_admitted(check, allowed)
+        return Checked(found, check.again_at)
+
+    def settles(self, room_id: str, known: KnownPolicy) -> bool:
+        """Whether only what `Checked` and the listing tell can change who may be in the call. Where moderators decide,
+        their decisions can too."""
+        return known.is_certain and known.policy.lobby is None and not self._lobby.has_removed(room_id)
 
     async def end_waiting(self, room_id: str, user: str) -> None:
         """Memberships of a room have changed: people who wait in its lobby and are not joined any more stop waiting.
@@ -255,6 +277,8 @@ class Entitlement:
         async def checked(one: tuple[ParticipantInfo, str]) -> Unentitled | None:
             participant, user = one
             known = await self._membership(check, user, participant.sid)
+            if known.membership is not Membership.JOIN:
+                check.again_at = check.began
             if known.membership is None:
                 self._metrics.memberships_unknown.inc()
                 return None
@@ -272,20 +296,22 @@ class Entitlement:
         """Those who are due for a lookup. The others count as checked."""
         due = []
         async for participant, user in in_slices(self._clock, participants):
-            if self._believed(check, user, participant.sid):
+            believed_until = self._believed_until(check, user, participant.sid)
+            if believed_until is not None:
+                check.again_at = min(check.again_at, believed_until)
                 self._checked[check.room_id, participant.sid] = None
                 self._absences.pop((check.room_id, user), None)
             else:
                 due.append((participant, user))
         return due
 
-    def _believed(self, check: _Check, user: str, sid: str) -> KnownMembership | None:
-        """What is in memory, if it saves a lookup: a fresh enough "joined", and nothing else."""
+    def _believed_until(self, check: _Check, user: str, sid: str) -> float | None:
+        """How long what is in memory saves a lookup; ``None`` if it does not. Only a fresh enough "joined" does."""
         known = self._members.last_known(check.room_id, user)
         if known is None or known.membership is not Membership.JOIN:
             return None
         max_age = self._max_age(check.room_id, sid)
-        return known if self._members.is_fresh(check.room_id, user, known, max_age) else None
+        return known.began + max_age if self._members.is_fresh(check.room_id, user, known, max_age) else None
 
     def _max_age(self, room_id: str, sid: str) -> float:
         return self._believed_for() if (room_id, sid) in self._checked else self._arrival_age

@@ -154,7 +154,7 @@ class Lobby:
         found = [
             Waiting(room_id, entry.user, entry.began + ahead, colour_of(entry.user))
             for room_id, entry in self._entries.book.entries()
-            if self.state_of(room_id, entry.user) is LobbyState.WAITING
+            if entry.state is LobbyState.WAITING and self.state_of(room_id, entry.user) is LobbyState.WAITING
         ]
         return sorted(found, key=lambda one: one.since)
 

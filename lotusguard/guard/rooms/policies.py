@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from itertools import takewhile
 
 from attrs import define, field, frozen
 from cachetools import LRUCache
@@ -13,7 +14,7 @@ from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.waiting import Deadline, FreshLookups, gather_in_turns
+from lotusguard.clients.waiting import Deadline, FreshLookups, gather_in_turns, in_slices
 from lotusguard.guard.rooms.remembered import RememberedPolicies, RememberedPolicy
 from lotusguard.guard.rooms.source import NOTHING_PUSHED, PushedRooms, RoomStateSource
 from lotusguard.metrics import Metrics
@@ -137,10 +138,10 @@ class Policies:
         """Look up the rooms about which nothing is known, as far as that is done by the deadline."""
 
         async def look_up(room_id: str) -> None:
-            if not deadline.passed:
-                await self.get(room_id, deadline)
+            await self.get(room_id, deadline)
 
-        await gather_in_turns(LOOKUPS_AT_ONCE, look_up, [one for one in room_ids if not self.is_remembered(one)])
+        unknown = [one async for one in in_slices(self._clock, room_ids) if not self.is_remembered(one)]
+        await gather_in_turns(LOOKUPS_AT_ONCE, look_up, takewhile(lambda _: not deadline.passed, unknown))
 
     def is_remembered(self, room_id: str) -> bool:
         """Whether anything is known about the room."""

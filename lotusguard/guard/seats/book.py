@@ -132,6 +132,12 @@ class SeatBook(Protocol):
     ) -> None:
         """A complete listing of one SFU room, begun at ``since``."""
 
+    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+        """A complete listing, begun at ``since``, that shows the same as the last one of its SFU room that was applied.
+
+        :return: whether it tells nothing new. If not, it has to be applied like any other.
+        """
+
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         """Participants to be removed."""
 

@@ -145,6 +145,9 @@ class FailoverSeatBook:
     ) -> None:
         await self._either("apply_listing", room_id, alias, present, limit, since)
 
+    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+        return bool(await self._either("listed_again", room_id, alias, limit, since))
+
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         over: Sequence[OverLimit] = await self._either("overflow", room_id, limit)
         return over
@@ -190,10 +193,10 @@ class FailoverSeatBook:
 
     # -- upkeep ------------------------------------------------------------------------------------------
 
-    def prune(self) -> None:
+    async def prune(self) -> None:
         """Forget what is old; Redis does so itself."""
         if self._alone is not None:
-            self._alone.prune()
+            await self._alone.prune()
 
     async def give_back(self) -> None:
         """Give Redis what this guard issued lately, and share the seats again.

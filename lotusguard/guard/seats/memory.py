@@ -9,6 +9,7 @@ from secrets import token_hex
 from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 
+from lotusguard.clients.waiting import in_slices
 from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.kept_rooms import KeptRooms, Room
 from lotusguard.guard.seats.store import StateStore, StoredHold
@@ -173,6 +174,10 @@ class MemorySeatBook:
             room.started = True
         self._changed(room_id, room)
 
+    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+        room = self._rooms.get(room_id)
+        return room is not None and room.seats.listed_again(alias, limit, since, self._clock.seconds())
+
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         room = self._room(room_id)
         over = room.seats.overflow(limit, self._clock.seconds())
@@ -223,14 +228,20 @@ class MemorySeatBook:
     async def snapshots(self) -> Sequence[RoomSnapshot]:
         now = self._clock.seconds()
         rooms = sorted(self._rooms, key=lambda room: room[0])
-        return [_snapshot(room_id, room.seats, now) for room_id, room in rooms if not room.seats.is_idle(now)]
+        return [
+            _snapshot(room_id, room.seats, now)
+            async for room_id, room in in_slices(self._clock, rooms)
+            if not room.seats.is_idle(now)
+        ]
 
     # -- upkeep ------------------------------------------------------------------------------------------
 
-    def prune(self) -> None:
+    async def prune(self) -> None:
         """Forget rooms in which nothing happens, and what no delayed event can refer to any more."""
-        now = self._clock.seconds()
-        for room_id, room in self._rooms:
+        async for room_id, room in in_slices(self._clock, self._rooms):
+            if self._rooms.get(room_id) is not room:
+                continue
+            now = self._clock.seconds()
             if now - room.seats.touched > IDLE_ROOM and room.seats.is_idle(now):
                 self._rooms.forget(room_id)
                 continue

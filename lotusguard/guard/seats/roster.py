@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from hashlib import blake2b
 
-from attrs import define, field
+from attrs import define, field, frozen
+from cachetools import LRUCache
 from livekit.protocol.models import ParticipantInfo
 from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.interfaces import IReactorTime
@@ -23,8 +25,20 @@ from lotusguard.rules.seats import Arrival
 
 Listing = Fetched[Sequence[ParticipantInfo]]
 """Everybody in one SFU room, and when that was asked."""
+LISTINGS_REMEMBERED = 20_000
 SLOTS_LISTED = 16
 """SFU rooms of one Matrix room that are listed while it is unknown which of them exist."""
+
+
+@frozen
+class _Applied:
+    """The last listing of an SFU room that was applied to the seats.
+
+    :ivar digest: of its participants. :ivar number: no other listing has it.
+    """
+
+    digest: bytes
+    number: int
 
 
 @define(eq=False)
@@ -47,6 +61,8 @@ class Roster:
     sfu_rooms: set[str] | None = field(default=None, init=False)
     _listings: FreshLookups[str, Sequence[ParticipantInfo]] = field(init=False)
     _unissued: dict[str, int] = field(factory=dict, init=False)
+    _applied: LRUCache[str, _Applied] = field(factory=lambda: LRUCache(LISTINGS_REMEMBERED), init=False)
+    _numbers: int = field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._listings = FreshLookups(self._list, self._clock)
@@ -90,15 +106,40 @@ class Roster:
         slot = await self._registry.slot_of(alias)
         participants = await self._livekit.list_participants(alias, turn=slot.room_id if slot is not None else alias)
         if slot is not None:
-            await self._registry.read_ahead(alias, [participant.identity for participant in participants])
-            present = [
-                await self._arrival(alias, p) async for p in in_slices(self._clock, participants) if takes_seat(p)
-            ]
-            await self._count_unissued(alias, present)
+            digest = await self._digest(participants)
             # The policy was read before the listing was asked for. It is not read again: the homeserver may be slow.
             limit = self._policies.last_known(slot.room_id).max_users
-            await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
+            before = self._applied.pop(alias, None)
+            if before is None or before.digest != digest or not await self._seats.listed_again(
+                slot.room_id, alias, limit, since
+            ):  # fmt: skip
+                await self._apply(slot, alias, participants, limit, since)
+                self._numbers += 1
+                before = _Applied(digest, self._numbers)
+            self._applied[alias] = before
         return participants
+
+    async def _apply(
+        self, slot: Slot, alias: str, participants: Sequence[ParticipantInfo], limit: int | None, since: float
+    ) -> None:
+        await self._registry.read_ahead(alias, [participant.identity for participant in participants])
+        present = [await self._arrival(alias, p) async for p in in_slices(self._clock, participants) if takes_seat(p)]
+        await self._count_unissued(alias, present)
+        await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
+
+    async def _digest(self, participants: Sequence[ParticipantInfo]) -> bytes:
+        """The same for listings that show the same. LiveKit lists participants in any order."""
+        parts = [
+            participant.SerializeToString(deterministic=True)
+            async for participant in in_slices(self._clock, participants)
+        ]
+        return blake2b(b"".join(sorted(parts)), digest_size=16).digest()
+
+    def last_news(self, alias: str) -> int | None:
+        """The number of the last listing that told anything new about an SFU room, or about its seats since the one
+        before; ``None`` if that is not remembered."""
+        applied = self._applied.get(alias)
+        return applied.number if applied is not None else None
 
     async def list_all(
         self, room_id: str, since: float, deadline: Deadline, requested: str = ROOM_SLOT

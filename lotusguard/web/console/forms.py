@@ -13,6 +13,12 @@ MOST_FIELDS = 20
 BAD_FORM = Reply(400, "M_INVALID_PARAM", "The form has too many fields.")
 
 
+def page_number(request: GuardRequest) -> int:
+    """Which page of a long table is asked for: 1 or more."""
+    asked = query(request).get("page", "")
+    return max(1, int(asked)) if asked.isascii() and asked.isdigit() and len(asked) < 10 else 1
+
+
 def query(request: GuardRequest) -> Mapping[str, str]:
     """The fields of the query. :raises Rejected: there are too many."""
     return _last(request.uri.partition(b"?")[2])

@@ -70,6 +70,18 @@ def action(room_id: str, user: str, name: str, label: str) -> Tag:
     return tags.a(label, href=f"/console/confirm?{query}", class_="action", **{"aria-label": described})
 
 
+def page_links(path: str, page: int, pages: int, **fields: str) -> Tag | str:
+    """Links to the pages before and after this one. Nothing if there is only one."""
+    if pages <= 1:
+        return ""
+    links = [
+        tags.a(label, href=f"{path}?{urlencode({**fields, 'page': number})}", class_="action")
+        for label, number in (("Previous", page - 1), ("Next", page + 1))
+        if 1 <= number <= pages
+    ]
+    return tags.nav(f"Page {page} of {pages} ", *links)
+
+
 def room_label(room_id: str, name: str) -> list[Any]:
     """A room's name, if it has one, and its ID."""
     return [name, " ", tags.code(room_id)] if name else [tags.code(room_id)]

@@ -10,6 +10,7 @@ from twisted.web.template import Tag, tags
 
 from lotusguard.guard.joins.decisions import Decision, Verdict
 from lotusguard.guard.joins.history import Minute
+from lotusguard.guard.seats.book import Presence
 from lotusguard.web.console.layout import (
     Row,
     action,
@@ -17,12 +18,13 @@ from lotusguard.web.console.layout import (
     chart,
     document,
     dot,
+    page_links,
     room_label,
     room_link,
     seats,
     table,
 )
-from lotusguard.web.console.view import Overview, RoomRow
+from lotusguard.web.console.view import Overview, Page, RoomRow
 
 SHOWN_NAMES = 3
 """Users of a call that the front page names."""
@@ -77,19 +79,20 @@ def live_part(shown: Overview) -> list[Any]:
     return [
         _health(shown.report),
         _lobby(shown),
-        _rooms(shown.rooms, shown.calls),
+        _rooms(shown.rooms, shown.calls, _link_to_all(shown)),
         _charts(shown.minutes),
         _decisions(shown),
     ]
 
 
-def all_rooms(rooms: Sequence[RoomRow]) -> Tag:
-    """All live calls."""
-    return document("Live calls", _rooms(rooms, len(rooms)), signed_in=True)
+def all_rooms(page: Page[RoomRow]) -> Tag:
+    """All live calls, a page at a time."""
+    links = page_links("/console/rooms", page.number, page.pages)
+    return document("Live calls", _rooms(page.items, page.total, links), signed_in=True)
 
 
-def room(row: RoomRow, rights: dict[str, list[str]]) -> Tag:
-    """One call, with everybody in it. :param rights: what each user may publish."""
+def room(row: RoomRow, shown: Page[Presence], rights: dict[str, list[str]]) -> Tag:
+    """One call. :param shown: the participants on this page. :param rights: what each of their users may publish."""
     rows = [
         Row(
             one.user,
@@ -99,7 +102,7 @@ def room(row: RoomRow, rights: dict[str, list[str]]) -> Tag:
                 [action(row.room_id, one.user, "mute", "Mute"), " ", action(row.room_id, one.user, "remove", "Remove")],
             ),
         )
-        for one in row.present
+        for one in shown.items
     ]
     return document(
         "Call",
@@ -113,6 +116,7 @@ def room(row: RoomRow, rights: dict[str, list[str]]) -> Tag:
         tags.section(
             tags.h2("In the call"),
             table("In the call", ("User", "Seat", "May publish", "Actions"), rows, "Nobody is in this call."),
+            page_links("/console/room", shown.number, shown.pages, id=row.room_id),
         ),
         signed_in=True,
     )
@@ -151,26 +155,31 @@ def _lobby(shown: Overview) -> Tag | str:
         for one in shown.waiting
     ]
     return tags.section(
-        tags.h2(f"Waiting in the lobby ({len(rows)})"),
+        tags.h2(f"Waiting in the lobby ({shown.waiting_in_all})"),
         table("People who wait", ("User", "Room", "Since (UTC)", "Actions"), rows, ""),
         class_="waiting",
     )
 
 
-def _rooms(rooms: Sequence[RoomRow], calls: int) -> Tag:
-    """:param calls: how many there are, these included."""
+def _rooms(rooms: Sequence[RoomRow], calls: int, links: Tag | str) -> Tag:
+    """:param calls: how many there are, these included. :param links: to the others."""
     rows = []
     for row in rooms:
         users = sorted({one.user for one in row.present})
         more = f" and {len(users) - SHOWN_NAMES} more" if len(users) > SHOWN_NAMES else ""
         people = (", ".join(users[:SHOWN_NAMES]) + more) or "nobody yet"
         rows.append(Row(room_link(row.room_id, row.name), (seats(row.seats_taken, row.limit), people)))
-    all_of_them = tags.p(tags.a(f"Show all {calls} calls", href="/console/rooms")) if calls > len(rooms) else ""
     return tags.section(
         tags.h2(f"Live calls ({calls})"),
         table("Live calls", ("Room", "Seats", "In the call"), rows, "There are no calls."),
-        all_of_them,
+        links,
     )
+
+
+def _link_to_all(shown: Overview) -> Tag | str:
+    if shown.calls <= len(shown.rooms):
+        return ""
+    return tags.p(tags.a(f"Show all {shown.calls} calls", href="/console/rooms"))
 
 
 def _charts(minutes: Sequence[Minute]) -> Tag:

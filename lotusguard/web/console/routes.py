@@ -14,10 +14,10 @@ from lotusguard.guard.calls.moderation import Moderation, ModerationAction, Only
 from lotusguard.web.answers import NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure
 from lotusguard.web.console import pages
 from lotusguard.web.console.answers import COOKIE, redirect, send, set_cookie, static
-from lotusguard.web.console.forms import form, operator, query
+from lotusguard.web.console.forms import form, operator, page_number, query
 from lotusguard.web.console.sessions import Session, Sessions, TooManyAttempts
 from lotusguard.web.console.updates import Updates
-from lotusguard.web.console.view import ConsoleView
+from lotusguard.web.console.view import ConsoleView, Page
 from lotusguard.web.site import GuardRequest
 
 log = Logger()
@@ -64,20 +64,21 @@ class Console:
 
     @app.route("/rooms", methods=["GET"])
     async def rooms(self, request: GuardRequest) -> None:
-        """All live calls."""
+        """All live calls, a page at a time."""
         self._signed_in(request)
-        await send(request, 200, pages.all_rooms(await self._view.rooms()))
+        await send(request, 200, pages.all_rooms(await self._view.rooms(page_number(request))))
 
     @app.route("/room", methods=["GET"])
     async def room(self, request: GuardRequest) -> None:
-        """One call."""
+        """One call, a page of its participants at a time."""
         self._signed_in(request)
         row = await self._view.room(query(request).get("id", ""))
         if row is None:
             await send(request, 404, pages.message("No such call", "Nobody is in the call of this room any more."))
             return
-        rights = {one.user: self._view.allowed(row.room_id, one.user) for one in row.present}
-        await send(request, 200, pages.room(row, rights))
+        shown = Page.of(row.present, page_number(request))
+        rights = {one.user: self._view.allowed(row.room_id, one.user) for one in shown.items}
+        await send(request, 200, pages.room(row, shown, rights))
 
     @app.route("/confirm", methods=["GET"])
     async def confirm(self, request: GuardRequest) -> None:

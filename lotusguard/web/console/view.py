@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from math import ceil
+from typing import Any, Generic, TypeVar
 
 from attrs import define, field, frozen
 from twisted.internet.interfaces import IReactorTime
@@ -20,11 +21,38 @@ from lotusguard.web.console.names import RoomNames
 
 DECISIONS_SHOWN = 20
 ROOMS_SHOWN = 25
-"""Calls on the front page, the largest first; another page has all of them."""
+"""Calls on the front page, the largest first; other pages have all of them."""
+PER_PAGE = 200
+"""Rows of a table on one page. One takes up to a tenth of a millisecond."""
+WAITING_SHOWN = 100
+"""People in lobbies on the front page, those who have waited longest."""
 LOOKUP_TIME = 1.0
 """Seconds in which policies are looked up that only other guards know."""
 REPORT_AGE = 10.0
 """Seconds for which a health report is shown again: making one asks every dependency."""
+
+
+T = TypeVar("T")
+
+
+@frozen
+class Page(Generic[T]):
+    """A part of a long table: making all of its rows at once would delay joins.
+
+    :ivar number: from 1 to `pages`. :ivar total: items on all pages.
+    """
+
+    items: Sequence[T]
+    number: int
+    pages: int
+    total: int
+
+    @classmethod
+    def of(cls, items: Sequence[T], number: int) -> Page[T]:
+        """The page of this number, or the last one if there are fewer."""
+        pages = max(1, ceil(len(items) / PER_PAGE))
+        number = min(number, pages)
+        return cls(items[(number - 1) * PER_PAGE : number * PER_PAGE], number, pages, len(items))
 
 
 @frozen
@@ -47,6 +75,7 @@ class Overview:
     calls: int
     rooms: Sequence[RoomRow]
     waiting: Sequence[Waiting]
+    waiting_in_all: int
     decisions: Sequence[Decision]
     minutes: Sequence[Minute]
     began: Callable[[float], float]
@@ -78,19 +107,22 @@ class ConsoleView:
         snapshots = await self._sorted()
         rooms = await self._rows(snapshots[:ROOMS_SHOWN])
         decisions = list(self._decision_log.decisions)[-DECISIONS_SHOWN:][::-1]
-        waiting = self._waiting()
+        all_waiting = self._waiting()
+        waiting = all_waiting[:WAITING_SHOWN]
         named = {*(one.room_id for one in waiting), *(decision.room_id or "" for decision in decisions)} - {""}
         return Overview(
-            self._report, len(snapshots), rooms, waiting, decisions, self._decision_log.history.last_hour(),
-            self._since_epoch, {room_id: self.names.of(room_id) for room_id in named},
+            self._report, len(snapshots), rooms, waiting, len(all_waiting), decisions,
+            self._decision_log.history.last_hour(), self._since_epoch,
+            {room_id: self.names.of(room_id) for room_id in named},
         )  # fmt: skip
 
     def _since_epoch(self, at: float) -> float:
         return self._wall() - (self._clock.seconds() - at)
 
-    async def rooms(self) -> list[RoomRow]:
-        """All live calls."""
-        return await self._rows(await self._sorted())
+    async def rooms(self, number: int) -> Page[RoomRow]:
+        """A page of all live calls."""
+        page = Page.of(await self._sorted(), number)
+        return Page(await self._rows(page.items), page.number, page.pages, page.total)
 
     async def _sorted(self) -> list[RoomSnapshot]:
         """The largest calls first."""

@@ -161,6 +161,9 @@ class RedisSeatBook:
         operation = ("apply_listing", alias, arrivals, limit, since, self._seat_ttl)
         self._steps.apply_listing(room_id, alias, since, operation)
 
+    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+        return False  # what other guards have changed since is not known here
+
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         return [OverLimit(*hold) for hold in await self._step(room_id, "overflow", limit)]
 
