@@ -16,6 +16,7 @@ from lotusguard.guard.calls.ending import CallEnder
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
 from lotusguard.guard.calls.lost_rooms import LostRooms
+from lotusguard.guard.calls.memberships import CallMemberships
 from lotusguard.guard.calls.moderation import Moderation
 from lotusguard.guard.calls.moderator import Moderator
 from lotusguard.guard.calls.participants import ParticipantEnforcer
@@ -189,11 +190,13 @@ def calls(
     decision_log: DecisionLog,
 ) -> Calls:  # fmt: skip
     lease = state.lease
+    memberships = CallMemberships(
+        given.members, MembersOnly(settings.guard_members_only), lambda: clients.homeserver.server_name, reactor,
+        metrics, settings.guard_lookup_timeout, settings.guard_membership_interval, settings.guard_policy_ttl,
+    )  # fmt: skip
     entitlement = Entitlement(
-        given.members, state.registry, waiting.lobby, waiting.switch, homeserver_list(settings.guard_homeservers),
-        MembersOnly(settings.guard_members_only),
-        lambda: clients.homeserver.server_name, reactor, metrics, settings.guard_lookup_timeout,
-        interval=settings.guard_membership_interval, arrival_age=settings.guard_policy_ttl,
+        memberships, state.registry, waiting.lobby, waiting.switch, homeserver_list(settings.guard_homeservers),
+        reactor, metrics,
     )  # fmt: skip
     participants = ParticipantEnforcer(
         clients.livekit, state.registry, reactor, metrics,
@@ -227,7 +230,7 @@ def health(
     return Health(
         clients.livekit, clients.homeserver, clients.openid, given.sources, clients.upstream,
         decided.decision_log, kept.changes, given.roster, state.store, state.lease, state.error, waiting.switch,
-        reactor, metrics, settings.guard_dry_run, enforces_membership=kept.entitlement.removes_non_members,
+        reactor, metrics, settings.guard_dry_run, enforces_membership=kept.entitlement.memberships.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
         redis_fault=None if state.sharing is None else state.sharing.fault, exposed=exposed_appservice(settings),
     )  # fmt: skip

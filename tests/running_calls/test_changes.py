@@ -47,8 +47,12 @@ class Guard:
     def forget_all_freshness(self) -> None:
         self.doubts += 1
 
-    def membership_pushed(self) -> None:
+    def pushed(self) -> None:
         pass
+
+    @property
+    def memberships(self) -> Guard:
+        return self
 
 
 def changes_of(guard: Guard, clock: Clock, tell: Callable[[str, str, str], Awaitable[None]] | None) -> CallChanges:

@@ -13,7 +13,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.guard.calls.entitlement import (
+from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.memberships import (
     ABSENCE_FORGOTTEN,
     ABSENT_FOR,
     FOREIGN_ABSENT_FOR,
@@ -21,7 +22,7 @@ from lotusguard.guard.calls.entitlement import (
     LOOKUPS_AT_ONCE,
     PUSHED_FACTOR,
     PUSHES_LAPSE,
-    Entitlement,
+    CallMemberships,
 )
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
@@ -94,10 +95,12 @@ class Call:
         registry = MemoryTokenRegistry(None, self.clock, self.metrics)
         lobby = self.lobby = lobby_on(self.clock, self.metrics)
         switch: Any = NoLobby()
+        memberships = CallMemberships(
+            self.members, members_only, lambda: name, self.clock, self.metrics, TIMEOUT, INTERVAL, TTL
+        )
         self.entitlement = Entitlement(
-            self.members, registry, lobby, switch, HomeserverList.parse(homeservers), members_only, lambda: name,
-            self.clock, self.metrics, TIMEOUT, interval=INTERVAL, arrival_age=TTL,
-        )  # fmt: skip
+            memberships, registry, lobby, switch, HomeserverList.parse(homeservers), self.clock, self.metrics
+        )
 
     def join(self, *users: str) -> None:
         self.homeserver.memberships.update(dict.fromkeys(users, Membership.JOIN))
@@ -258,7 +261,7 @@ def test_members_only_log_removes_nobody_and_logs_each_session_once() -> None:
         for _ in range(3):
             assert call.removed(session(BOB)) == []
     assert len(named(events, "not_a_member")) == 1
-    assert not call.entitlement.removes_non_members
+    assert not call.entitlement.memberships.removes_non_members
 
 
 def test_members_only_off_asks_nothing() -> None:
@@ -293,7 +296,7 @@ def test_a_membership_is_read_once_in_an_interval() -> None:
 def test_where_memberships_are_pushed_they_are_read_less_often_until_pushes_cease() -> None:
     call = Call()
     call.join(BOB)
-    call.entitlement.membership_pushed()
+    call.entitlement.memberships.pushed()
     long = INTERVAL * PUSHED_FACTOR
     assert reads_at(call, 0, 31, long - 1, long + 1, PUSHES_LAPSE + 1) == [0, long + 1, PUSHES_LAPSE + 1]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 
-from lotusguard.guard.calls import entitlement
+from lotusguard.guard.calls import memberships
 from lotusguard.rules.jwt import SfuKey
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
@@ -244,7 +244,7 @@ async def test_a_ban_while_the_homeserver_is_down_takes_effect_when_it_is_back(s
 async def test_a_missing_entry_removes_only_after_a_second_lookup(
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entitlement, "ABSENT_FOR", 0.3)
+    monkeypatch.setattr(memberships, "ABSENT_FOR", 0.3)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     room_id, (alice, bob) = await call_of(sandbox, ALICE, BOB)
     sandbox.homeserver.purge_member(room_id, BOB)
@@ -269,8 +269,8 @@ async def test_nobody_is_removed_from_a_room_whose_state_the_homeserver_has_forg
     start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After its last user has left, a homeserver answers that the room has no state and no members."""
-    monkeypatch.setattr(entitlement, "ABSENT_FOR", 0.0)
-    monkeypatch.setattr(entitlement, "FOREIGN_ABSENT_FOR", 0.0)
+    monkeypatch.setattr(memberships, "ABSENT_FOR", 0.0)
+    monkeypatch.setattr(memberships, "FOREIGN_ABSENT_FOR", 0.0)
     sandbox = await start_sandbox(guard_reconcile_interval=3600)
     room_id, (alice, bob) = await call_of(sandbox, ALICE, BOB)
     sandbox.homeserver.rooms[room_id].state.clear()

@@ -132,7 +132,7 @@ class CallChanges:
         if how == Told.ROOM_LEFT.value:
             self._policies.forget(room_id)
         elif user and how != Told.IN_ROOM.value:
-            self._entitlement.membership_pushed()
+            self._entitlement.memberships.pushed()
         await self._read_again(room_id, user)
 
     def anything_may_have_changed(self) -> None:
