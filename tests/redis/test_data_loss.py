@@ -11,7 +11,8 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.clients.redis.client import Script
 from lotusguard.guard.seats.book import Issued
-from lotusguard.guard.seats.redis.epoch import GUARD_SEEN, HEARTBEAT, RECORD, SEEN
+from lotusguard.guard.seats.redis.epoch import GUARD_SEEN, HEARTBEAT, SEEN
+from lotusguard.guard.seats.redis.generation import RECORD
 from lotusguard.guard.seats.redis.leases import LEASE
 from lotusguard.guard.seats.redis.scripts import STEP, room_key
 from lotusguard.rules.refusals import Refusal

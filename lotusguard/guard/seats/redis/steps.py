@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient, when_less_busy
-from lotusguard.clients.waiting import gather, run_in_background
+from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.seats.redis.clock import ServerClock
 from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.scripts import STEP, room_key
@@ -142,13 +142,10 @@ class RoomSteps:
             "operations": operations,
         }
         sent = self._clock.seconds()
-        asked = self._redis.run_loaded(STEP, [room_key(room_id)], json.dumps(request))
-        if certain:  # both are sent at once, and answered in this order
-            answer, still = await gather((asked, self._rebuilding.still(data_set)))
-            if not still:
-                raise DependencyFailed("redis", DATA_LOST)
-        else:
-            answer = await asked
+        question = self._rebuilding.ask_generation() if certain else None  # it is sent after the step
+        answer = await self._redis.run_loaded(STEP, (room_key(room_id),), json.dumps(request))
+        if question is not None and not await self._rebuilding.still(data_set, question):
+            raise DependencyFailed("redis", DATA_LOST)
         return self._read(room_id, answer, sent)
 
     def _read(self, room_id: str, answer: Any, sent: float) -> list[Any]:
