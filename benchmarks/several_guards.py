@@ -222,7 +222,7 @@ def main() -> None:
     raise_file_limit()
     quick = "--quick" in sys.argv
     with Dependencies() as dependencies:
-        measured = measure(dependencies, 3 if quick else 16, 96 if quick else 640, lambda line: print(line))  # noqa: T201
+        measured = measure(dependencies, 3 if quick else 12, 96 if quick else 640, lambda line: print(line))  # noqa: T201
     sys.stdout.write(tables(measured) + json.dumps([cost.cpu for cost in measured.joins]) + "\n")
     if not quick:
         write(measured)

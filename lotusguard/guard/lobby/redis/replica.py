@@ -120,9 +120,11 @@ class Replica:
             ((last, found),) = await self.ask(("page", last))
             for room_id, text in found:
                 told = json.loads(text)
-                seen.add((room_id, told["user"]))
-                known = self.book.get(room_id, told["user"])
-                if known is None or known.version <= int(told["version"]):
+                key, version = (room_id, told["user"]), int(told["version"])
+                seen.add(key)
+                known = self.book.get(*key)
+                newest = self._ended.get(key, 0) if known is None else known.version
+                if newest <= version:  # else it was heard of while the entries were read
                     change = self.book.learn(room_id, self._entry(told), None)
                     changes.append(change if change.before is not change.after else None)
             more = bool(last)

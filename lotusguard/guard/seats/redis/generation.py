@@ -9,6 +9,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
+from lotusguard.clients.redis.faults import NAME, reason_of
 from lotusguard.clients.waiting import fire_all
 from lotusguard.guard.seats.redis.scripts import PREFIX
 
@@ -33,17 +34,17 @@ class Question:
             self._waiting.append(waiter)
             await waiter
         if self._failed:
-            raise DependencyFailed("redis", self._failed)
+            raise DependencyFailed(NAME, self._failed)
         return self._generation
 
     async def send(self) -> None:
+        """Ask Redis. It never fails: whoever waits for the answer is told."""
         try:
             self._generation = await self._redis.call("HGET", RECORD, "generation")
-        except DependencyFailed as failed:
-            self._failed = failed.reason
-        finally:
-            self._answered = True
-            fire_all(self._waiting, None)
+        except Exception as error:
+            self._failed = reason_of(error)
+        self._answered = True
+        fire_all(self._waiting, None)
 
 
 @define(eq=False)
