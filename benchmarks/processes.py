@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import resource
@@ -36,6 +37,13 @@ def raise_file_limit() -> None:
     """Allow as many open files as the system permits; child processes inherit it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def compile_guard() -> None:
+    """Compile the guard's modules, as pip does when it installs them. Where ``PYTHONDONTWRITEBYTECODE`` is set, each
+    start from a checkout would compile them again."""
+    for folder in ("lotusguard", "twisted"):
+        compileall.compile_dir(Path(__file__).parents[1] / folder, quiet=1)
 
 
 def free_port() -> int:

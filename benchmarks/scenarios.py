@@ -14,7 +14,15 @@ from attrs import define
 from benchmarks.figures import Figure, percentile
 from benchmarks.load import Load, Outcome
 from benchmarks.prepared_answers import BIG_ROOM, USERS_A_ROOM, cached_alias, room_id, user_id
-from benchmarks.processes import Callers, Dependencies, GuardProcess, PeerProcess, RelayProcess, Subject
+from benchmarks.processes import (
+    Callers,
+    Dependencies,
+    GuardProcess,
+    PeerProcess,
+    RelayProcess,
+    Subject,
+    compile_guard,
+)
 from lotusguard.rules.jwt import read_unverified
 
 MS = 1000.0
@@ -288,6 +296,7 @@ def policy_change(bench: Bench) -> None:
 
 def start_up(bench: Bench) -> None:
     """From starting the process to its first answer, and its memory when idle."""
+    compile_guard()
     ready = bench.figure("start-up to first answer", "s", 0.35)
     memory = bench.figure("memory after start-up", "MB", 60.0, digits=0)
     for _ in range(max(2, bench.rounds)):

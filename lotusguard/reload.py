@@ -106,7 +106,7 @@ class Reloader:
     def _policies(self, new: Settings) -> None:
         policies = self._rooms.policies
         policies.ttl, policies.stale = new.guard_policy_ttl, new.guard_policy_stale
-        policies.default_limit = new.guard_default_max_users
+        policies.remembered.default_limit = new.guard_default_max_users
 
     def _enforcement(self, new: Settings) -> None:
         self._calls.enforcement.eject = new.guard_overflow == "eject"

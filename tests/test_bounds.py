@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from lotusguard.guard.calls import changes
-from lotusguard.guard.rooms import policies
+from lotusguard.guard.rooms import remembered
 from lotusguard.guard.seats import kept_rooms, memory, registry
 from lotusguard.rules.requests import TOKEN_ROUTES
 from lotusguard.sandbox.demo.sandbox import Sandbox
@@ -262,7 +262,7 @@ async def test_flood_of_rooms_keeps_caches_bounded_and_seats_held(
         (changes, "EVENTS_REMEMBERED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 40)
-    monkeypatch.setattr(policies, "POLICIES_KEPT", 40 * policies.ENTRY_SIZE)
+    monkeypatch.setattr(remembered, "POLICIES_KEPT", 40 * remembered.ENTRY_SIZE)
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_members_only="off")
     kept = room_of(sandbox, 1)
     await sandbox.enter(ALICE, kept)

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from lotusguard.config import Settings, read_settings
-from lotusguard.tap import BACKLOG, WRONG_SETTING, Options
+from lotusguard.tap import WRONG_SETTING, Options
+from lotusguard.wiring.listeners import BACKLOG
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNITS = DEPLOY / "systemd"
@@ -242,6 +243,15 @@ def test_the_dockerfile_copies_existing_files_and_runs_without_root() -> None:
     assert [set(words) for name, words in last if name == "EXPOSE"] == [ports]
     command = json.loads(" ".join(words_of(last, "CMD")))
     assert command == ["twistd", "-n", "--pidfile=", "lotusguard"]
+
+
+def test_the_image_has_bytecode_of_all_that_the_service_imports() -> None:
+    """The service may not write it, and the base image has none of the standard library."""
+    names = [(name, " ".join(words)) for name, words in instructions()]
+    last = names[max(index for index, (name, _) in enumerate(names) if name == "FROM") :]
+    importing = next(i for i, (name, words) in enumerate(last) if name == "RUN" and "twistd lotusguard --help" in words)
+    forbidding = next(i for i, (name, words) in enumerate(last) if name == "ENV" and "DONTWRITEBYTECODE" in words)
+    assert importing < forbidding
 
 
 def words_of(given: list[tuple[str, list[str]]], name: str) -> list[str]:

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("web",),
     ("wiring", "commanding"),
     ("reload", "upkeep"),
+    ("service",),
     ("tap",),
     ("check", "sandbox"),
     ("history",),

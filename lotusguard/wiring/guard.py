@@ -19,18 +19,21 @@ from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.calls.moderation import Moderation
 from lotusguard.guard.calls.moderator import Moderator
 from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.guard.calls.status import CallStatus
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.guard.joins.callers import Callers
 from lotusguard.guard.joins.checks import EntryChecks
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.joins.issuing import TokenIssuer
+from lotusguard.guard.joins.lookups import Lookups
 from lotusguard.guard.joins.seating import Seating
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.remembered import RememberedPolicies
 from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
 from lotusguard.guard.rooms.residence.events import RoomEvents
 from lotusguard.guard.rooms.residence.invites import InviteHandler
@@ -96,8 +99,8 @@ def rooms(
     residence = Residence(state.store if state.sharing is None else state.sharing.turns, reactor, wall, metrics)
     sources = RoomSources(clients.homeserver, clients.matrix, residence, account)
     policies = Policies(
-        sources, reactor, metrics, ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale,
-        default_limit=settings.guard_default_max_users, pushed=sources,
+        sources, RememberedPolicies(metrics, settings.guard_default_max_users), reactor, metrics,
+        ttl=settings.guard_policy_ttl, stale=settings.guard_policy_stale, pushed=sources,
     )  # fmt: skip
     members = Members(sources, reactor, metrics, settings.guard_policy_ttl, sources)
     voice = ResidentVoice(clients.matrix, residence, reactor, metrics)
@@ -124,9 +127,10 @@ def syncing(
     """
     events = RoomEvents(clients.matrix, given.account, given.residence, given.voice, kept.changes, reactor)
     invites = InviteHandler(clients.matrix, given.account, given.residence, reactor, metrics)
+    status = CallStatus(given.policies, state.seats, waiting, health.not_enforced, reactor)
     commands = Commands(
-        given.voice, clients.matrix, given.account, given.residence, given.policies, state.seats, kept.ender,
-        moderation, waiting, health.not_enforced, reactor, metrics,
+        given.voice, clients.matrix, given.account, given.residence, status, kept.ender, moderation, waiting, reactor,
+        metrics,
     )  # fmt: skip
     events.commands = commands
     in_turns = state.sharing is not None
@@ -171,9 +175,10 @@ def joins(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
     )  # fmt: skip
+    lookups = Lookups(Callers(clients.homeserver, reactor), given.policies, given.members, checks.asks_membership)
     admission = Admission(
-        Callers(clients.homeserver, reactor), given.policies, given.members, checks, seating, issuer, decision_log,
-        reactor, settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
+        lookups, given.policies, checks, seating, issuer, decision_log, reactor,
+        settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
         waiting.lobby, settings.guard_lobby_wait,
     )  # fmt: skip
     return Joins(admission, issuer, decision_log)

@@ -15,6 +15,7 @@ from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.remembered import RememberedPolicies
 from lotusguard.metrics import Metrics
 from lotusguard.rules.lobby import LobbyEntry, LobbyState
 from lotusguard.rules.membership import Membership
@@ -68,7 +69,7 @@ class Asked:
     def __attrs_post_init__(self) -> None:
         metrics = Metrics()
         self.lobby = lobby_on(self.clock, metrics)
-        self.policies = Policies(self.room, self.clock, metrics, ttl=10, stale=3600)
+        self.policies = Policies(self.room, RememberedPolicies(metrics), self.clock, metrics, ttl=10, stale=3600)
         self.notices = LobbyNotices(self.lobby, self.policies, self.voice, self.clock, 1.5, self.operators)
         self.notices.start()
 

@@ -17,7 +17,7 @@ from lotusguard.guard.seats import sharing
 from lotusguard.guard.seats.redis import account
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.livekit.participant import Participant
-from lotusguard.tap import Guard
+from lotusguard.service import Guard
 from tests.calls import ALICE, BOB, CAROL, DAVE, old_token, put_policy, room_of
 from tests.conftest import StartSandbox, until
 from tests.lobby.test_joining import asking, error_of, lobby_room, moderate, waiting_in

@@ -10,7 +10,7 @@ from attrs import define
 
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import Sandbox
-from lotusguard.tap import Guard
+from lotusguard.service import Guard
 
 
 @define

@@ -13,7 +13,8 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.rooms.policies import MALFORMED_LOGGED, Freshness, KnownPolicy, Policies
+from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
+from lotusguard.guard.rooms.remembered import MALFORMED_LOGGED, RememberedPolicies
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
 from lotusguard.rules.policy import NO_POLICY, LimitOrigin, Policy
@@ -76,7 +77,7 @@ def rooms() -> Rooms:
 
 @pytest.fixture
 def policies(clock: Clock, rooms: Rooms) -> Policies:
-    return Policies(rooms, clock, Metrics(), ttl=10, stale=3600)
+    return Policies(rooms, RememberedPolicies(Metrics()), clock, Metrics(), ttl=10, stale=3600)
 
 
 def get(policies: Policies, clock: Clock, room_id: str = "!r", since: float | None = None) -> Deferred[KnownPolicy]:
@@ -183,7 +184,7 @@ def test_an_answer_to_a_request_from_before_a_change_is_not_used(
 
 
 def test_a_changed_policy_is_still_the_last_known_one_while_the_homeserver_is_down(rooms: Rooms, clock: Clock) -> None:
-    policies = Policies(rooms, clock, Metrics(), ttl=3600, stale=3600)
+    policies = Policies(rooms, RememberedPolicies(Metrics()), clock, Metrics(), ttl=3600, stale=3600)
     get(policies, clock)
     rooms.answer(5)
     clock.advance(1)
@@ -205,9 +206,9 @@ def test_a_name_that_no_room_can_have_is_not_looked_up(
 def test_made_up_rooms_make_no_known_policy_forgotten(
     rooms: Rooms, clock: Clock, default: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lotusguard.guard.rooms.policies.POLICIES_KEPT", 64 * 1024)
-    monkeypatch.setattr("lotusguard.guard.rooms.policies.ROOMS_WITHOUT_POLICY_KEPT", 8 * 1024)
-    policies = Policies(rooms, clock, Metrics(), ttl=10, stale=3600, default_limit=default)
+    monkeypatch.setattr("lotusguard.guard.rooms.remembered.POLICIES_KEPT", 64 * 1024)
+    monkeypatch.setattr("lotusguard.guard.rooms.remembered.ROOMS_WITHOUT_POLICY_KEPT", 8 * 1024)
+    policies = Policies(rooms, RememberedPolicies(Metrics(), default), clock, Metrics(), ttl=10, stale=3600)
     get(policies, clock)
     rooms.answer(5)
     for number in range(100):
@@ -227,8 +228,8 @@ def exceptions(number: int, value: object) -> dict[str, StateEvent]:
 def test_long_policies_cost_as_much_as_they_take_in_memory(
     rooms: Rooms, clock: Clock, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lotusguard.guard.rooms.policies.POLICIES_KEPT", 4 << 20)
-    policies = Policies(rooms, clock, Metrics(), ttl=10, stale=3600, default_limit=5)
+    monkeypatch.setattr("lotusguard.guard.rooms.remembered.POLICIES_KEPT", 4 << 20)
+    policies = Policies(rooms, RememberedPolicies(Metrics(), 5), clock, Metrics(), ttl=10, stale=3600)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for number in range(30):
@@ -252,7 +253,7 @@ def test_few_of_the_keys_that_cannot_be_used_are_logged_and_all_are_counted(
 
 
 def test_the_default_limit_is_for_rooms_that_set_none(rooms: Rooms, clock: Clock) -> None:
-    policies = Policies(rooms, clock, Metrics(), ttl=10, stale=3600, default_limit=10)
+    policies = Policies(rooms, RememberedPolicies(Metrics(), 10), clock, Metrics(), ttl=10, stale=3600)
     for room_id, own, limit in (("!a", None, 10), ("!b", 3, 3), ("!c", 20, 20), ("!d", 0, None)):
         asked = get(policies, clock, room_id)
         rooms.answer(own)

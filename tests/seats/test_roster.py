@@ -11,6 +11,7 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.remembered import RememberedPolicies
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.guard.seats.roster import Roster
@@ -55,7 +56,7 @@ class LiveKit:
 
 def test_a_listing_does_not_wait_for_the_homeserver() -> None:
     clock, homeserver, metrics = Clock(), Homeserver(), Metrics()
-    policies = Policies(homeserver, clock, metrics, ttl=10, stale=3600)
+    policies = Policies(homeserver, RememberedPolicies(metrics), clock, metrics, ttl=10, stale=3600)
     Deferred.fromCoroutine(policies.get(ROOM, Deadline.after(clock, 1.5)))
     homeserver.hangs = True
     clock.advance(60)

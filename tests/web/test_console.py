@@ -13,8 +13,8 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, Sandbox
-from lotusguard.web.console.routes import KEEP_ALIVE, UPDATE_EVERY, pause_after
 from lotusguard.web.console.sessions import ATTEMPT_WINDOW, ATTEMPTS, SESSION_LIFETIME, Sessions, TooManyAttempts
+from lotusguard.web.console.updates import KEEP_ALIVE, UPDATE_EVERY, pause_after
 from tests.calls import ALICE, BOB, CAROL, room_of
 from tests.conftest import StartSandbox, until
 from tests.raw_http import connect

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from attrs import define, field
@@ -20,15 +20,13 @@ from lotusguard.clients.synapse import MatrixClient
 from lotusguard.clients.synapse.sync_answer import RoomEvent
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
-from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.calls.status import USERS_NAMED, CallStatus, one_line
 from lotusguard.guard.rooms.residence.account import GuardAccount
 from lotusguard.guard.rooms.residence.residence import Residence
 from lotusguard.guard.rooms.residence.voice import RateLimit
 from lotusguard.guard.rooms.voice import RoomVoice
-from lotusguard.guard.seats.book import SeatBook
 from lotusguard.metrics import Metrics
 from lotusguard.rules.commands import USAGE, Authority, Command, NotACommand, Verb, read_command
-from lotusguard.rules.permissions import Action
 from lotusguard.rules.state import VOICE_LIMIT
 
 log = Logger()
@@ -40,8 +38,6 @@ OTHERS_BURST, OTHERS_RATE = 3, 0.05
 ROOMS_AT_ONCE = 8
 TIMEOUT = 30.0
 """Seconds that a command may take."""
-USERS_NAMED = 20
-"""Users that one notice names."""
 
 _ACTIONS: Mapping[Verb, tuple[ModerationAction, str, str]] = {
     # verb: (what is done, the answer if it was, the answer if it was not)
@@ -73,19 +69,16 @@ class Commands:
 
     :ivar moderation: does what moderators ask for; ``None`` if nothing can.
     :ivar waiting: the users who wait in a room's lobby.
-    :param reasons: what is not enforced now, and why.
     """
 
     _voice: RoomVoice
     _client: MatrixClient
     _account: GuardAccount
     _residence: Residence
-    _policies: Policies
-    _seats: SeatBook
+    _status: CallStatus
     _ender: EndsCalls
     moderation: Moderation | None
     waiting: Callable[[str], Sequence[str]]
-    _reasons: Callable[[], Awaitable[Sequence[str]]]
     _clock: IReactorTime
     _metrics: Metrics
     _queues: dict[str, deque[RoomEvent]] = field(factory=dict, init=False)
@@ -172,13 +165,13 @@ class Commands:
         authority = Authority.of_state(pushed.events)
         if not authority.may_moderate(event.sender):
             raise CommandRefused(
-                f"{_name(event.sender)}: this needs power level {authority.moderate_level}, "
+                f"{one_line(event.sender)}: this needs power level {authority.moderate_level}, "
                 f"yours is {authority.level_of(event.sender)}."
             )
         command = read_command(event.mapping["body"], _mentioned(event.mapping))
         match command.verb:
             case Verb.STATUS:
-                return await self._status(room_id)
+                return await self._status.describe(room_id)
             case Verb.HELP:
                 return USAGE
             case Verb.LIMIT:
@@ -203,7 +196,7 @@ class Commands:
                 outcome = done if await self.moderation.act(room_id, user, action, by) else not_done
             except OnlyDecided:
                 outcome = "Dry run: nothing was done to {user}."
-            answers.append(outcome.format(user=_name(user)))
+            answers.append(outcome.format(user=one_line(user)))
         more = len(answers) - USERS_NAMED
         return "\n".join(answers[:USERS_NAMED] + ([f"And {more} more."] if more > 0 else []))
 
@@ -212,7 +205,7 @@ class Commands:
         needed = authority.level_to_send(VOICE_LIMIT)
         if not authority.may_send_state(by, VOICE_LIMIT):
             raise CommandRefused(
-                f"{_name(by)}: changing {VOICE_LIMIT} needs power level {needed}, yours is {authority.level_of(by)}."
+                f"{one_line(by)}: changing {VOICE_LIMIT} needs power level {needed}, yours is {authority.level_of(by)}."
             )
         own = self._account.user_id
         if not authority.may_send_state(own, VOICE_LIMIT):
@@ -226,57 +219,8 @@ class Commands:
         await self._client.put_state(room_id, VOICE_LIMIT, {**content, "max_users": limit})
         return f"At most {limit} people may be in the call now." if limit else "The call has no limit now."
 
-    async def _status(self, room_id: str) -> str:
-        known = await self._policies.get(room_id, Deadline.after(self._clock, TIMEOUT / 2))
-        policy = known.policy
-        snapshot = await self._seats.snapshot(room_id)
-        users = sorted({presence.user for presence in snapshot.present}) if snapshot is not None else []
-        awaited = sorted({*snapshot.awaited} - {*users}) if snapshot is not None else []
-        taken = snapshot.seats_taken if snapshot is not None else 0
-        lines = [
-            f"Limit: {policy.max_users} ({taken} taken)." if policy.max_users is not None else "No limit.",
-            f"In the call: {_names(users)}.",
-        ]
-        if awaited:
-            lines.append(f"About to join: {_names(awaited)}.")
-        waiting = self.waiting(room_id)
-        if waiting:
-            lines.append(f"Waiting: {_names(waiting)}.")
-        if policy.forbidden:
-            lines.append(f"Forbidden: {', '.join(sorted(source.claim for source in policy.forbidden))}.")
-        needed = policy.permissions.needed if policy.permissions is not None else {}
-        if needed:
-            levels = sorted((action.value, level) for action, level in needed.items())
-            lines.append("Power levels: " + ", ".join(f"{action} {level}" for action, level in levels) + ".")
-        if policy.permissions is not None:
-            exceptions = policy.permissions.users.items()
-            named = [
-                f"{user} ({', '.join(map(_exception, sorted(found.items(), key=str)))})" for user, found in exceptions
-            ]
-            lines += [f"Exceptions: {_names(named)}."] if named else []
-        if policy.lobby is not None:
-            lines.append("Lobby: on.")
-        lines += [f"Not enforced now: {reason}." for reason in await self._reasons()]
-        return "\n".join(lines)
-
 
 GOODBYE = "I leave this room, and no longer hear what changes here."
-
-
-def _names(users: Sequence[str]) -> str:
-    more = len(users) - USERS_NAMED
-    named = ", ".join(map(_name, users[:USERS_NAMED]))
-    return (named + (f" and {more} more" if more > 0 else "")) or "nobody"
-
-
-def _name(user: str) -> str:
-    """A user ID on one line: those of other homeservers may hold any characters."""
-    return " ".join(user.split())
-
-
-def _exception(exception: tuple[Action, bool]) -> str:
-    action, allowed = exception
-    return action.value if allowed else f"no {action.value}"
 
 
 def _mentioned(content: Mapping[str, Any]) -> list[str]:

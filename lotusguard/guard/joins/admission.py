@@ -6,27 +6,25 @@ The steps and their order are those of the README's diagram. Each check fails op
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 
-from attrs import define, field
+from attrs import define
 from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.lk_jwt_service import UpstreamFailed
-from lotusguard.clients.waiting import Deadline, gather
-from lotusguard.guard.joins.callers import Caller, Callers, Identified
+from lotusguard.clients.waiting import Deadline
+from lotusguard.guard.joins.callers import Caller, Identified
 from lotusguard.guard.joins.checks import EntryChecks, MustWait
 from lotusguard.guard.joins.decisions import Decision, DecisionLog, Stage, Verdict
 from lotusguard.guard.joins.issuing import TokenIssuer, no_token
 from lotusguard.guard.joins.join import Join
+from lotusguard.guard.joins.lookups import Lookups
 from lotusguard.guard.joins.patience import SILENT, InLobby, Patience
 from lotusguard.guard.joins.seating import Seating
-from lotusguard.guard.joins.user_turns import RETRY, TooManyLookups, UserTurns
 from lotusguard.guard.lobby import POLL_AGAIN, Lobby, LobbyStopped
 from lotusguard.guard.lobby.colours import colour_of
-from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Freshness, Policies
 from lotusguard.rules.lobby import TABLE, LobbyEntry
 from lotusguard.rules.refusals import JoinRefused, Refusal
@@ -36,10 +34,6 @@ Forward = Callable[[bytes, float], Awaitable[Answer]]
 """Sends a body to upstream; the second argument is the time on the guard's clock by which it must have answered."""
 SLACK = 0.5
 """Seconds that a join may take beside lookups and upstream."""
-STALE_SHARE = 2 / 3
-"""Part of the lookup timeout after which the last known policy serves; the rest is for the roster."""
-
-Lookup = Callable[[Join, Deadline], Awaitable[None]]
 
 
 @define(eq=False)
@@ -51,9 +45,8 @@ class Admission:
     :param longest_wait: seconds that a request may be held in a lobby, all its waits together.
     """
 
-    _callers: Callers
+    _lookups: Lookups
     _policies: Policies
-    _members: Members
     _checks: EntryChecks
     _seating: Seating
     _issuer: TokenIssuer
@@ -64,7 +57,6 @@ class Admission:
     dry_run: bool
     _lobby: Lobby
     _longest_wait: float
-    _turns: UserTurns = field(factory=UserTurns, init=False)
 
     async def join(
         self, request: TokenRequest, request_id: str, forward: Forward, patience: Patience = SILENT
@@ -109,7 +101,7 @@ class Admission:
         try:
             if request.openid is not None:
                 self._checks.homeserver_may_join(join, request.openid.server_name)
-            await self._look_up(join)
+            await self._lookups.all_of(join)
             return await self._admit_after_waiting(join, forward, patience)
         except (JoinRefused, UpstreamFailed, CancelledError, InLobby, LobbyStopped):
             raise
@@ -132,7 +124,7 @@ class Admission:
         if token is not None and not join.user:
             join.user = join.decision.user = self._issuer.named_user(join, token)
         if join.known.freshness is Freshness.UNKNOWN:
-            await self._look_up_policy(join, join.deadline.sooner(self._lookup_timeout))
+            await self._lookups.policy(join, join.deadline.sooner(self._lookup_timeout))
         return await self._issuer.issue(join, answer, None)
 
     # -- waiting in the lobby ------------------------------------------------------------------------------
@@ -174,78 +166,8 @@ class Admission:
         )  # fmt: skip
         if caller.identified is Identified.PROVEN:
             join.user = caller.user
-            with self._log.stage(join.decision, Stage.LOOKUP):
-                await self._look_up_room(join, join.lookups)
+            await self._lookups.anew(join)
         return join
-
-    # -- lookups -----------------------------------------------------------------------------------------
-
-    async def _look_up(self, join: Join) -> None:
-        """Find out who asks and what the room wants, concurrently.
-
-        For a room that is not in memory, or did not exist, nothing is looked up before the caller is known. For one
-        that is, a slow homeserver leaves time to ask LiveKit. A policy that needs no lookup needs nothing done at once
-        either.
-        """
-        with self._log.stage(join.decision, Stage.LOOKUP):
-            known = self._policies.in_memory(join.room_id)
-            if known is not None:
-                join.learn_policy(known)
-                await self._look_up_caller(join, join.lookups, self._look_up_membership)
-            elif self._policies.has_existed(join.room_id):
-                deadline = join.lookups.sooner(self._lookup_timeout * STALE_SHARE)
-                await gather((
-                    self._look_up_caller(join, deadline, self._look_up_membership),
-                    self._look_up_policy(join, deadline),
-                ))  # fmt: skip
-            else:
-                await self._look_up_caller(join, join.lookups, self._look_up_unknown_room)
-
-    async def _look_up_caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
-        """:param then: what is looked up once the caller is proven."""
-        with self._failing_open(join, "caller"):
-            caller = join.caller = await self._callers.identify(join.request, deadline)
-            if caller.identified is Identified.PROVEN:
-                join.user = join.decision.user = caller.user
-                await then(join, deadline)
-
-    async def _look_up_unknown_room(self, join: Join, deadline: Deadline) -> None:
-        await gather((self._look_up_policy_in_turn(join, deadline), self._look_up_membership(join, deadline)))
-
-    async def _look_up_policy_in_turn(self, join: Join, deadline: Deadline) -> None:
-        """However many rooms one user names, lookups for the others are not late.
-
-        :raises JoinRefused: the user asks for too many rooms at once.
-        """
-        left = deadline.left()
-        try:
-            async with self._turns.of(join):
-                await self._look_up_policy(join, join.deadline.sooner(left))
-        except TooManyLookups:
-            join.refuse(Refusal.TOO_MANY_LOOKUPS, RETRY)
-            join.unenforced("policy", "too_many_lookups")
-
-    async def _look_up_room(self, join: Join, deadline: Deadline) -> None:
-        await gather((self._look_up_policy(join, deadline), self._look_up_membership(join, deadline)))
-
-    async def _look_up_policy(self, join: Join, deadline: Deadline) -> None:
-        with self._failing_open(join, "policy"):
-            join.learn_policy(await self._policies.get_anew(join.room_id, deadline, join.not_before))
-
-    async def _look_up_membership(self, join: Join, deadline: Deadline) -> None:
-        with self._failing_open(join, "membership"):
-            if self._checks.asks_membership:
-                join.membership = await self._members.get(join.room_id, join.user, deadline, not_before=join.not_before)
-
-    @contextmanager
-    def _failing_open(self, join: Join, check: str) -> Iterator[None]:
-        """A failure of our own in one lookup does not stop the others."""
-        try:
-            yield
-        except (JoinRefused, CancelledError):
-            raise
-        except Exception:
-            self._log.failure(join.decision, check)
 
     # -- the two ways through ----------------------------------------------------------------------------
 
@@ -275,11 +197,7 @@ class Admission:
             return answer
         join.user = join.decision.user = self._issuer.named_user(join, token)
         self._checks.server_may_vouch(join)
-        with self._log.stage(join.decision, Stage.LOOKUP):
-            if self._policies.has_existed(join.room_id) or self._policies.in_memory(join.room_id) is not None:
-                await self._look_up_room(join, join.lookups)
-            else:
-                await self._look_up_unknown_room(join, join.lookups)
+        await self._lookups.named(join)
         await self._checks.may_join(join)
         async with self._seating.seat(join) as hold_id:
             if body is not request.body:

@@ -15,7 +15,7 @@ from lotusguard.sandbox.livekit.participant import Participant
 from lotusguard.sandbox.livekit.server import FakeLiveKit
 from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
-from lotusguard.tap import Guard
+from lotusguard.service import Guard
 
 KEY, SECRET = "sandboxkey", "sandbox-secret-that-is-nobodys-00"
 ADMIN_TOKEN = "sandbox-operators"
