@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lotusguard import __version__
-from lotusguard.commanding import FINE, INTERRUPTED, MISCONFIGURED, WRONG, log_to, misconfigured, run_reactor
+from lotusguard.commanding import (
+    FINE,
+    INTERRUPTED,
+    MISCONFIGURED,
+    WRONG,
+    log_to,
+    misconfigured,
+    reader_gone,
+    run_reactor,
+)
 from lotusguard.config import ConfigurationError, Settings, read_settings
 from lotusguard.environment import UnitNotKnown, read_environment_file, read_unit_environment
 from lotusguard.history.command import add_commands as add_history_commands
@@ -32,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.env_file is not None:
             os.environ.update(read_environment_file(asked.env_file))
         status: int = asked.do(asked)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return reader_gone()
     except OSError as error:
         return misconfigured(f"{error.filename or ''}: {error.strerror}")
     except (ConfigurationError, UnitNotKnown) as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -16,11 +17,24 @@ from lotusguard.logs import observer_for
 T = TypeVar("T")
 
 FINE, WRONG, MISCONFIGURED, INTERRUPTED = 0, 1, 2, 130
+READER_GONE = 141
+"""What a shell reports for a program that SIGPIPE ended."""
 
 
 def misconfigured(text: str) -> int:
     print(f"lotusguard: {text}", file=sys.stderr)  # noqa: T201
     return MISCONFIGURED
+
+
+def reader_gone() -> int:
+    """Whatever reads standard output has closed it, as ``head`` does when it has enough. That is no error.
+
+    Python would report that it cannot write at its end what is still buffered.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return READER_GONE
 
 
 def run_reactor(work: Callable[[Any], Awaitable[T]]) -> T | None:

@@ -53,6 +53,7 @@ def upkeep(
     yield PeriodicService("watching what is enforced", WATCH_EVERY, health.watch, reactor)
     yield PeriodicService("keeping lobbies", 1.0, keep_lobbies, reactor)
     yield PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, reactor)
+    yield PeriodicService("checking who waits in lobbies", 2.0, calls.entitlement.end_waiting_unheard, reactor)
     yield PeriodicService("pruning", 60.0, prune, reactor)
     yield LiveKitLink(reactor, settings.livekit_api, calls.changes.livekit_returned, _not_looked)
     yield from _sharing(reactor, state, calls)

@@ -21,7 +21,7 @@ from lotusguard.check.exposure import ExposureCheck, is_held_by_systemd, listeni
 from lotusguard.check.report import Finding, Findings, Report
 from lotusguard.clients.http import connection_pool
 from lotusguard.config import read_settings
-from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
+from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
@@ -660,6 +660,24 @@ async def test_misspelt_setting_is_a_warning(sandbox: Sandbox, monkeypatch: pyte
     finding = found(await checked(sandbox), "settings", "suspicious")
     assert finding.state == "warning"
     assert "GUARD_UPSTREEM is not a setting; did you mean GUARD_UPSTREAM?" in finding.reason
+
+
+@pytest.mark.parametrize("of_guard", [ADMIN_TOKEN, ""])
+@pytest_twisted.ensureDeferred
+async def test_an_admin_token_that_is_not_the_running_guards_is_named_in_one_line(
+    start_sandbox: StartSandbox, of_guard: str
+) -> None:
+    sandbox = await start_sandbox(guard_admin_token=of_guard)
+    report = await checked(sandbox, guard_admin_token="another-token")
+    finding = found(report, "guard", "GUARD_ADMIN_TOKEN")
+    assert finding.state == "warning"
+    assert finding.reason == "is not the running guard's: its operators' listener answers 403"
+    assert "another-token" not in f"{finding.reason}{finding.remedy}"
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_admin_token_of_the_running_guard_is_fine(sandbox: Sandbox) -> None:
+    assert found(await checked(sandbox), "guard", "GUARD_ADMIN_TOKEN").state == "fine"
 
 
 @pytest_twisted.ensureDeferred

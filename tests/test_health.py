@@ -62,7 +62,7 @@ class Guard:
 
     def __init__(self, *, dry_run: bool = False, enforces_membership: bool = True, leased: bool = True) -> None:
         self.clock, self.metrics = Clock(), Metrics()
-        self.livekit, self.homeserver, self.upstream = Service(), Service(), Service()
+        self.livekit, self.homeserver, self.openid, self.upstream = Service(), Service(), Service(), Service()
         self.decisions = SimpleNamespace(secret_mismatch_at=None, error_at=None)
         self.changes = SimpleNamespace(round_at=None, webhook_at=None)
         self.roster = SimpleNamespace(unissued=0)
@@ -70,14 +70,15 @@ class Guard:
         self.sources = Sources(self.homeserver)
         self.switch = SimpleNamespace(undecidable_rooms=0)
         parts: tuple[Any, ...] = (
-            self.livekit, self.homeserver, self.sources, self.upstream, self.decisions, self.changes, self.roster,
+            self.livekit, self.homeserver, self.openid, self.sources, self.upstream, self.decisions, self.changes,
+            self.roster,
         )  # fmt: skip
-        livekit, homeserver, sources, upstream, decisions, changes, roster = parts
+        livekit, homeserver, openid, sources, upstream, decisions, changes, roster = parts
         lease: Any = self.lease
         switch: Any = self.switch
         self.health = Health(
-            livekit, homeserver, sources, upstream, decisions, changes, roster, None, lease, None, switch, self.clock,
-            self.metrics, dry_run, enforces_membership=enforces_membership, reconcile_interval=3,
+            livekit, homeserver, openid, sources, upstream, decisions, changes, roster, None, lease, None, switch,
+            self.clock, self.metrics, dry_run, enforces_membership=enforces_membership, reconcile_interval=3,
         )  # fmt: skip
 
     def report(self) -> dict[str, Any]:
@@ -117,6 +118,21 @@ def test_failing_dependency_is_reported_with_the_rules_it_disables(service: str,
     assert not report["ready"]
     assert {rule for rule, on in report["enforcing"].items() if not on} == off
     assert len(report["reasons"]) == 1
+
+
+def test_a_homeserver_that_verifies_no_openid_tokens_is_named_and_every_rule_is_still_enforced() -> None:
+    guard = Guard()
+    guard.openid.fault = "status_404"
+    report = guard.report()
+    assert report["ready"]
+    assert report["reasons"] == ["synapse_openid: status_404"]
+    assert report["dependencies"]["synapse_openid"]["error"] == "status_404"
+
+
+def test_a_homeserver_that_does_not_answer_at_all_is_named_once() -> None:
+    guard = Guard()
+    guard.homeserver.fault = guard.openid.fault = "unreachable"
+    assert guard.report()["reasons"] == ["synapse: unreachable"]
 
 
 def test_refused_credentials_count_even_if_the_probe_passes() -> None:

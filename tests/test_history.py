@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
+from lotusguard.cli import main
 from lotusguard.guard.joins.decision_store import (
     FILE_NAME,
     KEPT_FOR,
@@ -245,6 +247,44 @@ async def test_why_names_the_fault_if_it_cannot_ask(sandbox: Sandbox) -> None:
     time_ = await deferToThread(command, sandbox, "why", BOB, "--at", "noonish")
     assert time_.returncode == 2
     assert "'noonish' is not a time; expected 14:03" in time_.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("bob",), "'bob' is not a Matrix user ID"),
+        ((BOB, "--at", "14:03", "--within", "-3"), "--within -3 is not usable"),
+        ((BOB, "--at", "14:03", "--within", "nan"), "--within nan is not usable"),
+        ((BOB, "--at", "14:03", "--within", "inf"), "--within inf is not usable"),
+        ((BOB, "--at", "0001-01-01"), "--at 0001-01-01 is out of range"),
+    ],
+)
+def test_why_rejects_bad_usage_in_one_line(
+    arguments: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["why", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lotusguard: {problem}")
+
+
+@pytest.mark.parametrize("many", [1, 5000])  # of which the last ones are written when Python ends, or none
+def test_nothing_is_said_about_a_reader_that_has_enough(tmp_path: Path, many: int) -> None:
+    event = {
+        "event": "join", "time": "2026-07-04T14:03:00+00:00", "user": BOB, "room_id": "!a:b", "verdict": "refused",
+        "reason": "full",
+    }  # fmt: skip
+    journal = tmp_path / "journal"
+    journal.write_text(f"{json.dumps(event)}\n" * many)
+    reading, writing = os.pipe()
+    os.close(reading)
+    for asked in ([], ["--json"]):
+        ended = subprocess.run(
+            [sys.executable, "-m", "lotusguard.cli", "why", BOB, "--journal", str(journal), *asked],
+            env={"PYTHONPATH": str(Path(__file__).parent.parent)}, stdout=writing, stderr=subprocess.PIPE, text=True,
+            timeout=120, check=False,
+        )  # fmt: skip
+        assert (ended.returncode, ended.stderr) == (141, "")
+    os.close(writing)
 
 
 @pytest_twisted.ensureDeferred

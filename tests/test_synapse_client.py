@@ -23,7 +23,7 @@ from zope.interface import implementer
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.dependency import Dependency, DependencyFailed
 from lotusguard.clients.http import FixedAgent, connection_pool
-from lotusguard.clients.synapse import ROOMS_A_PAGE, SynapseClient
+from lotusguard.clients.synapse import ROOMS_A_PAGE, OpenIDClient, SynapseClient
 from lotusguard.clients.synapse.client import MISSING_FOR
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
@@ -107,6 +107,12 @@ def dependency(homeserver: Homeserver, clock: Clock) -> Dependency:
 @pytest.fixture
 def client(dependency: Dependency) -> SynapseClient:
     return SynapseClient(dependency, "secret", "example.org")
+
+
+@pytest.fixture
+def verifier(homeserver: Homeserver, clock: Clock, client: SynapseClient) -> OpenIDClient:
+    agent: Any = homeserver
+    return OpenIDClient(Dependency("synapse_openid", agent, clock, Metrics(), timeout=1.5), client)
 
 
 def result(call: Any) -> Any:
@@ -323,42 +329,52 @@ def openid(token: str = "abc", server: str = "example.org") -> OpenID:
     return OpenID(access_token=token, server_name=server)
 
 
-def test_a_valid_openid_token_proves_its_user(client: SynapseClient, homeserver: Homeserver) -> None:
+def test_a_valid_openid_token_proves_its_user(verifier: OpenIDClient, homeserver: Homeserver) -> None:
     homeserver.answers[userinfo("abc")] = (200, {"sub": ALICE})
-    assert result(client.local_user(openid())) == ALICE
+    assert result(verifier.local_user(openid())) == ALICE
 
 
 def test_a_bad_openid_token_proves_nobody_and_says_nothing_about_our_own(
-    client: SynapseClient, homeserver: Homeserver
+    verifier: OpenIDClient, homeserver: Homeserver
 ) -> None:
     homeserver.answers[userinfo("abc")] = (401, {"errcode": "M_UNKNOWN_TOKEN"})
-    assert result(client.local_user(openid())) is None
-    assert client.refused is None
+    assert result(verifier.local_user(openid())) is None
+    assert verifier.refused is None
+
+
+@pytest.mark.parametrize(("answer", "reason"), [((401, {"errcode": "M_UNKNOWN_TOKEN"}), None), (BROKEN, "status_500")])
+def test_the_probe_asks_about_a_token_that_does_not_exist(
+    verifier: OpenIDClient, homeserver: Homeserver, answer: tuple[int, Any], reason: str | None
+) -> None:
+    homeserver.answers[userinfo("lotusguard-probe")] = answer
+    found = result(verifier.probe())
+    assert getattr(found, "reason", None) == reason
+    assert len(homeserver.asked) == 1
 
 
 @pytest.mark.parametrize("answer", [UNRECOGNIZED, (429, {"errcode": "M_LIMIT_EXCEEDED"}), BROKEN])
 def test_a_homeserver_that_cannot_tell_does_not_call_a_token_bad(
-    client: SynapseClient, homeserver: Homeserver, answer: tuple[int, Any]
+    verifier: OpenIDClient, homeserver: Homeserver, answer: tuple[int, Any]
 ) -> None:
     homeserver.answers[userinfo("abc")] = answer
-    assert isinstance(result(client.local_user(openid())), DependencyFailed)
+    assert isinstance(result(verifier.local_user(openid())), DependencyFailed)
 
 
-def test_a_token_may_not_prove_a_user_of_another_server(client: SynapseClient, homeserver: Homeserver) -> None:
+def test_a_token_may_not_prove_a_user_of_another_server(verifier: OpenIDClient, homeserver: Homeserver) -> None:
     homeserver.answers[userinfo("abc")] = (200, {"sub": "@alice:elsewhere.org"})
-    assert result(client.local_user(openid())) is None
+    assert result(verifier.local_user(openid())) is None
 
 
 def test_tokens_of_other_servers_and_impossible_tokens_are_not_looked_up(
-    client: SynapseClient, homeserver: Homeserver
+    verifier: OpenIDClient, homeserver: Homeserver
 ) -> None:
     for one in (openid(server="elsewhere.org"), openid("a\nb"), openid("a" * 5000), openid("é")):
-        assert result(client.local_user(one)) is None
+        assert result(verifier.local_user(one)) is None
     assert homeserver.asked == []
 
 
 def test_the_server_name_is_asked_for_once(dependency: Dependency, homeserver: Homeserver) -> None:
-    client = SynapseClient(dependency, "secret")
+    client = OpenIDClient(dependency, SynapseClient(dependency, "secret"))
     assert not client.is_local(openid())
     homeserver.answers["/_matrix/client/v3/account/whoami"] = (200, {"user_id": "@guard:example.org"})
     for _ in range(2):
@@ -451,7 +467,12 @@ async def test_the_real_synapse_verifies_openid_tokens(real: SynapseClient, syna
     alice = await synapse.user("alice")
     given = await synapse.openid_token(alice)
     token = OpenID(access_token=given["access_token"], server_name=given["matrix_server_name"])
-    assert await real.local_user(token) == alice.user_id
-    assert real.is_local(token)
-    assert await real.local_user(OpenID(access_token="nobodys", server_name=synapse.server_name)) is None
-    assert real.refused is None
+    pool = connection_pool(reactor)
+    agent = FixedAgent(reactor, synapse.url, pool)
+    verifier = OpenIDClient(Dependency("synapse_openid", agent, reactor, Metrics(), timeout=30), real)
+    assert await verifier.local_user(token) == alice.user_id
+    assert verifier.is_local(token)
+    assert await verifier.local_user(OpenID(access_token="nobodys", server_name=synapse.server_name)) is None
+    assert verifier.refused is None
+    await verifier.probe()
+    await pool.closeCachedConnections()

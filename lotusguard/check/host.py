@@ -22,6 +22,8 @@ from lotusguard.clients.http import Answer
 from lotusguard.config import Settings
 
 LEAST_SPACE, SOME_SPACE = 1024 * 1024, 64 * 1024 * 1024
+REFUSED = (401, 403)
+"""What the operators' listener, or a proxy before it, answers to a wrong token."""
 NOTHING = Answer(0, Headers(), b"")
 MAKE_ROOM = "make room on its file system (df -h, df -i), or raise the quota"
 WEBHOOKS_TAKE = 3.0
@@ -154,12 +156,28 @@ class GuardCheck:
             say.fine("version", __version__)
         else:
             say.warning("version", f"{version} runs, this is {__version__}", "restart the service")
+        await self._check_token(say)
         report = json_of(await self._tried(self._operators, "GET", "/readyz"))
         if report.get("ready"):
             say.fine("enforcing", "the limit, the sources, and during calls")
         else:
             reasons = "; ".join(map(str, report.get("reasons", []))) or "it does not say why"
             say.wrong("enforcing", f"not everything: {reasons}", "see the findings above, and the service's log")
+
+    async def _check_token(self, say: Findings) -> None:
+        """Whether the running guard has the token of these settings."""
+        token = self._settings.guard_admin_token.get_secret_value()
+        if not token:
+            return  # that there is none is a finding of its own
+        answer = await self._tried(self._operators, "GET", "/lobby", None, {"Authorization": f"Bearer {token}"})
+        if answer.code in REFUSED:
+            say.warning(
+                "GUARD_ADMIN_TOKEN",
+                f"is not the running guard's: its operators' listener answers {answer.code}",
+                "give both the same one (--unit lotusguard reads the service's); reload the service if it was changed",
+            )
+        elif answer.code == 200:
+            say.fine("GUARD_ADMIN_TOKEN", "is the running guard's")
 
     async def tells_state(self, say: Findings) -> bool:
         """Report what the running guard says about its state directory. :return: whether it says anything."""
@@ -215,8 +233,9 @@ class GuardCheck:
         ago = seen.get("last_seen_seconds_ago") if isinstance(seen, dict) else None
         return float(ago) if isinstance(ago, int | float) else None
 
-    async def _tried(self, whom: Service, *question: Any) -> Answer:
+    async def _tried(self, whom: Service | None, *question: Any) -> Answer:
         """The answer, or an empty one."""
+        assert whom is not None
         try:
             return await whom.ask(*question)
         except NoAnswer:

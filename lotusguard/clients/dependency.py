@@ -55,6 +55,7 @@ class Dependency:
     :param name: for logs and metrics.
     :param agent: takes request targets and calls the configured address only (`FixedAgent`).
     :param timeout: seconds for one call, its body included, from the beginning of its turn.
+    :param at_once: calls in flight at once.
     :param limit: bytes an answer may have.
     :param wall_clock: our time in seconds since the epoch, compared with the ``Date`` of answers.
     :ivar skew: seconds by which the dependency's clock is ahead of ours; None while unknown.
@@ -65,11 +66,12 @@ class Dependency:
     _clock: IReactorTime
     _metrics: Metrics
     timeout: float = field(kw_only=True)
+    _at_once: int = field(default=CALLS_AT_ONCE, kw_only=True)
     _limit: int = field(default=LARGEST_ANSWER, kw_only=True)
     _wall_clock: Callable[[], float] = field(default=time.time, kw_only=True)
     breaker: CircuitBreaker = field(init=False, factory=CircuitBreaker)
     skew: float | None = field(init=False, default=None)
-    _turns: FairSemaphore = field(init=False, factory=lambda: FairSemaphore(CALLS_AT_ONCE, CALLS_QUEUED))
+    _turns: FairSemaphore = field(init=False)
     _credentials: Credentials = field(init=False)
     _prober: Prober = field(init=False)
     _seconds: Histogram = field(init=False)
@@ -77,6 +79,7 @@ class Dependency:
     _last_date: bytes = field(init=False, default=b"")
 
     def __attrs_post_init__(self) -> None:
+        self._turns = FairSemaphore(self._at_once, CALLS_QUEUED)
         self._credentials = Credentials(self.name, self._metrics.credentials_refused.labels(self.name))
         self._prober = Prober(self.breaker, self._clock)
         self._seconds = self._metrics.dependency_seconds.labels(self.name)

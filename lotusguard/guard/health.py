@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
-from lotusguard.clients.synapse import SynapseClient
+from lotusguard.clients.synapse import OpenIDClient, SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.joins.decisions import DecisionLog
@@ -54,6 +54,7 @@ class Health:
 
     _livekit: LiveKitClient
     _homeserver: SynapseClient
+    _openid: OpenIDClient
     _sources: RoomSources
     _upstream: LkJwtService
     _decision_log: DecisionLog
@@ -117,8 +118,8 @@ class Health:
 
     async def _report(self, _: str) -> dict[str, Any]:
         now = self._clock.seconds()
-        livekit, synapse, upstream = await gather(
-            (_fault(self._livekit.probe), _fault(self._sources.probe), _fault(self._upstream.probe))
+        livekit, synapse, openid, upstream = await gather(
+            _fault(asked.probe) for asked in (self._livekit, self._sources, self._openid, self._upstream)
         )
         mismatch = self._lately(self._decision_log.secret_mismatch_at)
         errors = self._lately(self._decision_log.error_at)
@@ -134,8 +135,12 @@ class Health:
             "membership": not synapse and not self.dry_run and self._enforces_membership,
             "in_call": known and not late and leased,
         }
-        faults = {"livekit": livekit, "synapse": synapse, "upstream": upstream}
-        reasons = [f"{name}: {MISSING.get(fault, fault)}" for name, fault in faults.items() if fault]
+        faults = {"livekit": livekit, "synapse": synapse, "synapse_openid": openid, "upstream": upstream}
+        reasons = [
+            f"{name}: {MISSING.get(fault, fault)}"
+            for name, fault in faults.items()
+            if fault and not (name == "synapse_openid" and synapse)  # they are the same server
+        ]
         reasons += self._reasons(mismatch=mismatch, errors=errors, late=late and not livekit, leased=leased)
         wanted = {rule: on for rule, on in enforcing.items() if rule != "membership" or self._enforces_membership}
         self._tell(wanted, reasons)
@@ -163,9 +168,13 @@ class Health:
 
     def _dependencies(self, faults: dict[str, str | None]) -> dict[str, Any]:
         available = {
-            "livekit": self._livekit.available, "synapse": self._homeserver.available, "upstream": True,
+            "livekit": self._livekit.available, "synapse": self._homeserver.available,
+            "synapse_openid": self._openid.available, "upstream": True,
         }  # fmt: skip
-        skew = {"livekit": self._livekit.clock_skew, "synapse": self._homeserver.clock_skew}
+        skew = {
+            "livekit": self._livekit.clock_skew, "synapse": self._homeserver.clock_skew,
+            "synapse_openid": self._openid.clock_skew,
+        }  # fmt: skip
         return {
             name: {
                 "error": fault,

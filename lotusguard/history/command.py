@@ -20,10 +20,13 @@ from lotusguard.guard.joins.decision_store import Question, Record, RecordKind
 from lotusguard.history.sources import NotKnown, from_guard, from_journal
 from lotusguard.history.telling import tell
 from lotusguard.history.times import midnight, read_time
+from lotusguard.rules.identity import is_matrix_user
 from lotusguard.terminal import Terminal
 
 HISTORY_TIMEOUT = 10.0
 """Seconds for the guard's answer."""
+LONGEST_MARGIN = 100_000.0
+"""Minutes; decisions are kept for a tenth of that."""
 
 
 def add_commands(commands: Any) -> None:
@@ -57,13 +60,19 @@ def add_commands(commands: Any) -> None:
 
 def _why(asked: argparse.Namespace) -> int:
     now = datetime.now().astimezone()
+    if not is_matrix_user(asked.user):
+        return misconfigured(f"{asked.user!r} is not a Matrix user ID; expected one such as @alice:example.org")
+    if not 0 <= asked.within <= LONGEST_MARGIN:  # nor is NaN
+        return misconfigured(f"--within {asked.within:g} is not usable; expected 0 to {LONGEST_MARGIN:g} minutes")
     if asked.at is None:
         return _history(asked, datetime.fromtimestamp(0).astimezone(), now, None)
     try:
         at, margin = read_time(asked.at, now), timedelta(minutes=asked.within)
         since, until = at - margin, at + margin
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         return misconfigured(str(error))
+    except OverflowError:
+        return misconfigured(f"--at {asked.at} is out of range")
     return _history(asked, since, until, None)
 
 

@@ -81,6 +81,15 @@ class RoomHolds:
         """The SFU rooms in which somebody holds a seat or is about to."""
         return {alias for alias in self._aliases if alias}
 
+    def kept_aliases(self, now: float, since: float) -> set[str]:
+        """The SFU rooms in which somebody is or has a token, or was until ``since`` or later."""
+        self._advance(now)
+        kept = {at.alias for at in self.sessions}
+        for key, hold in self.reserved.items():
+            if not hold.rules.unconfirmed or hold.expires >= since:
+                kept.add(key.alias)
+        return {alias for alias in kept if alias}
+
     def listed_since(self, aliases: Iterable[str]) -> float | None:
         """When the oldest of the last listings of these SFU rooms began; ``None`` if one was never listed."""
         oldest: float | None = None

@@ -232,9 +232,13 @@ class RoomSeats(RoomHolds):
     def restore(
         self, hold_id: str, user: str, key: IdentityKey, *, present: bool, now: float, expires: float, device: str = ""
     ) -> None:
-        """A hold of an earlier run of the guard. A listing has to confirm those that were in the call."""
+        """A hold of an earlier run of the guard.
+
+        :param present: whether the user was in the call. A listing has to confirm that they are not any more.
+        :param expires: when the time to arrive is over; for those in the call, when that run ended.
+        """
         state = HoldState.LEFT if present else HoldState.ISSUED
-        ends = now if present else expires
+        ends = min(now, expires) if present else expires
         hold = Hold(hold_id, user, state, key.alias, key.identity, began=now, expires=ends, device=device)
         self._put_reserved(key, hold)
         self.vacated = max(self.vacated, now)

@@ -14,8 +14,9 @@ from lotusguard.clients.dependency import Dependency
 from lotusguard.clients.http import FixedAgent, connection_pool
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
-from lotusguard.clients.synapse import MatrixClient, SynapseClient
+from lotusguard.clients.synapse import MatrixClient, OpenIDClient, SynapseClient
 from lotusguard.clients.synapse.matrix import FIRST_SYNC, LARGEST_SYNC
+from lotusguard.clients.synapse.openid import CALLS_AT_ONCE as OPENID_AT_ONCE
 from lotusguard.clients.unconfigured import UnconfiguredDependency
 from lotusguard.config import Settings
 from lotusguard.metrics import Metrics
@@ -31,6 +32,8 @@ MATRIX_TIMEOUT = 10.0
 class Clients:
     """The services that the guard relies on. ``all`` are to be stopped, ``pools`` to be closed at the end.
 
+    :ivar discovery: lists the homeserver's rooms, which may be slow.
+    :ivar openid: verifies tokens that anybody can send.
     :ivar matrix: the calls of the guard's account as a member of rooms, over connections of their own.
     """
 
@@ -38,6 +41,7 @@ class Clients:
     livekit: LiveKitClient
     homeserver: SynapseClient
     discovery: SynapseClient
+    openid: OpenIDClient
     matrix: MatrixClient
     upstream: LkJwtService
     all: tuple[Dependency, ...]
@@ -63,6 +67,7 @@ def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[
     no_token = "" if token else "no_matrix_token"
     livekit = dependency("livekit", settings.livekit_api, timeout, "" if key else "no_livekit_key")
     synapse = dependency("synapse", settings.synapse_api, timeout, no_token)
+    verifying = dependency("synapse_openid", settings.synapse_api, timeout, no_token, at_once=OPENID_AT_ONCE)
     listing_rooms = dependency("synapse_discovery", settings.synapse_api, DISCOVERY_TIMEOUT, no_token)
     matrix = dependency("matrix", settings.synapse_api, MATRIX_TIMEOUT, no_token, matrix_pool)
     syncing = dependency("matrix_sync", settings.synapse_api, FIRST_SYNC + 1, no_token, matrix_pool, limit=LARGEST_SYNC)
@@ -70,12 +75,14 @@ def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[
         FixedAgent(reactor, settings.guard_upstream, pool), reactor, metrics,
         timeout=settings.guard_upstream_timeout, grace=settings.guard_upstream_grace,
     )  # fmt: skip
+    homeserver = SynapseClient(synapse, token, settings.guard_server_name)
     return Clients(
         (pool, matrix_pool),
         LiveKitClient(livekit, key or SfuKey("unconfigured", token_hex()), wall),
-        SynapseClient(synapse, token, settings.guard_server_name),
+        homeserver,
         SynapseClient(listing_rooms, token, settings.guard_server_name),
+        OpenIDClient(verifying, homeserver),
         MatrixClient(matrix, syncing, token),
         upstream,
-        (livekit, synapse, listing_rooms, matrix, syncing),
+        (livekit, synapse, verifying, listing_rooms, matrix, syncing),
     )

@@ -175,7 +175,7 @@ def joins(
         state.seats, state.registry, checks, settings.sfu_key, metrics, settings.guard_token_ttl,
         all_tokens=settings.guard_tokens == "all", wall=wall,
     )  # fmt: skip
-    lookups = Lookups(Callers(clients.homeserver, reactor), given.policies, given.members, checks.asks_membership)
+    lookups = Lookups(Callers(clients.openid, reactor), given.policies, given.members, checks.asks_membership)
     admission = Admission(
         lookups, given.policies, checks, seating, issuer, decision_log, reactor,
         settings.guard_lookup_timeout, settings.guard_upstream_timeout, settings.guard_dry_run,
@@ -208,7 +208,8 @@ def calls(
     changes = CallChanges(
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement,
-        LostRooms(clients.livekit, reactor, acts=lambda: participants.acts), reactor, metrics,
+        LostRooms(clients.livekit, state.seats, enforcement.reconciles, reactor, lambda: participants.acts),
+        reactor, metrics,
         tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
     )  # fmt: skip
     moderator = Moderator(
@@ -224,7 +225,7 @@ def health(
     kept: Calls, waiting: Waiting,
 ) -> Health:  # fmt: skip
     return Health(
-        clients.livekit, clients.homeserver, given.sources, clients.upstream,
+        clients.livekit, clients.homeserver, clients.openid, given.sources, clients.upstream,
         decided.decision_log, kept.changes, given.roster, state.store, state.lease, state.error, waiting.switch,
         reactor, metrics, settings.guard_dry_run, enforces_membership=kept.entitlement.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,

@@ -58,7 +58,7 @@ def open_state(settings: Settings, reactor: Any, metrics: Metrics, wall: Callabl
     registry.load()
     seats = MemorySeatBook(store, reactor, wall, metrics, settings.guard_seat_ttl, guarding_since)
     if store is not None:
-        seats.load(store.holds())
+        seats.load(store.holds(), ended=reactor.seconds() - (wall() - store.last_run_ended))
     sharing = share_seats(settings, reactor, metrics, wall, guarding_since)
     if sharing is None:
         lobby = MemoryEntries(store, reactor, wall, settings.guard_lobby_wait)

@@ -8,6 +8,8 @@ import json
 import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 
+from lotusguard.clients.waiting import Deadline
+from lotusguard.guard.rooms.policies import Freshness
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
@@ -180,3 +182,23 @@ async def test_one_user_of_another_homeserver_who_asks_for_many_rooms_is_limited
         answers = await gatherResults([ask(sandbox, EVE, room, openid_token=openid) for room in rooms])
     assert {answer.code for answer in answers} == {200, 429}
     assert counted(sandbox, "fail_open_total", check="policy", reason="timeout") == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_made_up_tokens_whose_check_hangs_keep_no_lookup_waiting_and_open_no_other_circuit(
+    start_sandbox: StartSandbox,
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=2, guard_upstream_timeout=4)
+    room_id = room_of(sandbox, 1)
+    sandbox.homeserver.faults["userinfo"] = Fault.hang()
+    made_up = sandbox.homeserver.openid_token(BOB)
+    asked = [
+        ask(sandbox, BOB, room_id, openid_token=made_up | {"access_token": f"made-up-{number}"}) for number in range(60)
+    ]
+    flooding = gatherResults(asked)
+    await until(lambda: sandbox.homeserver.asked["userinfo"] >= 16)
+    known = await sandbox.guard.policies.get(room_id, Deadline.after(sandbox.reactor, 1.5))
+    assert known.freshness is Freshness.FRESH
+    await flooding
+    assert counted(sandbox, "circuit_open", dependency="synapse_openid") == 1
+    assert counted(sandbox, "circuit_open", dependency="synapse") == 0

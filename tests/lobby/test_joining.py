@@ -170,6 +170,18 @@ async def test_somebody_who_was_banned_unheard_while_waiting_is_refused_although
 
 
 @pytest_twisted.ensureDeferred
+async def test_somebody_who_was_banned_unheard_while_waiting_leaves_the_lobby(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_membership_interval=1)
+    room_id = lobby_room(sandbox)
+    answer = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    assert await waiting_in(sandbox, room_id) == [BOB]
+    sandbox.homeserver.ban(room_id, BOB)
+    assert error_of(await answer) == (403, "You are not a member of this room.")
+    assert await waiting_in(sandbox, room_id) == []
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_limit_that_was_set_unheard_while_somebody_waited_holds_for_them(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_policy_ttl=3600)
     room_id = lobby_room(sandbox)

@@ -100,6 +100,25 @@ def test_clients_reconnect_to_their_seats_after_livekit_was_killed(stack: Stack)
     eventually(lambda: stack.ask_token(carol, room_id).status == 200, 60.0, "the free seat")
 
 
+def test_clients_reconnect_after_the_guard_and_livekit_were_killed_together(stack: Stack) -> None:
+    alice, bob = stack.users("alice", "bob")
+    room_id = stack.room(2)
+    calls = [stack.enter(user, room_id, new=True) for user in (alice, bob)]
+    identities = {call.identity for call in calls}
+    time.sleep(1.5)  # what the guard saw is on disk
+    stack.kill_guard()
+    stack.sfu.stop(signal.SIGKILL)
+    assert stack.guard is not None
+    stack.guard.start()
+    stack.sfu.start()
+
+    def present() -> bool:
+        return {one["identity"] for one in stack.participants(room_id) if one["state"] == "ACTIVE"} >= identities
+
+    eventually(present, 30.0, "the reconnection of both clients")
+    assert [call.ended for call in calls] == [None, None]
+
+
 def test_users_keep_their_seats_while_livekit_is_shut_down_by_force(stack: Stack) -> None:
     alice, bob, carol = stack.users("alice", "bob", "carol")
     room_id = stack.room(2)

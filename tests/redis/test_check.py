@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet.protocol import Factory, Protocol
 
 from lotusguard.check.redis import RedisCheck
 from lotusguard.check.report import Finding, Findings, Report
@@ -42,6 +43,32 @@ async def test_nobody_listens() -> None:
     found = await checked("redis://127.0.0.1:1")
     assert found["reachable"].state == "wrong"
     assert "GUARD_REDIS_URL" in found["reachable"].remedy
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_port_of_another_program_is_named_by_check_and_readyz(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox()
+    url = sandbox.livekit.url.replace("http://", "redis://")
+    found = await checked(url)
+    assert found["reachable"].reason == "no connection: not_redis"
+    assert found["reachable"].remedy == faults.ADVICE["not_redis"]
+    await sandbox.guard.stopService()
+    await sandbox.start_guard(guard_redis_url=url)
+    await until_readyz_says(sandbox, faults.ADVICE["not_redis"])
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x15\x03\x01\x00\x02\x02\x46"])
+@pytest_twisted.ensureDeferred
+async def test_a_program_that_speaks_first_or_wants_tls_is_not_redis(greeting: bytes) -> None:
+    class Other(Protocol):
+        def connectionMade(self) -> None:
+            assert self.transport is not None
+            self.transport.write(greeting)
+
+    port = reactor.listenTCP(0, Factory.forProtocol(Other), interface="127.0.0.1")
+    found = await checked(f"redis://127.0.0.1:{port.getHost().port}")
+    assert found["reachable"].reason == "no connection: not_redis"
+    await port.stopListening()
 
 
 @pytest_twisted.ensureDeferred
@@ -106,8 +133,12 @@ async def readyz(sandbox: Any) -> str:
 async def test_readyz_says_what_to_do(start_sandbox: StartSandbox, own_server: OwnServer) -> None:
     own_server.client.config_set("requirepass", "right")
     sandbox = await start_sandbox(guard_redis_url=f"redis://:wrong@127.0.0.1:{own_server.port}")
-    until_said = 0
-    while faults.ADVICE["wrong_password"] not in await readyz(sandbox):
-        until_said += 1
-        assert until_said < 200
+    await until_readyz_says(sandbox, faults.ADVICE["wrong_password"])
+
+
+async def until_readyz_says(sandbox: Any, advice: str) -> None:
+    asked = 0
+    while advice not in await readyz(sandbox):
+        asked += 1
+        assert asked < 200
         await until(lambda: True)

@@ -9,7 +9,8 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 
-from lotusguard.guard.seats.book import Issued, OverLimit
+from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit
+from lotusguard.guard.seats.redis.scripts import OCCUPIED_ROOM, room_key
 from lotusguard.guard.seats.redis.steps import RoomSteps
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seats import Arrival
@@ -135,6 +136,19 @@ async def test_a_step_whose_answer_was_lost_gives_the_same_answer_again(url: str
         assert await steps.run(room, take) == [["", False]]
         assert await steps.run(room, ("release", hold_id))
         assert await guard.book.owns_seat(room, "a")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_new_guard_knows_the_rooms_of_calls_that_were_listed_lately(url: str, room: str) -> None:
+    alias = f"alias of {room}"
+    async with guards(url, 1) as (old,):
+        await old.book.apply_listing(room, alias, [Arrival("PA_a", "a", "a")], 1, reactor.seconds())
+        await old.book.is_started(room)
+    async with guards(url, 1) as (new,):
+        assert alias in await new.book.kept_aliases()
+        await new.client.call("EXPIRE", room_key(room), OCCUPIED_ROOM - int(KEPT_FOR) - 1)  # as if it was long ago
+        assert alias not in await new.book.kept_aliases()
+        assert not new.book.unshared
 
 
 @pytest_twisted.ensureDeferred

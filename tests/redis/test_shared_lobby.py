@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 from secrets import token_hex
@@ -17,6 +17,7 @@ from attrs import define, evolve
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import Clock, deferLater
 
+from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.guard.lobby import Lobby, LobbyStopped
 from lotusguard.guard.lobby.redis.entries import RedisEntries
@@ -31,8 +32,24 @@ from tests.conftest import until
 from .conftest import OwnServer
 from .guards import PATIENT, reactor
 
-BOB, CAROL = "@bob:example.org", "@carol:example.org"
+BOB, CAROL, MALLORY = "@bob:example.org", "@carol:example.org", "@mallory:example.org"
 S = LobbyState
+
+
+@define(eq=False)
+class PassingTime:
+    """The reactor's clock, on which a test lets time pass."""
+
+    passed: float = 0.0
+
+    def seconds(self) -> float:
+        return float(reactor.seconds()) + self.passed
+
+    def callLater(self, delay: float, *work: Any, **more: Any) -> Any:
+        return reactor.callLater(delay, *work, **more)
+
+    def getDelayedCalls(self) -> Any:
+        return reactor.getDelayedCalls()
 
 
 @define(eq=False)
@@ -45,11 +62,11 @@ class GuardLobby:
     metrics: Metrics
 
     @classmethod
-    def start(cls, url: str, longest_wait: float = 600.0) -> GuardLobby:
+    def start(cls, url: str, longest_wait: float = 600.0, clock: Any = reactor) -> GuardLobby:
         metrics = Metrics()
         client = RedisClient(parse_address(url), reactor, metrics, timeout=PATIENT)
-        entries = RedisEntries(client, token_hex(4), reactor, longest_wait)
-        guard = cls(client, entries, Lobby(entries, reactor, time.time, metrics, longest_wait), metrics)
+        entries = RedisEntries(client, token_hex(4), clock, longest_wait)
+        guard = cls(client, entries, Lobby(entries, clock, time.time, metrics, longest_wait), metrics)
         client.start()
         return guard
 
@@ -77,8 +94,10 @@ class GuardLobby:
 
 
 @asynccontextmanager
-async def lobbies(url: str, count: int = 2, longest_wait: float = 600.0) -> AsyncIterator[Sequence[GuardLobby]]:
-    started = [GuardLobby.start(url, longest_wait) for _ in range(count)]
+async def lobbies(
+    url: str, count: int = 2, longest_wait: float = 600.0, clock: Any = reactor
+) -> AsyncIterator[Sequence[GuardLobby]]:
+    started = [GuardLobby.start(url, longest_wait, clock) for _ in range(count)]
     try:
         for guard in started:
             await guard.connected()
@@ -98,6 +117,20 @@ async def hears(guard: GuardLobby, other: GuardLobby) -> None:
     await guard.knows(room, S.WAITING)
     await other.lobby.left_room(room, BOB)
     await guard.knows(room, None)
+
+
+async def agree(guards: Sequence[GuardLobby], room: str, states: Mapping[str, LobbyState]) -> None:
+    """Wait until all guards know these states. Time passes for them as it does in the service."""
+
+    def known(guard: GuardLobby) -> dict[str, LobbyState | None]:
+        return {user: guard.lobby.state_of(room, user) for user in states}
+
+    end = reactor.seconds() + 60
+    while not all(known(guard) == states for guard in guards):
+        assert reactor.seconds() < end, [known(guard) for guard in guards]
+        for guard in guards:
+            await guard.lobby.pass_time()
+        await deferLater(reactor, 0.05)
 
 
 @pytest.fixture
@@ -328,17 +361,33 @@ async def test_data_that_are_deleted_while_redis_runs_are_given_back(own_server:
 
 @pytest_twisted.ensureDeferred
 async def test_what_two_guards_decided_alone_becomes_one_decision(own_server: OwnServer, room: str) -> None:
-    async with lobbies(own_server.url) as (first, second):
+    clock = PassingTime()
+    async with lobbies(own_server.url, clock=clock) as (first, second):
         await first.lobby.let_in(room, BOB)
         await second.knows(room, S.ACCEPTED)
         own_server.stop()
         await until(lambda: not first.client.available and not second.client.available)
+        clock.passed += 10  # the later decision counts, and answers that take long make times uncertain
         await second.lobby.remove(room, BOB, "")
         await first.lobby.ask(room, CAROL)
         await second.lobby.let_in(room, CAROL)
         own_server.start_again()
-        for guard in (first, second):
-            await gatherResults([guard.knows(room, S.REMOVED, BOB), guard.knows(room, S.ACCEPTED, CAROL)])
+        await agree((first, second), room, {BOB: S.REMOVED, CAROL: S.ACCEPTED})
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_guard_hears_while_it_is_alone_does_not_undo_what_it_decided(url: str, room: str) -> None:
+    async with lobbies(url) as (first, second):
+        second.client.breaker.failures = FAILURES_TO_OPEN  # it makes no calls, and hears other guards all the same
+        assert await second.lobby.let_in(room, BOB)
+        await second.lobby.remove(room, CAROL, "")
+        assert second.entries.alone
+        for user in (BOB, CAROL):
+            await first.lobby.ask(room, user)
+        await first.lobby.let_in(room, MALLORY)
+        await second.knows(room, S.ACCEPTED, MALLORY)  # so it has heard of the others
+        second.client.breaker.succeeded()
+        await agree((first, second), room, {BOB: S.ACCEPTED, CAROL: S.REMOVED, MALLORY: S.ACCEPTED})
 
 
 @pytest_twisted.ensureDeferred
@@ -376,8 +425,8 @@ async def test_an_end_that_is_heard_of_while_all_entries_are_read_counts(room: s
             return json.dumps(["1", 6, "1", [], [["", [[room, json.dumps(told)]]]]])
 
     redis: Any = Redis()
-    replica = Replica(redis, "own", Clock(), 600.0)
-    await replica.read_all(lambda key: False)
+    replica = Replica(redis, "own", Clock(), 600.0, lambda key: False)
+    await replica.read_all()
     assert replica.book.get(room, BOB) is None
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 
+from lotusguard.rules.identity import room_alias
 from tests.calls import ALICE, BOB, CAROL, change_policy, counted, old_token, put_policy, room_of
 from tests.conftest import StartSandbox, until
 
@@ -139,3 +140,20 @@ async def test_a_join_takes_two_scripts(start_sandbox: StartSandbox, own_server:
         assert (await sandbox.ask_token(user, room_id)).code == 200
     others = 5 * (reactor.seconds() - began) + 5  # heartbeats, the lobby, the account, and a listing every two seconds
     assert scripts() - before <= 2 * len(users) + others
+
+
+@pytest_twisted.ensureDeferred
+async def test_guards_that_restart_together_with_livekit_create_its_rooms_again(two: Two) -> None:
+    sandbox = two.sandbox
+    room_id = room_of(sandbox, 2)
+    await two.enter(0, ALICE, room_id)
+    await until(lambda: any(room_alias(room_id) in guard.enforcement.watched for guard in two.guards))
+    for guard in two.guards:
+        await guard.stopService()
+    sandbox.livekit.restart()
+    await sandbox.start_guard()
+    third = sandbox.guard
+    await sandbox.start_guard()
+    two.guards = (third, sandbox.guard)
+    await until(lambda: room_alias(room_id) in sandbox.livekit.rooms)
+    assert sandbox.livekit.asked["CreateRoom"] <= 2  # by lk-jwt-service, and by the guard that has the room's lease

@@ -379,6 +379,26 @@ def test_redacted_state_is_read_until_it_could_be() -> None:
     assert (ROOM, "") in guard.recorded.changed
 
 
+def test_state_that_is_redacted_again_and_again_is_read_by_one_reader_ever_later() -> None:
+    first = answer("s2", {ROOM: [state(LIMIT, {"max_users": 2})]})
+    redactions = [answer(f"s{number}", {ROOM: redacted()}) for number in range(3, 23)]
+    guard = Listening(created([ROOM]), first, *redactions, state=failure("timeout"))
+    guard.wait(5)
+    assert guard.homeserver.calls.count("state") == 20
+    guard.wait(3000)
+    assert 25 <= guard.homeserver.calls.count("state") <= 35
+
+
+def test_redacted_state_is_not_read_any_more_in_a_room_that_the_account_left() -> None:
+    first = answer("s2", {ROOM: [state(LIMIT, {"max_users": 2})]})
+    left, back = answer("s4", leave={ROOM: {}}), answer("s5", {ROOM: [state(LIMIT, {"max_users": 3})]})
+    guard = Listening(created([ROOM]), first, answer("s3", {ROOM: redacted()}), left, back, state=failure("timeout"))
+    guard.wait(5)
+    asked = guard.homeserver.calls.count("state")
+    guard.wait(1000)
+    assert guard.homeserver.calls.count("state") == asked == 1
+
+
 def test_state_heard_after_a_redaction_is_not_replaced_by_what_is_read_late() -> None:
     first = answer("s2", {ROOM: [state(LIMIT, {"max_users": 2})]})
     newer = answer("s4", {ROOM: [{**state(LIMIT, {"max_users": 7}), "event_id": "$new"}]})

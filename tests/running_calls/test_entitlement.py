@@ -18,6 +18,7 @@ from lotusguard.guard.calls.entitlement import (
     ABSENT_FOR,
     FOREIGN_ABSENT_FOR,
     LIST_FROM,
+    LOOKUPS_AT_ONCE,
     PUSHED_FACTOR,
     PUSHES_LAPSE,
     Entitlement,
@@ -91,7 +92,7 @@ class Call:
         self.clock.advance(1000)
         self.members = Members(self.homeserver, self.clock, self.metrics, TTL)
         registry = MemoryTokenRegistry(None, self.clock, self.metrics)
-        lobby = lobby_on(self.clock, self.metrics)
+        lobby = self.lobby = lobby_on(self.clock, self.metrics)
         switch: Any = NoLobby()
         self.entitlement = Entitlement(
             self.members, registry, lobby, switch, HomeserverList.parse(homeservers), members_only, lambda: name,
@@ -373,3 +374,61 @@ def test_a_homeserver_that_hangs_delays_a_check_by_one_timeout() -> None:
     assert checking.called
     assert checking.result == []
     assert call.homeserver.asked["membership"] <= 10
+
+
+# -- people who wait in a lobby, where nobody tells of changed memberships ----------------------------------
+
+
+def wait_in_lobby(call: Call, *users: str) -> list[Deferred[Any]]:
+    """Hold requests of these users. They wait ten minutes."""
+    held = []
+    for user in users:
+        assert Deferred.fromCoroutine(call.lobby.ask(ROOM, user)).called
+        until = call.clock.seconds() + 600
+        held.append(Deferred.fromCoroutine(call.lobby.wait(ROOM, user, until, lambda: True)))
+    return held
+
+
+def rounds(call: Call, seconds: float) -> list[str]:
+    """Check every two seconds who waits. :return: who waits then."""
+    for _ in range(int(seconds / 2)):
+        ending = Deferred.fromCoroutine(call.entitlement.end_waiting_unheard())
+        call.clock.pump([0.2] * 10)
+        assert ending.called
+    return list(call.lobby.waiting_in(ROOM))
+
+
+@pytest.mark.parametrize("membership", [Membership.BAN, Membership.LEAVE])
+def test_people_who_are_no_members_any_more_stop_waiting_in_a_lobby(membership: Membership) -> None:
+    call = Call()
+    call.join(ALICE, BOB)
+    alice, bob = wait_in_lobby(call, ALICE, BOB)
+    assert rounds(call, 2) == [ALICE, BOB]
+    call.set(BOB, membership)
+    assert rounds(call, INTERVAL + 4) == [ALICE]
+    assert bob.called
+    assert not alice.called
+
+
+def test_membership_of_somebody_who_waits_is_read_once_in_each_interval() -> None:
+    call = Call()
+    call.join(BOB)
+    wait_in_lobby(call, BOB)
+    rounds(call, 4 * INTERVAL)
+    assert 3 <= call.homeserver.asked["membership"] <= 5
+
+
+def test_homeserver_that_does_not_answer_ends_nobodys_waiting_and_is_asked_a_few_things_at_a_time() -> None:
+    call = Call()
+    users = [f"@{number}:local" for number in range(60)]
+    wait_in_lobby(call, *users)
+    call.homeserver.hangs = True
+    assert len(rounds(call, 2)) == 60
+    assert call.homeserver.asked["membership"] <= LOOKUPS_AT_ONCE
+
+
+def test_nobody_stops_waiting_where_people_need_not_be_members() -> None:
+    call = Call(MembersOnly.LOG)
+    wait_in_lobby(call, BOB)
+    assert rounds(call, 10) == [BOB]
+    assert not call.homeserver.asked

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
@@ -44,7 +46,7 @@ async def crash(sandbox: Sandbox) -> None:
 
 async def at_rest(sandbox: Sandbox) -> None:
     await sandbox.guard.enforcement.worker.idle()
-    await sandbox.guard.changes.lost_rooms.worker.idle()
+    await sandbox.guard.changes.lost_rooms.idle()
 
 
 @pytest_twisted.ensureDeferred
@@ -118,6 +120,58 @@ async def test_a_dry_run_creates_nothing_until_it_is_turned_off(start_sandbox: S
     assert alias not in sandbox.livekit.rooms
     sandbox.guard.reload(sandbox.settings.model_copy(update={"guard_dry_run": False}))
     await next_round(sandbox)
+    assert alias in sandbox.livekit.rooms
+
+
+async def restart_together(sandbox: Sandbox, *, away: bool = False) -> None:
+    """The guard and LiveKit restart at the same time. :param away: LiveKit answers only after the guard's first round.
+
+    The guard's first round is the one that is made here.
+    """
+    await sandbox.guard.stopService()
+    sandbox.livekit.restart()
+    await sandbox.start_guard(guard_reconcile_interval=3600)
+    if away:
+        sandbox.livekit.faults["ListRooms"] = Fault.status(500)
+        with pytest.raises(DependencyFailed):
+            await next_round(sandbox)
+        del sandbox.livekit.faults["ListRooms"]
+    await next_round(sandbox)
+
+
+@pytest.mark.parametrize("away", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_room_is_created_again_by_a_guard_that_restarted_together_with_livekit(
+    start_sandbox: StartSandbox, tmp_path: Path, away: bool
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path / "state")
+    alias = await call_of_two(sandbox)
+    await restart_together(sandbox, away=away)
+    assert alias in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_call_that_ended_is_not_created_again_by_a_guard_that_restarts(
+    start_sandbox: StartSandbox, tmp_path: Path
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path / "state")
+    alias = await call_of_two(sandbox)
+    for identity in list(sandbox.livekit.rooms[alias].participants):
+        sandbox.livekit.disconnect(alias, identity)
+    await next_round(sandbox)
+    await restart_together(sandbox)
+    assert alias not in sandbox.livekit.rooms
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_lost_room_that_was_listed_before_the_round_is_created_again(sandbox: Sandbox) -> None:
+    alias = await call_of_two(sandbox)
+    sandbox.livekit.restart()
+    sandbox.guard.enforcement.enforce(alias)
+    await at_rest(sandbox)
+    assert alias not in sandbox.guard.enforcement.watched
+    await sandbox.guard.changes.livekit_returned()
+    await at_rest(sandbox)
     assert alias in sandbox.livekit.rooms
 
 

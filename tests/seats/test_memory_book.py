@@ -12,10 +12,10 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
-from lotusguard.guard.seats.book import Issued
+from lotusguard.guard.seats.book import KEPT_FOR, Issued
 from lotusguard.guard.seats.kept_rooms import ROOMS_PER_CALLER
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM, MemorySeatBook
-from lotusguard.guard.seats.store import open_state_store
+from lotusguard.guard.seats.store import StoredHold, open_state_store
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_seats import CALL_ENDED_AFTER, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
@@ -197,6 +197,35 @@ def test_a_user_with_a_request_in_flight_is_an_occupant_and_one_who_left_is_not(
     assert set(now(book.occupants(ROOM))) == set()
     now(book.arrive(ROOM, ALIAS, Arrival("PA", "a", "a"), 1))
     assert set(now(book.occupants(ROOM))) == {"a"}
+
+
+# -- rooms that LiveKit may have lost ----------------------------------------------------------------------
+
+
+def test_rooms_are_kept_for_people_in_the_call_and_those_with_a_token(book: MemorySeatBook, clock: Clock) -> None:
+    assert now(book.kept_aliases()) == set()
+    listing(book, clock, "a", "b")
+    now(book.issue("!other", take(book, "c", "!other"), Issued("other", "c"), durable=False))
+    assert now(book.kept_aliases()) == {ALIAS, "other"}
+
+
+def test_a_room_whose_people_left_is_kept_until_a_listing_confirms_it(book: MemorySeatBook, clock: Clock) -> None:
+    listing(book, clock, "a")
+    now(book.leave(ROOM, ALIAS, "PA_a", "a", clock.seconds(), by_choice=True))
+    assert now(book.kept_aliases()) == {ALIAS}
+    clock.advance(1)
+    listing(book, clock)
+    assert now(book.kept_aliases()) == set()
+
+
+@pytest.mark.parametrize(("ago", "kept"), [(KEPT_FOR - 1, {ALIAS}), (KEPT_FOR + 1, set()), (86400.0, set())])
+def test_rooms_of_an_earlier_run_are_kept_if_it_ended_a_short_while_ago(
+    book: MemorySeatBook, clock: Clock, ago: float, kept: set[str]
+) -> None:
+    hold = StoredHold(ROOM, "a", ALIAS, "a", "PHONE", present=True, expires=0.0)
+    book.load([hold], ended=clock.seconds() - ago)
+    assert now(book.kept_aliases()) == kept
+    assert now(book.owns_seat(ROOM, "a"))  # until a listing shows that they are not there
 
 
 # -- memory ------------------------------------------------------------------------------------------------

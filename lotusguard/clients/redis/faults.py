@@ -32,6 +32,7 @@ ADVICE = {
     "no_permission": "Allow the user ~lotusguard:* &lotusguard:* +@read +@write +@scripting +@pubsub +info +time +ping",
     "read_only": "The server is a replica: name the master, or use redis+sentinel://.",
     "out_of_memory": "Raise maxmemory of the server; a guard needs a few kilobytes for each room with a call.",
+    "not_redis": "Another program answers there, not Redis: correct GUARD_REDIS_URL (rediss:// if it wants TLS).",
     "wrong_version": "Valkey, or Redis 6.2 or later, is needed.",
     "no_master": "No Sentinel names a master of that service.",
     "cannot_save": "The server cannot write its snapshot: look at its log and its disk.",

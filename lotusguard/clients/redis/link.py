@@ -36,6 +36,8 @@ RETRY_FIRST, RETRY_LAST = 0.1, 2.0
 """Seconds between two attempts: the first pause, doubled up to the last."""
 JITTER = 0.25
 OLDEST_VERSION = (6, 2)
+ANSWERS = b"+-:$*"
+"""Each answer of Redis begins with one of these bytes. An HTTP server, for instance, begins with an H."""
 
 
 @frozen
@@ -56,9 +58,19 @@ class _Events:
     """Mixed into txredisapi's protocols: authentication is ours, and the end of the connection is an event.
 
     :ivar untrusted: whether the connection ended because of the server's certificate.
+    :ivar answered: whether anything was received. :ivar other_program: whether that is no answer of Redis.
     """
 
     untrusted = False
+    answered = other_program = False
+
+    def dataReceived(self, data: bytes, unpause: bool = False) -> None:
+        if not self.answered:
+            self.answered, self.other_program = True, data[:1] not in ANSWERS
+        if self.other_program:
+            self.transport.abortConnection()  # type: ignore[attr-defined]
+            return
+        super().dataReceived(data, unpause)  # type: ignore[misc]
 
     def connectionMade(self) -> None:
         self._ready = True
@@ -201,6 +213,8 @@ class Link(Generic[P]):
             protocol.transport.abortConnection()
             if protocol.untrusted:
                 raise DependencyFailed(NAME, "bad_certificate") from error
+            if protocol.other_program:
+                raise DependencyFailed(NAME, "not_redis") from error
             raise
         return protocol
 

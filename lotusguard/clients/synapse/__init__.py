@@ -3,5 +3,6 @@
 
 from lotusguard.clients.synapse.client import ROOMS_A_PAGE, SynapseClient
 from lotusguard.clients.synapse.matrix import MatrixClient
+from lotusguard.clients.synapse.openid import OpenIDClient
 
-__all__ = ["ROOMS_A_PAGE", "MatrixClient", "SynapseClient"]
+__all__ = ["ROOMS_A_PAGE", "MatrixClient", "OpenIDClient", "SynapseClient"]

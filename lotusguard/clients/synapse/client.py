@@ -29,15 +29,12 @@ from lotusguard.clients.synapse.sync_answer import MEMBER
 from lotusguard.clients.waiting import FreshLookups, SharedLookups, gather
 from lotusguard.rules.identity import server_of
 from lotusguard.rules.membership import Membership
-from lotusguard.rules.requests import OpenID
 from lotusguard.rules.state import VOICE_LIMIT, StateEvent
 
 log = Logger()
 T = TypeVar("T")
 
 ROOMS_A_PAGE = 500
-LONGEST_TOKEN = 2048
-"""Characters of an OpenID token; Synapse's have a tenth of that. It is sent in a request target."""
 MISSING_FOR = 60.0
 """Seconds for which an endpoint that the homeserver does not have is not tried again. A proxy may have said so."""
 NO_ROOM = "!lotusguard:probe"
@@ -211,37 +208,11 @@ class SynapseClient(DependencyClient):
             raise _Missing
         return result
 
-    def is_local(self, openid: OpenID) -> bool:
-        """Whether an OpenID token claims to be of this homeserver. Needs its name: see `know_server_name`."""
-        return bool(self.server_name) and openid.server_name == self.server_name
-
     async def know_server_name(self) -> str:
         """The homeserver's name, asked for if need be."""
         if not self.server_name:
             await self._naming.get("")
         return self.server_name
-
-    async def local_user(self, openid: OpenID) -> str | None:
-        """The user whose OpenID token this is; None if the homeserver says that the token is not valid.
-
-        Only for tokens that `is_local`: the configured address alone is asked, whatever server the token names, and
-        for other servers the answer is None. The token is sent in the target, as the federation API wants it.
-        """
-        await self.know_server_name()
-        token = openid.access_token
-        if not self.is_local(openid) or not token.isascii() or not token.isprintable() or len(token) > LONGEST_TOKEN:
-            return None
-
-        def read(answer: Answer) -> str | None:
-            if answer.code in (401, 403):
-                return None
-            user = read_user_id(ok(answer)["sub"])
-            return user if server_of(user) == openid.server_name else None
-
-        path = f"/_matrix/federation/v1/openid/userinfo?access_token={quote(token, safe='')}"
-        return await self._dependency.call(
-            b"GET", path.encode("ascii"), Headers(), read=read, turn=token, expected=(401, 403)
-        )
 
     # -- ourselves -----------------------------------------------------------------------------------------
 

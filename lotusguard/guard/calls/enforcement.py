@@ -127,6 +127,13 @@ class Enforcement:
         except TimeoutError:
             self._participants.failed("list participants", alias, "timeout")
 
+    async def reconciles(self, alias: str) -> bool:
+        """Whether this guard, of several, reconciles an SFU room."""
+        if self._leases is None:
+            return True
+        slot = await self._registry.slot_of(alias)
+        return slot is not None and await self._is_ours(slot, alias, urgent=False)
+
     async def _is_ours(self, slot: Slot, alias: str, *, urgent: bool) -> bool:
         """Whether this guard reconciles the room. If another one does, it is told about what is urgent."""
         if self._leases is None:

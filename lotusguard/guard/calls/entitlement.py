@@ -150,12 +150,26 @@ class Entitlement:
         :param user: whose membership it is; ``""`` for everybody's.
         """
         waiting = [one for one in self._lobby.waiting_in(room_id) if user in ("", one)]
-        if not waiting or not self.removes_non_members:
+        if waiting and self.removes_non_members:
+            await self._end_waiting(room_id, waiting, Deadline.after(self._clock, self._lookup_timeout))
+
+    async def end_waiting_unheard(self) -> None:
+        """The same for all lobbies, where nobody tells of changed memberships. To be called every few seconds: each
+        membership is believed as long as that of somebody in a call, and all lookups have one deadline."""
+        if not self.removes_non_members:
             return
         deadline = Deadline.after(self._clock, self._lookup_timeout)
+        for room_id in self._lobby.rooms_with(LobbyState.WAITING):
+            # those who are looked up are believed in the next round, so that it comes further
+            await self._end_waiting(room_id, self._lobby.waiting_in(room_id), deadline, self._believed_for())
 
+    async def _end_waiting(
+        self, room_id: str, waiting: Collection[str], deadline: Deadline, max_age: float | None = None
+    ) -> None:
         async def end(one: str) -> None:
-            known = await self._members.get(room_id, one, deadline)
+            if deadline.passed:
+                return
+            known = await self._members.get(room_id, one, deadline, max_age=max_age)
             if known.membership not in (None, Membership.JOIN):
                 await self._lobby.left_room(room_id, one)
 
@@ -274,8 +288,10 @@ class Entitlement:
         return known if self._members.is_fresh(check.room_id, user, known, max_age) else None
 
     def _max_age(self, room_id: str, sid: str) -> float:
-        if (room_id, sid) not in self._checked:
-            return self._arrival_age
+        return self._believed_for() if (room_id, sid) in self._checked else self._arrival_age
+
+    def _believed_for(self) -> float:
+        """Seconds for which a membership is believed."""
         pushed = self._pushed_at is not None and self._clock.seconds() - self._pushed_at < PUSHES_LAPSE
         return self._interval * (PUSHED_FACTOR if pushed else 1)
 

@@ -5,7 +5,8 @@ which would create the room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from enum import Enum
 
 from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
@@ -15,6 +16,7 @@ from twisted.python.failure import Failure
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.keyed_worker import KeyedWorker
 from lotusguard.clients.livekit import LiveKitClient
+from lotusguard.guard.seats.book import SeatBook
 
 log = Logger()
 
@@ -23,63 +25,102 @@ GIVEN_UP_AFTER = 60.0
 """Seconds for which clients try to reconnect, about."""
 EMPTY_TIMEOUT = 60
 """Seconds after which LiveKit closes the room if nobody comes back."""
+_BOOK = "seat book"
+"""The only key of the worker that asks it."""
+
+
+class Book(Enum):
+    """Whether the next round asks the seat book for rooms that LiveKit may have lost."""
+
+    TO_BE_ASKED = "to be asked"
+    """The guard has just started and saw no call, or LiveKit was away."""
+    ASKED = "asked"
 
 
 @define(eq=False)
 class LostRooms:
     """Creates rooms again whose participants are trying to reconnect.
 
-    A room is also missing if somebody deleted it and another guard was told. So rooms are created only if LiveKit was
-    away a short while ago.
+    This guard saw them in use, or the seat book says so: if the guard restarts together with LiveKit, it has seen none.
 
+    A room is also missing if somebody deleted it and another guard was told. So rooms that this guard saw are created
+    only if LiveKit was away a short while ago. The book is asked only after that, and once after the start.
+
+    :param is_ours: whether this guard, of several, reconciles an SFU room.
     :param acts: whether anything may be changed in LiveKit.
     """
 
     _livekit: LiveKitClient
+    _seats: SeatBook
+    _is_ours: Callable[[str], Awaitable[bool]]
     _clock: IReactorTime
     _acts: Callable[[], bool]
     _lost: dict[str, float] = field(factory=dict, init=False)
+    _kept: dict[str, float] = field(factory=dict, init=False)
+    _listed: Collection[str] = field(default=(), init=False)
     _away_at: float | None = field(default=None, init=False)
-    _worker: KeyedWorker[str] = field(init=False)
+    _book: Book = field(default=Book.TO_BE_ASKED, init=False)
+    _asker: KeyedWorker[str] = field(init=False)
+    _creator: KeyedWorker[str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._worker = KeyedWorker(self._create, AT_ONCE, _failed)
+        self._asker = KeyedWorker(self._ask_book, 1, _not_asked)
+        self._creator = KeyedWorker(self._create, AT_ONCE, _failed)
 
-    @property
-    def worker(self) -> KeyedWorker[str]:
-        """Creates the rooms."""
-        return self._worker
+    async def idle(self) -> None:
+        """Wait until nothing is being created."""
+        await self._asker.idle()
+        await self._creator.idle()
 
     def was_away(self) -> None:
         """LiveKit does not answer, or answers again after that."""
-        self._away_at = self._clock.seconds()
+        self._away_at, self._book = self._clock.seconds(), Book.TO_BE_ASKED
 
-    def create_again(self, lost: Iterable[str], listed: Iterable[str]) -> None:
+    def create_again(self, lost: Iterable[str], listed: Collection[str]) -> None:
         """Create what was lost, now or a short while ago. It is done in the background.
 
         :param lost: aliases of rooms that had participants, and that LiveKit does not list any more although it never
             said that they are finished.
         :param listed: those that LiveKit lists.
         """
-        now = self._clock.seconds()
-        for alias in lost:
-            self._lost.setdefault(alias, now)
-        for alias, since in list(self._lost.items()):
-            if now - since > GIVEN_UP_AFTER:
-                del self._lost[alias]
-        for alias in listed:
-            self._lost.pop(alias, None)
-        if self._away_at is not None and now - self._away_at <= GIVEN_UP_AFTER and self._acts():
-            for alias in self._lost:
-                self._worker.run(alias, urgent=False)
+        self._listed = listed
+        self._note(self._lost, lost)
+        self._note(self._kept, ())
+        if self._book is Book.TO_BE_ASKED:
+            self._book = Book.ASKED
+            self._asker.run(_BOOK)
+        self._create_all()
 
     def stop(self) -> None:
         """Create nothing more."""
-        self._worker.stop()
+        self._asker.stop()
+        self._creator.stop()
+
+    async def _ask_book(self, _: str) -> None:
+        self._note(self._kept, await self._seats.kept_aliases())
+        self._create_all()
+
+    def _note(self, missing: dict[str, float], aliases: Iterable[str]) -> None:
+        """Add aliases to those that are missing; drop those that exist, and those that nobody waits for any more."""
+        now = self._clock.seconds()
+        for alias in aliases:
+            missing.setdefault(alias, now)
+        for alias, since in list(missing.items()):
+            if alias in self._listed or now - since > GIVEN_UP_AFTER:
+                del missing[alias]
+
+    def _create_all(self) -> None:
+        if not self._acts():
+            return
+        was_away = self._away_at is not None and self._clock.seconds() - self._away_at <= GIVEN_UP_AFTER
+        for alias in {**self._kept, **self._lost} if was_away else self._kept:
+            self._creator.run(alias, urgent=False)
 
     async def _create(self, alias: str) -> None:
-        if alias not in self._lost:
+        if alias not in self._lost and alias not in self._kept:
             return  # it exists by now
+        if not await self._is_ours(alias):
+            return  # asked again in the next round: that guard may have ended
         try:
             await self._livekit.create_room(alias, EMPTY_TIMEOUT)
         except DependencyFailed as failed:  # tried again in the next round
@@ -89,11 +130,16 @@ class LostRooms:
             )  # fmt: skip
             return
         self._lost.pop(alias, None)
+        self._kept.pop(alias, None)
         log.warn(
-            "LiveKit has lost {alias}: created again, so that its participants can reconnect",
+            "LiveKit does not have {alias}, where people were a moment ago: created again, so that they can reconnect",
             alias=alias, event_name="lost_room_created",
         )  # fmt: skip
 
 
 def _failed(alias: str, failure: Failure) -> None:
     log.failure("{alias} could not be created again", failure, alias=alias)
+
+
+def _not_asked(_: str, failure: Failure) -> None:
+    log.failure("the seat book could not be asked for rooms that LiveKit may have lost", failure)

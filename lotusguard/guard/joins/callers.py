@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.synapse import SynapseClient
+from lotusguard.clients.synapse import OpenIDClient
 from lotusguard.clients.waiting import Deadline
 from lotusguard.rules.requests import TokenRequest
 
@@ -54,7 +54,7 @@ class Callers:
     :param homeserver: what verifies local users.
     """
 
-    _homeserver: SynapseClient
+    _homeserver: OpenIDClient
     _clock: IReactorTime
     _known: TTLCache[bytes, str] = field(init=False)
 

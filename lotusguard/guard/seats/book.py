@@ -14,6 +14,10 @@ from attrs import frozen
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seats import Arrival
 
+KEPT_FOR = 120.0
+"""Seconds for which `SeatBook.kept_aliases` names an SFU room in which nobody is known to be any more. Clients try to
+reconnect for about 60 s, and when an earlier run ended is known to the minute."""
+
 
 @frozen
 class Issued:
@@ -136,6 +140,10 @@ class SeatBook(Protocol):
 
     async def aliases(self, room_id: str) -> Collection[str]:
         """The SFU rooms in which somebody holds a seat."""
+
+    async def kept_aliases(self) -> Collection[str]:
+        """The SFU rooms of all Matrix rooms in which somebody is or has a token, as far as the book knows, or was a
+        short while ago. What an earlier run of the guard knew counts."""
 
     async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
         """When the oldest of the last listings of these SFU rooms began; ``None`` if one was never listed."""

@@ -158,6 +158,10 @@ class FailoverSeatBook:
         aliases: Collection[str] = await self._either("aliases", room_id)
         return aliases
 
+    async def kept_aliases(self) -> Collection[str]:
+        kept: Collection[str] = await self._either("kept_aliases")
+        return kept
+
     async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
         since: float | None = await self._either("listed_since", room_id, aliases)
         return since

@@ -9,7 +9,7 @@ from secrets import token_hex
 from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 
-from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
+from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.kept_rooms import KeptRooms, Room
 from lotusguard.guard.seats.store import StateStore, StoredHold
 from lotusguard.metrics import Metrics
@@ -53,17 +53,22 @@ class MemorySeatBook:
         now = self._clock.seconds()
         return sum(room.seats.seats_taken(now) for _, room in self._rooms)
 
-    def load(self, holds: Iterable[StoredHold]) -> None:
-        """Take over the holds of an earlier run. None lasts longer than one that is issued now."""
+    def load(self, holds: Iterable[StoredHold], ended: float | None = None) -> None:
+        """Take over the holds of an earlier run. None lasts longer than one that is issued now.
+
+        :param ended: when that run ended, on the guard's clock; by default now.
+        """
         now = self._clock.seconds()
+        ended = now if ended is None else min(now, max(ended, now - 2 * KEPT_FOR))
         for hold in holds:
             room = self._room(hold.room_id)
             left = min(hold.expires - self._wall(), self._seat_ttl)
             if not hold.present and left <= 0:
                 continue
             key = IdentityKey(hold.alias, hold.identity)
+            expires = ended if hold.present else now + left
             room.seats.restore(
-                token_hex(8), hold.user, key, present=hold.present, now=now, expires=now + left, device=hold.device
+                token_hex(8), hold.user, key, present=hold.present, now=now, expires=expires, device=hold.device
             )
             room.started = room.started or hold.present
 
@@ -185,6 +190,12 @@ class MemorySeatBook:
     async def aliases(self, room_id: str) -> Collection[str]:
         room = self._rooms.get(room_id)
         return room.seats.aliases() if room is not None else ()
+
+    async def kept_aliases(self) -> Collection[str]:
+        now, kept = self._clock.seconds(), set[str]()
+        for _, room in self._rooms:
+            kept |= room.seats.kept_aliases(now, now - KEPT_FOR)
+        return kept
 
     async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
         room = self._rooms.get(room_id)

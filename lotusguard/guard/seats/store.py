@@ -81,11 +81,13 @@ class StateStore(StateReader):
 
     :ivar guarding_since: since when, in seconds since the epoch, a guard has run on this directory without a gap of
         more than `GAP` seconds. Everybody who joined a call later got their token from a guard.
+    :ivar last_run_ended: when the run before this one ended, or a minute before that if it was killed.
     """
 
     _reactor: Any = field(repr=False)
     _metrics: Metrics = field(repr=False)
     guarding_since: float = field(init=False)
+    last_run_ended: float = field(init=False)
     _last_alive: float = field(init=False)
     _writer: BatchWriter = field(init=False, repr=False)
     _heartbeat: Any = field(init=False, repr=False)
@@ -93,6 +95,7 @@ class StateStore(StateReader):
     def __attrs_post_init__(self) -> None:
         now = self._last_alive = self._wall()
         times = self.times()
+        self.last_run_ended = min(now, times.get("last_alive", now))
         unbroken = abs(now - times.get("last_alive", 0.0)) < GAP
         self.guarding_since = min(now, times.get("guarding_since", now)) if unbroken else now
         for name, at in (("guarding_since", self.guarding_since), ("last_alive", now)):

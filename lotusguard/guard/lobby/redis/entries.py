@@ -71,7 +71,9 @@ class RedisEntries:
     _changed_alone: dict[Key, LobbyEvent] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._replica = Replica(self._redis, self._guard, self._clock, self._longest_wait)
+        self._replica = Replica(
+            self._redis, self._guard, self._clock, self._longest_wait, lambda key: key in self._changed_alone
+        )
         self._redis.listen(CHANNEL, self._replica.hear)
         self._redis.on_server.append(self._connected)
         self._redis.on_subscribed.append(lambda: self._doubt(Knowledge.BEHIND))
@@ -223,13 +225,12 @@ class RedisEntries:
         self._catching_up = True
         try:
             doubts = -1
-            while doubts != self._doubts:
+            while doubts != self._doubts or self._changed_alone:  # changed alone while Redis was read
                 doubts = self._doubts
                 if self._knows is Knowledge.REDIS_BEHIND:
                     self._mark_all()
                 await self._give_back()
-                await self._replica.read_all(lambda key: key in self._changed_alone)
-                await self._give_back()
+                await self._replica.read_all()
         finally:
             self._catching_up = False
         self._knows, self._born = Knowledge.CURRENT, self._replica.born

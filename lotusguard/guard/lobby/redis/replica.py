@@ -36,6 +36,8 @@ class Replica:
     """All changes have one order, given by their version. What is older than what is known is ignored.
 
     :param guard: this guard's name.
+    :param decided_alone: whether this guard changed an entry and Redis does not know it yet. Then nothing that others
+        know replaces it: Redis decides between the two when it is given back.
     :ivar learnt: called with changes that were heard of.
     :ivar born: names the data set: another value shows that Redis lost it.
     :ivar answered_at: when Redis answered last.
@@ -45,6 +47,7 @@ class Replica:
     _guard: str
     _clock: IReactorTime
     _longest_wait: float
+    _decided_alone: Callable[[Key], bool]
     book: LobbyBook = field(init=False)
     time: ServerClock = field(factory=ServerClock, init=False)
     learnt: Callable[[Sequence[Change]], None] = field(default=nobody_learns, init=False)
@@ -85,7 +88,11 @@ class Replica:
         self._heard, self._heard_at = max(self._heard, int(version)), self._clock.seconds()
         if not self.time.known:
             return  # all entries are about to be read
-        adopted = [self._adopt(room_id, told, event, after) for room_id, told, event, _, after in changes]
+        adopted = [
+            self._adopt(room_id, told, event, after)
+            for room_id, told, event, _, after in changes
+            if not self._decided_alone((room_id, told["user"]))
+        ]
         self.learnt([change for change in adopted if change is not None])
 
     def has_missed(self) -> bool:
@@ -107,10 +114,10 @@ class Replica:
             return known
         return self.book.learn(room_id, self._entry(told), None).entry
 
-    async def read_all(self, keep: Callable[[Key], bool]) -> None:
+    async def read_all(self) -> None:
         """Learn all entries. Those that Redis does not have, have ended.
 
-        :param keep: names entries that Redis does not know yet. :raises DependencyFailed: Redis gives no answer.
+        :raises DependencyFailed: Redis gives no answer.
         """
         seen: set[Key] = set()
         changes: list[Change | None] = []
@@ -122,6 +129,8 @@ class Replica:
                 told = json.loads(text)
                 key, version = (room_id, told["user"]), int(told["version"])
                 seen.add(key)
+                if self._decided_alone(key):
+                    continue
                 known = self.book.get(*key)
                 newest = self._ended.get(key, 0) if known is None else known.version
                 if newest <= version:  # else it was heard of while the entries were read
@@ -130,7 +139,7 @@ class Replica:
             more = bool(last)
         for room_id, entry in list(self.book.entries()):
             key = (room_id, entry.user)
-            if key not in seen and entry.version <= began and not keep(key):
+            if key not in seen and entry.version <= began and not self._decided_alone(key):
                 changes.append(self.book.learn_end(*key, None))
         self._heard, self._heard_at = max(self._heard, began), self._clock.seconds()
         self._awaited = (began, self._clock.seconds())

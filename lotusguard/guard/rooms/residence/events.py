@@ -20,7 +20,7 @@ from lotusguard.guard.rooms.residence.account import GuardAccount
 from lotusguard.guard.rooms.residence.background import BackgroundWork
 from lotusguard.guard.rooms.residence.member_lists import READ_AGAIN, READ_AGAIN_LATEST, MemberLists
 from lotusguard.guard.rooms.residence.residence import Residence
-from lotusguard.guard.rooms.residence.room import MESSAGE, REACTION, RoomChange
+from lotusguard.guard.rooms.residence.room import KEPT_TYPES, MESSAGE, REACTION, RoomChange
 from lotusguard.guard.rooms.residence.voice import ResidentVoice
 from lotusguard.guard.rooms.voice import Reaction
 from lotusguard.rules.commands import is_command as begins_as_command
@@ -99,7 +99,7 @@ class RoomEvents:
         if change.gap or full or new:
             self.member_lists.read(room_id, (*news.state, *news.timeline))
         for kind in change.redacted:
-            self._background.start(self._read_again(room_id, kind))
+            self._background.start_anew((room_id, kind), self._read_again(room_id, kind))
         if change.encrypted and not full:
             self._background.start(self._say_it_cannot_read(room_id))
         if full and new:
@@ -113,6 +113,8 @@ class RoomEvents:
         """The account is not in a room any more: it was removed, or it left."""
         log.info("no longer in {room_id}", room_id=room_id, event_name="room_left")
         self.member_lists.left(room_id)
+        for kind in KEPT_TYPES:
+            self._background.cancel((room_id, kind))
         self._left.add(room_id)
         self._pass_on(room_id, {""})
         self._background.start(self._client.forget(room_id))
@@ -161,7 +163,8 @@ class RoomEvents:
     async def _read_again(self, room_id: str, kind: str) -> None:
         """A state event was redacted: read what is left of it, unless a newer one is heard in between.
 
-        It is tried until the homeserver answers: the room's state would stay wrong otherwise.
+        It is tried until the homeserver answers, ever more rarely: the room's state would stay wrong otherwise. It ends
+        when the event is redacted again, when the account leaves the room, and with the guard.
         """
         room, pause = self._residence.room(room_id), READ_AGAIN
         redacted = room.state.get(kind) if room is not None else None

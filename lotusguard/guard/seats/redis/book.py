@@ -13,11 +13,11 @@ from attrs import define, field
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, when_less_busy
 from lotusguard.clients.waiting import gather_in_turns
-from lotusguard.guard.seats.book import Issued, OverLimit, Presence, RoomSnapshot
+from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
-from lotusguard.guard.seats.redis.scripts import WAKE_CHANNEL, room_key
+from lotusguard.guard.seats.redis.scripts import OCCUPIED_ROOM, WAKE_CHANNEL, room_key
 from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, Listed, RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
 from lotusguard.metrics import Metrics
@@ -203,7 +203,25 @@ class RedisSeatBook:
     async def start(self, room_id: str) -> None:
         self._steps.first(room_id, ("start",))  # it is followed by a step that takes or issues
 
+    async def kept_aliases(self) -> Collection[str]:
+        kept: set[str] = set()
+
+        async def read(room_id: str) -> None:
+            left = int(await self._redis.call("PTTL", room_key(room_id))) / 1000
+            if left >= OCCUPIED_ROOM - KEPT_FOR:  # each listing of an occupied room begins that time anew
+                await self._step(room_id, "nothing")
+                known = self._steps.listed(room_id)
+                kept.update(known.aliases if known is not None else ())
+
+        await gather_in_turns(ROOMS_AT_ONCE, read, await self._room_ids())
+        return kept
+
     async def snapshots(self) -> Sequence[RoomSnapshot]:
+        found = await gather_in_turns(ROOMS_AT_ONCE, self.snapshot, await self._room_ids())
+        return sorted((one for one in found if one is not None), key=lambda snapshot: snapshot.room_id)
+
+    async def _room_ids(self) -> Sequence[str]:
+        """Matrix rooms of which Redis knows something, at most `ROOMS_SHOWN`."""
         before, after = room_key("\0").split("\0")
         names: list[str] = []
         cursor = "0"
@@ -213,8 +231,7 @@ class RedisSeatBook:
             names += [key[len(before) : -len(after)] for key in found]
             if cursor == "0" or len(names) >= ROOMS_SHOWN:
                 break
-        found = await gather_in_turns(ROOMS_AT_ONCE, self.snapshot, sorted(set(names))[:ROOMS_SHOWN])
-        return sorted((one for one in found if one is not None), key=lambda snapshot: snapshot.room_id)
+        return sorted(set(names))[:ROOMS_SHOWN]
 
     async def snapshot(self, room_id: str) -> RoomSnapshot | None:
         idle, taken, awaited, present = await self._step(room_id, "snapshot")

@@ -438,7 +438,7 @@ function Seats.restore(now, hold_id, user, alias, identity, present, expires, de
   if known(hold_id) then return end
   put_reserved(key_of(alias, identity), {
     id = hold_id, user = user, state = present and 'left' or 'issued', alias = alias, identity = identity, sid = '',
-    began = now, expires = present and now or expires, device = device,
+    began = now, expires = present and math.min(now, expires) or expires, device = device,
   })
   room.vacated = math.max(room.vacated, now)
 end
