@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sharing seats through Valkey costs: ``python -m benchmarks.several_guards``, and a part of ``make bench``.
 
-It writes the table and the chart of docs/several-guards.md.
+It writes the tables and the chart of docs/several-guards.md. Joins are measured while nothing is reconciled, and
+reconciling while nobody joins. Rounds are short, so that other work on the machine disturbs all ways of a round alike.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +28,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "several-guards.md"
 BEGIN, END = "<!-- cost -->", "<!-- /cost -->"
 CALLERS = 16
 MS = 1000.0
+ONLY_JOINS = {"GUARD_RECONCILE_INTERVAL": "3600"}
+SETTLED = 6.0
+"""Seconds after its start in which a guard discovers the calls."""
 Say = Callable[[str], None]
 
 
@@ -58,15 +63,60 @@ class Cost:
         return (self.name, f"{median(self.cpu):.2f}", f"{ratio:.2f}", f"{median(self.rate):.0f}", *shared)
 
 
-def measure(dependencies: Dependencies, rounds: int, joins: int, say: Say) -> list[Cost]:
+@define
+class Upkeep:
+    """What reconciling all calls costs a guard while nobody joins.
+
+    :ivar cpu: of the guard, and :ivar valkey: of Valkey, in ms for each second. :ivar scripts: for each second.
+    """
+
+    name: str
+    cpu: float
+    valkey: float = 0.0
+    scripts: float = 0.0
+
+    def cells(self) -> tuple[str, ...]:
+        shared = ("–", "–") if not self.scripts else (f"{self.valkey:.1f}", f"{self.scripts:.0f}")
+        return (self.name, f"{self.cpu:.1f}", *shared)
+
+
+@define
+class Measured:
+    joins: list[Cost]
+    upkeep: list[Upkeep]
+
+
+def measure(dependencies: Dependencies, rounds: int, joins: int, say: Say) -> Measured:
+    """Measure everything."""
+    return Measured(_measure_joins(dependencies, rounds, joins, say), _measure_upkeep(dependencies, 4.0 * rounds))
+
+
+def _measure_upkeep(dependencies: Dependencies, seconds: float) -> list[Upkeep]:
+    """Measure reconciling for so long, with both books at the same time."""
+    with ValkeyServer(config={"save": ""}) as server, ExitStack() as stack:
+        url = {"GUARD_REDIS_URL": f"redis://127.0.0.1:{server.port}"}
+        memory = stack.enter_context(FreeGuard(dependencies))
+        shared = stack.enter_context(FreeGuard(dependencies, url))
+        time.sleep(SETTLED)
+        client = server.client()
+        before = memory.cpu(), shared.cpu(), *_of_valkey(client)
+        time.sleep(seconds)
+        after = memory.cpu(), shared.cpu(), *_of_valkey(client)
+    own, other, valkey, scripts = ((now - then) / seconds for then, now in zip(before, after, strict=True))
+    return [
+        Upkeep("seats in memory", own * MS), Upkeep("seats in Valkey", other * MS, valkey * MS, scripts),
+    ]  # fmt: skip
+
+
+def _measure_joins(dependencies: Dependencies, rounds: int, joins: int, say: Say) -> list[Cost]:
     """Measure all ways in turn, in each round."""
     costs = [
         Cost("one guard, seats in memory", 1), Cost("one guard, seats in Valkey", 1),
         Cost("two guards", 2), Cost("four guards", 4),
     ]  # fmt: skip
     with ValkeyServer(config={"save": ""}) as server, ExitStack() as stack:
-        url = {"GUARD_REDIS_URL": f"redis://127.0.0.1:{server.port}"}
-        memory = stack.enter_context(FreeGuard(dependencies))
+        url = {"GUARD_REDIS_URL": f"redis://127.0.0.1:{server.port}", **ONLY_JOINS}
+        memory = stack.enter_context(FreeGuard(dependencies, ONLY_JOINS))
         shared = [stack.enter_context(FreeGuard(dependencies, url)) for _ in range(4)]
         callers = [stack.enter_context(Callers()) for _ in range(4)]
         for guards in ([memory], shared):
@@ -115,8 +165,18 @@ def _join(callers: Sequence[Callers], guards: Sequence[GuardProcess], joins: int
 def table(costs: Sequence[Cost]) -> str:
     head = ("", "CPU of the guards per join [ms]", "ratio", "joins per second", "CPU of Valkey per join [ms]",
             "scripts per join")  # fmt: skip
-    rows = [head, ("---", *["---:"] * 5), *(cost.cells(costs[0]) for cost in costs)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return _rows(head, [cost.cells(costs[0]) for cost in costs])
+
+
+def upkeep_table(upkeep: Sequence[Upkeep]) -> str:
+    head = ("reconciling 50 calls of 20 people", "CPU of the guard per second [ms]",
+            "CPU of Valkey per second [ms]", "scripts per second")  # fmt: skip
+    return _rows(head, [one.cells() for one in upkeep])
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def chart(costs: Sequence[Cost]) -> str:
@@ -143,25 +203,29 @@ def chart(costs: Sequence[Cost]) -> str:
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
-def write(costs: Sequence[Cost]) -> None:
-    """Put table and chart into the documentation."""
+def tables(measured: Measured) -> str:
+    return f"{table(measured.joins)}\n{upkeep_table(measured.upkeep)}"
+
+
+def write(measured: Measured) -> None:
+    """Put tables and chart into the documentation."""
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after:
         raise ValueError("the page has no place for the table")
-    PAGE.write_text(f"{before}{BEGIN}\n{table(costs)}{END}{after}")
-    PAGE.with_suffix(".svg").write_text(chart(costs))
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(measured)}{END}{after}")
+    PAGE.with_suffix(".svg").write_text(chart(measured.joins))
 
 
 def main() -> None:
     raise_file_limit()
     quick = "--quick" in sys.argv
     with Dependencies() as dependencies:
-        costs = measure(dependencies, 3 if quick else 5, 96 if quick else 2400, lambda line: print(line))  # noqa: T201
-    sys.stdout.write(table(costs) + json.dumps([cost.cpu for cost in costs]) + "\n")
+        measured = measure(dependencies, 3 if quick else 12, 96 if quick else 640, lambda line: print(line))  # noqa: T201
+    sys.stdout.write(tables(measured) + json.dumps([cost.cpu for cost in measured.joins]) + "\n")
     if not quick:
-        write(costs)
+        write(measured)
 
 
 if __name__ == "__main__":

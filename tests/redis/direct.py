@@ -151,7 +151,9 @@ class DirectClient:
         return None
 
     async def run(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
-        return await self._do(lambda: self.server.run(script, keys, arguments))
+        answer = await self._do(lambda: self.server.run(script, keys, arguments))
+        self.clock.advance(0)  # what is sent at the end of a turn of the reactor
+        return answer
 
     run_loaded = run
 

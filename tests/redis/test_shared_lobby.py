@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -14,12 +15,13 @@ import pytest
 import pytest_twisted
 from attrs import define, evolve
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.task import deferLater
+from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.guard.lobby import Lobby, LobbyStopped
 from lotusguard.guard.lobby.redis.entries import RedisEntries
+from lotusguard.guard.lobby.redis.replica import Replica
 from lotusguard.metrics import Metrics
 from lotusguard.rules import lobby
 from lotusguard.rules.lobby import LobbyState
@@ -407,6 +409,25 @@ async def test_what_guards_know_already_costs_no_script(url: str, room: str) -> 
         assert await first.lobby.let_in(room, BOB)
         await first.lobby.switched_off("!nobody-waits-here:example.org")
         assert not first.entries.alone
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_end_that_is_heard_of_while_all_entries_are_read_counts(room: str) -> None:
+    told = {"id": "1", "user": BOB, "state": "waiting", "began": "0", "expires": "99", "notice": "", "version": 5}
+
+    class Redis:
+        """Its answer is overtaken by the message that the entry has ended."""
+
+        async def run(self, script: object, keys: object, request: str) -> str:
+            if not json.loads(request)["operations"]:
+                return json.dumps(["1", 5, "1", [], []])
+            replica.hear(json.dumps(["other", 6, [[room, {**told, "version": 6}, "call_ended", "waiting", ""]]]))
+            return json.dumps(["1", 6, "1", [], [["", [[room, json.dumps(told)]]]]])
+
+    redis: Any = Redis()
+    replica = Replica(redis, "own", Clock(), 600.0, lambda key: False)
+    await replica.read_all()
+    assert replica.book.get(room, BOB) is None
 
 
 @pytest.mark.parametrize("seed", range(3))

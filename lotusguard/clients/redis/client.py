@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import txredisapi
 from attrs import define, field, frozen
 from prometheus_client import Counter, Histogram
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -19,7 +19,6 @@ from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
 from lotusguard.clients.failures import CircuitOpen, DependencyFailed
 from lotusguard.clients.redis.faults import ADVICE, NAME, NOT_CONNECTED, reason_of
 from lotusguard.clients.redis.link import CommandProtocol, Link, ServerInfo, SubscriberProtocol
-from lotusguard.clients.redis.patience import with_timeout
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import RedisAddress
 
@@ -97,9 +96,9 @@ class RedisClient:
 
     def __attrs_post_init__(self) -> None:
         self._prober = Prober(self.breaker, self._reactor, self.probe)
-        self._commands = Link(self._address, CommandProtocol, self._commands_ready, self._reactor)
+        self._commands = Link(self._address, CommandProtocol, self._commands_ready, self._reactor, self.timeout)
         self._messages = Link(
-            self._address, SubscriberProtocol, self._messages_ready, self._reactor, first=self._commands
+            self._address, SubscriberProtocol, self._messages_ready, self._reactor, self.timeout, first=self._commands
         )
         self._seconds = self._metrics.dependency_seconds.labels(NAME)
         outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")
@@ -221,8 +220,7 @@ class RedisClient:
         began = self._reactor.seconds()
         self._waiting += 1
         try:
-            asked: Deferred[Any] = protocol.execute_command(*words)
-            answer = await with_timeout(asked, self.timeout, self._reactor, lambda: protocol.heard)
+            answer = await protocol.execute_command(*words)
         except CancelledError:
             raise
         except Exception as error:

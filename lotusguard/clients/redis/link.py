@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import txredisapi
 from attrs import define, field, frozen
+from hiredis import pack_command
 from OpenSSL import SSL
 from service_identity import VerificationError
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
@@ -23,6 +24,7 @@ from twisted.logger import Logger
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.address import endpoint_for
 from lotusguard.clients.redis.faults import ADVICE, NAME, NOT_CONNECTED, reason_of
+from lotusguard.clients.redis.patience import Unanswered
 from lotusguard.clients.waiting import Deadline, fire_all
 from lotusguard.rules.redis_address import HostPort, RedisAddress
 
@@ -57,16 +59,12 @@ class _Events:
 
     :ivar untrusted: whether the connection ended because of the server's certificate.
     :ivar answered: whether anything was received. :ivar other_program: whether that is no answer of Redis.
-    :ivar heard: when anything was last received, on the reactor's clock.
     """
 
     untrusted = False
     answered = other_program = False
-    heard = 0.0
-    now: Callable[[], float]
 
     def dataReceived(self, data: bytes, unpause: bool = False) -> None:
-        self.heard = self.now()
         if not self.answered:
             self.answered, self.other_program = True, data[:1] not in ANSWERS
         if self.other_program:
@@ -86,7 +84,26 @@ class _Events:
 
 
 class CommandProtocol(_Events, txredisapi.RedisProtocol):  # type: ignore[misc]
-    """A connection for commands."""
+    """A connection for commands. What txredisapi does for transactions and pipelines with each command is left out."""
+
+    unanswered: Unanswered
+
+    def execute_command(self, *words: str | bytes | int, **_: Any) -> Deferred[Any]:
+        if not self.connected:
+            raise txredisapi.ConnectionError("Not connected")
+        self.transport.write(pack_command(words))  # type: ignore[arg-type]  # its stub allows one word
+        return self.unanswered.sent()
+
+    def dataReceived(self, data: bytes, unpause: bool = False) -> None:
+        self.unanswered.received()
+        super().dataReceived(data, unpause)
+
+    def replyReceived(self, reply: Any) -> None:
+        self.unanswered.answer(reply)
+
+    def connectionLost(self, reason: Any) -> None:
+        super().connectionLost(reason)
+        self.unanswered.lose(txredisapi.ConnectionError("Lost connection"))
 
 
 class SubscriberProtocol(_Events, txredisapi.SubscriberProtocol):  # type: ignore[misc]
@@ -106,6 +123,7 @@ class Link(Generic[P]):
     """Keeps one connection.
 
     :param ready: prepares a new connection before anybody uses it; if it fails, the connection is closed.
+    :param timeout: seconds without any answer until a command fails.
     :param first: the other link to the same server. It says in the log what happens to both.
     :ivar protocol: the connection; ``None`` while there is none.
     :ivar fault: why there is none.
@@ -115,6 +133,7 @@ class Link(Generic[P]):
     _protocol: type[P]
     _ready: Callable[[P, ServerInfo], Awaitable[None]]
     _reactor: Any
+    _timeout: float
     _first: Link[Any] | None = field(default=None, kw_only=True)
     protocol: P | None = field(init=False, default=None)
     fault: str = field(init=False, default=NOT_CONNECTED)
@@ -239,7 +258,8 @@ class Link(Generic[P]):
     def _open(self, protocol: type[Any], server: HostPort | None) -> Deferred[Any]:
         def build() -> Any:
             made = protocol(charset="utf-8", convertNumbers=False)
-            made.now = self._reactor.seconds
+            if isinstance(made, CommandProtocol):
+                made.unanswered = Unanswered(self._reactor, self._timeout)
             return made
 
         factory = Factory.forProtocol(build)

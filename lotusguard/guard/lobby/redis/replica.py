@@ -127,12 +127,13 @@ class Replica:
             ((last, found),) = await self.ask(("page", last))
             for room_id, text in found:
                 told = json.loads(text)
-                key = (room_id, told["user"])
+                key, version = (room_id, told["user"]), int(told["version"])
                 seen.add(key)
-                known = self.book.get(*key)
                 if self._decided_alone(key):
                     continue
-                if known is None or known.version <= int(told["version"]):
+                known = self.book.get(*key)
+                newest = self._ended.get(key, 0) if known is None else known.version
+                if newest <= version:  # else it was heard of while the entries were read
                     change = self.book.learn(room_id, self._entry(told), None)
                     changes.append(change if change.before is not change.after else None)
             more = bool(last)

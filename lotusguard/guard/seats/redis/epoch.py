@@ -26,6 +26,7 @@ from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, Script
 from lotusguard.clients.redis.link import ServerInfo
 from lotusguard.clients.waiting import fire_all, run_in_background
+from lotusguard.guard.seats.redis.generation import RECORD, Generation, Question
 from lotusguard.guard.seats.redis.scripts import PREFIX, lua
 
 log = Logger()
@@ -36,9 +37,8 @@ GUARD_SEEN = 30.0
 REBUILD_LONGEST = 5.0
 """Seconds for which the holds of other guards are waited for."""
 _POLL = 0.1
-SEEN, RECORD = f"{PREFIX}{{guards}}:seen", f"{PREFIX}{{guards}}:epoch"
-"""Keys: the guards by the time they were last seen; what is known of the data set."""
-
+SEEN = f"{PREFIX}{{guards}}:seen"
+"""Key: the guards by the time they were last seen."""
 GUARDS_KEPT, RECORD_KEPT = 120, 2 * 86400
 """Seconds after the last heartbeat of all guards until Redis deletes these keys. Rooms are kept for a day at most."""
 NAMED_WITHIN = 1.0
@@ -70,6 +70,7 @@ class Rebuilding:
     guards: list[str] = field(init=False, factory=list)
     complete: bool = field(init=False, default=False)
     data_set: str = field(init=False, default="")
+    _asked: Generation = field(init=False)
     _epoch: str = field(init=False, default="")
     _generation: str = field(init=False, default="")
     _fresh: bool = field(init=False, default=False)
@@ -78,6 +79,7 @@ class Rebuilding:
     _unnamed: dict[Deferred[None], None] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
+        self._asked = Generation(self._redis, self._reactor)
         self._redis.on_server.append(self._connected)
 
     async def wait(self) -> None:
@@ -91,9 +93,13 @@ class Rebuilding:
             await self._wait(self._unnamed, NAMED_WITHIN)
         return self.data_set
 
-    async def still(self, data_set: str) -> bool:
+    def ask_generation(self) -> Question:
+        """Ask for the generation that Redis has after everything that is sent in this turn of the reactor."""
+        return self._asked.ask()
+
+    async def still(self, data_set: str, question: Question) -> bool:
         """Whether Redis has this data set still. :raises DependencyFailed: Redis gives no usable answer."""
-        generation = await self._redis.call("HGET", RECORD, "generation")
+        generation = await question.answer()
         return data_set == f"{self._epoch}.{generation}"
 
     async def look_again(self) -> None:

@@ -1,7 +1,9 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- One step on one room: read it, let everything expire that has, do what is asked, write it.
--- KEYS[1]: the room. ARGV[1]: JSON {epoch, guarding_since, remembered_since, room_id, operations = [[name, arguments…]…]}.
--- "epoch" names the data set. A guard that does not know yet that it is another one gets {"stale"}.
+-- KEYS[1]: the room. ARGV[1]: JSON {epoch, confirmed, guarding_since, remembered_since, room_id,
+-- operations = [[name, arguments…]…]}. "epoch" names the data set. A guard that does not know yet that it is another one
+-- gets {"stale"}. It asks which one it is: the name is "confirmed" then. It counts although the room was worked on under
+-- another name since, because a guard with an older name may have been faster.
 -- The answer is JSON {now, listed = {alias → time}, aliases, results}. Times are text, because cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
@@ -24,7 +26,7 @@ local room = stored and cmsgpack.unpack(stored) or {
   unlimited_at = request.guarding_since, touched = now, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {},
   vacated = now, epoch = request.epoch,
 }
-if room.before == request.epoch then return cjson.encode({'stale'}) end
+if room.before == request.epoch and not request.confirmed then return cjson.encode({'stale'}) end
 Seats.open(room)
 if room.at and room.at > now + CLOCK_STEP then Seats.shift(now - room.at) end
 local ended = Seats.advance(now)  -- whether a request in flight has ended: somebody who waits may find a seat

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from attrs import define, field, frozen
@@ -15,7 +16,7 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient, when_less_busy
-from lotusguard.clients.waiting import gather, run_in_background
+from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.seats.redis.clock import ServerClock
 from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.scripts import STEP, room_key
@@ -111,11 +112,11 @@ class RoomSteps:
         :param certain: fail with `DATA_LOST` if the data set was deleted before the step.
         :return: the operations' results. :raises DependencyFailed: Redis gives no usable answer.
         """
-        before = self._first.pop(room_id, [])
+        before, confirmed = self._first.pop(room_id, []), False
         for left in reversed(range(ATTEMPTS)):
             try:
                 results = await when_less_busy(
-                    self._clock, lambda: self._once(room_id, [*before, *operations], certain)
+                    self._clock, partial(self._once, room_id, [*before, *operations], certain, confirmed)
                 )
                 break
             except DependencyFailed as failed:
@@ -127,35 +128,35 @@ class RoomSteps:
                     await self._redis.load(STEP)
                 elif failed.reason == STALE:
                     await self._rebuilding.look_again()
+                    confirmed = True
                 else:
                     raise
         return results[len(before) :]
 
-    async def _once(self, room_id: str, operations: list[Operation], certain: bool) -> list[Any]:
+    async def _once(self, room_id: str, operations: list[Operation], certain: bool, confirmed: bool) -> list[Any]:
         data_set = await self._rebuilding.named()
         await self.know_time()
         request = {
             "epoch": data_set,
+            "confirmed": confirmed,
             "guarding_since": self.clock.to_server(self._guarding_since),
             "remembered_since": self.clock.to_server(self._remembered_since),
             "room_id": room_id,
             "operations": operations,
         }
         sent = self._clock.seconds()
-        asked = self._redis.run_loaded(STEP, [room_key(room_id)], json.dumps(request))
-        if certain:  # both are sent at once, and answered in this order
-            answer, still = await gather((asked, self._rebuilding.still(data_set)))
-            if not still:
-                raise DependencyFailed("redis", DATA_LOST)
-        else:
-            answer = await asked
+        question = self._rebuilding.ask_generation() if certain else None  # it is sent after the step
+        answer = await self._redis.run_loaded(STEP, (room_key(room_id),), json.dumps(request))
+        if question is not None and not await self._rebuilding.still(data_set, question):
+            raise DependencyFailed("redis", DATA_LOST)
         return self._read(room_id, answer, sent)
 
     def _read(self, room_id: str, answer: Any, sent: float) -> list[Any]:
         try:
-            now, listed, aliases, results = json.loads(answer)
-            if now == STALE:
+            told = json.loads(answer)
+            if told == [STALE]:
                 raise DependencyFailed("redis", STALE)
+            now, listed, aliases, results = told
             self._full.pop(room_id, None)
             self.clock.learn(float(now), sent, self._clock.seconds())
             since = {alias: float(at) for alias, at in dict(listed).items()}
