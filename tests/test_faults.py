@@ -209,10 +209,16 @@ async def test_broken_answer_of_upstream_is_relayed_or_becomes_502(start_sandbox
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
 
 
+async def keep_connections(sandbox: Sandbox, room_id: str) -> None:
+    """Several used connections to upstream stay open: one for a join, although the guard may just probe upstream too."""
+    answers = await gatherResults([Deferred.fromCoroutine(sandbox.ask_token(ALICE, room_id)) for _ in range(3)])
+    assert [answer.code for answer in answers] == [200] * 3
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_kept_alive_connection_that_upstream_closed_is_replaced(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
-    assert (await sandbox.ask_token(ALICE, room_id)).code == 200
+    await keep_connections(sandbox, room_id)
     sandbox.upstream.faults["sfu_get"] = Fault.close(times=1)
     assert (await sandbox.ask_token(ALICE, room_id)).code == 200
 
@@ -220,7 +226,7 @@ async def test_a_kept_alive_connection_that_upstream_closed_is_replaced(sandbox:
 @pytest_twisted.ensureDeferred
 async def test_a_token_request_is_sent_once_more_on_a_used_connection_and_never_on_a_new_one(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox)
-    assert (await sandbox.ask_token(ALICE, room_id)).code == 200
+    await keep_connections(sandbox, room_id)
     sandbox.upstream.faults["sfu_get"] = Fault.late_close()
     for sent in (2, 1):  # on a connection that was used before, then on a new one
         before = sandbox.upstream.asked["sfu_get"]
