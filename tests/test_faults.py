@@ -210,7 +210,7 @@ async def test_broken_answer_of_upstream_is_relayed_or_becomes_502(start_sandbox
 
 
 async def keep_connections(sandbox: Sandbox, room_id: str) -> None:
-    """Several used connections to upstream stay open: one for a join, although the guard may just probe upstream too."""
+    """Several used connections to upstream stay open: one for a join, although the guard may be probing upstream."""
     answers = await gatherResults([Deferred.fromCoroutine(sandbox.ask_token(ALICE, room_id)) for _ in range(3)])
     assert [answer.code for answer in answers] == [200] * 3
 
