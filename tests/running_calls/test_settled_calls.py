@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import pytest_twisted
+from attrs import evolve
 from livekit.protocol.models import TrackSource
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
-from lotusguard.guard.calls.settled import SettledCalls
+from lotusguard.guard.calls.settled import Basis, SettledCalls
 from lotusguard.guard.seats.registry import MemoryTokenRegistry
 from lotusguard.rules.policy import NO_POLICY, Policy
 from lotusguard.sandbox.demo.sandbox import Sandbox
@@ -118,6 +120,17 @@ async def test_a_member_who_left_unseen_is_removed_when_the_membership_is_due(st
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_departure_that_a_join_finds_out_is_acted_on_in_the_next_round(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.01)
+    room_id, (alice, bob) = await settled(sandbox, ALICE, BOB)
+    sandbox.homeserver.leave(room_id, BOB)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+    await reconciled(sandbox)
+    assert not bob.connected
+    assert alice.connected
+
+
+@pytest_twisted.ensureDeferred
 async def test_memberships_that_may_have_changed_are_read_again(sandbox: Sandbox) -> None:
     room_id, (alice, bob) = await settled(sandbox, ALICE, BOB)
     sandbox.homeserver.leave(room_id, BOB)
@@ -156,38 +169,49 @@ async def test_a_round_in_which_the_homeserver_fails_settles_nothing(sandbox: Sa
 # -- what is remembered ---------------------------------------------------------------------------------------
 
 
+BASIS = Basis(NO_POLICY, 1, 0)
+
+
 def settled_at(until: float) -> SettledCalls:
     """One settled call. :param until: when a membership is due."""
     calls = SettledCalls()
     calls.begin(ALIAS)
-    calls.settle(ALIAS, NO_POLICY, 1, until)
+    calls.settle(ALIAS, BASIS, until)
+    calls.end(ALIAS)
     return calls
 
 
 def test_a_settled_call_stays_so_until_a_membership_is_due() -> None:
     calls = settled_at(30.0)
-    assert calls.holds(ALIAS, NO_POLICY, 1, 29.9)
-    assert not calls.holds(ALIAS, NO_POLICY, 1, 30.0)
+    assert calls.holds(ALIAS, BASIS, 29.9)
+    assert not calls.holds(ALIAS, BASIS, 30.0)
 
 
-def test_another_policy_or_a_listing_with_news_ends_it() -> None:
-    calls = settled_at(30.0)
-    assert not calls.holds(ALIAS, Policy(max_users=1), 1, 0.0)
-    assert not calls.holds(ALIAS, NO_POLICY, 2, 0.0)
-    assert not calls.holds(ALIAS, NO_POLICY, None, 0.0)
+@pytest.mark.parametrize("change", [{"policy": Policy(max_users=1)}, {"news": 2}, {"news": None}, {"departures": 1}])
+def test_another_basis_ends_it(change: dict[str, Any]) -> None:
+    assert not settled_at(30.0).holds(ALIAS, evolve(BASIS, **change), 0.0)
 
 
-@pytest.mark.parametrize("forget", [lambda calls: calls.forget(ALIAS), SettledCalls.forget_all])
-def test_a_change_during_a_pass_counts(forget: Callable[[SettledCalls], None]) -> None:
+def test_a_listing_without_a_number_settles_nothing() -> None:
     calls = SettledCalls()
     calls.begin(ALIAS)
-    forget(calls)
-    calls.settle(ALIAS, NO_POLICY, 1, 30.0)
-    assert not calls.holds(ALIAS, NO_POLICY, 1, 0.0)
+    calls.settle(ALIAS, evolve(BASIS, news=None), 30.0)
+    assert not calls.holds(ALIAS, evolve(BASIS, news=None), 0.0)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda calls: calls.forget(ALIAS), SettledCalls.forget_all, lambda calls: calls.end(ALIAS)]
+)
+def test_a_change_during_a_pass_counts(change: Callable[[SettledCalls], None]) -> None:
+    calls = SettledCalls()
+    calls.begin(ALIAS)
+    change(calls)
+    calls.settle(ALIAS, BASIS, 30.0)
+    assert not calls.holds(ALIAS, BASIS, 0.0)
 
 
 def test_a_pass_that_fails_settles_nothing() -> None:
     calls = settled_at(30.0)
     calls.begin(ALIAS)
-    assert not calls.holds(ALIAS, Policy(max_users=1), 1, 0.0)  # so there is a whole pass; it fails
-    assert not calls.holds(ALIAS, NO_POLICY, 1, 0.0)
+    assert not calls.holds(ALIAS, evolve(BASIS, policy=Policy(max_users=1)), 0.0)  # so there is a whole pass; it fails
+    assert not calls.holds(ALIAS, BASIS, 0.0)

@@ -186,6 +186,7 @@ class CallChanges:
         listed = {room.name for room in rooms}
         lost = [alias for alias in self._enforcement.watched if alias not in listed and self._roster.may_exist(alias)]
         self._roster.rooms_listed(listed)
+        self.lost_rooms.create_again(lost, listed)  # first: who tries to reconnect before that is refused for good
         young = self._livekit.now() - COUNT_LAG
         occupied = {
             room.name for room in rooms if room.num_participants or room.num_publishers or room.creation_time > young
@@ -197,7 +198,6 @@ class CallChanges:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
                 self._enforcement.reconcile(alias)
-        self.lost_rooms.create_again(lost, listed)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
 

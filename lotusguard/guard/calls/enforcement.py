@@ -18,7 +18,7 @@ from lotusguard.clients.keyed_worker import KeyedWorker
 from lotusguard.clients.waiting import Deadline, Fetched, gather, gather_in_turns
 from lotusguard.guard.calls.entitlement import Checked, Entitlement, Unentitled
 from lotusguard.guard.calls.participants import PARTICIPANTS_AT_ONCE, Adjusted, ParticipantEnforcer
-from lotusguard.guard.calls.settled import SettledCalls
+from lotusguard.guard.calls.settled import Basis, SettledCalls
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
 from lotusguard.guard.seats.book import OverLimit, SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
@@ -133,16 +133,19 @@ class Enforcement:
             self._unrestricted.pop(alias, None)
             listing = await self._roster.list(alias, began, self._deadline())
             self._watch(alias, len(listing.value))
-            news = self._roster.last_news(alias)
+            departures = self._entitlement.memberships.departures(slot.room_id)
+            basis = Basis(known.policy, self._roster.last_news(alias), departures)
             settles = self._entitlement.settles(slot.room_id, known)
-            if listing.value and not (settles and self._settled.holds(alias, known.policy, news, began)):
+            if listing.value and not (settles and self._settled.holds(alias, basis, began)):
                 again_at = await self._pass(slot, alias, known, listing)
                 if settles and again_at is not None:
-                    self._settled.settle(alias, known.policy, news, again_at)
+                    self._settled.settle(alias, basis, again_at)
         except DependencyFailed as failed:
             self._participants.failed("list participants", alias, failed.reason)
         except TimeoutError:
             self._participants.failed("list participants", alias, "timeout")
+        finally:
+            self._settled.end(alias)
 
     async def reconciles(self, alias: str) -> bool:
         """Whether this guard, of several, reconciles an SFU room."""

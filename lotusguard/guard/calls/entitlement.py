@@ -21,6 +21,9 @@ from lotusguard.rules.identity import is_matrix_user
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.refusals import Refusal
 
+LOOKED_AT_AGAIN = 30.0
+"""Seconds after which participants are looked at again in any case."""
+
 
 @frozen
 class Unentitled:
@@ -75,7 +78,7 @@ class Entitlement:
         :param whole: whether these are all of its participants.
         """
         now = self._clock.seconds()
-        check = Check(room_id, known, now, self._deadline(), now + self.memberships.interval)
+        check = Check(room_id, known, now, self._deadline(), now + min(self.memberships.interval, LOOKED_AT_AGAIN))
         found, allowed = [], []
         async for participant, user in in_slices(self._clock, await self._identified(alias, participants, whole)):
             refusal = await self._refused_by_policy(room_id, known, user)

@@ -86,10 +86,10 @@ class LostRooms:
         self._listed = listed
         self._note(self._lost, lost)
         self._note(self._kept, ())
+        self._create_all()
         if self._book is Book.TO_BE_ASKED:
             self._book = Book.ASKED
             self._asker.run(_BOOK)
-        self._create_all()
 
     def stop(self) -> None:
         """Create nothing more."""
@@ -98,6 +98,8 @@ class LostRooms:
 
     async def _ask_book(self, _: str) -> None:
         self._note(self._kept, await self._seats.kept_aliases())
+        if self._seats.unshared:  # this guard is alone, and what the others know counts too
+            self._book = Book.TO_BE_ASKED
         self._create_all()
 
     def _note(self, missing: dict[str, float], aliases: Iterable[str]) -> None:

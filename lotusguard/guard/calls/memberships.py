@@ -96,16 +96,26 @@ class CallMemberships:
         """Somebody tells us of changed memberships: they are read less often now, until that seems to have ended."""
         self._pushed_at = self._clock.seconds()
 
+    def departures(self, room_id: str) -> int:
+        """See `Members.departures`."""
+        return self._members.departures(room_id)
+
     async def not_joined(
         self, room_id: str, users: Iterable[str], deadline: Deadline, max_age: float | None = None
     ) -> list[str]:
-        """Those of these users who are not joined to the room, as far as that is known by the deadline."""
+        """Those of these users who are not joined to the room, as far as that is known by the deadline.
+
+        :param max_age: seconds for which "joined" is believed; anything else is looked up again.
+        """
         found = []
 
         async def look_up(user: str) -> None:
             if deadline.passed:
                 return
+            began = self._clock.seconds()
             known = await self._members.get(room_id, user, deadline, max_age=max_age)
+            if known.membership not in (None, Membership.JOIN) and known.began < began:
+                known = await self._members.get(room_id, user, deadline, since=began)
             if known.membership not in (None, Membership.JOIN):
                 found.append(user)
 

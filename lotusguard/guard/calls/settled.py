@@ -9,15 +9,23 @@ from lotusguard.rules.policy import Policy
 
 
 @frozen
-class _Settled:
-    """What a pass that found nothing to do was based on.
+class Basis:
+    """What a pass is based on.
 
     :ivar news: the number of its listing; see `Roster.last_news`.
-    :ivar until: when time alone may lead to something that has to be done.
+    :ivar departures: see `Members.departures`.
     """
 
     policy: Policy
-    news: int
+    news: int | None
+    departures: int
+
+
+@frozen
+class _Settled:
+    """:ivar until: when time alone may lead to something that has to be done."""
+
+    basis: Basis
     until: float
 
 
@@ -28,10 +36,10 @@ class SettledCalls:
     _settled: dict[str, _Settled] = field(factory=dict, init=False)
     _running: set[str] = field(factory=set, init=False)
 
-    def holds(self, alias: str, policy: Policy, news: int | None, now: float) -> bool:
+    def holds(self, alias: str, basis: Basis, now: float) -> bool:
         """Whether another pass would find nothing to do either. If not, the last one is forgotten."""
         known = self._settled.get(alias)
-        if known is not None and known.news == news and now < known.until and known.policy == policy:
+        if known is not None and known.basis == basis and now < known.until:
             return True
         self._settled.pop(alias, None)
         return False
@@ -40,10 +48,14 @@ class SettledCalls:
         """A pass begins."""
         self._running.add(alias)
 
-    def settle(self, alias: str, policy: Policy, news: int | None, until: float) -> None:
+    def settle(self, alias: str, basis: Basis, until: float) -> None:
         """The pass found nothing to do. Ignored if the SFU room was forgotten since the pass began."""
-        if alias in self._running and news is not None:
-            self._settled[alias] = _Settled(policy, news, until)
+        if alias in self._running and basis.news is not None:
+            self._settled[alias] = _Settled(basis, until)
+
+    def end(self, alias: str) -> None:
+        """The pass is over, whatever became of it."""
+        self._running.discard(alias)
 
     def forget(self, alias: str) -> None:
         """Something has changed, or nobody is there any more: what is remembered, and a pass that is running, do not

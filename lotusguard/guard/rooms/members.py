@@ -63,6 +63,7 @@ class Members:
     _known: LRUCache[_Key, KnownMembership] = field(init=False)
     _changed: LRUCache[tuple[str, str], float] = field(factory=lambda: LRUCache(50_000), init=False)
     _all_changed: float = field(default=0.0, init=False)
+    _departures: LRUCache[str, int] = field(factory=lambda: LRUCache(20_000), init=False)
     _lookups: FreshLookups[_Key, Membership] = field(init=False)
     _lists: FreshLookups[str, Collection[str] | None] = field(init=False)
 
@@ -152,6 +153,10 @@ class Members:
             return KnownMembership(Membership.JOIN, self._clock.seconds())
         return self._known.get(_Key(room_id, user))
 
+    def departures(self, room_id: str) -> int:
+        """A number that grows when somebody is found not to be joined any more, or not to be joined at all."""
+        return self._departures.get(room_id, 0)
+
     def forget_freshness(self, room_id: str, user: str = "") -> None:
         """A membership of the room has changed, of one user if named: an earlier lookup is not believed."""
         self._changed[room_id, user] = self._clock.seconds()
@@ -170,3 +175,5 @@ class Members:
         known = self._known.get(key)
         if known is None or known.began <= began:
             self._known[key] = KnownMembership(membership, began)
+            if membership is not Membership.JOIN and (known is None or known.membership is Membership.JOIN):
+                self._departures[key.room_id] = self.departures(key.room_id) + 1

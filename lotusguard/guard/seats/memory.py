@@ -197,8 +197,9 @@ class MemorySeatBook:
         return room.seats.aliases() if room is not None else ()
 
     async def kept_aliases(self) -> Collection[str]:
-        now, kept = self._clock.seconds(), set[str]()
-        for _, room in self._rooms:
+        kept: set[str] = set()
+        async for _, room in in_slices(self._clock, self._rooms):
+            now = self._clock.seconds()
             kept |= room.seats.kept_aliases(now, now - KEPT_FOR)
         return kept
 

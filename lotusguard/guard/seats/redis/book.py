@@ -30,6 +30,8 @@ RENEW_INTERVAL = 1.5
 LISTED_TRUSTED = 2.0
 """Seconds for which the last answer about a room's SFU rooms serves again."""
 ROOMS_SHOWN = 2_000
+ROOMS_ASKED = 100_000
+"""Rooms that are looked at for `RedisSeatBook.kept_aliases`."""
 ROOMS_AT_ONCE = 32
 """Rooms that one question about many of them works on at the same time. Joins need the other calls."""
 
@@ -216,15 +218,15 @@ class RedisSeatBook:
                 known = self._steps.listed(room_id)
                 kept.update(known.aliases if known is not None else ())
 
-        await gather_in_turns(ROOMS_AT_ONCE, read, await self._room_ids())
+        await gather_in_turns(ROOMS_AT_ONCE, read, await self._room_ids(ROOMS_ASKED))
         return kept
 
     async def snapshots(self) -> Sequence[RoomSnapshot]:
-        found = await gather_in_turns(ROOMS_AT_ONCE, self.snapshot, await self._room_ids())
+        found = await gather_in_turns(ROOMS_AT_ONCE, self.snapshot, await self._room_ids(ROOMS_SHOWN))
         return sorted((one for one in found if one is not None), key=lambda snapshot: snapshot.room_id)
 
-    async def _room_ids(self) -> Sequence[str]:
-        """Matrix rooms of which Redis knows something, at most `ROOMS_SHOWN`."""
+    async def _room_ids(self, most: int) -> Sequence[str]:
+        """Matrix rooms of which Redis knows something. :param most: so many of them at most."""
         before, after = room_key("\0").split("\0")
         names: list[str] = []
         cursor = "0"
@@ -232,9 +234,9 @@ class RedisSeatBook:
             scan = partial(self._redis.call, "SCAN", cursor, "MATCH", f"{before}*{after}", "COUNT", 500)
             cursor, found = await when_less_busy(self._reactor, scan)
             names += [key[len(before) : -len(after)] for key in found]
-            if cursor == "0" or len(names) >= ROOMS_SHOWN:
+            if cursor == "0" or len(names) >= most:
                 break
-        return sorted(set(names))[:ROOMS_SHOWN]
+        return sorted(set(names))[:most]
 
     async def snapshot(self, room_id: str) -> RoomSnapshot | None:
         idle, taken, awaited, present = await self._step(room_id, "snapshot")
