@@ -21,7 +21,7 @@ from lotusguard.rules.seats import Arrival
 from tests.conftest import until
 
 from .conftest import OwnServer
-from .direct import DirectGuard, Server
+from .direct import Crash, DirectGuard, Server
 from .guards import guards, reactor
 from .test_crashes import outcome_of
 from .test_seat_book import ALIAS, issue, listed
@@ -116,6 +116,31 @@ def test_a_listing_from_a_guard_whose_clock_is_ahead_counts_from_now_on_at_most(
     outcome_of(guard.book.is_started("!r"))
     _, since = outcome_of(guard.book.listed_since("!r", [ALIAS]))
     assert since <= guard.clock.seconds()
+
+
+def test_a_join_that_is_made_again_waits_until_the_new_data_set_is_complete() -> None:
+    server = Server()
+    server.replace({})
+    guards = first, second = DirectGuard(server), DirectGuard(server)
+    _pass(server, guards, 6.0)
+    outcome_of(first.book.apply_listing("!again", ALIAS, [], 1, first.clock.seconds()))
+    _, hold_id = outcome_of(first.book.take("!again", "a", 1, ALIAS))
+    outcome_of(first.book.issue("!again", hold_id, Issued(ALIAS, "a"), durable=True))
+    _pass(server, guards, 1.0)
+
+    def restart(key: str, request: str) -> None:
+        server.spy = lambda key, request: None
+        server.replace({})
+        for guard in guards:
+            guard.client.connected = False
+
+    server.spy, second.client.crash = restart, Crash.AFTER  # the answer is lost, and then the server and its data
+    taken: list[object] = []
+    Deferred.fromCoroutine(second.book.take("!again", "new", 1, ALIAS)).addBoth(taken.append)
+    assert not taken, "the other guard has not given back its holds"
+    _pass(server, guards, 2.0)
+    assert taken == [Refusal.FULL]
+    assert not second.book.unshared
 
 
 def test_a_guard_that_notices_a_loss_later_than_others_keeps_no_room_from_them() -> None:

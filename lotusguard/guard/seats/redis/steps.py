@@ -109,7 +109,7 @@ class RoomSteps:
         """If the connection is lost, the step is made again: the answer may have been lost after the script ran. So the
         same operations must have the same results.
 
-        :param certain: fail with `DATA_LOST` if the data set was deleted before the step.
+        :param certain: make the step only in a complete data set; fail with `DATA_LOST` if that was deleted before it.
         :return: the operations' results. :raises DependencyFailed: Redis gives no usable answer.
         """
         before, confirmed = self._first.pop(room_id, []), False
@@ -134,6 +134,8 @@ class RoomSteps:
         return results[len(before) :]
 
     async def _once(self, room_id: str, operations: list[Operation], certain: bool, confirmed: bool) -> list[Any]:
+        if certain:  # made again, it may meet another data set, which is not complete yet
+            await self._rebuilding.wait()
         data_set = await self._rebuilding.named()
         await self.know_time()
         request = {
