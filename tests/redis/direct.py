@@ -18,7 +18,7 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import NO_SCRIPT, Script
-from lotusguard.clients.redis.link import ServerInfo
+from lotusguard.clients.redis.link import ServerInfo, read_info
 from lotusguard.guard.seats.failover import FailoverSeatBook, guard_name
 from lotusguard.guard.seats.memory import MemorySeatBook
 from lotusguard.guard.seats.redis.book import RedisSeatBook
@@ -79,11 +79,17 @@ class Server:
     def command(self, *words: Any) -> Any:
         if words[0] == "TIME":
             return [str(int(self.now)), str(int(self.now % 1 * 1e6))]
+        if words[0] == "INFO":
+            return self.info
         if words[0] == "PUBLISH":
             for listener in self.listeners.get(words[1], ()):
                 listener(words[2])
             return 0
         return _text(self.client.execute_command(*words))
+
+    @property
+    def info(self) -> str:
+        return f"run_id:run\r\nmaster_replid:{self.epoch}\r\nredis_version:9.0.0\r\nuptime_in_seconds:3600\r\n"
 
     def snapshot(self) -> dict[bytes, bytes]:
         return {key: self.client.dump(key) for key in self.client.keys("lotusguard:*")}
@@ -129,7 +135,7 @@ class DirectClient:
     def connect(self) -> None:
         self.connected = True
         for told in self.on_server:
-            told(ServerInfo(self.server.epoch, (9,), True, 3600.0))
+            told(read_info(self.server.info))
         self.clock.advance(0)
 
     def listen(self, channel: str, listener: Callable[[str], None]) -> None:

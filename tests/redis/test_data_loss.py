@@ -143,6 +143,21 @@ def test_a_join_that_is_made_again_waits_until_the_new_data_set_is_complete() ->
     assert not second.book.unshared
 
 
+def test_guards_agree_on_a_name_after_the_first_replica_of_a_running_server_changed_it() -> None:
+    server = Server()
+    server.replace({})
+    first = DirectGuard(server)
+    _pass(server, [first], 6.0)
+    server.epoch = "renamed"  # connected guards are not told
+    guards = [first, DirectGuard(server)]
+    _pass(server, guards, 3.0)
+    agreed = {guard.rebuilding.data_set for guard in guards}
+    assert len(agreed) == 1
+    assert all(guard.rebuilding.complete for guard in guards)
+    _pass(server, guards, 3.0)
+    assert {guard.rebuilding.data_set for guard in guards} == agreed
+
+
 def test_a_guard_that_notices_a_loss_later_than_others_keeps_no_room_from_them() -> None:
     server = Server()
     server.replace({})

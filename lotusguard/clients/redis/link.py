@@ -44,7 +44,8 @@ ANSWERS = b"+-:$*"
 class ServerInfo:
     """The server that a connection leads to.
 
-    :ivar epoch: changes when the server may have another data set: it was restarted, or another one took over.
+    :ivar epoch: changes when the server may have another data set: it was restarted, or another one took over. A
+        server that runs changes it too when its replication ID changes.
     :ivar uptime: seconds since the server was started.
     """
 

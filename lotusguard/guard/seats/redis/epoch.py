@@ -24,7 +24,7 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, Script
-from lotusguard.clients.redis.link import ServerInfo
+from lotusguard.clients.redis.link import ServerInfo, read_info
 from lotusguard.clients.waiting import fire_all, run_in_background
 from lotusguard.guard.seats.redis.generation import RECORD, Generation, Question
 from lotusguard.guard.seats.redis.scripts import PREFIX, lua
@@ -178,7 +178,10 @@ class Rebuilding:
         generation, complete, guards = json.loads(answer)
         if epoch != self._epoch:  # there is another connection by now
             return
-        if self.data_set != f"{epoch}.{generation}":
+        named = f"{epoch}.{generation}"
+        if self.data_set not in ("", named) and await self._renamed(epoch):
+            return
+        if self.data_set != named:
             self.guards = sorted({*self.guards, *guards})
             self._changed(epoch, generation)
             return
@@ -187,10 +190,20 @@ class Rebuilding:
             self.complete, self.guards = True, list(guards)
             _fire(self._waiting)
 
+    async def _renamed(self, epoch: str) -> bool:
+        """Whether the server has another epoch by now. A server that runs changes its replication ID when its first
+        replica comes, and an hour after the last one has left.
+        """
+        server = read_info(await self._redis.call("INFO"))
+        if server.epoch != self._epoch:
+            self._connected(server)
+        return self._epoch != epoch
+
     def _changed(self, epoch: str, generation: str) -> None:
         if self._generation:
             log.warn(
-                "Redis may have lost seats: it was restarted, another server took over, or its data were deleted",
+                "Redis may have lost seats: it was restarted, another server took over, its data were deleted, or its "
+                "replication ID changed",
                 event_name="redis_epoch",
             )
         self.complete, self._generation, self.data_set = False, generation, f"{epoch}.{generation}"
