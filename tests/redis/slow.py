@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TCP proxy before a Redis server that delays what passes, loses answers, and counts round trips."""
+"""A TCP proxy before a Redis server that delays what passes, loses answers, or lets connections lead nowhere."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ class _Client(Protocol):
 
     def __init__(self, proxy: SlowProxy) -> None:
         self._proxy = proxy
+        self.swallowed = False
         self._server: Any = None
         self._early: list[bytes] = []
 
     def connectionMade(self) -> None:
+        self._proxy.clients.append(self)
         factory = Factory.forProtocol(lambda: _Server(self._proxy, self))
         factory.noisy = False
         HostnameEndpoint(reactor, "127.0.0.1", self._proxy.server).connect(factory).addCallbacks(
@@ -56,13 +58,15 @@ class _Client(Protocol):
         reactor.callLater(self._proxy.delay / 2, self._send, data)
 
     def _send(self, data: bytes) -> None:
+        if self.swallowed:
+            return
         if self._server is None:
             self._early.append(data)
         else:
             self._server.transport.write(data)
 
     def pass_on(self, data: bytes) -> None:
-        if self.connected:
+        if self.connected and not self.swallowed:
             assert self.transport is not None
             self.transport.write(data)
 
@@ -80,13 +84,14 @@ class SlowProxy:
     """:ivar server: the port of Redis. :ivar delay: seconds that a round trip takes longer.
 
     :ivar loses_answers: connections end instead of passing an answer on; the server has done the work.
-    :ivar lost: how many answers were lost.
+    :ivar lost: how many answers were lost. :ivar clients: all connections, in the order in which they came.
     """
 
     server: int
     delay: float = 0.0
     loses_answers: bool = False
     lost: int = 0
+    clients: list[_Client] = field(init=False, factory=list)
     _listening: Any = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -97,6 +102,11 @@ class SlowProxy:
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self._listening.getHost().port}"
+
+    def swallow(self) -> None:
+        """Let the connections that there are lead nowhere, as if the machine had lost its power. New ones work."""
+        for client in self.clients:
+            client.swallowed = True
 
     async def stop(self) -> None:
         await self._listening.stopListening()

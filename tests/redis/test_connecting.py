@@ -29,6 +29,7 @@ from tests.real.certificates import write_certificate
 from .conftest import OwnServer
 from .guards import reactor
 from .server import start_server
+from .slow import slow_proxy
 
 
 @contextmanager
@@ -154,6 +155,20 @@ async def test_a_call_has_a_timeout_and_failures_open_the_circuit(own_server: Ow
         with pytest.raises(DependencyFailed, match="circuit_open"):
             await client.call("PING")
         await until(lambda: client.available, 30)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_that_leads_nowhere_is_given_up(own_server: OwnServer) -> None:
+    async with slow_proxy(own_server.port) as proxy:
+        with client_of(proxy.url, timeout=0.5) as client:
+            await until(lambda: client.available and len(proxy.clients) == 2)
+            await client.probe()
+            proxy.swallow()
+            with pytest.raises(DependencyFailed, match="timeout"):
+                await client.probe()
+            await until(lambda: len(proxy.clients) == 3, 30)
+            await until(lambda: client.available, 30)
+            assert await client.call("PING") == "PONG"
 
 
 @pytest_twisted.ensureDeferred

@@ -176,7 +176,12 @@ class RedisClient:
 
     async def probe(self) -> None:
         """See whether the server accepts writes. :raises DependencyFailed: it does not."""
-        await self._call(("SET", PROBE_KEY, "1", "EX", 60), is_probe=True)
+        try:
+            await self._call(("SET", PROBE_KEY, "1", "EX", 60), is_probe=True)
+        except DependencyFailed as failed:
+            if failed.reason == "timeout":  # its machine may be gone: the connection would not end for many minutes
+                self._commands.drop()
+            raise
         self.trouble = ""
 
     async def run(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
