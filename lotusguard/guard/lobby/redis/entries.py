@@ -225,22 +225,29 @@ class RedisEntries:
         self._catching_up = True
         try:
             doubts = -1
-            while doubts != self._doubts or self._changed_alone:  # changed alone while Redis was read
-                doubts = self._doubts
+            # changed alone, or deleted, while Redis was read: it is read again
+            while doubts != self._doubts or self._changed_alone or self._born != self._replica.born:
+                doubts, answered_at = self._doubts, self._replica.answered_at
+                await self._replica.ask()
+                if self._born not in ("", self._replica.born):  # its data were deleted
+                    self._knows = Knowledge.REDIS_BEHIND
+                self._born = self._replica.born
                 if self._knows is Knowledge.REDIS_BEHIND:
-                    self._mark_all()
+                    self._mark_all(answered_at)
                 await self._give_back()
                 await self._replica.read_all()
         finally:
             self._catching_up = False
-        self._knows, self._born = Knowledge.CURRENT, self._replica.born
+        self._knows = Knowledge.CURRENT
         if self.alone:
             log.info("lobbies are shared with the other guards again", event_name="lobby_shared")
         self.alone = False
 
-    def _mark_all(self) -> None:
-        """Redis may have lost every entry. What this guard has not heard of for long may have ended since."""
-        answered_at = self._replica.answered_at
+    def _mark_all(self, answered_at: float | None) -> None:
+        """Redis may have lost every entry. What this guard has not heard of for long may have ended since.
+
+        :param answered_at: when Redis answered last, before the answer that shows the loss.
+        """
         if answered_at is not None and self._clock.seconds() - answered_at < CURRENT_WITHIN:
             for room_id, entry in self.book.entries():
                 self._changed_alone.setdefault((room_id, entry.user), LobbyEvent.ASK)

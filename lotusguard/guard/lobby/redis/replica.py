@@ -115,12 +115,13 @@ class Replica:
         return self.book.learn(room_id, self._entry(told), None).entry
 
     async def read_all(self) -> None:
-        """Learn all entries. Those that Redis does not have, have ended.
+        """Learn all entries. Those that Redis does not have, have ended, unless its data are deleted meanwhile.
 
         :raises DependencyFailed: Redis gives no answer.
         """
         seen: set[Key] = set()
         changes: list[Change | None] = []
+        born = self.born
         await self.ask()
         began, last, more = self._version, "", True
         while more:
@@ -139,7 +140,7 @@ class Replica:
             more = bool(last)
         for room_id, entry in list(self.book.entries()):
             key = (room_id, entry.user)
-            if key not in seen and entry.version <= began and not self._decided_alone(key):
+            if self.born == born and key not in seen and entry.version <= began and not self._decided_alone(key):
                 changes.append(self.book.learn_end(*key, None))
         self._heard, self._heard_at = max(self._heard, began), self._clock.seconds()
         self._awaited = (began, self._clock.seconds())
