@@ -212,7 +212,7 @@ class RedisSeatBook:
         kept: set[str] = set()
 
         async def read(room_id: str) -> None:
-            left = int(await self._redis.call("PTTL", room_key(room_id))) / 1000
+            left = int(await when_less_busy(self._reactor, partial(self._redis.call, "PTTL", room_key(room_id)))) / 1000
             if left >= OCCUPIED_ROOM - KEPT_FOR:  # each listing of an occupied room begins that time anew
                 await self._step(room_id, "nothing")
                 known = self._steps.listed(room_id)
