@@ -163,7 +163,7 @@ class DirectClient:
 
     run_loaded = run
 
-    async def call(self, *words: Any) -> Any:
+    async def call(self, *words: Any, limited: bool = True) -> Any:
         return await self._do(lambda: self.server.command(*words))
 
     async def _do(self, work: Callable[[], Any]) -> Any:

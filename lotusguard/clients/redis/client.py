@@ -208,18 +208,22 @@ class RedisClient:
         """Wait a moment for a new connection. :raises DependencyFailed: there is none."""
         await self._commands.connected(RECONNECT_WAIT)
 
-    async def call(self, *words: str | bytes | int) -> Any:
-        """Send one command. :raises DependencyFailed: no usable answer in time."""
-        return await self._call(words, is_probe=False)
+    async def call(self, *words: str | bytes | int, limited: bool = True) -> Any:
+        """Send one command.
 
-    async def _call(self, words: tuple[str | bytes | int, ...], *, is_probe: bool) -> Any:
+        :param limited: do not send it if `CALLS_AT_ONCE` wait already. Else there must be few of these calls.
+        :raises DependencyFailed: no usable answer in time.
+        """
+        return await self._call(words, is_probe=False, limited=limited)
+
+    async def _call(self, words: tuple[str | bytes | int, ...], *, is_probe: bool, limited: bool = True) -> Any:
         protocol = self._commands.protocol
         if protocol is None:
             raise DependencyFailed(NAME, self._commands.fault)
         if self.breaker.open and not is_probe:
             self._outcomes["circuit_open"].inc()
             raise CircuitOpen(NAME)
-        if self._waiting >= CALLS_AT_ONCE:
+        if limited and self._waiting >= CALLS_AT_ONCE:
             self._outcomes[QUEUE_FULL].inc()
             raise DependencyFailed(NAME, QUEUE_FULL)
         began = self._reactor.seconds()

@@ -40,7 +40,8 @@ class Question:
     async def send(self) -> None:
         """Ask Redis. It never fails: whoever waits for the answer is told."""
         try:
-            self._generation = await self._redis.call("HGET", RECORD, "generation")
+            # without an answer all steps of this turn would be made again
+            self._generation = await self._redis.call("HGET", RECORD, "generation", limited=False)
         except Exception as error:
             self._failed = reason_of(error)
         self._answered = True
