@@ -107,7 +107,7 @@ def test_a_call_goes_on_after_livekit_was_killed_and_restarted(services: Stack, 
 
 
 @pytest.mark.parametrize("mode", [USUAL_MODE])
-def test_a_call_ends_if_the_guard_and_livekit_are_killed_at_once(services: Stack, call: Call, mode: str) -> None:
+def test_a_call_ends_if_the_guard_is_back_after_livekit(services: Stack, call: Call, mode: str) -> None:
     room_id, alice, bob = call
     alice.page.wait_for_timeout(AWAY)
     services.kill_guard()
