@@ -17,6 +17,7 @@ from twisted.logger import Logger
 
 from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
 from lotusguard.clients.failures import CircuitOpen, DependencyFailed
+from lotusguard.clients.lookups import SharedLookups
 from lotusguard.clients.redis.faults import ADVICE, NAME, NOT_CONNECTED, reason_of
 from lotusguard.clients.redis.link import CommandProtocol, Link, ServerInfo, SubscriberProtocol
 from lotusguard.metrics import Metrics
@@ -36,6 +37,8 @@ QUEUE_FULL = "queue_full"
 """The reason of a call that was not made because so many wait for an answer."""
 BUSY_LONGEST, BUSY_POLL = 2.0, 0.05
 """Seconds for which a call is made again while so many wait for an answer, and between two attempts."""
+BUSY_ATTEMPTS = 10
+"""Attempts at least: this process may have been busy for all that time, and have read no answers."""
 
 Listener = Callable[[str], None]
 T = TypeVar("T")
@@ -46,12 +49,13 @@ async def when_less_busy(clock: IReactorTime, call: Callable[[], Awaitable[T]]) 
 
     :raises DependencyFailed: it failed for another reason, or there were too many calls all the time.
     """
-    until = clock.seconds() + BUSY_LONGEST
+    until, left = clock.seconds() + BUSY_LONGEST, BUSY_ATTEMPTS
     while True:
         try:
             return await call()
         except DependencyFailed as failed:
-            if failed.reason != QUEUE_FULL or clock.seconds() >= until:
+            left -= 1
+            if failed.reason != QUEUE_FULL or (left <= 0 and clock.seconds() >= until):
                 raise
         await deferLater(clock, BUSY_POLL)
 
@@ -90,6 +94,7 @@ class RedisClient:
     _commands: Link[CommandProtocol] = field(init=False, repr=False)
     _messages: Link[SubscriberProtocol] = field(init=False, repr=False)
     _listeners: dict[str, Listener] = field(init=False, factory=dict)
+    _loads: SharedLookups[Script, None] = field(init=False, repr=False)
     _waiting: int = field(init=False, default=0)
     _seconds: Histogram = field(init=False, repr=False)
     _outcomes: dict[str, Counter] = field(init=False, repr=False)
@@ -100,6 +105,7 @@ class RedisClient:
         self._messages = Link(
             self._address, SubscriberProtocol, self._messages_ready, self._reactor, self.timeout, first=self._commands
         )
+        self._loads = SharedLookups(self._load)
         self._seconds = self._metrics.dependency_seconds.labels(NAME)
         outcomes = ("ok", "refused", "failed", "circuit_open", "queue_full")
         self._outcomes = {outcome: self._metrics.dependency_calls.labels(NAME, outcome) for outcome in outcomes}
@@ -201,8 +207,11 @@ class RedisClient:
         return answer
 
     async def load(self, script: Script) -> None:
-        """Let the server know a script. It forgets scripts when it restarts."""
-        await self.call("SCRIPT", "LOAD", script.text)
+        """Let the server know a script. It forgets scripts when it restarts. Calls at the same time send one command."""
+        await self._loads.get(script)
+
+    async def _load(self, script: Script) -> None:
+        await self.call("SCRIPT", "LOAD", script.text, limited=False)
 
     async def connected_again(self) -> None:
         """Wait a moment for a new connection. :raises DependencyFailed: there is none."""
