@@ -207,7 +207,7 @@ class RedisClient:
         return answer
 
     async def load(self, script: Script) -> None:
-        """Let the server know a script. It forgets scripts when it restarts. Calls at the same time send one command."""
+        """Let the server know a script. It forgets them when it restarts. Calls at the same time share one command."""
         await self._loads.get(script)
 
     async def _load(self, script: Script) -> None:
