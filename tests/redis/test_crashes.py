@@ -146,6 +146,12 @@ class Guards(RuleBasedStateMachine):
     def everything_is_deleted(self) -> None:
         self._replace(older=False, same_server=True)
 
+    @rule(number=NUMBERS)
+    def first_replica_comes(self, number: int) -> None:
+        """The replication ID of the server changes. Connected guards are not told; one connects again."""
+        self.server.epoch = f"epoch{next(self.server.names)}"
+        self.guards[number].client.connected = False
+
     def _replace(self, older: bool, *, same_server: bool) -> None:
         self.server.replace(self.saved if older else {}, same_server=same_server)
         self.model.restore(older=older)
