@@ -148,6 +148,8 @@ class GuardLog:
             found.events[line["event"]] += 1
             if "traceback" in line or line["level"] == "critical":
                 found.tracebacks.append(f"{line['message']}\n{line.get('traceback', '')}")
+            if line["event"] == "join":  # a "fail_open" line is left out if there are too many
+                found.unenforced[line["request_id"]] += line["unenforced"]
             if line["event"] == "fail_open":
                 at = datetime.fromisoformat(line["time"]).timestamp()
                 found.unenforced[line["request_id"]].append(line["check"])
