@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from attrs import define
-from twisted.internet.defer import maybeDeferred
+from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.threads import deferToThread
 
@@ -61,8 +61,7 @@ class Guards:
 
     async def start(self) -> None:
         self._reactor.addSystemEventTrigger("after", "shutdown", self._kill)
-        for guard in self.each:
-            await guard.start()
+        await gatherResults([Deferred.fromCoroutine(guard.start()) for guard in self.each], consumeErrors=True)
 
     async def end(self, how: signal.Signals) -> Sequence[int]:
         """Send all a signal and wait for their ends. :return: the exit statuses, as of `GuardUnderSoak.end`."""
