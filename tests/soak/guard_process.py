@@ -95,6 +95,10 @@ class GuardUnderSoak:
         if self._process is not None and self._process.pid:
             self._process.signalProcess("KILL")
 
+    def waited(self) -> float:
+        """How long its main thread has waited for a processor so far, in seconds."""
+        return seconds_waited(self._process.pid) if self._process is not None and self._process.pid else 0.0
+
     def measure(self) -> None:
         """Record its open descriptors and its memory."""
         if self._protocol.ended.called or self._process is None or not self._process.pid:
@@ -125,6 +129,14 @@ class GuardUnderSoak:
         return self.usage[self._process.pid][-1][1]
 
 
+def seconds_waited(pid: int | str) -> float:
+    """How long a process's main thread was ready to run while others ran; 0 where the kernel does not count that."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 @define
 class GuardLog:
     """What the guards logged, as far as a soak judges it.
@@ -148,7 +160,7 @@ class GuardLog:
             found.events[line["event"]] += 1
             if "traceback" in line or line["level"] == "critical":
                 found.tracebacks.append(f"{line['message']}\n{line.get('traceback', '')}")
-            if line["event"] == "join":  # a "fail_open" line is left out if there are too many
+            if line["event"] == "join" and line["unenforced"]:  # a "fail_open" line is left out if there are too many
                 found.unenforced[line["request_id"]] += line["unenforced"]
             if line["event"] == "fail_open":
                 at = datetime.fromisoformat(line["time"]).timestamp()

@@ -9,13 +9,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from attrs import define
+from attrs import define, field
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.threads import deferToThread
 
 from tests.soak.balancer import Balancer
-from tests.soak.guard_process import GuardUnderSoak
+from tests.soak.guard_process import GuardUnderSoak, seconds_waited
 from tests.soak.stampede.guards import Valkey
 
 
@@ -34,6 +34,7 @@ class Guards:
     admin_url: str
     _reactor: Any
     _listening: Sequence[IListeningPort]
+    _waited: dict[int, float] = field(init=False, factory=dict)
 
     @classmethod
     async def create(
@@ -74,6 +75,12 @@ class Guards:
         """Start the killed Valkey again; that blocks for a moment."""
         assert self.valkey is not None
         await deferToThread(self.valkey.start)
+
+    def waited(self) -> float:
+        """How long they waited for processors since the last call, or this process did: the longest, in seconds."""
+        waited = {guard.port: guard.waited() for guard in self.each} | {0: seconds_waited("self")}
+        before, self._waited = self._waited, waited
+        return max(seconds - before.get(port, seconds) for port, seconds in waited.items())
 
     def measure(self) -> None:
         """Record what each uses."""

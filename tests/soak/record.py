@@ -15,6 +15,8 @@ STATE_AGE, SEAT_TTL, TOKEN_TTL = 2.0, 5.0, 20.0
 """The guard's settings in a soak; the first is how long it believes policies and memberships."""
 RECONNECT = 20.0
 """Seconds for which the guard keeps the seat of a session whose end it was not told of."""
+LATE_WEBHOOKS = ("guard", "killed", "redis", "livekit", "processors")
+"""Faults in which guards may be told late that a session has ended, or not at all."""
 REMEMBERED = 60.0
 WRITTEN = 1.5
 """Seconds after which what was learnt from a token has to survive ``kill -9``."""
@@ -147,7 +149,7 @@ class Record:
     def _seat_is_free_from(self, stay: Stay) -> float:
         """The latest time at which the guard may still have kept the seat of a session that ended."""
         assert stay.ended is not None
-        told = not self.disturbances.any_between(stay.ended - 1, stay.ended + 10, "guard", "killed", "redis", "livekit")
+        told = not self.disturbances.any_between(stay.ended - 1, stay.ended + 10, *LATE_WEBHOOKS)
         return stay.ended + (2 if told else RECONNECT + 5)
 
     def possible_holders(self, this: Ask, now: float) -> set[str]:

@@ -35,6 +35,8 @@ SAMPLING = 0.25
 """Seconds between two checks of the running calls."""
 STALL = 0.75
 """Seconds by which a check may be late. A busy machine may stop the stand-ins for a while: that is a fault too."""
+STARVED = 0.4
+"""Seconds in each second for which a process may wait for a processor that others use. More is a fault, too."""
 
 
 @define(eq=False, slots=False)
@@ -153,6 +155,9 @@ class Soak:
         oracle.counts["most sessions at once"] = max(oracle.counts["most sessions at once"], len(world.sessions))
         if int(now) != int(now - SAMPLING):
             self._guards.measure()
+            if self._guards.waited() > STARVED:
+                oracle.disturbances.begin("processors", now - 1).ended = now
+                oracle.counts["seconds without enough processors"] += 1
             oracle.prune(now)
 
     async def _descriptors_when_idle(self, idle: int) -> int:

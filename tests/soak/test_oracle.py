@@ -110,6 +110,16 @@ def test_a_refusal_of_a_seats_owner_is_blamed_unless_guards_were_alone(
     assert [what for what in blamed(oracle) if what == "the owner of a seat refused"] == blame
 
 
+def test_a_seat_that_was_never_enforced_is_no_reason_for_blame(oracle: Oracle) -> None:
+    policy_is(oracle, Policy(max_users=1))
+    issued = issue(oracle, ALICE)
+    oracle.refused(ask(oracle, ALICE, NOW + 2), FULL, NOW + 2.1)
+    suspicion = oracle.suspicions[0]
+    assert suspicion.what == "the owner of a seat refused"
+    assert suspicion.is_explained({issued.request_id})
+    assert not suspicion.is_explained({"another"})
+
+
 def test_sources_and_life_of_a_token_are_judged(oracle: Oracle) -> None:
     policy_is(oracle, MODERATORS_SPEAK)
     issue(oracle, ALICE, exp=3600.0)
