@@ -158,6 +158,7 @@ class Soak:
             if self._guards.waited() > STARVED:
                 oracle.disturbances.begin("processors", now - 1).ended = now
                 oracle.counts["seconds without enough processors"] += 1
+            oracle.counts["seconds in which nothing was excused"] += not oracle.disturbances.any_between(now, now)
             oracle.prune(now)
 
     async def _descriptors_when_idle(self, idle: int) -> int:
