@@ -6,6 +6,7 @@ CONSTRAINTS_VENV ?= .venv-constraints
 DIST_VENV ?= .venv-dist
 BIN := $(VENV)/bin
 SECONDS_OF_SOAK ?= 600
+GUARDS ?= 1
 
 .PHONY: demo test lint unit fuzz bench profile soak stampede crashes constraints dist clean
 
@@ -31,8 +32,9 @@ bench: $(VENV)/.installed
 profile: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.profile
 
+# `make soak GUARDS=3`: three guards that share a Valkey.
 soak: $(VENV)/.installed
-	$(BIN)/python -m tests.soak --seconds $(SECONDS_OF_SOAK)
+	$(BIN)/python -m tests.soak --seconds $(SECONDS_OF_SOAK) --guards $(GUARDS)
 
 # 2,000 joins on 10 seats through 4 guards, 100 times; then with guards and Valkey killed meanwhile.
 stampede: $(VENV)/.installed

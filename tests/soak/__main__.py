@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m tests.soak --seconds 600``: users, moderators and faults at random, and what must hold nevertheless.
 
-Stand-ins and virtual users live in this process, the guard in a process of its own, which is restarted and killed in
-the first half. The table at the end says what held; the exit status says whether everything did.
+Stand-ins and virtual users live in this process, each guard in a process of its own. In the first half guards are
+restarted and killed; with several guards, so is the Valkey that they share. The table at the end says what held; the
+exit status says whether everything did.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--users", type=int, default=40)
+    parser.add_argument("--guards", type=int, default=1, help="several share a Valkey")
     parser.add_argument("--seed", type=int, default=None, help="of the random numbers; timing still differs each time")
-    parser.add_argument("--keep-log", type=Path, help="where to copy the guard's log")
+    parser.add_argument("--keep-logs", type=Path, help="where to keep the guards' logs")
     options = parser.parse_args()
     raise_file_limit()
     rows: list[Row] = []
@@ -44,12 +46,12 @@ def main() -> None:
         reactor.stop()
 
     with TemporaryDirectory(prefix="soak") as directory:
+        place = options.keep_logs or Path(directory)
+        place.mkdir(exist_ok=True)
         seed = Random().randrange(10**6) if options.seed is None else options.seed
-        soak = Soak(reactor, options.seconds, options.users, seed, Path(directory))
+        soak = Soak(reactor, options.seconds, options.users, options.guards, seed, place)
         reactor.callWhenRunning(lambda: Deferred.fromCoroutine(soak.run()).addBoth(done))
         reactor.run()
-        if options.keep_log and soak.log.exists():
-            options.keep_log.write_bytes(soak.log.read_bytes())
     if failed:
         sys.exit(str(failed[0]))
     show(rows)

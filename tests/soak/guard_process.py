@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard of a soak, in a process of its own: started, stopped, killed and measured; and its log."""
+"""A guard of a soak, in a process of its own: started, stopped, killed and measured; and its log."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import os
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from attrs import Factory, define
+from attrs import Factory, define, field
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
+from twisted.web.client import HTTPConnectionPool
+from twisted.web.http_headers import Headers
 
-TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "lotusguard"]
+from lotusguard.clients.http import FixedAgent, fetch
+from tests.guardprocess import CHECKOUT, TWISTD, free_port
+
+COMMAND = [sys.executable, "-c", TWISTD, "-n", "--pidfile=", "lotusguard"]
 
 
 class _Process(ProcessProtocol):
@@ -30,47 +36,68 @@ class _Process(ProcessProtocol):
         self.ended.callback(-status.signal if status.signal else status.exitCode)
 
 
+@define(eq=False)
 class GuardUnderSoak:
-    """One guard at a time on the same ports, as a supervisor would run it.
+    """One guard on the same ports each time it is started, as a supervisor would run it.
 
     :ivar usage: by process id, seconds since its start, descriptors and resident memory (kB), once a second.
     """
 
-    def __init__(self, reactor: Any, environment: dict[str, str], log: Path, url: str) -> None:
-        self._reactor = reactor
-        self._environment = {**os.environ, **environment}
-        self._log = log
-        self._process: Any = None
-        self._protocol = _Process()
-        self._started = 0.0
-        self.url = url
-        self.usage: dict[int, list[tuple[float, int, int]]] = defaultdict(list)
+    _reactor: Any
+    _environment: dict[str, str]
+    _directory: Path
+    port: int = field(init=False, factory=free_port)
+    admin_port: int = field(init=False, factory=free_port)
+    usage: dict[int, list[tuple[float, int, int]]] = field(init=False, factory=lambda: defaultdict(list))
+    _process: Any = field(init=False, default=None)
+    _protocol: _Process = field(init=False, factory=_Process)
+    _started: float = field(init=False, default=0.0)
 
-    async def start(self, answers: Any) -> None:
-        """Start it and wait until ``answers()`` does not raise."""
+    @property
+    def log(self) -> Path:
+        return self._directory / "guard.log"
+
+    async def start(self) -> None:
+        """Start it and wait until it answers."""
+        self._directory.mkdir(exist_ok=True)
         self._protocol = _Process()
-        output = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        root = str(Path(__file__).parents[2])
+        output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        own = {
+            "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": str(self.port), "GUARD_ADMIN_PORT": str(self.admin_port),
+            "GUARD_STATE_DIR": str(self._directory), "GUARD_LOG_FORMAT": "json",
+        }  # fmt: skip
         self._process = self._reactor.spawnProcess(
-            self._protocol, TWISTD[0], TWISTD, self._environment, root, childFDs={0: "w", 1: output, 2: output}
-        )
+            self._protocol, COMMAND[0], COMMAND, {**os.environ, **self._environment, **own}, str(CHECKOUT),
+            childFDs={0: "w", 1: output, 2: output},
+        )  # fmt: skip
         os.close(output)
         self._started = self._reactor.seconds()
+        url, each_anew = f"http://127.0.0.1:{self.admin_port}", HTTPConnectionPool(self._reactor, persistent=False)
+        agent = FixedAgent(self._reactor, url, each_anew)
         for _ in range(600):
             if self._protocol.ended.called:
                 break
             try:
-                await answers()
+                await fetch(agent, b"GET", b"/healthz", Headers(), limit=1 << 16).addTimeout(5, self._reactor)
             except Exception:
                 await deferLater(self._reactor, 0.05)
             else:
                 return
-        raise RuntimeError(f"the guard does not start; see {self._log}")
+        raise RuntimeError(f"the guard does not start:\n{self.log.read_text()[-3000:]}")
 
     async def end(self, how: signal.Signals) -> int:
         """Send a signal and wait for the end. :return: the exit status; negative for a signal."""
         self._process.signalProcess(how.name.removeprefix("SIG"))
         return await self._protocol.ended
+
+    def kill(self) -> None:
+        """Kill it if it runs, and wait for nothing."""
+        if self._process is not None and self._process.pid:
+            self._process.signalProcess("KILL")
+
+    def waited(self) -> float:
+        """How long its main thread has waited for a processor so far, in seconds."""
+        return seconds_waited(self._process.pid) if self._process is not None and self._process.pid else 0.0
 
     def measure(self) -> None:
         """Record its open descriptors and its memory."""
@@ -102,9 +129,17 @@ class GuardUnderSoak:
         return self.usage[self._process.pid][-1][1]
 
 
+def seconds_waited(pid: int | str) -> float:
+    """How long a process's main thread was ready to run while others ran; 0 where the kernel does not count that."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 @define
 class GuardLog:
-    """The guard's log, as far as a soak judges it.
+    """What the guards logged, as far as a soak judges it.
 
     :ivar unenforced: the checks that could not be enforced, by request ID.
     :ivar fail_open: time, check and reason of each of them.
@@ -117,14 +152,16 @@ class GuardLog:
     events: Counter[str] = Factory(Counter)
 
     @classmethod
-    def read(cls, path: Path) -> GuardLog:
+    def read(cls, paths: Sequence[Path]) -> GuardLog:
         found = cls()
-        for line in _lines(path):
+        for line in chain.from_iterable(map(_lines, paths)):
             if line is None:
                 continue
             found.events[line["event"]] += 1
             if "traceback" in line or line["level"] == "critical":
                 found.tracebacks.append(f"{line['message']}\n{line.get('traceback', '')}")
+            if line["event"] == "join" and line["unenforced"]:  # a "fail_open" line is left out if there are too many
+                found.unenforced[line["request_id"]] += line["unenforced"]
             if line["event"] == "fail_open":
                 at = datetime.fromisoformat(line["time"]).timestamp()
                 found.unenforced[line["request_id"]].append(line["check"])

@@ -49,7 +49,12 @@ class History(Generic[T]):
 
 @define(eq=False)
 class Disturbance:
-    """Something that was done to the guard or a dependency (synapse, livekit, upstream, guard, killed)."""
+    """Something that was done to a guard or a dependency: synapse, livekit, upstream, redis, guard, killed;
+    or a lack of processors.
+
+    The only guard is ``killed``; one of several is a ``guard`` like one that is stopped: what it issued is in Redis.
+    :ivar ended: may lie ahead, if it is known how long the consequences may last.
+    """
 
     target: str
     began: float

@@ -9,7 +9,7 @@ remains is a fault of the guard.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from attrs import Factory, define, frozen
@@ -30,11 +30,22 @@ JOIN_LEVEL = "You may not join calls in this room."
 
 @frozen
 class Suspicion:
-    """Something that looks like a fault, unless the guard said that it could not enforce this very request."""
+    """Something that looks like a fault, unless the guard said that it could not enforce what it rests on.
+
+    :ivar request_id: of the request that it is about.
+    :ivar rests_on: other requests, one of which must have been enforced for the suspicion to be justified.
+    """
 
     what: str
     request_id: str
     detail: str
+    rests_on: frozenset[str] = frozenset()
+
+    def is_explained(self, unenforced: Container[str]) -> bool:
+        """:param unenforced: the requests of which the guard said that it could not enforce something."""
+        if self.request_id in unenforced:
+            return True
+        return bool(self.rests_on) and all(request_id in unenforced for request_id in self.rests_on)
 
 
 @define
@@ -61,7 +72,11 @@ class Oracle(Record):
         if ask.limited:
             holders = self.holders(ask.room_id, ask.began, now) - {ask.user}
             if len(holders) >= max(certain) and ask.user not in self.possible_holders(ask, now):
-                self._suspect("a token past the limit", ask, f"limit {max(certain)}, held by {sorted(holders)}")
+                self._suspect(
+                    "a token past the limit",
+                    ask,
+                    f"limit {max(certain)}, held by {sorted(holders)}; {self._latest(ask)}",
+                )
         allowed = frozenset[Source]().union(*(policy.allowed_sources(ask.user) for policy in policies))
         if not allowed.issuperset(granted_sources(video)):
             self._suspect("a token with a source that is not allowed", ask, str(video))
@@ -93,14 +108,17 @@ class Oracle(Record):
         if not limits:
             self._suspect("refused without a limit", ask, "")
             return
-        in_call = any(
-            stay.ask.user == ask.user and stay.began < ask.began - 1
+        in_call = [
+            stay.ask for stay in self.connected(ask.room_id)
+            if stay.ask.user == ask.user and stay.began < ask.began - 1
             and self.owns_seat(stay) and not self.forgotten(stay.ask)
-            for stay in self.connected(ask.room_id)
-        )  # fmt: skip
-        holds = any(other.user == ask.user and self.has_hold(other, ask.began, now) for other in self.asks[ask.room_id])
+        ]  # fmt: skip
+        holds = [
+            other for other in self.asks[ask.room_id] if other.user == ask.user and self.has_hold(other, ask.began, now)
+        ]
         if in_call or holds:
-            self._suspect("the owner of a seat refused", ask, "in the call" if in_call else "holds a seat")
+            detail = "in the call" if in_call else "holds a seat"
+            self._suspect("the owner of a seat refused", ask, detail, *in_call, *holds)
         possible = self.possible_holders(ask, now) - {ask.user}
         lost = any(self.forgotten(stay.ask) for stay in self.connected(ask.room_id))
         if len(possible) < min(limits) and not lost:
@@ -153,5 +171,13 @@ class Oracle(Record):
         if age > GONE_WITHIN:
             self.too_long[what].add(key)
 
-    def _suspect(self, what: str, ask: Ask, detail: str) -> None:
-        self.suspicions.append(Suspicion(what, ask.request_id, f"{ask.user} in {ask.room_id}: {detail}"))
+    def _latest(self, ask: Ask) -> str:
+        """What the user did before in this room, in seconds before the request."""
+        stays = [stay for stay in self.stays[ask.room_id] if stay.ask.user == ask.user]
+        left = [f"{ask.began - stay.ended:.1f}" for stay in stays if stay.ended is not None]
+        asked = [f"{ask.began - a.began:.1f}" for a in self.asks[ask.room_id] if a.user == ask.user and a is not ask]
+        return f"left {left[-3:]} s and asked {asked[-3:]} s before"
+
+    def _suspect(self, what: str, ask: Ask, detail: str, *rests_on: Ask) -> None:
+        requests = frozenset(other.request_id for other in rests_on)
+        self.suspicions.append(Suspicion(what, ask.request_id, f"{ask.user} in {ask.room_id}: {detail}", requests))

@@ -15,6 +15,8 @@ STATE_AGE, SEAT_TTL, TOKEN_TTL = 2.0, 5.0, 20.0
 """The guard's settings in a soak; the first is how long it believes policies and memberships."""
 RECONNECT = 20.0
 """Seconds for which the guard keeps the seat of a session whose end it was not told of."""
+LATE_WEBHOOKS = ("guard", "killed", "redis", "livekit", "processors")
+"""Faults in which guards may be told late that a session has ended, or not at all."""
 REMEMBERED = 60.0
 WRITTEN = 1.5
 """Seconds after which what was learnt from a token has to survive ``kill -9``."""
@@ -25,6 +27,7 @@ class Ask:
     """A request for a token; what is known of its answer.
 
     :ivar limited: a token was issued while there certainly was a limit, so that a seat is held.
+    :ivar lost: there was no answer; a token may have been issued nevertheless.
     :ivar renewed: the user had an unused token already, so that it is not certain until when the seat is held.
     """
 
@@ -35,6 +38,7 @@ class Ask:
     renewed: bool = False
     ended: float | None = None
     issued: bool = False
+    lost: bool = False
     limited: bool = False
     arrived: bool = False
 
@@ -103,9 +107,14 @@ class Record:
         )
 
     def forgotten(self, ask: Ask) -> bool:
-        """Whether a ``kill -9`` came before what the answer taught had to be on disk."""
+        """Whether a ``kill -9`` came before what the answer taught had to be on disk.
+
+        Or whether each guard went on alone while a seat was held for the token: other guards do not know of it.
+        """
         learnt = ask.began if ask.ended is None else ask.ended
-        return self.disturbances.began_between(ask.began, learnt + WRITTEN, "killed")
+        return self.disturbances.began_between(ask.began, learnt + WRITTEN, "killed") or self.disturbances.any_between(
+            ask.began, learnt + SEAT_TTL, "redis"
+        )
 
     def connected(self, room_id: str) -> list[Stay]:
         return [stay for stay in self.stays[room_id] if stay.ended is None and stay.connected()]
@@ -140,7 +149,7 @@ class Record:
     def _seat_is_free_from(self, stay: Stay) -> float:
         """The latest time at which the guard may still have kept the seat of a session that ended."""
         assert stay.ended is not None
-        told = not self.disturbances.any_between(stay.ended - 1, stay.ended + 10, "guard", "killed", "livekit")
+        told = not self.disturbances.any_between(stay.ended - 1, stay.ended + 10, *LATE_WEBHOOKS)
         return stay.ended + (2 if told else RECONNECT + 5)
 
     def possible_holders(self, this: Ask, now: float) -> set[str]:
@@ -151,5 +160,6 @@ class Record:
         return present | {
             ask.user
             for ask in self.asks[this.room_id]
-            if ask is not this and (ask.ended is None or ask.ended + (SEAT_TTL + 2) * ask.issued > this.began - 2)
+            if ask is not this
+            and (ask.ended is None or ask.ended + (SEAT_TTL + 2) * (ask.issued or ask.lost) > this.began - 2)
         }

@@ -15,17 +15,18 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import BytesBody, FixedAgent, collected, connection_pool
+from lotusguard.clients.http import FixedAgent, connection_pool, fetch
 from lotusguard.rules.sources import Source
 from lotusguard.sandbox.livekit.server import FakeLiveKit
 from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
-from tests.guardprocess import free_port
 from tests.soak.changes import Changes
 from tests.soak.faults import Faults
-from tests.soak.guard_process import GuardLog, GuardUnderSoak
+from tests.soak.guard_process import GuardLog
+from tests.soak.guards import Guards
 from tests.soak.oracle import Oracle
 from tests.soak.record import SEAT_TTL, STATE_AGE, TOKEN_TTL
+from tests.soak.restarts import Restarts
 from tests.soak.table import SPARE_DESCRIPTORS, Row, table
 from tests.soak.users import User, World
 
@@ -34,19 +35,22 @@ SAMPLING = 0.25
 """Seconds between two checks of the running calls."""
 STALL = 0.75
 """Seconds by which a check may be late. A busy machine may stop the stand-ins for a while: that is a fault too."""
+STARVED = 0.4
+"""Seconds in each second for which a process may wait for a processor that others use. More is a fault, too."""
 
 
 @define(eq=False, slots=False)
 class Soak:
     """One soak.
 
-    :param seconds: how long users join and leave. :param users: how many users.
-    :param directory: for the guard's state and log.
+    :param seconds: how long users join and leave. :param users: how many users. :param count: how many guards.
+    :param directory: for the guards' state and logs.
     """
 
     _reactor: Any
     _seconds: float
     _users: int
+    _count: int
     _seed: int
     _directory: Path
     _published: dict[str, float] = field(factory=dict, init=False)
@@ -57,12 +61,11 @@ class Soak:
         self._homeserver = FakeSynapse(self._reactor)
         self._livekit = FakeLiveKit(self._reactor, key=KEY, secret=SECRET)
         self._pool = connection_pool(self._reactor)
-        self.log = self._directory / "guard.log"
 
     async def run(self) -> list[Row]:
         """Run it. :return: the rows of the table."""
         await self._start()
-        idle = self._guard.descriptors()
+        idle = self._guards.descriptors()
         ends = self._reactor.seconds() + self._seconds
         activities: tuple[Callable[[float], Any], ...] = (
             lambda left: self._changes.change_policy(),
@@ -77,11 +80,11 @@ class Soak:
         self._world.running = False
         await gatherResults(living, consumeErrors=True)
         left = await self._descriptors_when_idle(idle)
-        self._faults.check_exit(await self._guard.end(signal.SIGTERM))
+        self._restarts.check_exits(signal.SIGTERM, await self._guards.end(signal.SIGTERM))
         for standin in (self._upstream, self._livekit, self._homeserver):
             await standin.stop()
         await self._pool.closeCachedConnections()
-        return table(self._oracle, GuardLog.read(self.log), self._guard.growth(), self._users, idle, left)
+        return table(self._oracle, GuardLog.read(self._guards.logs), self._guards.growth(), self._users, idle, left)
 
     async def _start(self) -> None:
         await self._homeserver.start()
@@ -91,29 +94,28 @@ class Soak:
             homeservers={self._homeserver.server_name: self._homeserver.url},
         )  # fmt: skip
         await self._upstream.start()
-        port, admin_port = free_port(), free_port()
-        url, admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}"
-        self._guard = GuardUnderSoak(self._reactor, self._environment(port, admin_port), self.log, url)
-        self._livekit.webhooks.urls[:] = [f"{url}/sfu_webhook"]
-        self._operators = FixedAgent(self._reactor, admin_url, self._pool, 2)
+        self._guards = await Guards.create(self._reactor, self._count, self._directory, self._environment(), self._dice)
+        # With several guards every request is on a connection of its own, so that it goes to a guard at random.
+        self._pool.persistent = self._livekit.pool.persistent = not self._guards.several
+        self._livekit.webhooks.urls[:] = [f"{self._guards.url}/sfu_webhook"]
+        self._operators = FixedAgent(self._reactor, self._guards.admin_url, self._pool, 2)
         rooms = [self._homeserver.create_room() for _ in range(max(3, self._users // 7))]
-        agent = FixedAgent(self._reactor, url, self._pool, 2)
+        agent = FixedAgent(self._reactor, self._guards.url, self._pool, 2)
         self._world = World(self._reactor, agent, self._homeserver, self._livekit, self._oracle, rooms, self._dice)
         self._people = [User(self._world, f"user{number}") for number in range(self._users)]
         self._changes = Changes(self._world, [user.user_id for user in self._people], self._push)
         dependencies = {"synapse": self._homeserver, "livekit": self._livekit, "upstream": self._upstream}
-        self._faults = Faults(self._world, self._guard, dependencies, self._is_up)
+        self._restarts = Restarts(self._world, self._guards)
+        self._faults = Faults(self._world, self._restarts, dependencies)
         for room_id in rooms:
             self._changes.set_policy(room_id)
-        await self._guard.start(self._is_up)
+        await self._guards.start()
 
-    def _environment(self, port: int, admin_port: int) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         return {
-            "GUARD_BIND_HOST": "127.0.0.1", "GUARD_BIND_PORT": str(port), "GUARD_ADMIN_PORT": str(admin_port),
             "GUARD_UPSTREAM": self._upstream.url, "LIVEKIT_API": self._livekit.url,
             "SYNAPSE_API": self._homeserver.url, "LIVEKIT_KEY": KEY, "LIVEKIT_SECRET": SECRET,
             "GUARD_ADMIN_TOKEN": OPERATORS, "MATRIX_TOKEN": self._homeserver.add_user("guard", admin=True),
-            "GUARD_STATE_DIR": str(self._directory), "GUARD_LOG_FORMAT": "json",
             # Where changes are pushed, memberships are read ten times less often; here half of the pushes are missing.
             "GUARD_MEMBERSHIP_INTERVAL": str(STATE_AGE / 10),
             "GUARD_POLICY_TTL": str(STATE_AGE), "GUARD_SEAT_TTL": str(SEAT_TTL), "GUARD_TOKEN_TTL": str(TOKEN_TTL),
@@ -125,23 +127,15 @@ class Soak:
         while (left := (ends - self._reactor.seconds()) / self._seconds) > 0:
             await activity(left)
 
-    # -- the operators' listener -------------------------------------------------------------------------
-
-    async def _is_up(self) -> None:
-        await self._operator(b"GET", b"/healthz")
-
     async def _push(self, body: bytes) -> None:
-        await self._operator(b"POST", b"/policy-changed", body)
-
-    async def _operator(self, method: bytes, path: bytes, body: bytes | None = None) -> None:
         headers = Headers({b"Authorization": [f"Bearer {OPERATORS}".encode()]})
-        sent = self._operators.request(method, path, headers, None if body is None else BytesBody(body))
-        await collected(await sent.addTimeout(5, self._reactor), 1 << 20)
+        pushed = fetch(self._operators, b"POST", b"/policy-changed", headers, body, limit=1 << 20)
+        await pushed.addTimeout(5, self._reactor)
 
     # -- checks ------------------------------------------------------------------------------------------
 
     async def _sample(self) -> None:
-        """Check all running calls, and measure the guard once a second."""
+        """Check all running calls, and measure the guards once a second."""
         due = self._reactor.seconds() + SAMPLING
         await deferLater(self._reactor, SAMPLING)
         now, world, oracle = self._reactor.seconds(), self._world, self._oracle
@@ -160,11 +154,15 @@ class Soak:
         self._published = present
         oracle.counts["most sessions at once"] = max(oracle.counts["most sessions at once"], len(world.sessions))
         if int(now) != int(now - SAMPLING):
-            self._guard.measure()
+            self._guards.measure()
+            if self._guards.waited() > STARVED:
+                oracle.disturbances.begin("processors", now - 1).ended = now
+                oracle.counts["seconds without enough processors"] += 1
+            oracle.counts["seconds in which nothing was excused"] += not oracle.disturbances.any_between(now, now)
             oracle.prune(now)
 
     async def _descriptors_when_idle(self, idle: int) -> int:
-        """Close all connections from outside. :return: how many descriptors the guard has open soon after."""
+        """Close all connections from outside. :return: how many descriptors a guard has open soon after."""
         await self._pool.closeCachedConnections()
         await self._livekit.pool.closeCachedConnections()
         left = idle
@@ -172,7 +170,7 @@ class Soak:
             for standin in (self._upstream, self._livekit, self._homeserver):
                 await standin.drop_connections()
             await deferLater(self._reactor, 0.5)
-            left = self._guard.descriptors()
+            left = self._guards.descriptors()
             if left <= idle + SPARE_DESCRIPTORS:
                 break
         return left

@@ -42,7 +42,7 @@ def table(
 
     :param growth: see `GuardUnderSoak.growth`. :param idle: descriptors at the start. :param left: at the end.
     """
-    blamed = [s for s in oracle.suspicions if not log.unenforced.get(s.request_id)]
+    blamed = [s for s in oracle.suspicions if not s.is_explained(log.unenforced)]
     unexplained = [f for f in log.fail_open if not oracle.disturbances.any_between(f[0], f[0])]
     for suspicion in blamed:
         _print(f"{suspicion.what}: {suspicion.detail} [{suspicion.request_id}]")

@@ -87,6 +87,39 @@ def test_a_refusal_beside_a_free_seat_is_blamed(oracle: Oracle) -> None:
     assert blamed(oracle) == ["refused beside a free seat"]
 
 
+def test_a_seat_may_be_held_for_a_request_whose_answer_was_lost(oracle: Oracle) -> None:
+    policy_is(oracle, Policy(max_users=1))
+    lost = ask(oracle, ALICE)
+    lost.ended, lost.lost = NOW + 0.1, True
+    oracle.refused(ask(oracle, BOB, NOW + 5), FULL, NOW + 5.1)
+    assert blamed(oracle) == []
+    oracle.refused(ask(oracle, BOB, NOW + 15), FULL, NOW + 15.1)
+    assert blamed(oracle) == ["refused beside a free seat"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "blame"), [(NOW - 20, ["the owner of a seat refused"]), (NOW - 2, []), (NOW + 1, [])]
+)
+def test_a_refusal_of_a_seats_owner_is_blamed_unless_guards_were_alone(
+    oracle: Oracle, ended: float, blame: list[str]
+) -> None:
+    policy_is(oracle, Policy(max_users=1))
+    oracle.disturbances.begin("redis", ended - 1).ended = ended
+    issue(oracle, ALICE)
+    oracle.refused(ask(oracle, ALICE, NOW + 2), FULL, NOW + 2.1)
+    assert [what for what in blamed(oracle) if what == "the owner of a seat refused"] == blame
+
+
+def test_a_seat_that_was_never_enforced_is_no_reason_for_blame(oracle: Oracle) -> None:
+    policy_is(oracle, Policy(max_users=1))
+    issued = issue(oracle, ALICE)
+    oracle.refused(ask(oracle, ALICE, NOW + 2), FULL, NOW + 2.1)
+    suspicion = oracle.suspicions[0]
+    assert suspicion.what == "the owner of a seat refused"
+    assert suspicion.is_explained({issued.request_id})
+    assert not suspicion.is_explained({"another"})
+
+
 def test_sources_and_life_of_a_token_are_judged(oracle: Oracle) -> None:
     policy_is(oracle, MODERATORS_SPEAK)
     issue(oracle, ALICE, exp=3600.0)

@@ -130,7 +130,7 @@ class User:
                 answer = await self._post(path, body, ask.request_id)
                 break
             except Exception as error:
-                ask.ended = world.reactor.seconds()
+                ask.ended, ask.lost = world.reactor.seconds(), True
                 self._not_answered(ask, error)
                 if not world.running:
                     return None
