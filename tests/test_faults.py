@@ -240,6 +240,7 @@ async def test_only_joins_are_held_while_upstream_is_down(start_sandbox: StartSa
     sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_upstream_grace=60)
     room_id = room_of(sandbox, 2)
     alice = await sandbox.enter(ALICE, room_id)
+    await sandbox.livekit.drained()
     await sandbox.upstream.stop_listening()
     accepted = counted(sandbox, "webhooks_total", outcome="accepted")
     preflight = Deferred.fromCoroutine(sandbox.request("OPTIONS", f"{sandbox.url}/sfu/get"))

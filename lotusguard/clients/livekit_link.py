@@ -19,6 +19,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
+from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.waiting import run_in_background
 
 SOON = 0.02
@@ -29,6 +30,8 @@ ATTEMPTS_SOON = 1500
 SHORT_LIVED = 5.0
 """Seconds. Something between us that closes idle connections sooner than this is not asked all the time."""
 CONNECT_TIMEOUT = 5.0
+NOT_READY = (0.05, 0.2, 0.5, 1.0)
+"""Seconds until ``returned`` is called again, each time that LiveKit did not answer it."""
 _ADDRESS_DELAY = 0.01
 """Seconds between attempts at two addresses of a name; also how long it takes to see that there is only one."""
 
@@ -102,4 +105,12 @@ class LiveKitLink(Service):
                 await deferLater(self._reactor, LATER)
 
     async def _tell(self) -> None:
+        """It may accept connections a moment before it answers."""
+        for pause in NOT_READY:
+            try:
+                await self._returned()
+            except DependencyFailed:
+                await deferLater(self._reactor, pause)
+            else:
+                return
         await self._returned()

@@ -8,6 +8,7 @@ from secrets import token_hex
 from typing import Any
 
 import pytest_twisted
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
 
 from lotusguard.clients.redis.client import RedisClient
@@ -177,3 +178,26 @@ async def until_subscribed_again(server: OwnServer) -> None:
     server.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     await until(lambda: server.client.info("clients").get("pubsub_clients", before) >= 2)
     await deferLater(reactor, 0.1)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_asks_while_another_is_asking_learns_the_same(two: tuple[TokenRegistry, TokenRegistry]) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "slot"), "hash", "@alice:x", "PHONE", BOTH, frozenset())
+    await eventually(lambda registry: registry.slot_of("alias"), second, Slot("!room", "slot"))
+    asking = [Deferred.fromCoroutine(second.user_behind("alias", "hash")) for _ in range(3)]
+    assert await gatherResults(asking) == ["@alice:x"] * 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_asks_while_a_listing_is_read_ahead_learns_the_same(two: tuple[TokenRegistry, TokenRegistry]) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "slot"), "hash", "@alice:x", "PHONE", BOTH, frozenset())
+    await eventually(lambda registry: registry.slot_of("alias"), second, Slot("!room", "slot"))
+    ahead = Deferred.fromCoroutine(second.read_ahead("alias", ["hash"]))
+    cancelled = Deferred.fromCoroutine(second.user_behind("alias", "hash"))
+    cancelled.addErrback(lambda failure: failure.trap(CancelledError))
+    asking = Deferred.fromCoroutine(second.user_behind("alias", "hash"))
+    cancelled.cancel()
+    assert await asking == "@alice:x"
+    await ahead

@@ -13,19 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 from attrs import define, evolve, field
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
-from lotusguard.clients.waiting import gather, gather_in_turns, run_in_background
+from lotusguard.clients.waiting import fire_all, gather, gather_in_turns, run_in_background
 from lotusguard.guard.lru import LruCache
 from lotusguard.guard.seats.redis.scripts import PREFIX
 from lotusguard.guard.seats.registry import (
@@ -73,6 +74,7 @@ class RedisTokenRegistry:
     _wall: Callable[[], float] = time.time
     _asked: LruCache[str, float] = field(init=False)
     _written: LruCache[str, float] = field(init=False)
+    _reading: dict[str, Deferred[None]] = field(init=False, factory=dict)
     _messages_since: float | None = field(init=False, default=None)
     _data_since: float | None = field(init=False, default=None)
 
@@ -149,9 +151,14 @@ class RedisTokenRegistry:
             return entry
         for base in base_identities(identity):
             key = _identity_key(alias, base)
+            if entry is None and key in self._reading:
+                await self._read_by_another(key)
+                found = await self._own.entry(alias, identity)
+                if found is not None:
+                    return found
             if not (self._may_ask(key) if entry is None else self._may_be_old(key)):
                 continue
-            with suppress(DependencyFailed):
+            with self._reads([key]), suppress(DependencyFailed):
                 stored, _ = await gather((self._redis.call("GET", key), self._ask_to_be_told(key)))
                 if stored:
                     return await self._remember(alias, base, stored)
@@ -177,7 +184,7 @@ class RedisTokenRegistry:
             asked.update((key, base) for key, base in bases.items() if is_due(key))
         if not asked:
             return
-        with suppress(DependencyFailed):
+        with self._reads(asked), suppress(DependencyFailed):
             found, lost = await self._redis.call("MGET", *asked), list[str]()
             for (key, base), stored in zip(asked.items(), found, strict=True):
                 if stored:
@@ -188,6 +195,26 @@ class RedisTokenRegistry:
                     self._in_background(self._ask_to_be_told, key)
             if lost:
                 self._in_background(self._give_back, alias, lost)
+
+    @contextmanager
+    def _reads(self, keys: Collection[str]) -> Iterator[None]:
+        """Redis is being asked. Who wants to know the same meanwhile waits: an identity must not count as unknown only
+        because somebody else was the first to ask."""
+        done: Deferred[None] = Deferred()
+        for key in keys:
+            self._reading[key] = done
+        try:
+            yield
+        finally:
+            for key in keys:
+                if self._reading.get(key) is done:
+                    del self._reading[key]
+            done.callback(None)
+
+    async def _read_by_another(self, key: str) -> None:
+        waiter: Deferred[None] = Deferred()  # of its own: cancelling it does not concern the others
+        self._reading[key].addCallback(lambda _: fire_all([waiter], None))
+        await waiter
 
     async def _is_known_as(self, alias: str, identity: str) -> bool:
         """Whether this guard knows this very identity, rather than it without its suffix."""
