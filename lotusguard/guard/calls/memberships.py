@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from attrs import define, evolve, field, frozen
 from cachetools import LRUCache
@@ -20,6 +21,7 @@ from lotusguard.rules.members_only import MembersOnly
 from lotusguard.rules.membership import Membership
 
 log = Logger()
+T = TypeVar("T")
 
 LOOKUPS_AT_ONCE = 4
 """Memberships that one call looks up at the same time: joins come first."""
@@ -107,20 +109,12 @@ class CallMemberships:
 
         :param max_age: seconds for which "joined" is believed; anything else is looked up again.
         """
-        found = []
 
-        async def look_up(user: str) -> None:
-            if deadline.passed:
-                return
-            began = self._clock.seconds()
-            known = await self._members.get(room_id, user, deadline, max_age=max_age)
-            if known.membership not in (None, Membership.JOIN) and known.began < began:
-                known = await self._members.get(room_id, user, deadline, since=began)
-            if known.membership not in (None, Membership.JOIN):
-                found.append(user)
+        async def has_left(user: str) -> bool:
+            known = await self._membership(room_id, user, deadline, max_age, self._clock.seconds())
+            return known.membership not in (None, Membership.JOIN)
 
-        await gather_in_turns(LOOKUPS_AT_ONCE, look_up, users)
-        return found
+        return await _those(has_left, users)
 
     async def non_members(
         self, check: Check, participants: Collection[tuple[ParticipantInfo, str]]
@@ -135,7 +129,8 @@ class CallMemberships:
 
         async def has_to_go(one: tuple[ParticipantInfo, str]) -> bool:
             participant, user = one
-            known = await self._membership(check, user, participant.sid)
+            max_age = self._max_age(check.room_id, participant.sid)
+            known = await self._membership(check.room_id, user, check.deadline, max_age, check.began)
             if known.membership is not Membership.JOIN:
                 check.again_at = check.began
             if known.membership is None:
@@ -144,14 +139,7 @@ class CallMemberships:
             self._checked[check.room_id, participant.sid] = None
             return self._counts_as_gone(check, user, known) and self._removes(check, participant, user, known)
 
-        found = []
-
-        async def look_up(one: tuple[ParticipantInfo, str]) -> None:
-            if await has_to_go(one):
-                found.append(one)
-
-        await gather_in_turns(LOOKUPS_AT_ONCE, look_up, due)
-        return found
+        return await _those(has_to_go, due)
 
     async def _not_believed(
         self, check: Check, participants: Iterable[tuple[ParticipantInfo, str]]
@@ -184,15 +172,17 @@ class CallMemberships:
         pushed = self._pushed_at is not None and self._clock.seconds() - self._pushed_at < PUSHES_LAPSE
         return self.interval * (PUSHED_FACTOR if pushed else 1)
 
-    async def _membership(self, check: Check, user: str, sid: str) -> KnownMembership:
-        """The membership, looked up again if it is not "joined": a removal rests on nothing old."""
-        if check.deadline.passed:
+    async def _membership(
+        self, room_id: str, user: str, deadline: Deadline, max_age: float | None, since: float
+    ) -> KnownMembership:
+        """The membership. If it is not "joined" it was looked up at ``since`` or later: a removal rests on nothing
+        old."""
+        if deadline.passed:
             return KnownMembership(None, reason="timeout")
-        room_id = check.room_id
-        known = await self._members.get(room_id, user, check.deadline, max_age=self._max_age(room_id, sid))
-        if known.membership in (None, Membership.JOIN) or known.began >= check.began:
+        known = await self._members.get(room_id, user, deadline, max_age=max_age)
+        if known.membership in (None, Membership.JOIN) or known.began >= since:
             return known
-        return await self._members.get(room_id, user, check.deadline, since=check.began)
+        return await self._members.get(room_id, user, deadline, since=since)
 
     def _counts_as_gone(self, check: Check, user: str, known: KnownMembership) -> bool:
         """Whether somebody is certainly not joined. A missing entry is not "leave": it counts if it is still missing
@@ -223,3 +213,12 @@ class CallMemberships:
                 event_name="not_a_member",
             )  # fmt: skip
         return False
+
+
+async def _those(is_so: Callable[[T], Coroutine[Any, Any, bool]], of: Iterable[T]) -> list[T]:
+    """Those for whom a question is answered with yes, a few asked at the same time."""
+
+    async def ask(one: T) -> tuple[T, bool]:
+        return one, await is_so(one)
+
+    return [one for one, yes in await gather_in_turns(LOOKUPS_AT_ONCE, ask, of) if yes]
