@@ -201,3 +201,16 @@ async def test_who_asks_while_a_listing_is_read_ahead_learns_the_same(two: tuple
     cancelled.cancel()
     assert await asking == "@alice:x"
     await ahead
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_question_that_was_cancelled_is_asked_again(two: tuple[TokenRegistry, TokenRegistry]) -> None:
+    first, second = two
+    await first.learn("alias", Slot("!room", "slot"), "hash", "@alice:x", "PHONE", BOTH, frozenset())
+    await eventually(lambda registry: registry.slot_of("alias"), second, Slot("!room", "slot"))
+    cancelled = Deferred.fromCoroutine(second.user_behind("alias", "hash"))
+    asking = Deferred.fromCoroutine(second.user_behind("alias", "hash"))
+    cancelled.addErrback(lambda failure: failure.trap(CancelledError))
+    cancelled.cancel()
+    assert await asking == "@alice:x"
+    assert await second.user_behind("alias", "hash") == "@alice:x"

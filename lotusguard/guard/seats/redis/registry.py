@@ -13,21 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from attrs import define, evolve, field
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
-from lotusguard.clients.waiting import fire_all, gather, gather_in_turns, run_in_background
+from lotusguard.clients.waiting import gather, gather_in_turns, run_in_background
 from lotusguard.guard.lru import LruCache
+from lotusguard.guard.seats.redis.questions import ASKED_AGAIN, KEPT, KEPT_BYTES, Questions
 from lotusguard.guard.seats.redis.scripts import PREFIX
 from lotusguard.guard.seats.registry import (
     NOTHING,
@@ -51,12 +51,8 @@ ALIASES_READ = 256
 """The latest SFU rooms of one Matrix room, which Redis keeps."""
 NOBODY = ""
 """The entry of an identity that some guard has asked about and nothing is known of: that guard is to be told."""
-ASKED_AGAIN = 10.0
-"""Seconds after which Redis is asked again about what it did not know, or about a room's SFU rooms. Guards tell each
-other about identities at once, and the SFU rooms in which somebody holds a seat are in the seat book."""
 GIVEN_BACK_AT_ONCE = 32
 """Identities that are written again at the same time. Joins need the other calls."""
-ASKED_KEPT, ASKED_BYTES = 50_000, 16 << 20
 
 
 @define(eq=False)
@@ -72,15 +68,14 @@ class RedisTokenRegistry:
     _guard: str
     _clock: IReactorTime
     _wall: Callable[[], float] = time.time
-    _asked: LruCache[str, float] = field(init=False)
+    _questions: Questions = field(init=False)
     _written: LruCache[str, float] = field(init=False)
-    _reading: dict[str, Deferred[None]] = field(init=False, factory=dict)
     _messages_since: float | None = field(init=False, default=None)
     _data_since: float | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
-        self._asked = LruCache(ASKED_KEPT, ASKED_BYTES, lambda key, _: (key,))
-        self._written = LruCache(ASKED_KEPT, ASKED_BYTES, lambda key, _: (key,))
+        self._questions = Questions(self._clock)
+        self._written = LruCache(KEPT, KEPT_BYTES, lambda key, _: (key,))
         self._redis.listen(WITHHELD_CHANNEL, self._changed_elsewhere)
         self._redis.on_subscribed.append(self._messages_come_again)
 
@@ -130,7 +125,7 @@ class RedisTokenRegistry:
 
     async def aliases_of(self, room_id: str) -> Collection[str]:
         """Those that this guard knows of. Redis is asked for the others: they are known soon."""
-        if self._may_ask(_room_key(room_id)):
+        if self._questions.may_ask(_room_key(room_id)):
             self._in_background(self._read_aliases, room_id)
         return await self._own.aliases_of(room_id)
 
@@ -151,14 +146,13 @@ class RedisTokenRegistry:
             return entry
         for base in base_identities(identity):
             key = _identity_key(alias, base)
-            if entry is None and key in self._reading:
-                await self._read_by_another(key)
+            if entry is None and await self._questions.wait(key):
                 found = await self._own.entry(alias, identity)
                 if found is not None:
                     return found
-            if not (self._may_ask(key) if entry is None else self._may_be_old(key)):
+            if not (self._questions.may_ask(key) if entry is None else self._may_be_old(key)):
                 continue
-            with self._reads([key]), suppress(DependencyFailed):
+            with self._questions.asking([key]), suppress(DependencyFailed):
                 stored, _ = await gather((self._redis.call("GET", key), self._ask_to_be_told(key)))
                 if stored:
                     return await self._remember(alias, base, stored)
@@ -179,12 +173,12 @@ class RedisTokenRegistry:
             await self.learn_alias(alias, slot)
         asked: dict[str, str] = {}
         for name in identities:
-            is_due = self._may_ask if await self._own.entry(alias, name) is None else self._may_be_old
+            is_due = self._questions.may_ask if await self._own.entry(alias, name) is None else self._may_be_old
             bases = {_identity_key(alias, base): base for base in base_identities(name)}
             asked.update((key, base) for key, base in bases.items() if is_due(key))
         if not asked:
             return
-        with self._reads(asked), suppress(DependencyFailed):
+        with self._questions.asking(asked), suppress(DependencyFailed):
             found, lost = await self._redis.call("MGET", *asked), list[str]()
             for (key, base), stored in zip(asked.items(), found, strict=True):
                 if stored:
@@ -195,26 +189,6 @@ class RedisTokenRegistry:
                     self._in_background(self._ask_to_be_told, key)
             if lost:
                 self._in_background(self._give_back, alias, lost)
-
-    @contextmanager
-    def _reads(self, keys: Collection[str]) -> Iterator[None]:
-        """Redis is being asked. Who wants to know the same meanwhile waits: an identity must not count as unknown only
-        because somebody else was the first to ask."""
-        done: Deferred[None] = Deferred()
-        for key in keys:
-            self._reading[key] = done
-        try:
-            yield
-        finally:
-            for key in keys:
-                if self._reading.get(key) is done:
-                    del self._reading[key]
-            done.callback(None)
-
-    async def _read_by_another(self, key: str) -> None:
-        waiter: Deferred[None] = Deferred()  # of its own: cancelling it does not concern the others
-        self._reading[key].addCallback(lambda _: fire_all([waiter], None))
-        await waiter
 
     async def _is_known_as(self, alias: str, identity: str) -> bool:
         """Whether this guard knows this very identity, rather than it without its suffix."""
@@ -235,20 +209,12 @@ class RedisTokenRegistry:
     async def _ask_to_be_told(self, key: str) -> None:
         await self._redis.call("SET", key, NOBODY, "NX", "EX", int(ASKED_AGAIN))
 
-    def _may_ask(self, key: str) -> bool:
-        """Whether Redis has not been asked lately. It is going to be."""
-        now, asked = self._clock.seconds(), self._asked.get(key)
-        if asked is not None and now - asked < ASKED_AGAIN:
-            return False
-        self._asked.put(key, now)
-        return True
-
     def _may_be_old(self, key: str) -> bool:
         """Whether a message about what is cached may have been lost. Redis is going to be asked."""
-        known = max(self._asked.get(key) or 0.0, self._written.get(key) or 0.0)
+        known = max(self._questions.asked_at(key) or 0.0, self._written.get(key) or 0.0)
         if self._messages_since is None or known >= self._messages_since:
             return False
-        self._asked.put(key, self._clock.seconds())
+        self._questions.note(key)
         return True
 
     def _is_due(self, key: str) -> bool:
@@ -311,7 +277,7 @@ class RedisTokenRegistry:
 
     def _changed_elsewhere(self, message: str) -> None:
         guard, alias, identity, stored = json.loads(message)
-        self._asked.discard(_identity_key(alias, identity))
+        self._questions.forget(_identity_key(alias, identity))
         if guard != self._guard:
             run_in_background(self._update(alias, identity, stored), _report)
 
