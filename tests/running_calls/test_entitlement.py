@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.entitlement import Entitlement
 from lotusguard.guard.calls.memberships import (
     ABSENCE_FORGOTTEN,
@@ -412,6 +413,18 @@ def test_people_who_are_no_members_any_more_stop_waiting_in_a_lobby(membership: 
     assert rounds(call, INTERVAL + 4) == [ALICE]
     assert bob.called
     assert not alice.called
+
+
+def test_a_leave_that_is_remembered_ends_no_wait_of_somebody_who_is_a_member_again() -> None:
+    call = Call()
+    call.set(BOB, Membership.LEAVE)
+    asked = Deferred.fromCoroutine(call.members.get(ROOM, BOB, Deadline.after(call.clock, TIMEOUT)))
+    assert asked.called
+    call.clock.advance(1)
+    call.join(BOB)
+    (bob,) = wait_in_lobby(call, BOB)
+    assert rounds(call, 4) == [BOB]
+    assert not bob.called
 
 
 def test_membership_of_somebody_who_waits_is_read_once_in_each_interval() -> None:

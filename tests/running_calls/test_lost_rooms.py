@@ -175,9 +175,10 @@ async def test_a_lost_room_that_was_listed_before_the_round_is_created_again(san
     assert alias in sandbox.livekit.rooms
 
 
+@pytest.mark.parametrize("not_ready", [0, 2])
 @pytest_twisted.ensureDeferred
 async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, not_ready: int
 ) -> None:
     pauses: list[float] = []
 
@@ -191,6 +192,8 @@ async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
     await sandbox.livekit.stop_listening()
     sandbox.livekit.restart()
     await until(lambda: livekit_link.SOON in pauses)  # an attempt was refused
+    if not_ready:  # it accepts connections, and does not answer yet
+        sandbox.livekit.faults["ListRooms"] = Fault.status(503, times=not_ready)
     await sandbox.livekit.listen()
     await until(lambda: alias in sandbox.livekit.rooms)
 
