@@ -27,7 +27,7 @@ def misconfigured(text: str) -> int:
 
 
 def reader_gone() -> int:
-    """Whatever reads standard output has closed it, as ``head`` does when it has enough. That is no error.
+    """The program that reads standard output has closed it, as ``head`` does when it has enough. That is not an error.
 
     Python would report that it cannot write at its end what is still buffered.
     """

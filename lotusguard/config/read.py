@@ -103,7 +103,7 @@ def exposed_appservice(settings: Settings) -> str:
     if is_loopback:
         return ""
     return (
-        f"GUARD_APPSERVICE_TOKEN is not set, and GUARD_APPSERVICE_HOST is {host}: whoever reaches the app-service "
+        f"GUARD_APPSERVICE_TOKEN is not set, and GUARD_APPSERVICE_HOST is {host}: anybody who reaches the app-service "
         "listener gets tokens as any user"
     )
 

@@ -59,7 +59,7 @@ class _Events:
     """Mixed into txredisapi's protocols: authentication is ours, and the end of the connection is an event.
 
     :ivar untrusted: whether the connection ended because of the server's certificate.
-    :ivar answered: whether anything was received. :ivar other_program: whether that is no answer of Redis.
+    :ivar answered: whether anything was received. :ivar other_program: whether Redis would not have sent that.
     """
 
     untrusted = False

@@ -209,7 +209,7 @@ class SynapseClient(DependencyClient):
         return result
 
     async def know_server_name(self) -> str:
-        """The homeserver's name, asked for if need be."""
+        """The homeserver's name. It is looked up once."""
         if not self.server_name:
             await self._naming.get("")
         return self.server_name

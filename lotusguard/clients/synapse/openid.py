@@ -45,7 +45,7 @@ class OpenIDClient(DependencyClient):
         return self._homeserver.server_name
 
     async def know_server_name(self) -> str:
-        """The homeserver's name, asked for if need be. :raises DependencyFailed: there is no usable answer."""
+        """The homeserver's name. It is looked up once. :raises DependencyFailed: the homeserver does not tell."""
         return await self._homeserver.know_server_name()
 
     def is_local(self, openid: OpenID) -> bool:
@@ -58,7 +58,7 @@ class OpenIDClient(DependencyClient):
         Only for tokens that `is_local`: the configured address alone is asked, whatever server the token names, and
         for other servers the answer is None. The token is sent in the target, as the federation API wants it.
 
-        :raises DependencyFailed: there is no usable answer.
+        :raises DependencyFailed: the homeserver does not tell.
         """
         await self.know_server_name()
         token = openid.access_token
@@ -68,7 +68,7 @@ class OpenIDClient(DependencyClient):
         return user if user is not None and server_of(user) == openid.server_name else None
 
     async def probe(self) -> None:
-        """Ask about a token that does not exist. :raises DependencyFailed: there is no usable answer."""
+        """Ask about a token that does not exist. :raises DependencyFailed: the homeserver does not tell."""
         await self._user_of(NO_TOKEN, is_probe=True)
 
     async def _user_of(self, token: str, *, is_probe: bool = False) -> str | None:

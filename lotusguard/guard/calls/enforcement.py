@@ -112,8 +112,8 @@ class Enforcement:
         self._settled.forget_all()
 
     def enforce_as_asked(self, alias: str) -> None:
-        """Another guard asked whoever has the room's lease to enforce an SFU room. If this guard has not, it does not
-        ask on: guards would ask each other without end."""
+        """Another guard asked the holder of the room's lease to enforce an SFU room. If this guard does not hold it, it
+        does not ask on: guards would ask each other without end."""
         self._settled.forget(alias)
         self._worker.run(alias, urgent=True)
 
@@ -265,7 +265,7 @@ class Enforcement:
         await self._seats.seat_everybody(room_id)
 
     async def _remove_newest_first(self, slot: Slot, over: Sequence[OverLimit], limit: int | None) -> None:
-        """Remove several at once, and those who came last first: a seat that becomes free goes to whoever came first.
+        """Remove several at once, the latest arrivals first: a seat that becomes free goes to the earliest.
 
         Of those who are left at most half are removed at once. Then it is asked again who has no seat.
         """
