@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import count
 from typing import Any, Protocol
 
-from lotusguard.guard.seats.redis.scripts import with_rules
+from lotusguard.guard.seats.redis.scripts import room_keys, with_rules
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_seats import RoomSeats
 from lotusguard.rules.seats import Arrival, Hold, HoldState, IdentityKey, Session
@@ -17,28 +17,17 @@ from .server import shared_client
 
 _RUN = """
 local call = cjson.decode(ARGV[1])
-local stored = redis.call('GET', KEYS[1])
-local room = stored and cmsgpack.unpack(stored)
-  or {unlimited_at = call.unlimited_at, touched = 0, vacated = 0, holds = {}, listed = {}, ended = {}, chains = {},
-      exempt = {}}
-Seats.open(room)
+Store.open(Seats.new(0, call.unlimited_at, ''))
 if call.now ~= cjson.null then Seats.advance(call.now) end
 local now = call.now ~= cjson.null and call.now or 0
-for place, value in ipairs(call.arguments) do
-  if value == cjson.null then call.arguments[place] = false end
-end
-local function arguments() return unpack(call.arguments, 1, call.size) end
-local function or_nil(value) if value == cjson.null or value == false then return nil end return value end
-local function all_or_nil(...)
-  local given = {...}
-  for place = 1, call.size do given[place] = or_nil(given[place]) end
-  return unpack(given, 1, call.size)
-end
-if call.name == 'arrive' then call.arguments[2].joined = or_nil(call.arguments[2].joined) end
+local function or_nil(value) if value == cjson.null then return nil end return value end
+local given = {}
+for place = 1, call.size do given[place] = or_nil(call.arguments[place]) end
+if call.name == 'arrive' then given[2].joined = or_nil(given[2].joined) end
 if call.name == 'apply_listing' then
-  for _, who in ipairs(call.arguments[2]) do who.joined = or_nil(who.joined) end
+  for _, who in ipairs(given[2]) do who.joined = or_nil(who.joined) end
 end
-local answer = Seats[call.name](now, all_or_nil(arguments()))
+local answer = Seats[call.name](now, unpack(given, 1, call.size))
 local function precise(value)
   if type(value) == 'number' then return {number = string.format('%.17g', value)} end
   if type(value) ~= 'table' then return value end
@@ -46,11 +35,14 @@ local function precise(value)
   for key, item in pairs(value) do copy[key] = precise(item) end
   return copy
 end
-local closed = Seats.close()
-redis.call('SET', KEYS[1], cmsgpack.pack(closed), 'EX', 600)
+local holds = {}
+for _, letter in ipairs({'p', 'r', 's'}) do
+  for _, hold in ipairs(Store.all(letter)) do holds[#holds + 1] = hold end
+end
+Seats.close(600)
 if answer == nil then answer = cjson.null end
-return cjson.encode({answer = precise(answer), holds = precise(closed.holds), listed = precise(closed.listed),
-                      vacated = precise(closed.vacated)})
+return cjson.encode({answer = precise(answer), holds = precise(in_order(holds)), listed = precise(room.listed),
+                      vacated = precise(room.vacated)})
 """
 RUN = with_rules(_RUN)
 _rooms = count(1)
@@ -85,7 +77,7 @@ class ValkeySeats:
     """A room whose rules run in Valkey. The time is an argument, as in `RoomSeats`."""
 
     def __init__(self, unlimited_at: float) -> None:
-        self._key = f"test:room:{{{next(_rooms)}}}"
+        self._keys = room_keys(f"test {next(_rooms)}")
         self._unlimited_at = unlimited_at
         self._sha = shared_client().script_load(RUN.text)
         self.holds: list[Hold] = []
@@ -97,7 +89,7 @@ class ValkeySeats:
             "name": name, "now": now, "arguments": arguments, "size": len(arguments),
             "unlimited_at": self._unlimited_at,
         }  # fmt: skip
-        told = json.loads(shared_client().evalsha(self._sha, 1, self._key, json.dumps(call)))
+        told = json.loads(shared_client().evalsha(self._sha, len(self._keys), *self._keys, json.dumps(call)))
         self.holds = [_hold(hold) for hold in _plain(told["holds"])]
         self.vacated = _plain(told["vacated"])
         listed = _plain(told["listed"])

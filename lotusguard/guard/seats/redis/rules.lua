@@ -2,184 +2,21 @@
 -- The seats of one Matrix room: the rules of lotusguard/rules/room_seats.py, step by step, on the table TABLE that is
 -- generated from lotusguard/rules/seats.py. Tests run both side by side. Times are seconds.
 --
--- A room is {unlimited_at, touched, vacated, holds = {hold…}, listed = {alias → time}, ended = {session → time},
--- chains = {user → {expires, asked}}, exempt = {user → true}}. A hold has the fields of lotusguard.rules.seats.Hold, and
--- for a pending one "lease": when it ends unless its guard renews it.
+-- A step costs the same however many people are in the room. Only what asks for all of them reads all.
 
-local COUNTED = {'takes_seat', 'full', 'owns_seat', 'removes'}
-local ENDINGS = {leave = true, vanish = true, expire = true}
-local NOBODY = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0, exempt = false}
 local Seats = {}
 
-local function key_of(alias, name) return alias .. '\0' .. name end
-
--- The identity of a token. One that cannot be read gets one of its own, so that it replaces no other hold.
-local function identity_of(identity, hold_id) return identity ~= '' and identity or hold_id end
-
--- What is derived from the holds. "list" has holes: it keeps the order in which the holds got where they are.
-local room, list, last, users, total, sessions, sessions_of, reserved, pending, aliases, alias_count
-
--- counting ---------------------------------------------------------------------------------------------------------
-
-local function user_of(name) return users[name] or NOBODY end
-
-local function add_up(user, rules, by)
-  for i = 1, #COUNTED do
-    local column = COUNTED[i]
-    if rules[column] then
-      local before = user[column]
-      user[column] = before + by
-      if not user.exempt and (before == 0 or before + by == 0) then total[column] = total[column] + by end
-    end
-  end
-end
-
-local function count(hold)
-  if not aliases[hold.alias] then
-    aliases[hold.alias] = 0
-    alias_count = alias_count + 1
-  end
-  aliases[hold.alias] = aliases[hold.alias] + 1
-  local user = users[hold.user]
-  if not user then
-    user = {holds = 0, takes_seat = 0, full = 0, owns_seat = 0, removes = 0,
-            exempt = room.exempt[hold.user] == true}
-    users[hold.user] = user
-  end
-  user.holds = user.holds + 1
-  add_up(user, TABLE[hold.state], 1)
-end
-
-local function uncount(hold)
-  aliases[hold.alias] = aliases[hold.alias] - 1
-  if aliases[hold.alias] == 0 then
-    aliases[hold.alias] = nil
-    alias_count = alias_count - 1
-  end
-  local user = users[hold.user]
-  user.holds = user.holds - 1
-  add_up(user, TABLE[hold.state], -1)
-end
-
-local function forget(name)
-  if user_of(name).holds == 0 then
-    users[name] = nil
-    room.exempt[name] = nil
-  end
-end
-
-local function owns_seat(name)
-  local user = user_of(name)
-  return user.owns_seat > 0 or user.exempt
-end
-
--- where holds are --------------------------------------------------------------------------------------------------
-
-local function append(hold)
-  last = last + 1
-  hold.place = last
-  list[last] = hold
-end
-
-local function holds_where(wanted)
-  local found = {}
-  for i = 1, last do
-    if list[i] and wanted(list[i]) then found[#found + 1] = list[i] end
-  end
-  return found
-end
-
-local move
-
-local function put_session(hold)
-  sessions[key_of(hold.alias, hold.sid)] = hold
-  local key = key_of(hold.alias, hold.identity)
-  sessions_of[key] = (sessions_of[key] or 0) + 1
-  append(hold)
-  count(hold)
-end
-
--- What is reserved for a user, in the order in which it got there.
-local function reserved_for(name)
-  return holds_where(function(hold)
-    return hold.user == name and hold.state ~= 'pending' and not TABLE[hold.state].in_call
-  end)
-end
-
-local function put_reserved(key, hold)
-  count(hold)  -- first, so that the user is known throughout
-  local older = reserved[key]
-  if older then move(older, 'replace', 0) end
-  reserved[key] = hold
-  append(hold)
-  if user_of(hold.user).holds > RESERVED_PER_USER then
-    local of_user = reserved_for(hold.user)
-    if #of_user > RESERVED_PER_USER then move(of_user[1], 'replace', 0) end
-  end
-end
-
-local function take_out(hold)
-  list[hold.place] = nil
-  local key = key_of(hold.alias, hold.identity)
-  if hold.state == 'pending' then
-    pending[hold.id] = nil
-  elseif TABLE[hold.state].in_call then
-    sessions[key_of(hold.alias, hold.sid)] = nil
-    sessions_of[key] = sessions_of[key] > 1 and sessions_of[key] - 1 or nil
-  else
-    reserved[key] = nil
-  end
-end
-
-function move(hold, event, at)
-  local rules = TABLE[hold.state]
-  local after = rules.moves[event]
-  if after == nil then error('a hold that is ' .. hold.state .. ' cannot ' .. event) end
-  take_out(hold)
-  uncount(hold)
-  if ENDINGS[event] then room.vacated = math.max(room.vacated, at) end
-  if after then
-    hold.state = after
-    local key = key_of(hold.alias, hold.identity)
-    if TABLE[after].in_call then
-      if event == 'arrive' then hold.began = at end
-      put_session(hold)
-    elseif not (rules.in_call and (reserved[key] or sessions_of[key])) then
-      -- else the identity has a newer token or session, which keeps the seat
-      if event == 'leave' or event == 'vanish' then
-        hold.began = at
-        hold.expires = event == 'leave' and at or at + RECONNECT_WINDOW
-      end
-      put_reserved(key, hold)
-    end
-  end
-  forget(hold.user)
-end
-
--- a room from its stored form, and back
-function Seats.open(stored)
-  room, list, last, users, sessions, sessions_of, reserved, pending = stored, {}, 0, {}, {}, {}, {}, {}
-  aliases, alias_count = {}, 0
-  total = {takes_seat = 0, full = 0, owns_seat = 0, removes = 0}
-  for _, hold in ipairs(stored.holds) do
-    append(hold)
-    count(hold)
-    local key = key_of(hold.alias, hold.identity)
-    if hold.state == 'pending' then
-      pending[hold.id] = hold
-    elseif TABLE[hold.state].in_call then
-      sessions[key_of(hold.alias, hold.sid)] = hold
-      sessions_of[key] = (sessions_of[key] or 0) + 1
-    else
-      reserved[key] = hold
-    end
-  end
-end
-
-function Seats.close()
-  room.holds = holds_where(function() return true end)
-  for _, hold in ipairs(room.holds) do hold.place = nil end
-  return room
+-- The room as a whole, if there is none. Its numbers begin so that no earlier room with this name has had them.
+function Seats.new(now, unlimited_at, epoch)
+  local first = math.floor(now * 1000000)
+  return {
+    unlimited_at = unlimited_at, touched = now, vacated = now, epoch = epoch, listed = {},
+    version = first,  -- grows with each change of what is held here, and by whom
+    news = first,     -- grows with each change of who is an occupant
+    owners = 0,       -- grows with each change of who owns a seat, and with each token that was issued without one
+    place = 0, users = 0, states = {}, aliases = {}, in_call = {},
+    total = {takes_seat = 0, full = 0, owns_seat = 0, removes = 0},
+  }
 end
 
 local function expires_before(a, b)
@@ -187,59 +24,63 @@ local function expires_before(a, b)
   return a.place < b.place
 end
 
--- Let everything expire that has. Returns whether a request in flight ended because its guard did not renew it.
+-- Let everything expire that has.
+-- Returns whether anything has, and whether a request in flight ended because its guard did not renew it.
 function Seats.advance(now)
-  local due, lapsed = {}, {}
-  for i = 1, last do
-    local hold = list[i]
-    if hold then
-      if hold.state == 'pending' then
-        if hold.lease and hold.lease <= now then lapsed[#lapsed + 1] = hold end
-      elseif TABLE[hold.state].moves.expire ~= nil and hold.expires <= now then
-        due[#due + 1] = hold
-      end
+  local names, expired, lapsed = {}, {}, {}
+  for _, found in ipairs(due.up_to(now)) do
+    local name, at = found[1], found[2]
+    if name:sub(1, 1) ~= 'c' then
+      names[#names + 1] = name
+    elseif at < now then
+      write(name, nil)
+      due.drop(name)
     end
   end
-  table.sort(due, expires_before)
-  for _, hold in ipairs(due) do move(hold, 'expire', hold.expires) end
-  for _, hold in ipairs(lapsed) do move(hold, 'release', now) end
-  return #lapsed > 0
+  for _, hold in ipairs(read_all(names)) do
+    local list = hold.state == 'pending' and lapsed or expired
+    list[#list + 1] = hold
+  end
+  table.sort(expired, expires_before)
+  for _, hold in ipairs(expired) do move(hold, 'expire', hold.expires) end
+  for _, hold in ipairs(in_order(lapsed)) do move(hold, 'release', now) end
+  return #names > 0, #lapsed > 0
 end
 
 -- a join -----------------------------------------------------------------------------------------------------------
 
-local function known(hold_id)
-  if pending[hold_id] then return pending[hold_id] end
-  for i = 1, last do
-    if list[i] and list[i].id == hold_id then return list[i] end
-  end
-end
-
 function Seats.take(now, hold_id, user, limit, alias, exempt, slots, lease)
   room.touched = now
-  if known(hold_id) then return nil end  -- asked again, because the answer was lost
-  if slots and not aliases[alias] and alias_count >= slots then return 'too_many_slots' end
+  if hold_with(hold_id) then return nil end  -- asked again, because the answer was lost
+  if slots and not room.aliases[alias] then
+    local number = 0
+    for _ in pairs(room.aliases) do number = number + 1 end
+    if number >= slots then return 'too_many_slots' end
+  end
   if not limit then
     room.unlimited_at = now
-  elseif not exempt and total.takes_seat >= limit and not owns_seat(user) then
-    return total.full >= limit and 'full' or 'seat_pending'
+  elseif not exempt and room.total.takes_seat >= limit and not owns_seat(user) then
+    return room.total.full >= limit and 'full' or 'seat_pending'
   end
-  local hold = {id = hold_id, user = user, state = 'pending', alias = alias, identity = '', sid = '', began = now,
-                expires = 0, lease = lease}
-  pending[hold_id] = hold
-  append(hold)
-  count(hold)
+  put_pending({id = hold_id, user = user, state = 'pending', alias = alias, identity = '', sid = '', began = now,
+               expires = 0, lease = lease})
   if exempt then Seats.exempt(now, user) end
 end
 
 local function time_to_arrive(user, now, ttl)
-  local chain = room.chains[user]
-  if not chain or chain.asked + ttl < now then
-    chain = {expires = now + ttl}
-    room.chains[user] = chain
-  end
+  local chain = chains[user]
+  if not chain or chain.asked + ttl < now then chain = {expires = now + ttl} end
   chain.asked = now
+  chains[user] = chain
+  due.put('c' .. user, now + ttl)
   return chain.expires
+end
+
+local function has_arrived(user)
+  if chains[user] then
+    chains[user] = nil
+    due.drop('c' .. user)
+  end
 end
 
 local function reserve(hold, alias, identity, now, ttl, device)
@@ -253,14 +94,14 @@ end
 
 function Seats.issue(now, hold_id, alias, identity, ttl, device)
   local hold = pending[hold_id]
-  if not hold then return known(hold_id) end
+  if not hold then return hold_with(hold_id) end
   take_out(hold)
-  uncount(hold)
+  count(hold, -1)
   return reserve(hold, alias, identity_of(identity, hold_id), now, ttl, device)
 end
 
 function Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl, device)
-  local hold = known(hold_id)
+  local hold = hold_with(hold_id)
   if hold then return hold end
   identity = identity_of(identity, hold_id)
   hold = {id = hold_id, user = user, state = 'pending', alias = alias, identity = identity, sid = '', began = now,
@@ -281,19 +122,19 @@ end
 
 -- Whether a participant without a seat may have one. Before the first listing nobody can tell.
 local function may_sit(hold, limit)
-  return owns_seat(hold.user) or (room.listed[hold.alias] ~= nil and total.owns_seat < limit)
+  return owns_seat(hold.user) or (room.listed[hold.alias] ~= nil and room.total.owns_seat < limit)
 end
 
 local function arrived(alias, who, limit, now, joined_by)
   local at, key = key_of(alias, who.sid), key_of(alias, who.identity)
-  if room.ended[at] then return end
-  local issued = reserved[key]
-  if issued and issued.began > joined_by then issued = nil end
+  if ended.score(at) then return end
+  local token = reserved[key]
+  if token and token.began > joined_by then token = nil end
   local hold = sessions[at]
   if hold then
-    if issued then move(issued, 'replace', now) end
-  elseif issued and issued.user == who.user then
-    hold = issued
+    if token then move(token, 'replace', now) end
+  elseif token and token.user == who.user then
+    hold = token
     hold.sid = who.sid
     move(hold, 'arrive', now)
   else
@@ -301,7 +142,7 @@ local function arrived(alias, who, limit, now, joined_by)
             identity = who.identity, sid = who.sid, began = now, expires = 0}
     put_session(hold)
   end
-  room.chains[who.user] = nil
+  has_arrived(who.user)
   if hold.state == 'unseated' and (not limit or may_sit(hold, limit)) then move(hold, 'seat', now) end
 end
 
@@ -330,21 +171,31 @@ end
 
 function Seats.leave(now, alias, sid, identity, left_by, by_choice)
   room.touched = now
-  local at = key_of(alias, sid)
-  room.ended[at] = now
-  local issued = reserved[key_of(alias, identity)]
-  local hold = sessions[at]
-  local known = hold or issued
-  if by_choice and known then end_unused(known.user, alias, identity, left_by, now) end
-  if by_choice and issued and (issued.began <= left_by or sid ~= '' and issued.sid == sid) then move(issued, 'leave', now) end
+  local at, key = key_of(alias, sid), key_of(alias, identity)
+  ended.put(at, now)
+  local token, hold = reserved[key], sessions[at]
+  local of = hold or token
+  if by_choice and of then end_unused(of.user, alias, identity, left_by, now) end
+  if by_choice and token and (token.began <= left_by or sid ~= '' and token.sid == sid) then move(token, 'leave', now) end
   if hold then move(hold, by_choice and 'leave' or 'vanish', now) end
 end
 
 local function forget_ended(now)
-  for at, ended in pairs(room.ended) do
-    if ended <= now - ENDED_SESSIONS_KEPT then room.ended[at] = nil end
-  end
+  for _, found in ipairs(ended.up_to(now - ENDED_SESSIONS_KEPT)) do ended.drop(found[1]) end
 end
+
+-- Tokens that were issued while the roster was unknown get the seats that are free, first come first served.
+function Seats.seat_failed_open(now, limit)
+  if not room.states.issued_unseated then return end
+  local tried = room.tried
+  if tried and tried[1] == room.owners and tried[2] == limit then return end  -- nothing has changed for them
+  for _, hold in ipairs(without_seat('r')) do
+    if owns_seat(hold.user) or room.total.owns_seat < limit then move(hold, 'seat', now) end
+  end
+  room.tried = {room.owners, limit}
+end
+
+-- a listing --------------------------------------------------------------------------------------------------------
 
 -- By the time they joined.
 local function by_age(present)
@@ -359,45 +210,107 @@ local function by_age(present)
   return sorted
 end
 
--- Tokens that were issued while the roster was unknown get the seats that are free, first come first served.
-function Seats.seat_failed_open(now, limit)
-  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'issued_unseated' end)) do
-    if owns_seat(hold.user) or total.owns_seat < limit then move(hold, 'seat', now) end
+-- Read at once what is kept of those whom a listing shows.
+local function read_present(alias, present, any_reserved)
+  local names = {}
+  for _, who in ipairs(present) do
+    names[#names + 1] = 's' .. key_of(alias, who.sid)
+    names[#names + 1] = 'c' .. who.user
+    if any_reserved then names[#names + 1] = 'r' .. key_of(alias, who.identity) end
   end
+  Store.fetch(names)
+  ended.read()
 end
 
-function Seats.apply_listing(now, alias, present, limit, since)
-  local listed = room.listed[alias]
-  if listed and since < listed then return end  -- a later listing overtook it
+local function read_news(alias, present)
+  local names = {}
+  for _, who in ipairs(present) do
+    names[#names + 1] = 'u' .. who.user
+    names[#names + 1] = 'n' .. key_of(alias, who.identity)
+    names[#names + 1] = 'r' .. key_of(alias, who.identity)
+  end
+  Store.fetch(names)
+end
+
+-- Whether a listing says nothing new about a participant: they have a seat, and no unused token.
+local function is_settled(alias, who, any_reserved)
+  local at = key_of(alias, who.sid)
+  local hold = sessions[at]
+  return hold and hold.state == 'present' and not ended.score(at)
+    and not (any_reserved and reserved[key_of(alias, who.identity)])
+end
+
+local function note_listing(alias, limit, since, now)
   room.listed[alias] = since
   room.touched = now
   if not limit then room.unlimited_at = now end
-  local there = {}
-  for _, entry in ipairs(by_age(present)) do
+end
+
+-- End the sessions that a listing does not show.
+local function end_missing(alias, there, since, now)
+  local found = 0
+  for at in pairs(there) do
+    if sessions[at] then found = found + 1 end
+  end
+  if found == (room.in_call[alias] or 0) then return end
+  for _, hold in ipairs(in_call()) do
+    if hold.alias == alias and hold.began < since and not there[key_of(alias, hold.sid)] then move(hold, 'vanish', now) end
+  end
+end
+
+-- Returns whether it told nothing new, and nothing is undecided: then a listing that shows the same tells nothing either.
+function Seats.apply_listing(now, alias, present, limit, since)
+  local listed = room.listed[alias]
+  if listed and since < listed then return false end  -- a later listing overtook it
+  note_listing(alias, limit, since, now)
+  local there, distinct, unsettled = {}, 0, {}
+  local any_reserved = how_many(RESERVED) > 0
+  read_present(alias, present, any_reserved)
+  for _, who in ipairs(present) do
+    local at = key_of(alias, who.sid)
+    if not there[at] then distinct = distinct + 1 end
+    there[at] = true
+    if is_settled(alias, who, any_reserved) then
+      has_arrived(who.user)
+    else
+      unsettled[#unsettled + 1] = who
+    end
+  end
+  read_news(alias, unsettled)
+  for _, entry in ipairs(by_age(unsettled)) do
     local who = entry.who
     local at = key_of(alias, who.sid)
-    there[at] = true
-    if room.ended[at] and room.ended[at] < since then room.ended[at] = nil end
+    local ended_at = ended.score(at)
+    if ended_at and ended_at < since then ended.drop(at) end  -- the SFU was asked after that event, and says it is there
     local before = not listed and (not who.joined or who.joined <= room.unlimited_at)
     arrived(alias, who, not before and limit or nil, now, since)
   end
-  for _, hold in ipairs(holds_where(function(hold)
-    return TABLE[hold.state].in_call and hold.alias == alias and hold.began < since
-      and not there[key_of(alias, hold.sid)]
-  end)) do move(hold, 'vanish', now) end
-  for _, hold in ipairs(holds_where(function(hold)
-    return TABLE[hold.state].unconfirmed and (hold.alias == alias or hold.alias == '') and hold.expires <= since
-  end)) do move(hold, 'confirm', now) end
+  end_missing(alias, there, since, now)
+  for _, hold in ipairs(to_confirm(since)) do
+    if hold.alias == alias or hold.alias == '' then move(hold, 'confirm', now) end
+  end
   if limit then Seats.seat_failed_open(now, limit) end
   forget_ended(now)
+  local undecided = how_many({'issued_expired', 'left', 'unseated', 'issued_unseated'}) > 0
+  return #unsettled == 0 and not undecided and (room.in_call[alias] or 0) == distinct
+end
+
+-- A listing that shows the same as one that told nothing new when the room had a version. Returns whether it tells
+-- nothing new either.
+function Seats.listed_again(now, alias, limit, since, version)
+  local listed = room.listed[alias]
+  if room.version ~= version or not listed or since < listed then return false end
+  note_listing(alias, limit, since, now)
+  return true
 end
 
 function Seats.overflow(now, limit)
   local over = {}
-  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'unseated' end)) do
+  if not room.states.unseated then return over end
+  for _, hold in ipairs(without_seat('s')) do
     if not limit or may_sit(hold, limit) then
       move(hold, 'seat', now)
-    elseif total.removes >= limit and room.listed[hold.alias] then
+    elseif room.total.removes >= limit and room.listed[hold.alias] then
       over[#over + 1] = hold
     end
   end
@@ -405,37 +318,42 @@ function Seats.overflow(now, limit)
 end
 
 function Seats.seat_everybody(now)
-  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'unseated' end)) do move(hold, 'seat', now) end
+  if not room.states.unseated then return end
+  for _, hold in ipairs(without_seat('s')) do move(hold, 'seat', now) end
 end
+
+-- who holds what ---------------------------------------------------------------------------------------------------
 
 -- Returns whether this is new: somebody who waits may find a seat.
 function Seats.exempt(now, name)
   local user = users[name]
-  if user and not user.exempt then
-    for _, column in ipairs(COUNTED) do
-      if user[column] > 0 then total[column] = total[column] - 1 end
-    end
-    user.exempt, room.exempt[name] = true, true
-    return true
+  if not user or user.exempt then return false end
+  for _, column in ipairs(COUNTED) do
+    if user[column] > 0 then room.total[column] = room.total[column] - 1 end
   end
-  return false
+  user.exempt = true
+  users[name] = user
+  room.owners = room.owners + 1
+  return true
 end
 
 function Seats.rename(now, alias, identity, name)
-  for _, hold in ipairs(holds_where(function(hold)
-    return TABLE[hold.state].in_call and hold.alias == alias and hold.identity == identity and hold.user ~= name
-  end)) do
+  for _, sid in ipairs(sessions_of[key_of(alias, identity)] or {}) do
+    local hold = sessions[key_of(alias, sid)]
     local nobody = hold.user
-    uncount(hold)
-    hold.user = name
-    count(hold)
-    forget(nobody)
+    if nobody ~= name then
+      count(hold, -1)
+      hold.user = name
+      count(hold, 1)
+      write(field_of(hold), hold)
+      forget(nobody)
+    end
   end
 end
 
 -- Take over a hold that another run or another guard issued.
 function Seats.restore(now, hold_id, user, alias, identity, present, expires, device)
-  if known(hold_id) then return end
+  if hold_with(hold_id) then return end
   put_reserved(key_of(alias, identity), {
     id = hold_id, user = user, state = present and 'left' or 'issued', alias = alias, identity = identity, sid = '',
     began = now, expires = present and math.min(now, expires) or expires, device = device,
@@ -450,24 +368,29 @@ end
 
 -- Requests in flight end, and every SFU room has to be listed again: the data set may be an older one.
 function Seats.distrust(now)
-  for _, hold in ipairs(holds_where(function(hold) return hold.state == 'pending' end)) do
-    move(hold, 'release', now)
-  end
+  for _, hold in ipairs(in_order(Store.all('p'))) do move(hold, 'release', now) end
   room.listed = {}
+  room.version = room.version + 1
 end
 
 -- The server's clock was set back: what was written before counts from the new time.
 function Seats.shift(by)
   room.unlimited_at, room.touched, room.vacated = room.unlimited_at + by, room.touched + by, room.vacated + by
   if room.waited_until then room.waited_until = room.waited_until + by end
-  for _, hold in ipairs(holds_where(function() return true end)) do
-    hold.began, hold.expires = hold.began + by, hold.expires + by
-    if hold.lease then hold.lease = hold.lease + by end
-  end
   for alias, since in pairs(room.listed) do room.listed[alias] = since + by end
-  for at, ended in pairs(room.ended) do room.ended[at] = ended + by end
-  for _, chain in pairs(room.chains) do
-    chain.expires, chain.asked = chain.expires + by, chain.asked + by
+  for _, letter in ipairs({'p', 's', 'r'}) do
+    for _, hold in ipairs(Store.all(letter)) do
+      hold.began, hold.expires = hold.began + by, hold.expires + by
+      if hold.lease then hold.lease = hold.lease + by end
+      write(field_of(hold), hold)
+    end
+  end
+  for _, name in ipairs(Store.names('c')) do
+    local chain = read(name)
+    write(name, {expires = chain.expires + by, asked = chain.asked + by})
+  end
+  for _, times in ipairs({due, unconfirmed, ended}) do
+    for _, found in ipairs(times.up_to()) do times.put(found[1], found[2] + by) end
   end
 end
 
@@ -475,19 +398,33 @@ end
 function Seats.renew(now, hold_ids, lease)
   local renewed = 0
   for _, hold_id in ipairs(hold_ids) do
-    if pending[hold_id] then
-      pending[hold_id].lease = lease
+    local hold = pending[hold_id]
+    if hold then
+      hold.lease = lease
+      pending[hold_id] = hold
+      due.put(field_of(hold), lease)
       renewed = renewed + 1
     end
   end
   return renewed
 end
 
+-- Drop what no delayed event can refer to any more.
+function Seats.forget_old(now, ttl, listing_kept)
+  forget_ended(now)
+  for _, hold in ipairs(to_confirm(now - UNCONFIRMED_KEPT + 1)) do
+    if hold.expires + UNCONFIRMED_KEPT <= now then move(hold, 'confirm', now) end
+  end
+  for alias, since in pairs(room.listed) do
+    if not room.aliases[alias] and since < now - listing_kept then room.listed[alias] = nil end
+  end
+end
+
 -- questions --------------------------------------------------------------------------------------------------------
 
-local function names_of(found)
+local function names_of(holds)
   local names, seen = {}, {}
-  for _, hold in ipairs(found) do
+  for _, hold in ipairs(holds) do
     if not seen[hold.user] then
       seen[hold.user] = true
       names[#names + 1] = hold.user
@@ -497,62 +434,64 @@ local function names_of(found)
 end
 
 function Seats.owns_seat(now, user) return owns_seat(user) end
-function Seats.is_exempt(now, user) return user_of(user).exempt end
-function Seats.seats_taken(now) return total.takes_seat end
+function Seats.is_exempt(now, user) return user_of(user).exempt == true end
+function Seats.seats_taken(now) return room.total.takes_seat end
 
-function Seats.sessions(now) return holds_where(function(hold) return TABLE[hold.state].in_call end) end
-function Seats.users(now) return names_of(Seats.sessions(now)) end
+function Seats.sessions(now) return in_call() end
+function Seats.users(now) return names_of(in_call()) end
 
 -- Users who have a seat, have no request in flight, and are not in the call as far as we know.
 function Seats.awaited(now)
-  return names_of(holds_where(function(hold)
-    return hold.state ~= 'pending' and not TABLE[hold.state].in_call and TABLE[hold.state].owns_seat
-  end))
+  local awaited = {}
+  for _, hold in ipairs(in_order(Store.all('r'))) do
+    if TABLE[hold.state].owns_seat then awaited[#awaited + 1] = hold end
+  end
+  return names_of(awaited)
 end
 
 -- Users who are in the call, have a token in time, or have a request in flight.
 function Seats.occupants(now)
-  return names_of(holds_where(function(hold)
-    return not TABLE[hold.state].unconfirmed
-  end))
+  local names = {}
+  for _, name in ipairs(Store.names('u')) do
+    if read(name).occupies > 0 then names[#names + 1] = name:sub(2) end
+  end
+  return names
 end
+
+-- The number of the last change of who is an occupant, and what has changed since a number: all of them, unless that was
+-- a short while ago.
+function Seats.occupants_since(now, number)
+  number_changes()
+  local changes = {}
+  if not number or number > room.news or room.news - number > NEWS_KEPT then
+    return {digits(room.news), Seats.occupants(now), changes}
+  end
+  for one = number + 1, room.news do changes[#changes + 1] = news[digits(one)] end
+  return {digits(room.news), false, changes}
+end
+
+-- Whether anybody is in the call of whom no Matrix user is known.
+function Seats.has_strangers() return room.strangers ~= nil end
 
 function Seats.aliases(now)
   local names = {}
-  for alias in pairs(aliases) do
+  for alias in pairs(room.aliases) do
     if alias ~= '' then names[#names + 1] = alias end
   end
   return names
 end
 
-function Seats.listing_required_since(now)
-  local latest
-  for _, hold in ipairs(holds_where(function(hold) return TABLE[hold.state].unconfirmed end)) do
-    if not latest or hold.expires > latest then latest = hold.expires end
-  end
-  return latest
-end
+function Seats.listing_required_since(now) return unconfirmed.highest() end
 
-function Seats.is_idle(now) return next(users) == nil end
+function Seats.is_idle(now) return room.users == 0 end
 
 -- Whether anybody is in the call or has a token in time, as far as we know; requests in flight do not count.
 function Seats.is_occupied(now)
-  for i = 1, last do
-    if list[i] and list[i].state ~= 'pending' and not TABLE[list[i].state].unconfirmed then return true end
-  end
-  return false
+  return how_many({'present', 'unseated', 'issued', 'issued_unseated', 'reconnecting'}) > 0
 end
 
--- Drop what no delayed event can refer to any more.
-function Seats.forget_old(now, ttl, listing_kept)
-  forget_ended(now)
-  for _, hold in ipairs(holds_where(function(hold)
-    return TABLE[hold.state].unconfirmed and hold.expires + UNCONFIRMED_KEPT <= now
-  end)) do move(hold, 'confirm', now) end
-  for user, chain in pairs(room.chains) do
-    if chain.asked + ttl < now then room.chains[user] = nil end
-  end
-  for alias, since in pairs(room.listed) do
-    if not aliases[alias] and since < now - listing_kept then room.listed[alias] = nil end
-  end
+-- Write the room. It is deleted after so many seconds.
+function Seats.close(seconds)
+  number_changes()
+  Store.write(seconds)
 end

@@ -30,6 +30,14 @@ LISTING_KEPT = 60.0
 """Seconds for which the time of the last listing of an SFU room is kept although nobody is in it."""
 CLOCK_STEP = 0.5
 """Seconds by which the server's clock may be behind the last step; it was set back if it is more."""
+NEWS_KEPT = 256
+"""Changes of who is an occupant that a room keeps. A guard that knows an older state is told of all occupants."""
+ROOM = PREFIX + "seats2"
+"""Begins the names of the keys of rooms. The number is that of the format: another one needs another name."""
+_ORDERS = ("due", "unconfirmed", "seatless", "ended")
+"""The sorted sets of a room; see ``store.lua``."""
+_RULES = ("store", "counts", "holds", "rules")
+"""The files that a script on a room begins with. Each uses those before it."""
 
 _CONSTANTS = MappingProxyType(
     {
@@ -43,14 +51,22 @@ _CONSTANTS = MappingProxyType(
         "WAIT_LONGEST": WAIT_LONGEST,
         "LISTING_KEPT": LISTING_KEPT,
         "CLOCK_STEP": CLOCK_STEP,
+        "NEWS_KEPT": NEWS_KEPT,
         "WAKE_CHANNEL": WAKE_CHANNEL,
     }
 )
 
 
 def room_key(room_id: str) -> str:
-    """The key of a room's seats. What is between the braces decides which server of a cluster has it."""
-    return f"{PREFIX}seats:{{{room_id}}}"
+    """The key that a room has for as long as anything is known of it. What is between the braces decides which server of a
+    cluster has it.
+    """
+    return f"{ROOM}:{{{room_id}}}"
+
+
+def room_keys(room_id: str) -> tuple[str, ...]:
+    """All keys of a room, as scripts expect them."""
+    return (room_key(room_id), *(f"{ROOM}.{order}:{{{room_id}}}" for order in _ORDERS))
 
 
 def lua_table() -> str:
@@ -72,11 +88,11 @@ def _row(rules: StateRules) -> str:
 
 
 def with_rules(entry: str) -> Script:
-    """A script that begins with the table and the rules. :param entry: Lua that uses ``Seats``."""
+    """A script that begins with the table and the rules. :param entry: Lua that uses ``Seats`` and ``Store``."""
     constants = "".join(
         f"local {name} = {value if not isinstance(value, str) else repr(value)}\n" for name, value in _CONSTANTS.items()
     )
-    return Script(constants + lua_table() + lua("rules") + entry)
+    return Script(constants + lua_table() + "".join(map(lua, _RULES)) + entry)
 
 
 def lua(name: str) -> str:

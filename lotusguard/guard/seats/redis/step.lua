@@ -1,10 +1,11 @@
 -- SPDX-License-Identifier: Apache-2.0
--- One step on one room: read it, let everything expire that has, do what is asked, write it.
--- KEYS[1]: the room. ARGV[1]: JSON {epoch, confirmed, guarding_since, remembered_since, room_id,
+-- One step on one room: let everything expire that has, do what is asked, write what has changed.
+-- KEYS: see store.lua. ARGV[1]: JSON {epoch, confirmed, guarding_since, remembered_since, room_id,
 -- operations = [[name, arguments…]…]}. "epoch" names the data set. A guard that does not know yet that it is another one
 -- gets {"stale"}. It asks which one it is: the name is "confirmed" then. It counts although the room was worked on under
 -- another name since, because a guard with an older name may have been faster.
--- The answer is JSON {now, listed = {alias → time}, aliases, results}. Times are text, because cjson writes 14 digits only.
+-- The answer is JSON {now, listed = {alias → time}, aliases, version, news, results}: "version" is that of the holds, "news"
+-- the number of the last change of who is an occupant. Times and these two are text, because cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
 local time = redis.call('TIME')
@@ -21,16 +22,12 @@ local function arrival(from)
   return {sid = from[1], identity = from[2], user = from[3], joined = given(from[4])}
 end
 
-local stored = redis.call('GET', KEYS[1])
-local room = stored and cmsgpack.unpack(stored) or {
-  unlimited_at = request.guarding_since, touched = now, holds = {}, listed = {}, ended = {}, chains = {}, exempt = {},
-  vacated = now, epoch = request.epoch,
-}
+Store.open(Seats.new(now, request.guarding_since, request.epoch))
 if room.before == request.epoch and not request.confirmed then return cjson.encode({'stale'}) end
-Seats.open(room)
 if room.at and room.at > now + CLOCK_STEP then Seats.shift(now - room.at) end
-local ended = Seats.advance(now)  -- whether a request in flight has ended: somebody who waits may find a seat
-if room.epoch ~= request.epoch then
+local has_expired, may_wake = Seats.advance(now)  -- somebody who waits for a request in flight may find a seat
+local is_other_data_set = room.epoch ~= request.epoch
+if is_other_data_set then
   Seats.distrust(now)
   room.before, room.epoch = room.epoch, request.epoch
 end
@@ -39,33 +36,20 @@ local function has_ended() return not Seats.is_occupied(now) and now - room.vaca
 
 local Writing = {}
 
--- All that is asked before somebody is refused: a further step for each question would cost more.
-local function full()
-  local seated, unseated, owners, strangers = {}, {}, {}, {}
-  for _, name in ipairs(Seats.occupants(now)) do
-    local list = Seats.owns_seat(now, name) and seated or unseated
-    list[#list + 1] = name
-  end
-  for _, name in ipairs(Seats.awaited(now)) do owners[#owners + 1] = name end
-  for _, hold in ipairs(Seats.sessions(now)) do
-    if string.sub(hold.user, 1, 1) ~= '@' then strangers[#strangers + 1] = hold.identity end
-  end
-  return {text(Seats.listing_required_since(now)), seated, unseated, owners, strangers}
-end
-
--- The answer is a list: the refusal, or '', and for a room that is full what full() tells.
+-- The answer is a list: the refusal, or ''; for a room that is full, when it has to be listed at least, and whether anybody is
+-- in the call of whom no user is known. All that is asked before somebody is refused.
 function Writing.take(hold_id, user, limit, alias, exempt, slots, lease)
   -- a guard that was alone has issued tokens: they come before somebody new
   if given(limit) and next(room.listed) then Seats.seat_failed_open(now, limit) end
   local refusal = Seats.take(now, hold_id, user, given(limit), alias, exempt, given(slots), now + lease)
   if refusal == 'seat_pending' then room.waited_until = now + WAIT_LONGEST end
-  return {refusal or '', refusal == 'full' and full() or false}
+  return {refusal or '', refusal == 'full' and {text(Seats.listing_required_since(now)), Seats.has_strangers()} or false}
 end
 
 function Writing.issue(hold_id, user, alias, identity, device, ttl)
   local hold = Seats.issue(now, hold_id, alias, identity, ttl, device)
   Seats.forget_old(now, ttl, LISTING_KEPT)  -- where nothing is enforced nobody lists
-  ended = true
+  may_wake = true
   -- its guard could not renew it in time, or the data set was lost: the token is sent all the same
   if not hold then hold = Seats.issue_without_seat(now, hold_id, user, alias, identity, ttl, device) end
   return {hold.user, hold.state, text(hold.expires)}
@@ -77,7 +61,7 @@ function Writing.issue_without_seat(hold_id, user, alias, identity, device, ttl)
 end
 
 function Writing.release(hold_id)
-  ended = Seats.release(now, hold_id) or ended
+  may_wake = Seats.release(now, hold_id) or may_wake
   return true
 end
 
@@ -101,7 +85,7 @@ function Writing.recognise(alias, identities, user)
 end
 
 function Writing.exempt(user)
-  ended = Seats.exempt(now, user) or ended
+  may_wake = Seats.exempt(now, user) or may_wake
   return true
 end
 
@@ -115,6 +99,7 @@ function Writing.leave(alias, sid, identity, left_by, by_choice)
   return true
 end
 
+-- The answer is the version of the holds, if a listing that shows the same would tell nothing new.
 function Writing.apply_listing(alias, present, limit, since, ttl)
   local arrivals = {}
   for place, who in ipairs(present) do
@@ -125,9 +110,13 @@ function Writing.apply_listing(alias, present, limit, since, ttl)
     end
   end
   -- a guard that has not noticed that this clock was set back would name a time to come
-  Seats.apply_listing(now, alias, arrivals, given(limit), math.min(since, now))
+  local settled = Seats.apply_listing(now, alias, arrivals, given(limit), math.min(since, now))
   Seats.forget_old(now, ttl, LISTING_KEPT)
-  return true
+  return settled and digits(room.version)
+end
+
+function Writing.listed_again(alias, limit, since, version)
+  return Seats.listed_again(now, alias, given(limit), math.min(since, now), tonumber(version))
 end
 
 function Writing.overflow(limit)
@@ -152,7 +141,7 @@ end
 local Reading = {}
 
 function Reading.owns_seat(user) return Seats.owns_seat(now, user) end
-function Reading.occupants() return Seats.occupants(now) end
+function Reading.occupants(known) return Seats.occupants_since(now, known ~= cjson.null and tonumber(known) or nil) end
 function Reading.listing_required_since() return text(Seats.listing_required_since(now)) end
 function Reading.is_started() return room.started == true and not has_ended() end
 function Reading.nothing() return true end
@@ -165,7 +154,7 @@ function Reading.snapshot()
   return {Seats.is_idle(now), Seats.seats_taken(now), Seats.awaited(now), present}
 end
 
-local results, writes = {}, false
+local results, writes = {}, has_expired or is_other_data_set  -- else each further step would find the same
 for place, operation in ipairs(request.operations) do
   local name = operation[1]
   writes = writes or Writing[name] ~= nil
@@ -176,11 +165,10 @@ if writes then
   if has_ended() then room.started = nil end
   room.at = now
   if room.waited_until and room.waited_until <= now then room.waited_until = nil end
-  local kept = Seats.is_idle(now) and IDLE_ROOM or OCCUPIED_ROOM
-  redis.call('SET', KEYS[1], cmsgpack.pack(Seats.close()), 'EX', kept)
-  if ended and room.waited_until then redis.call('PUBLISH', WAKE_CHANNEL, request.room_id) end
+  Seats.close(Seats.is_idle(now) and IDLE_ROOM or OCCUPIED_ROOM)
+  if may_wake and room.waited_until then redis.call('PUBLISH', WAKE_CHANNEL, request.room_id) end
 end
 
 local listed = {}
 for alias, since in pairs(room.listed) do listed[alias] = text(since) end
-return cjson.encode({text(now), listed, Seats.aliases(now), results})
+return cjson.encode({text(now), listed, Seats.aliases(now), digits(room.version), digits(room.news), results})

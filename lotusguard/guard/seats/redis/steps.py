@@ -19,7 +19,7 @@ from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient, when_less_bu
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.seats.redis.clock import ServerClock
 from lotusguard.guard.seats.redis.epoch import Rebuilding
-from lotusguard.guard.seats.redis.scripts import STEP, room_key
+from lotusguard.guard.seats.redis.scripts import STEP, room_keys
 
 log = Logger()
 
@@ -148,7 +148,7 @@ class RoomSteps:
         }
         sent = self._clock.seconds()
         question = self._rebuilding.ask_generation() if certain else None  # it is sent after the step
-        answer = await self._redis.run_loaded(STEP, (room_key(room_id),), json.dumps(request))
+        answer = await self._redis.run_loaded(STEP, room_keys(room_id), json.dumps(request))
         if question is not None and not await self._rebuilding.still(data_set, question):
             raise DependencyFailed("redis", DATA_LOST)
         return self._read(room_id, answer, sent)

@@ -1,0 +1,230 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- What Redis keeps of one room. A step reads what it needs when it needs it, and writes what it changed at its end: if it
+-- fails before, nothing was written.
+--
+-- KEYS[1] is a hash. Its field "ROOM" is what belongs to the room as a whole; the first letter of any other says what it is:
+--   p + hold ID             a hold of a request in flight
+--   s + alias + sid         a hold of somebody in the call
+--   r + alias + identity    a hold that is reserved
+--   i + hold ID             the field of a hold that was issued
+--   n + alias + identity    the sessions of an identity
+--   u + user                what a user holds
+--   c + user                a user's time to arrive
+--   o + number              who became an occupant, or ceased to be one
+-- The other keys are sorted sets: they keep the fields of some holds in an order.
+
+local COLUMNS = {
+  hold = {'id', 'user', 'state', 'alias', 'identity', 'sid', 'began', 'expires', 'place', 'lease', 'device'},
+  user = {'holds', 'takes_seat', 'full', 'owns_seat', 'removes', 'occupies', 'exempt', 'reserved'},
+  chain = {'expires', 'asked'},
+}
+local ROWS = {p = COLUMNS.hold, s = COLUMNS.hold, r = COLUMNS.hold, u = COLUMNS.user, c = COLUMNS.chain}
+local AT_ONCE = 2000  -- arguments of one command
+local HASH = KEYS[1]
+
+local Store = {}
+local room                       -- the field "ROOM"
+local known, changed = {}, {}    -- name of a field → its value, false if there is none; names of those that changed
+local orders = {}
+
+local function digits(number) return string.format('%.0f', number) end
+
+-- fields -----------------------------------------------------------------------------------------------------------
+
+local function packed(name, value)
+  local columns = ROWS[name:sub(1, 1)]
+  if not columns then return cmsgpack.pack(value) end
+  local row = {}
+  for i = 1, #columns do row[i] = value[columns[i]] or false end
+  return cmsgpack.pack(row)
+end
+
+local function unpacked(name, text)
+  local value, columns = cmsgpack.unpack(text), ROWS[name:sub(1, 1)]
+  if not columns then return value end
+  local record = {}
+  for i = 1, #columns do record[columns[i]] = value[i] or nil end
+  return record
+end
+
+local function read(name)
+  local value = known[name]
+  if value == nil then
+    local text = redis.call('HGET', HASH, name)
+    value = text and unpacked(name, text) or false
+    known[name] = value
+  end
+  return value or nil
+end
+
+local function write(name, value)
+  known[name] = value or false
+  changed[name] = true
+end
+
+-- The fields that begin with a letter, as a table. A value that was changed has to be assigned again.
+local function fields(letter)
+  return setmetatable({}, {
+    __index = function(_, key) return read(letter .. key) end,
+    __newindex = function(_, key, value) write(letter .. key, value) end,
+  })
+end
+
+-- Call a function with so many values at once as a command may have.
+local function in_parts(values, call)
+  for first = 1, #values, AT_ONCE do call(first, math.min(first + AT_ONCE - 1, #values)) end
+end
+
+-- Read many fields at once, because they are going to be used.
+function Store.fetch(names)
+  local missing = {}
+  for i = 1, #names do
+    if known[names[i]] == nil then
+      known[names[i]] = false
+      missing[#missing + 1] = names[i]
+    end
+  end
+  in_parts(missing, function(first, last)
+    local texts = redis.call('HMGET', HASH, unpack(missing, first, last))
+    for i = 1, #texts do
+      local name = missing[first + i - 1]
+      if texts[i] then known[name] = unpacked(name, texts[i]) end
+    end
+  end)
+end
+
+-- The names of all fields that begin with a letter, which are read. This costs as much as the room is large.
+function Store.names(letter)
+  local cursor = '0'
+  repeat
+    local found = redis.call('HSCAN', HASH, cursor, 'MATCH', letter .. '*', 'COUNT', 100000)
+    cursor = found[1]
+    for i = 1, #found[2], 2 do
+      local name = found[2][i]
+      if known[name] == nil then known[name] = unpacked(name, found[2][i + 1]) end
+    end
+  until cursor == '0'
+  local names = {}
+  for name, value in pairs(known) do
+    if value and name:sub(1, 1) == letter then names[#names + 1] = name end
+  end
+  return names
+end
+
+-- Their values.
+function Store.all(letter)
+  local values = {}
+  for place, name in ipairs(Store.names(letter)) do values[place] = known[name] end
+  return values
+end
+
+-- orders -----------------------------------------------------------------------------------------------------------
+
+local function precise(number) return string.format('%.17g', number) end
+
+local function by_score(a, b)
+  if a[2] ~= b[2] then return a[2] < b[2] end
+  return a[1] < b[1]
+end
+
+-- A sorted set, and what this step has changed of it.
+local function order(key)
+  local it, news, old = {}, {}, nil  -- news: member → score, false if it was taken out; old: the whole set, once read
+  function it.put(member, score) news[member] = score end
+  function it.drop(member) news[member] = false end
+
+  -- [member, score]… up to a score, in their order.
+  function it.up_to(most)
+    local found, stored = {}, redis.call('ZRANGEBYSCORE', key, '-inf', most and precise(most) or '+inf', 'WITHSCORES')
+    for i = 1, #stored, 2 do
+      if news[stored[i]] == nil then found[#found + 1] = {stored[i], tonumber(stored[i + 1])} end
+    end
+    local unchanged = #found
+    for member, score in pairs(news) do
+      if score and (not most or score <= most) then found[#found + 1] = {member, score} end
+    end
+    if #found > unchanged then table.sort(found, by_score) end
+    return found
+  end
+
+  -- Read all, because the scores of many members are going to be asked for.
+  function it.read()
+    old = {}
+    local stored = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
+    for i = 1, #stored, 2 do old[stored[i]] = tonumber(stored[i + 1]) end
+  end
+
+  function it.score(member)
+    local score = news[member]
+    if score == nil and old then return old[member] end
+    if score == nil then
+      local stored = redis.call('ZSCORE', key, member)
+      return stored and tonumber(stored) or nil
+    end
+    return score or nil
+  end
+
+  -- The highest score.
+  function it.highest()
+    local highest
+    for _, score in pairs(news) do
+      if score and (not highest or score > highest) then highest = score end
+    end
+    local skipped = 0
+    repeat
+      local stored = redis.call('ZREVRANGE', key, skipped, skipped, 'WITHSCORES')
+      skipped = skipped + 1
+      if #stored > 0 and news[stored[1]] == nil then
+        return highest and math.max(highest, tonumber(stored[2])) or tonumber(stored[2])
+      end
+    until #stored == 0
+    return highest
+  end
+
+  function it.write()
+    local put, dropped = {}, {}
+    for member, score in pairs(news) do
+      if score then
+        put[#put + 1] = precise(score)
+        put[#put + 1] = member
+      else
+        dropped[#dropped + 1] = member
+      end
+    end
+    in_parts(put, function(first, last) redis.call('ZADD', key, unpack(put, first, last)) end)
+    in_parts(dropped, function(first, last) redis.call('ZREM', key, unpack(dropped, first, last)) end)
+    news, old = {}, nil
+  end
+
+  orders[#orders + 1] = it
+  return it
+end
+
+-- the room ---------------------------------------------------------------------------------------------------------
+
+-- Read the room. "new" is what it is if there is none.
+function Store.open(new)
+  room = read('ROOM') or new
+end
+
+-- Write what was changed. All is deleted after so many seconds in which nothing is written.
+function Store.write(seconds)
+  local is_new = not read('ROOM')
+  write('ROOM', room)
+  local put, dropped = {}, {}
+  for name in pairs(changed) do
+    if known[name] then
+      put[#put + 1] = name
+      put[#put + 1] = packed(name, known[name])
+    else
+      dropped[#dropped + 1] = name
+    end
+  end
+  -- first what a server without memory rejects: then nothing was written
+  in_parts(put, function(first, last) redis.call('HSET', HASH, unpack(put, first, last)) end)
+  in_parts(dropped, function(first, last) redis.call('HDEL', HASH, unpack(dropped, first, last)) end)
+  changed = {}
+  if is_new then redis.call('DEL', unpack(KEYS, 2)) end  -- what outlived the hash for a millisecond
+  for _, one in ipairs(orders) do one.write() end
+  for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, seconds) end
+end
