@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import define, field
 
-from lotusguard.guard.seats.redis.scripts import LISTING_KEPT, room_key
+from lotusguard.guard.seats.redis.scripts import LISTING_KEPT, room_key, room_keys, with_rules
 from lotusguard.rules.room_seats import RoomSeats
 from lotusguard.rules.seats import Arrival, IdentityKey
 
@@ -85,10 +85,11 @@ class RoomModel:
         if not state.made:
             state.seats, state.epoch, state.made = ModelSeats(request["guarding_since"]), request["epoch"], True
             state.seats.vacated = now
-        writes = any(operation[0] not in READING for operation in request["operations"])
-        if not writes:
-            return
+        before = state.seats.version
         self._advance(now)
+        writes = any(operation[0] not in READING for operation in request["operations"])
+        if not writes and state.seats.version == before and state.epoch == request["epoch"]:
+            return
         if state.epoch != request["epoch"]:
             state.seats.distrust()
             state.before, state.epoch = state.epoch, request["epoch"]
@@ -104,8 +105,8 @@ class RoomModel:
             seats.release(hold_id)
 
     def _compare(self) -> None:
-        stored = json.loads(self.server.client.eval(_SHOW, 1, room_key(self.room)))
-        found = {(hold["user"], hold["state"]) for hold in stored}
+        keys = room_keys(self.room)
+        found = {tuple(hold) for hold in json.loads(self.server.client.eval(_SHOW.text, len(keys), *keys))}
         seats = self._now.seats
         holds = [*seats.pending.values(), *seats.reserved.values(), *seats.sessions.values()]
         assert found == {(hold.user, hold.state.value) for hold in holds}
@@ -180,10 +181,10 @@ class RoomModel:
 
 
 READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
-_SHOW = """
-local stored = redis.call('GET', KEYS[1])
-if not stored then return '[]' end
+_SHOW = with_rules("""
 local shown = {}
-for place, hold in ipairs(cmsgpack.unpack(stored).holds) do shown[place] = {user = hold.user, state = hold.state} end
+for _, letter in ipairs({'p', 'r', 's'}) do
+  for _, hold in ipairs(Store.all(letter)) do shown[#shown + 1] = {hold.user, hold.state} end
+end
 return #shown > 0 and cjson.encode(shown) or '[]'
-"""
+""")

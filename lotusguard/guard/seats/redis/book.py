@@ -16,6 +16,7 @@ from lotusguard.clients.waiting import gather_in_turns
 from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.guard.seats.redis.epoch import Rebuilding
+from lotusguard.guard.seats.redis.occupants import KnownOccupants
 from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
 from lotusguard.guard.seats.redis.scripts import OCCUPIED_ROOM, WAKE_CHANNEL, room_key
 from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, Listed, RoomSteps
@@ -58,13 +59,14 @@ class RedisSeatBook:
     _steps: RoomSteps = field(init=False)
     _waiting: WaitingJoins = field(init=False)
     _pending: dict[str, tuple[str, str]] = field(init=False, factory=dict)
+    _occupants: KnownOccupants = field(init=False, factory=KnownOccupants)
 
     def __attrs_post_init__(self) -> None:
         self._steps = RoomSteps(self._redis, self._reactor, self._guarding_since, self._rebuilding)
         self._waiting = WaitingJoins(self._owners, self._reactor)
         self._redis.listen(WAKE_CHANNEL, self._waiting.wake)
         self._redis.on_server.append(lambda _: self._steps.forget_time())
-        self._rebuilding.on_data_set.append(self._steps.forget)
+        self._rebuilding.on_data_set += [self._steps.forget, self._occupants.clear]
 
     # -- joins -------------------------------------------------------------------------------------------
 
@@ -86,11 +88,12 @@ class RedisSeatBook:
     async def _take(self, room_id: str, operation: Sequence[Any], capped: bool) -> str:
         """:param capped: the seat is one of a limited number. It is taken only from a data set that is complete."""
         if not capped:
-            return self._refusal(room_id, (await self._steps.run(room_id, operation))[0])
+            return self._refusal(room_id, operation[2], (await self._steps.run(room_id, operation))[0])
         for left in reversed(range(ATTEMPTS)):
             await self._rebuilding.wait()
             try:
-                return self._refusal(room_id, (await self._steps.run(room_id, operation, certain=True))[0])
+                told = (await self._steps.run(room_id, operation, certain=True))[0]
+                return self._refusal(room_id, operation[2], told)
             except DependencyFailed as failed:
                 if failed.reason != DATA_LOST or not left:
                     raise
@@ -98,10 +101,10 @@ class RedisSeatBook:
             await self._rebuilding.look_again()
         raise AssertionError("not reached")
 
-    def _refusal(self, room_id: str, told: Sequence[Any]) -> str:
+    def _refusal(self, room_id: str, user: str, told: Sequence[Any]) -> str:
         refusal, full = told
         if full:
-            self._steps.note_full(room_id, full)
+            self._steps.note_full(room_id, user, full)
         return str(refusal)
 
     async def wait_for_seat(self, room_id: str, user: str, *, again: bool) -> None:
@@ -130,8 +133,8 @@ class RedisSeatBook:
 
     async def owns_seat(self, room_id: str, user: str) -> bool:
         full = self._steps.full(room_id)
-        if full is not None:
-            return user in full.owners
+        if full is not None and full.user == user and not full.has_strangers:
+            return False
         return bool(await self._step(room_id, "owns_seat", user))
 
     async def exempt(self, room_id: str, user: str) -> None:
@@ -139,7 +142,7 @@ class RedisSeatBook:
 
     async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
         full = self._steps.full(room_id)
-        if full is None or not full.strangers.isdisjoint(identities):
+        if full is None or full.has_strangers:
             self._steps.first(room_id, ("recognise", alias, list(identities), user))
 
     # -- the call ----------------------------------------------------------------------------------------
@@ -164,7 +167,12 @@ class RedisSeatBook:
         self._steps.apply_listing(room_id, alias, since, operation)
 
     async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
-        return False  # what other guards have changed since is not known here
+        version = self._steps.settled(room_id, alias)
+        if version is None:
+            return False
+        await self._steps.know_time()
+        since = self._steps.clock.to_server(since)
+        return bool(await self._step(room_id, "listed_again", alias, limit, since, version))
 
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         return [OverLimit(*hold) for hold in await self._step(room_id, "overflow", limit)]
@@ -199,8 +207,11 @@ class RedisSeatBook:
         return self._steps.clock.to_guard(float(required)) if required else None
 
     async def occupants(self, room_id: str) -> Collection[str]:
-        full = self._steps.full(room_id)
-        return full.occupants if full is not None else set(await self._step(room_id, "occupants"))
+        number, known = self._occupants.number(room_id), self._steps.listed(room_id)
+        if self._steps.full(room_id) is not None and known is not None and known.news == number:
+            return self._occupants.names(room_id)
+        found = self._occupants.update(room_id, await self._step(room_id, "occupants", number))
+        return found if found is not None else set((await self._step(room_id, "occupants", None))[1])
 
     async def is_started(self, room_id: str) -> bool:
         return bool(await self._step(room_id, "is_started"))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -41,28 +41,29 @@ class Listed:
     :ivar since: when they were listed, on the server's clock.
     :ivar aliases: those in which somebody holds a seat.
     :ivar told: when Redis said so, on the guard's clock.
+    :ivar version: of the holds. :ivar news: the number of the last change of who is an occupant.
     """
 
     since: dict[str, float]
     aliases: tuple[str, ...]
     told: float
+    version: str = ""
+    news: str = ""
 
 
 @frozen
 class Full:
     """What the last step found in a room that was full; all that is asked before somebody is refused.
 
-    :ivar at: on the guard's clock.
+    :ivar at: on the guard's clock. :ivar user: who found no seat, and so owns none.
     :ivar required_since: see `SeatBook.listing_required_since`; on the server's clock.
-    :ivar owners: who owns a seat. :ivar occupants: see `SeatBook.occupants`.
-    :ivar strangers: identities in the call of which no Matrix user is known.
+    :ivar has_strangers: whether somebody is in the call of whom no Matrix user is known.
     """
 
     at: float
+    user: str
     required_since: float | None
-    owners: frozenset[str]
-    occupants: frozenset[str]
-    strangers: frozenset[str]
+    has_strangers: bool
 
 
 @define(eq=False)
@@ -82,6 +83,7 @@ class RoomSteps:
     _listed: OrderedDict[str, Listed] = field(init=False, factory=OrderedDict)
     _full: OrderedDict[str, Full] = field(init=False, factory=OrderedDict)
     _first: OrderedDict[str, list[Operation]] = field(init=False, factory=OrderedDict)
+    _settled: OrderedDict[tuple[str, str], str] = field(init=False, factory=OrderedDict)
 
     def __attrs_post_init__(self) -> None:
         self._remembered_since = self._guarding_since
@@ -95,6 +97,7 @@ class RoomSteps:
         """The data set is another one. Calls may be older than what it remembers."""
         self._listed.clear()
         self._full.clear()
+        self._settled.clear()
         if self._data_set:
             self._remembered_since = self._clock.seconds()
         self._data_set = self._rebuilding.data_set
@@ -131,6 +134,7 @@ class RoomSteps:
                     confirmed = True
                 else:
                     raise
+        self._note_settled(room_id, before, results)
         return results[len(before) :]
 
     async def _once(self, room_id: str, operations: list[Operation], certain: bool, confirmed: bool) -> list[Any]:
@@ -158,11 +162,11 @@ class RoomSteps:
             told = json.loads(answer)
             if told == [STALE]:
                 raise DependencyFailed("redis", STALE)
-            now, listed, aliases, results = told
+            now, listed, aliases, version, news, results = told
             self._full.pop(room_id, None)
             self.clock.learn(float(now), sent, self._clock.seconds())
             since = {alias: float(at) for alias, at in dict(listed).items()}
-            self._note(room_id, Listed(since, tuple(aliases), self._clock.seconds()))
+            self._note(room_id, Listed(since, tuple(aliases), self._clock.seconds(), str(version), str(news)))
             return list(results)
         except (TypeError, ValueError):
             raise DependencyFailed("redis", "invalid_response") from None
@@ -179,8 +183,22 @@ class RoomSteps:
         self.first(room_id, operation)
         known = self._listed.get(room_id) or Listed({}, (), 0.0)
         aliases = known.aliases if alias in known.aliases else (*known.aliases, alias)
-        self._note(room_id, Listed({**known.since, alias: since}, aliases, known.told))
+        self._note(room_id, evolve(known, since={**known.since, alias: since}, aliases=aliases))
+        self._settled.pop((room_id, alias), None)
         self._clock.callLater(0, self._flush, room_id)
+
+    def settled(self, room_id: str, alias: str) -> str | None:
+        """The version of a room's holds at which this guard's last listing of an SFU room told nothing new; ``None`` if it
+        did, or if the holds have changed since as far as this guard knows."""
+        known, version = self._listed.get(room_id), self._settled.get((room_id, alias))
+        return version if known is not None and known.version == version else None
+
+    def _note_settled(self, room_id: str, operations: Sequence[Operation], results: Sequence[Any]) -> None:
+        for operation, version in zip(operations, results, strict=False):
+            if operation[0] == "apply_listing" and version:
+                self._settled[room_id, operation[1]] = str(version)
+        while len(self._settled) > ROOMS_NOTED:
+            self._settled.popitem(last=False)
 
     def ask_soon(self, room_id: str) -> None:
         """Ask in the background what is listed in a room, unless a step is made anyway."""
@@ -198,13 +216,11 @@ class RoomSteps:
         while len(self._listed) > ROOMS_NOTED:
             self._listed.popitem(last=False)
 
-    def note_full(self, room_id: str, told: Sequence[Any]) -> None:
+    def note_full(self, room_id: str, user: str, told: Sequence[Any]) -> None:
         """:param told: what the operation ``take`` tells about a room that is full."""
-        required, seated, unseated, owners, strangers = told
-        self._full[room_id] = Full(
-            self._clock.seconds(), float(required) if required else None, frozenset((*seated, *owners)),
-            frozenset((*seated, *unseated)), frozenset(strangers),
-        )  # fmt: skip
+        required, has_strangers = told
+        at = float(required) if required else None
+        self._full[room_id] = Full(self._clock.seconds(), user, at, bool(has_strangers))
         self._full.move_to_end(room_id)
         while len(self._full) > FULL_NOTED:
             self._full.popitem(last=False)
