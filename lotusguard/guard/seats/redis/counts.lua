@@ -64,13 +64,13 @@ end
 
 -- Number the changes of who is an occupant: so a guard that knows an earlier number need not be told of all of them.
 local function number_changes()
-  for name, before in pairs(occupied) do
-    local now = user_of(name).occupies > 0
-    if now ~= before then
-      room.news = room.news + 1
-      news[digits(room.news)] = {name, now}
-      news[digits(room.news - NEWS_KEPT)] = nil
-    end
+  local changes, before = {}, room.news
+  for name, was_there in pairs(occupied) do
+    local is_there = user_of(name).occupies > 0
+    if is_there ~= was_there then changes[#changes + 1] = {name, is_there} end
   end
+  room.news = before + #changes
+  for place = math.max(1, #changes - NEWS_KEPT + 1), #changes do news[digits(before + place)] = changes[place] end
+  for number = before - NEWS_KEPT + 1, math.min(before, room.news - NEWS_KEPT) do news[digits(number)] = nil end
   occupied = {}
 end

@@ -215,7 +215,6 @@ local function read_present(alias, present, any_reserved)
   local names = {}
   for _, who in ipairs(present) do
     names[#names + 1] = 's' .. key_of(alias, who.sid)
-    names[#names + 1] = 'c' .. who.user
     if any_reserved then names[#names + 1] = 'r' .. key_of(alias, who.identity) end
   end
   Store.fetch(names)
@@ -226,6 +225,7 @@ local function read_news(alias, present)
   local names = {}
   for _, who in ipairs(present) do
     names[#names + 1] = 'u' .. who.user
+    names[#names + 1] = 'c' .. who.user
     names[#names + 1] = 'n' .. key_of(alias, who.identity)
     names[#names + 1] = 'r' .. key_of(alias, who.identity)
   end
@@ -233,11 +233,18 @@ local function read_news(alias, present)
 end
 
 -- Whether a listing says nothing new about a participant: they have a seat, and no unused token.
-local function is_settled(alias, who, any_reserved)
-  local at = key_of(alias, who.sid)
-  local hold = sessions[at]
-  return hold and hold.state == 'present' and not ended.score(at)
+local function is_settled(alias, at, who, any_reserved)
+  return Store.begins_with('s' .. at, 'present') and not ended.score(at)
     and not (any_reserved and reserved[key_of(alias, who.identity)])
+end
+
+-- Users whose time to arrive runs.
+local function awaited_users()
+  local names = {}
+  for _, found in ipairs(due.up_to()) do
+    if found[1]:sub(1, 1) == 'c' then names[found[1]:sub(2)] = true end
+  end
+  return names
 end
 
 local function note_listing(alias, limit, since, now)
@@ -250,7 +257,7 @@ end
 local function end_missing(alias, there, since, now)
   local found = 0
   for at in pairs(there) do
-    if sessions[at] then found = found + 1 end
+    if Store.has('s' .. at) then found = found + 1 end
   end
   if found == (room.in_call[alias] or 0) then return end
   for _, hold in ipairs(in_call()) do
@@ -264,16 +271,16 @@ function Seats.apply_listing(now, alias, present, limit, since)
   if listed and since < listed then return false end  -- a later listing overtook it
   note_listing(alias, limit, since, now)
   local there, distinct, unsettled = {}, 0, {}
-  local any_reserved = how_many(RESERVED) > 0
+  local any_reserved, awaited = how_many(RESERVED) > 0, awaited_users()
   read_present(alias, present, any_reserved)
   for _, who in ipairs(present) do
     local at = key_of(alias, who.sid)
     if not there[at] then distinct = distinct + 1 end
     there[at] = true
-    if is_settled(alias, who, any_reserved) then
-      has_arrived(who.user)
-    else
+    if not is_settled(alias, at, who, any_reserved) then
       unsettled[#unsettled + 1] = who
+    elseif awaited[who.user] then
+      has_arrived(who.user)
     end
   end
   read_news(alias, unsettled)

@@ -14,7 +14,7 @@
 -- The other keys are sorted sets: they keep the fields of some holds in an order.
 
 local COLUMNS = {
-  hold = {'id', 'user', 'state', 'alias', 'identity', 'sid', 'began', 'expires', 'place', 'lease', 'device'},
+  hold = {'state', 'id', 'user', 'alias', 'identity', 'sid', 'began', 'expires', 'place', 'lease', 'device'},
   user = {'holds', 'takes_seat', 'full', 'owns_seat', 'removes', 'occupies', 'exempt', 'reserved'},
   chain = {'expires', 'asked'},
 }
@@ -24,6 +24,7 @@ local HASH = KEYS[1]
 
 local Store = {}
 local room                       -- the field "ROOM"
+local texts = {}                 -- name of a field → what Redis has, false if it has none
 local known, changed = {}, {}    -- name of a field → its value, false if there is none; names of those that changed
 local orders = {}
 
@@ -50,7 +51,8 @@ end
 local function read(name)
   local value = known[name]
   if value == nil then
-    local text = redis.call('HGET', HASH, name)
+    local text = texts[name]
+    if text == nil then text = redis.call('HGET', HASH, name) end
     value = text and unpacked(name, text) or false
     known[name] = value
   end
@@ -79,32 +81,48 @@ end
 function Store.fetch(names)
   local missing = {}
   for i = 1, #names do
-    if known[names[i]] == nil then
-      known[names[i]] = false
-      missing[#missing + 1] = names[i]
-    end
+    if known[names[i]] == nil and texts[names[i]] == nil then missing[#missing + 1] = names[i] end
   end
   in_parts(missing, function(first, last)
-    local texts = redis.call('HMGET', HASH, unpack(missing, first, last))
-    for i = 1, #texts do
-      local name = missing[first + i - 1]
-      if texts[i] then known[name] = unpacked(name, texts[i]) end
-    end
+    local found = redis.call('HMGET', HASH, unpack(missing, first, last))
+    for i = 1, #found do texts[missing[first + i - 1]] = found[i] end
   end)
 end
 
--- The names of all fields that begin with a letter, which are read. This costs as much as the room is large.
+-- Whether there is a field.
+function Store.has(name)
+  if known[name] ~= nil then return known[name] ~= false end
+  if texts[name] ~= nil then return texts[name] ~= false end
+  return read(name) ~= nil
+end
+
+local beginnings = {}
+
+-- Whether a field has this value in its first column. The others are not looked at, which matters if there are many fields.
+function Store.begins_with(name, value)
+  if known[name] ~= nil then return known[name] and known[name][ROWS[name:sub(1, 1)][1]] == value end
+  if not texts[name] then return false end
+  local beginning = beginnings[value]
+  if not beginning then
+    local whole = packed(name, {[ROWS[name:sub(1, 1)][1]] = value})
+    beginning = whole:sub(1, select(2, whole:find(value, 1, true)))
+    beginnings[value] = beginning
+  end
+  return texts[name]:sub(1, #beginning) == beginning
+end
+
+-- The names of all fields that begin with a letter. This costs as much as the room is large.
 function Store.names(letter)
   local cursor = '0'
   repeat
     local found = redis.call('HSCAN', HASH, cursor, 'MATCH', letter .. '*', 'COUNT', 100000)
     cursor = found[1]
-    for i = 1, #found[2], 2 do
-      local name = found[2][i]
-      if known[name] == nil then known[name] = unpacked(name, found[2][i + 1]) end
-    end
+    for i = 1, #found[2], 2 do texts[found[2][i]] = found[2][i + 1] end
   until cursor == '0'
   local names = {}
+  for name, text in pairs(texts) do
+    if text and known[name] == nil and name:sub(1, 1) == letter then names[#names + 1] = name end
+  end
   for name, value in pairs(known) do
     if value and name:sub(1, 1) == letter then names[#names + 1] = name end
   end
@@ -114,7 +132,7 @@ end
 -- Their values.
 function Store.all(letter)
   local values = {}
-  for place, name in ipairs(Store.names(letter)) do values[place] = known[name] end
+  for place, name in ipairs(Store.names(letter)) do values[place] = read(name) end
   return values
 end
 
