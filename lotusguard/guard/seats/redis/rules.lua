@@ -120,9 +120,9 @@ end
 
 -- the call ---------------------------------------------------------------------------------------------------------
 
--- Whether a participant without a seat may have one. Before the first listing nobody can tell.
-local function may_sit(hold, limit)
-  return owns_seat(hold.user) or (room.listed[hold.alias] ~= nil and room.total.owns_seat < limit)
+-- Whether somebody who is in the call may have a seat there. Before the first listing nobody can tell.
+local function may_sit(user, alias, limit)
+  return not limit or owns_seat(user) or (room.listed[alias] ~= nil and room.total.owns_seat < limit)
 end
 
 local function arrived(alias, who, limit, now, joined_by)
@@ -138,12 +138,12 @@ local function arrived(alias, who, limit, now, joined_by)
     hold.sid = who.sid
     move(hold, 'arrive', now)
   else
-    hold = {id = who.sid, user = who.user, state = owns_seat(who.user) and 'present' or 'unseated', alias = alias,
-            identity = who.identity, sid = who.sid, began = now, expires = 0}
+    hold = {id = who.sid, user = who.user, state = may_sit(who.user, alias, limit) and 'present' or 'unseated',
+            alias = alias, identity = who.identity, sid = who.sid, began = now, expires = 0}
     put_session(hold)
   end
   has_arrived(who.user)
-  if hold.state == 'unseated' and (not limit or may_sit(hold, limit)) then move(hold, 'seat', now) end
+  if hold.state == 'unseated' and may_sit(hold.user, alias, limit) then move(hold, 'seat', now) end
 end
 
 function Seats.arrive(now, alias, who, limit)
@@ -315,7 +315,7 @@ function Seats.overflow(now, limit)
   local over = {}
   if not room.states.unseated then return over end
   for _, hold in ipairs(without_seat('s')) do
-    if not limit or may_sit(hold, limit) then
+    if may_sit(hold.user, hold.alias, limit) then
       move(hold, 'seat', now)
     elseif room.total.removes >= limit and room.listed[hold.alias] then
       over[#over + 1] = hold
