@@ -42,7 +42,7 @@ end
 Seats.close(600)
 if answer == nil then answer = cjson.null end
 return cjson.encode({answer = precise(answer), holds = precise(in_order(holds)), listed = precise(room.listed),
-                      vacated = precise(room.vacated)})
+                      vacated = precise(room.vacated), version = room.version})
 """
 RUN = with_rules(_RUN)
 _rooms = count(1)
@@ -83,6 +83,8 @@ class ValkeySeats:
         self.holds: list[Hold] = []
         self.vacated = 0.0
         self._listed: dict[str, float] = {}
+        self._version = 0
+        self._settled: dict[str, int] = {}
 
     def _run(self, name: str, now: float | None, *arguments: object) -> Any:
         call = {
@@ -92,6 +94,7 @@ class ValkeySeats:
         told = json.loads(shared_client().evalsha(self._sha, len(self._keys), *self._keys, json.dumps(call)))
         self.holds = [_hold(hold) for hold in _plain(told["holds"])]
         self.vacated = _plain(told["vacated"])
+        self._version = told["version"]
         listed = _plain(told["listed"])
         self._listed = dict(listed) if listed else {}
         return _plain(told["answer"])
@@ -140,7 +143,12 @@ class ValkeySeats:
     def apply_listing(
         self, alias: str, present: Collection[Arrival], limit: int | None, since: float, now: float
     ) -> None:
-        self._run("apply_listing", now, alias, [_fields(who) for who in present], limit, since)
+        self._settled.pop(alias, None)
+        if self._run("apply_listing", now, alias, [_fields(who) for who in present], limit, since):
+            self._settled[alias] = self._version
+
+    def listed_again(self, alias: str, limit: int | None, since: float, now: float) -> bool:
+        return bool(self._run("listed_again", now, alias, limit, since, self._settled.get(alias, -1)))
 
     def overflow(self, limit: int | None, now: float) -> list[Hold]:
         return [_hold(hold) for hold in self._run("overflow", now, limit)]

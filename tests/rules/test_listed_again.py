@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from copy import deepcopy
 
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import rule
 
@@ -64,6 +65,7 @@ CallsListedAgain.TestCase.settings = settings(max_examples=100, stateful_step_co
 TestCallsListedAgain = CallsListedAgain.TestCase
 
 
+@pytest.mark.usefixtures("rules")
 def test_a_call_in_which_nothing_happens_is_passed_over() -> None:
     seats = room()
     enter(seats, "a", 2, 1)
@@ -74,10 +76,12 @@ def test_a_call_in_which_nothing_happens_is_passed_over() -> None:
     assert seats.listed_again(ALIAS, 2, 9, 9)
 
 
+@pytest.mark.usefixtures("rules")
 def test_a_first_listing_is_applied() -> None:
     assert not room().listed_again("never-listed", 2, 6, 6)
 
 
+@pytest.mark.usefixtures("rules")
 def test_a_seat_that_was_taken_since_calls_for_a_whole_listing() -> None:
     seats = room()
     enter(seats, "a", 2, 1)
@@ -86,6 +90,7 @@ def test_a_seat_that_was_taken_since_calls_for_a_whole_listing() -> None:
     assert not seats.listed_again(ALIAS, 2, 6, 6)
 
 
+@pytest.mark.usefixtures("rules")
 def test_somebody_whom_a_webhook_removed_and_the_listings_still_show_is_put_back() -> None:
     seats = room()
     enter(seats, "a", 2, 1)
@@ -97,6 +102,7 @@ def test_somebody_whom_a_webhook_removed_and_the_listings_still_show_is_put_back
     assert seats.users() == {"a"}
 
 
+@pytest.mark.usefixtures("rules")
 def test_a_token_that_nobody_used_is_confirmed_as_over_although_the_listings_show_the_same() -> None:
     seats = room()
     enter(seats, "a", 2, 1)
@@ -109,6 +115,7 @@ def test_a_token_that_nobody_used_is_confirmed_as_over_although_the_listings_sho
     assert seats.seats_taken(2 + TTL + 1) == 1
 
 
+@pytest.mark.usefixtures("rules")
 def test_an_overtaken_listing_is_not_what_the_next_one_is_compared_with() -> None:
     seats = room()
     enter(seats, "a", 2, 1)
@@ -117,6 +124,7 @@ def test_an_overtaken_listing_is_not_what_the_next_one_is_compared_with() -> Non
     assert not seats.listed_again(ALIAS, 2, 7, 7)
 
 
+@pytest.mark.usefixtures("rules")
 def test_somebody_whom_a_webhook_brought_and_no_listing_shows_calls_for_a_whole_listing() -> None:
     seats = room()
     enter(seats, "a", 2, 1)

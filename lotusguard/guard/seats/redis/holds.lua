@@ -160,8 +160,8 @@ local function read_all(names)
   Store.fetch(names)
   local holds, of_users = {}, {}
   for i = 1, #names do
-    holds[i] = read(names[i])
-    of_users[i] = 'u' .. holds[i].user
+    local hold = read(names[i])
+    holds[i], of_users[i] = hold, 'u' .. hold.user
   end
   Store.fetch(of_users)
   return holds

@@ -24,6 +24,7 @@ local HASH = KEYS[1]
 
 local Store = {}
 local room                       -- the field "ROOM"
+local is_new = false             -- whether there is no such room: sorted sets that outlived it do not count
 local texts = {}                 -- name of a field → what Redis has, false if it has none
 local known, changed = {}, {}    -- name of a field → its value, false if there is none; names of those that changed
 local orders = {}
@@ -148,14 +149,17 @@ end
 -- A sorted set, and what this step has changed of it.
 local function order(key)
   local it, news, old = {}, {}, nil  -- news: member → score, false if it was taken out; old: the whole set, once read
+
+  local function stored(command, ...) return is_new and {} or redis.call(command, key, ...) end
+
   function it.put(member, score) news[member] = score end
   function it.drop(member) news[member] = false end
 
   -- [member, score]… up to a score, in their order.
   function it.up_to(most)
-    local found, stored = {}, redis.call('ZRANGEBYSCORE', key, '-inf', most and precise(most) or '+inf', 'WITHSCORES')
-    for i = 1, #stored, 2 do
-      if news[stored[i]] == nil then found[#found + 1] = {stored[i], tonumber(stored[i + 1])} end
+    local found, before = {}, stored('ZRANGEBYSCORE', '-inf', most and precise(most) or '+inf', 'WITHSCORES')
+    for i = 1, #before, 2 do
+      if news[before[i]] == nil then found[#found + 1] = {before[i], tonumber(before[i + 1])} end
     end
     local unchanged = #found
     for member, score in pairs(news) do
@@ -168,18 +172,16 @@ local function order(key)
   -- Read all, because the scores of many members are going to be asked for.
   function it.read()
     old = {}
-    local stored = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
-    for i = 1, #stored, 2 do old[stored[i]] = tonumber(stored[i + 1]) end
+    local before = stored('ZRANGE', 0, -1, 'WITHSCORES')
+    for i = 1, #before, 2 do old[before[i]] = tonumber(before[i + 1]) end
   end
 
   function it.score(member)
     local score = news[member]
-    if score == nil and old then return old[member] end
-    if score == nil then
-      local stored = redis.call('ZSCORE', key, member)
-      return stored and tonumber(stored) or nil
-    end
-    return score or nil
+    if score ~= nil then return score or nil end
+    if old or is_new then return old and old[member] end
+    local before = redis.call('ZSCORE', key, member)
+    return before and tonumber(before) or nil
   end
 
   -- The highest score.
@@ -188,14 +190,12 @@ local function order(key)
     for _, score in pairs(news) do
       if score and (not highest or score > highest) then highest = score end
     end
-    local skipped = 0
-    repeat
-      local stored = redis.call('ZREVRANGE', key, skipped, skipped, 'WITHSCORES')
-      skipped = skipped + 1
-      if #stored > 0 and news[stored[1]] == nil then
-        return highest and math.max(highest, tonumber(stored[2])) or tonumber(stored[2])
-      end
-    until #stored == 0
+    local place, last = 0
+    repeat  -- past those that were taken out
+      last = stored('ZREVRANGE', place, place, 'WITHSCORES')
+      place = place + 1
+    until #last == 0 or news[last[1]] == nil
+    if #last > 0 then highest = math.max(highest or tonumber(last[2]), tonumber(last[2])) end
     return highest
   end
 
@@ -222,12 +222,12 @@ end
 
 -- Read the room. "new" is what it is if there is none.
 function Store.open(new)
-  room = read('ROOM') or new
+  room = read('ROOM')
+  if not room then room, is_new = new, true end
 end
 
 -- Write what was changed. All is deleted after so many seconds in which nothing is written.
 function Store.write(seconds)
-  local is_new = not read('ROOM')
   write('ROOM', room)
   local put, dropped = {}, {}
   for name in pairs(changed) do
@@ -242,7 +242,7 @@ function Store.write(seconds)
   in_parts(put, function(first, last) redis.call('HSET', HASH, unpack(put, first, last)) end)
   in_parts(dropped, function(first, last) redis.call('HDEL', HASH, unpack(dropped, first, last)) end)
   changed = {}
-  if is_new then redis.call('DEL', unpack(KEYS, 2)) end  -- what outlived the hash for a millisecond
+  if is_new then redis.call('DEL', unpack(KEYS, 2)) end
   for _, one in ipairs(orders) do one.write() end
   for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, seconds) end
 end
