@@ -49,6 +49,7 @@ class Server:
 
     :ivar now: its clock. :ivar up: whether it answers.
     :ivar spy: told of each step on a room that is carried out: the room's key and the request.
+    :ivar answered: the answer to that step.
     """
 
     now: float = STARTED
@@ -56,6 +57,7 @@ class Server:
     names: Iterator[int] = field(factory=lambda: count(1))
     epoch: str = "epoch0"
     spy: Spy = field(default=lambda key, request: None)
+    answered: str = ""
     client: Any = field(factory=shared_client)
     listeners: dict[str, list[Callable[[str], None]]] = field(factory=dict)
     _shas: dict[str, str] = field(factory=dict)
@@ -73,6 +75,7 @@ class Server:
             del self._shas[script.sha]
             raise DependencyFailed("redis", NO_SCRIPT) from None
         if script is STEP:
+            self.answered = _text(answer)
             self.spy(keys[0], arguments[0])
         return _text(answer)
 

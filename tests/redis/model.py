@@ -30,6 +30,9 @@ class ModelSeats(RoomSeats):
         if self._listed:
             self._seat_failed_open(limit)
 
+    def note_listing(self, alias: str, limit: int | None, since: float, now: float) -> None:
+        self._note_listing(alias, limit, since, now)
+
     def advance(self, now: float) -> None:
         self._advance(now)
 
@@ -43,11 +46,14 @@ class ModelSeats(RoomSeats):
 
 @define
 class _State:
+    """:ivar settled: versions that Redis told when a listing told nothing new → the version here."""
+
     seats: ModelSeats
     leases: dict[str, float] = field(factory=dict)
     epoch: str = ""
     before: str = ""
     made: bool = False
+    settled: dict[str, int] = field(factory=dict)
 
 
 @define(eq=False)
@@ -93,9 +99,14 @@ class RoomModel:
         if state.epoch != request["epoch"]:
             state.seats.distrust()
             state.before, state.epoch = state.epoch, request["epoch"]
-        for name, *arguments in request["operations"]:
-            if name not in READING:
+        results = json.loads(self.server.answered)[-1]
+        for (name, *arguments), result in zip(request["operations"], results, strict=True):
+            if name == "listed_again":
+                self._listed_again(now, *arguments, is_same=result)
+            elif name not in READING:
                 getattr(self, f"_{name}")(now, *arguments)
+            if name == "apply_listing" and result:
+                state.settled[result] = state.seats.version
         self._compare()
 
     def _advance(self, now: float) -> None:
@@ -178,6 +189,12 @@ class RoomModel:
         seats = self._now.seats
         seats.apply_listing(alias, [Arrival(*who) for who in present], limit, min(since, now), now)
         seats.forget_old(now, ttl)
+
+    def _listed_again(self, now: float, alias: str, limit: Any, since: float, version: str, *, is_same: bool) -> None:
+        state = self._now
+        if is_same:
+            assert state.settled[version] == state.seats.version, "something has changed since that listing"
+            state.seats.note_listing(alias, limit, min(since, now), now)
 
 
 READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")

@@ -80,6 +80,7 @@ class Guards(RuleBasedStateMachine):
         self.active: dict[str, float] = {}
         self.died: dict[str, float] = {}
         self.sids = 0
+        self.shown: dict[str, frozenset[str]] = {}
         self.saved: dict[bytes, bytes] = {}
         self.lost_at = -100.0
         self._pass(6.0)
@@ -210,7 +211,12 @@ class Guards(RuleBasedStateMachine):
         ago = guard.clock.seconds() - self.server.now
         present = [Arrival(sid, user, user, self.joined[sid] + ago) for user, (sid, _) in self.inside.items()]
         shared = not guard.book.unshared
-        await guard.book.apply_listing(self.room, ALIAS, present, self.limit, guard.clock.seconds())
+        since, shown = guard.clock.seconds(), frozenset(self.inside)
+        is_same = self.shown.get(guard.name) == shown
+        self.shown.pop(guard.name, None)
+        if not is_same or not await guard.book.listed_again(self.room, ALIAS, self.limit, since):
+            await guard.book.apply_listing(self.room, ALIAS, present, self.limit, since)
+        self.shown[guard.name] = shown
         await guard.book.is_started(self.room)
         if shared and not guard.book.unshared:
             owners = self.model.owners()

@@ -16,6 +16,7 @@ from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seats import Arrival
 from tests.conftest import until
 
+from .conftest import OwnServer
 from .guards import LEASE, GuardSeats, guards, reactor
 
 ALIAS = "alias"
@@ -136,6 +137,59 @@ async def test_a_step_whose_answer_was_lost_gives_the_same_answer_again(url: str
         assert await steps.run(room, take) == [["", False]]
         assert await steps.run(room, ("release", hold_id))
         assert await guard.book.owns_seat(room, "a")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_listing_that_shows_the_same_is_passed_over_unless_some_guard_has_changed_something(
+    url: str, room: str
+) -> None:
+    async with guards(url, 2) as (first, second):
+
+        async def is_same() -> bool:
+            return await first.book.listed_again(room, ALIAS, 2, reactor.seconds())
+
+        assert not await is_same(), "the first listing"
+        for _ in range(2):
+            await listed(first, room, 2, "a")
+        assert await is_same()
+        before = await second.book.listed_since(room, [ALIAS]), await present(second, room)
+        assert await is_same()
+        await present(second, room)
+        after = await second.book.listed_since(room, [ALIAS])
+        assert before[0] is None or (after is not None and after > before[0]), "it counts as a listing for all guards"
+        await second.book.arrive(room, ALIAS, Arrival("PA_b", "b", "b"), 2)
+        assert not await is_same()
+        for _ in range(2):
+            await listed(first, room, 2, "a", "b")
+        assert await is_same()
+        await listed(second, room, 2, "a", "b", "c")
+        assert not await is_same(), "the other guard has listed somebody"
+
+
+@pytest_twisted.ensureDeferred
+async def test_nothing_is_passed_over_after_everything_was_deleted(own_server: OwnServer, room: str) -> None:
+    async with guards(own_server.url, 1) as (guard,):
+        for _ in range(2):
+            await listed(guard, room, 2, "a")
+        assert await guard.book.listed_again(room, ALIAS, 2, reactor.seconds())
+        own_server.client.flushall()
+        assert not await guard.book.listed_again(room, ALIAS, 2, reactor.seconds())
+
+
+@pytest_twisted.ensureDeferred
+async def test_each_guard_knows_the_occupants_after_changes_by_others(url: str, room: str) -> None:
+    async with guards(url, 2) as (first, second):
+        await listed(first, room, 1)
+        assert not await second.book.occupants(room)
+        await issue(first, room, "a")
+        assert await second.book.occupants(room) == {"a"}
+        assert await second.book.take(room, "b", 1, ALIAS) is Refusal.FULL
+        assert await second.book.occupants(room) == {"a"}
+        await first.book.leave(room, ALIAS, "", "a", reactor.seconds(), by_choice=True)
+        await listed(second, room, 1)
+        assert not await second.book.occupants(room)
+        await issue(second, room, "b")
+        assert await first.book.occupants(room) == await second.book.occupants(room) == {"b"}
 
 
 @pytest_twisted.ensureDeferred

@@ -24,8 +24,8 @@ class _Room:
 class KnownOccupants:
     """The occupants of the rooms that were asked about last.
 
-    An *occupant* is a user who is in the call, has a token in time, or has a request in flight. The changes of a room are
-    numbered.
+    An *occupant* is a user who is in the call, has a token in time, or has a request in flight. The changes of a room
+    are numbered.
     """
 
     _rooms: OrderedDict[str, _Room] = field(init=False, factory=OrderedDict)

@@ -58,8 +58,8 @@ _CONSTANTS = MappingProxyType(
 
 
 def room_key(room_id: str) -> str:
-    """The key that a room has for as long as anything is known of it. What is between the braces decides which server of a
-    cluster has it.
+    """The key that a room has for as long as anything is known of it. What is between the braces decides which server
+    of a cluster has it.
     """
     return f"{ROOM}:{{{room_id}}}"
 

@@ -188,8 +188,8 @@ class RoomSteps:
         self._clock.callLater(0, self._flush, room_id)
 
     def settled(self, room_id: str, alias: str) -> str | None:
-        """The version of a room's holds at which this guard's last listing of an SFU room told nothing new; ``None`` if it
-        did, or if the holds have changed since as far as this guard knows."""
+        """The version of a room's holds at which this guard's last listing of an SFU room told nothing new; ``None`` if
+        it did, or if the holds have changed since as far as this guard knows."""
         known, version = self._listed.get(room_id), self._settled.get((room_id, alias))
         return version if known is not None and known.version == version else None
 
