@@ -91,6 +91,9 @@ class RoomModel:
         if not state.made:
             state.seats, state.epoch, state.made = ModelSeats(request["guarding_since"]), request["epoch"], True
             state.seats.vacated = now
+        answer = json.loads(self.server.answered)
+        if answer == ["changed"]:
+            return  # nothing was done
         before = state.seats.version
         self._advance(now)
         writes = any(operation[0] not in READING for operation in request["operations"])
@@ -99,11 +102,8 @@ class RoomModel:
         if state.epoch != request["epoch"]:
             state.seats.distrust()
             state.before, state.epoch = state.epoch, request["epoch"]
-        results = json.loads(self.server.answered)[-1]
-        for (name, *arguments), result in zip(request["operations"], results, strict=True):
-            if name == "listed_again":
-                self._listed_again(now, *arguments, is_same=result)
-            elif name not in READING:
+        for (name, *arguments), result in zip(request["operations"], answer[-1], strict=True):
+            if name not in READING:
                 getattr(self, f"_{name}")(now, *arguments)
             if name == "apply_listing" and result:
                 state.settled[result] = state.seats.version
@@ -125,8 +125,9 @@ class RoomModel:
     # -- the operations of step.lua ----------------------------------------------------------------------
 
     def _take(
-        self, now: float, hold_id: str, user: str, limit: Any, alias: str, exempt: bool, slots: Any, lease: float
-    ) -> None:
+        self, now: float, hold_id: str, user: str, limit: Any, alias: str, exempt: bool, slots: Any, lease: float,
+        known: Any,
+    ) -> None:  # fmt: skip
         seats = self._now.seats
         if limit is not None:
             seats.seat_failed_open(limit)
@@ -190,11 +191,9 @@ class RoomModel:
         seats.apply_listing(alias, [Arrival(*who) for who in present], limit, min(since, now), now)
         seats.forget_old(now, ttl)
 
-    def _listed_again(self, now: float, alias: str, limit: Any, since: float, version: str, *, is_same: bool) -> None:
-        state = self._now
-        if is_same:
-            assert state.settled[version] == state.seats.version, "something has changed since that listing"
-            state.seats.note_listing(alias, limit, min(since, now), now)
+    def _listed_again(self, now: float, alias: str, limit: Any, since: float, version: str) -> None:
+        assert self._now.settled[version] == self._now.seats.version, "something has changed since that listing"
+        self._now.seats.note_listing(alias, limit, min(since, now), now)
 
 
 READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")

@@ -148,7 +148,11 @@ class ValkeySeats:
             self._settled[alias] = self._version
 
     def listed_again(self, alias: str, limit: int | None, since: float, now: float) -> bool:
-        return bool(self._run("listed_again", now, alias, limit, since, self._settled.get(alias, -1)))
+        self._run("seats_taken", now)
+        is_same = self._settled.get(alias) == self._version and since >= self._listed.get(alias, since)
+        if is_same:
+            self._run("listed_again", now, alias, limit, since)
+        return is_same
 
     def overflow(self, limit: int | None, now: float) -> list[Hold]:
         return [_hold(hold) for hold in self._run("overflow", now, limit)]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from attrs import define, field
@@ -212,10 +213,10 @@ class Guards(RuleBasedStateMachine):
         present = [Arrival(sid, user, user, self.joined[sid] + ago) for user, (sid, _) in self.inside.items()]
         shared = not guard.book.unshared
         since, shown = guard.clock.seconds(), frozenset(self.inside)
-        is_same = self.shown.get(guard.name) == shown
-        self.shown.pop(guard.name, None)
-        if not is_same or not await guard.book.listed_again(self.room, ALIAS, self.limit, since):
-            await guard.book.apply_listing(self.room, ALIAS, present, self.limit, since)
+        is_same = self.shown.pop(guard.name, None) == shown
+        apply = partial(guard.book.apply_listing, self.room, ALIAS, present, self.limit, since)
+        if not is_same or not await guard.book.listed_again(self.room, ALIAS, self.limit, since, apply):
+            await apply()
         self.shown[guard.name] = shown
         await guard.book.is_started(self.room)
         if shared and not guard.book.unshared:

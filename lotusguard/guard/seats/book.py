@@ -6,7 +6,7 @@ Whatever looks for a free seat and takes it does both in one step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -132,10 +132,14 @@ class SeatBook(Protocol):
     ) -> None:
         """A complete listing of one SFU room, begun at ``since``."""
 
-    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+    async def listed_again(
+        self, room_id: str, alias: str, limit: int | None, since: float, apply: Callable[[], Awaitable[None]]
+    ) -> bool:
         """A complete listing, begun at ``since``, that shows the same as the last one of its SFU room that was applied.
 
-        :return: whether it tells nothing new. If not, it has to be applied like any other.
+        :param apply: applies it like any other. It is called if it turns out later that another guard has changed
+            something: before the next question about the room is answered.
+        :return: whether it tells nothing new. If not, it has to be applied.
         """
 
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:

@@ -7,7 +7,7 @@ tokens of other guards, so more people may get in than there are seats. They are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from secrets import token_hex
 from typing import Any
@@ -145,8 +145,10 @@ class FailoverSeatBook:
     ) -> None:
         await self._either("apply_listing", room_id, alias, present, limit, since)
 
-    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
-        return bool(await self._either("listed_again", room_id, alias, limit, since))
+    async def listed_again(
+        self, room_id: str, alias: str, limit: int | None, since: float, apply: Callable[[], Awaitable[None]]
+    ) -> bool:
+        return bool(await self._either("listed_again", room_id, alias, limit, since, apply))
 
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         over: Sequence[OverLimit] = await self._either("overflow", room_id, limit)

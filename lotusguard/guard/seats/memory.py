@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from secrets import token_hex
 
 from attrs import define, field
@@ -174,7 +174,9 @@ class MemorySeatBook:
             room.started = True
         self._changed(room_id, room)
 
-    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+    async def listed_again(
+        self, room_id: str, alias: str, limit: int | None, since: float, apply: Callable[[], Awaitable[None]]
+    ) -> bool:
         room = self._rooms.get(room_id)
         return room is not None and room.seats.listed_again(alias, limit, since, self._clock.seconds())
 

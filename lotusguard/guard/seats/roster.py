@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from hashlib import blake2b
 
 from attrs import define, field, frozen
@@ -110,22 +111,30 @@ class Roster:
             # The policy was read before the listing was asked for. It is not read again: the homeserver may be slow.
             limit = self._policies.last_known(slot.room_id).max_users
             before = self._applied.pop(alias, None)
+            apply = partial(self._apply, slot, alias, participants, digest, limit, since)
             if before is None or before.digest != digest or not await self._seats.listed_again(
-                slot.room_id, alias, limit, since
+                slot.room_id, alias, limit, since, apply
             ):  # fmt: skip
-                await self._apply(slot, alias, participants, limit, since)
-                self._numbers += 1
-                before = _Applied(digest, self._numbers)
-            self._applied[alias] = before
+                await apply()
+            else:
+                self._applied[alias] = before
         return participants
 
     async def _apply(
-        self, slot: Slot, alias: str, participants: Sequence[ParticipantInfo], limit: int | None, since: float
+        self,
+        slot: Slot,
+        alias: str,
+        participants: Sequence[ParticipantInfo],
+        digest: bytes,
+        limit: int | None,
+        since: float,
     ) -> None:
         await self._registry.read_ahead(alias, [participant.identity for participant in participants])
         present = [await self._arrival(alias, p) async for p in in_slices(self._clock, participants) if takes_seat(p)]
         await self._count_unissued(alias, present)
         await self._seats.apply_listing(slot.room_id, alias, present, limit, since)
+        self._numbers += 1
+        self._applied[alias] = _Applied(digest, self._numbers)
 
     async def _digest(self, participants: Sequence[ParticipantInfo]) -> bytes:
         """The same for listings that show the same. LiveKit lists participants in any order."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -74,7 +74,10 @@ class RedisSeatBook:
         self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False
     ) -> str | Refusal:
         hold_id, capped = token_hex(8), limit is not None and not exempt
-        operation = ("take", hold_id, user, limit, alias, exempt, SLOTS_PER_ROOM if new_slot else None, self._lease)
+        operation = (
+            "take", hold_id, user, limit, alias, exempt, SLOTS_PER_ROOM if new_slot else None, self._lease,
+            self._occupants.number(room_id),
+        )  # fmt: skip
         self._pending[hold_id] = (room_id, user)  # renewed from now on: the answer may take long
         taken = False
         try:
@@ -104,7 +107,9 @@ class RedisSeatBook:
     def _refusal(self, room_id: str, user: str, told: Sequence[Any]) -> str:
         refusal, full = told
         if full:
-            self._steps.note_full(room_id, user, full)
+            *found, occupants = full
+            self._steps.note_full(room_id, user, found)
+            self._occupants.update(room_id, occupants)
         return str(refusal)
 
     async def wait_for_seat(self, room_id: str, user: str, *, again: bool) -> None:
@@ -166,13 +171,17 @@ class RedisSeatBook:
         operation = ("apply_listing", alias, arrivals, limit, since, self._seat_ttl)
         self._steps.apply_listing(room_id, alias, since, operation)
 
-    async def listed_again(self, room_id: str, alias: str, limit: int | None, since: float) -> bool:
+    async def listed_again(
+        self, room_id: str, alias: str, limit: int | None, since: float, apply: Callable[[], Awaitable[None]]
+    ) -> bool:
         version = self._steps.settled(room_id, alias)
         if version is None:
             return False
         await self._steps.know_time()
         since = self._steps.clock.to_server(since)
-        return bool(await self._step(room_id, "listed_again", alias, limit, since, version))
+        operation = ("listed_again", alias, limit, since, version)
+        self._steps.listed_again(room_id, alias, since, operation, apply)
+        return True
 
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         return [OverLimit(*hold) for hold in await self._step(room_id, "overflow", limit)]

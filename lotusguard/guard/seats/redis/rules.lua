@@ -302,14 +302,14 @@ function Seats.apply_listing(now, alias, present, limit, since)
   return #unsettled == 0 and not undecided and (room.in_call[alias] or 0) == distinct
 end
 
--- A listing that shows the same as one that told nothing new when the room had a version. Returns whether it tells
--- nothing new either.
-function Seats.listed_again(now, alias, limit, since, version)
+-- Whether a listing tells nothing new if it shows the same as one that told nothing new when the holds had a version.
+function Seats.is_same(alias, since, version)
   local listed = room.listed[alias]
-  if room.version ~= version or not listed or since < listed then return false end
-  note_listing(alias, limit, since, now)
-  return true
+  return room.version == version and listed ~= nil and since >= listed
 end
+
+-- A listing that tells nothing new.
+function Seats.listed_again(now, alias, limit, since) note_listing(alias, limit, since, now) end
 
 function Seats.overflow(now, limit)
   local over = {}

@@ -4,7 +4,8 @@
 -- operations = [[name, arguments…]…]}. "epoch" names the data set. A guard that does not know yet that it is another one
 -- gets {"stale"}. It asks which one it is: the name is "confirmed" then. It counts although the room was worked on under
 -- another name since, because a guard with an older name may have been faster.
--- The answer is JSON {now, listed = {alias → time}, aliases, version, news, results}: "version" is that of the holds, "news"
+-- If something has changed since a listing that is said to show the same, nothing is done, and the answer is {"changed"}.
+-- Else it is JSON {now, listed = {alias → time}, aliases, version, news, results}: "version" is that of the holds, "news"
 -- the number of the last change of who is an occupant. Times and these two are text, because cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
@@ -32,18 +33,45 @@ if is_other_data_set then
   room.before, room.epoch = room.epoch, request.epoch
 end
 
+for _, operation in ipairs(request.operations) do
+  if operation[1] == 'listed_again' and not Seats.is_same(operation[2], math.min(operation[4], now), tonumber(operation[5])) then
+    return cjson.encode({'changed'})
+  end
+end
+
 local function has_ended() return not Seats.is_occupied(now) and now - room.vacated >= CALL_ENDED_AFTER end
+
+local Reading = {}
+
+function Reading.owns_seat(user) return Seats.owns_seat(now, user) end
+function Reading.occupants(known) return Seats.occupants_since(now, known ~= cjson.null and tonumber(known) or nil) end
+function Reading.listing_required_since() return text(Seats.listing_required_since(now)) end
+function Reading.is_started() return room.started == true and not has_ended() end
+function Reading.nothing() return true end
+
+function Reading.snapshot()
+  local present = {}
+  for place, hold in ipairs(Seats.sessions(now)) do
+    present[place] = {hold.alias, hold.sid, hold.identity, hold.user, hold.state}
+  end
+  return {Seats.is_idle(now), Seats.seats_taken(now), Seats.awaited(now), present}
+end
 
 local Writing = {}
 
--- The answer is a list: the refusal, or ''; for a room that is full, when it has to be listed at least, and whether anybody is
--- in the call of whom no user is known. All that is asked before somebody is refused.
-function Writing.take(hold_id, user, limit, alias, exempt, slots, lease)
+-- All that is asked before somebody is refused: when the room has to be listed at least, whether anybody is in the call of
+-- whom no user is known, and the changes of who is an occupant since those that the guard knows.
+local function full(known)
+  return {text(Seats.listing_required_since(now)), Seats.has_strangers(), Reading.occupants(known)}
+end
+
+-- The answer is a list: the refusal, or ''; and for a room that is full what full() tells.
+function Writing.take(hold_id, user, limit, alias, exempt, slots, lease, known)
   -- a guard that was alone has issued tokens: they come before somebody new
   if given(limit) and next(room.listed) then Seats.seat_failed_open(now, limit) end
   local refusal = Seats.take(now, hold_id, user, given(limit), alias, exempt, given(slots), now + lease)
   if refusal == 'seat_pending' then room.waited_until = now + WAIT_LONGEST end
-  return {refusal or '', refusal == 'full' and {text(Seats.listing_required_since(now)), Seats.has_strangers()} or false}
+  return {refusal or '', refusal == 'full' and full(known) or false}
 end
 
 function Writing.issue(hold_id, user, alias, identity, device, ttl)
@@ -115,8 +143,9 @@ function Writing.apply_listing(alias, present, limit, since, ttl)
   return settled and digits(room.version)
 end
 
-function Writing.listed_again(alias, limit, since, version)
-  return Seats.listed_again(now, alias, given(limit), math.min(since, now), tonumber(version))
+function Writing.listed_again(alias, limit, since)
+  Seats.listed_again(now, alias, given(limit), math.min(since, now))
+  return true
 end
 
 function Writing.overflow(limit)
@@ -136,22 +165,6 @@ function Writing.start()
   room.started = true
   room.vacated = math.max(room.vacated, now)  -- whoever starts it is about to be given a token
   return true
-end
-
-local Reading = {}
-
-function Reading.owns_seat(user) return Seats.owns_seat(now, user) end
-function Reading.occupants(known) return Seats.occupants_since(now, known ~= cjson.null and tonumber(known) or nil) end
-function Reading.listing_required_since() return text(Seats.listing_required_since(now)) end
-function Reading.is_started() return room.started == true and not has_ended() end
-function Reading.nothing() return true end
-
-function Reading.snapshot()
-  local present = {}
-  for place, hold in ipairs(Seats.sessions(now)) do
-    present[place] = {hold.alias, hold.sid, hold.identity, hold.user, hold.state}
-  end
-  return {Seats.is_idle(now), Seats.seats_taken(now), Seats.awaited(now), present}
 end
 
 local results, writes = {}, has_expired or is_other_data_set  -- else each further step would find the same

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,20 @@ FULL_NOTED = 2_000
 FULL_FOR = 1.0
 """Seconds for which the questions that follow a refusal are answered by what the refusing step found."""
 ATTEMPTS = 3
-STALE, DATA_LOST = "stale", "data_lost"
-"""Reasons: another guard has seen a newer data set; the data set was lost while the step was made."""
+STALE, CHANGED, DATA_LOST = "stale", "changed", "data_lost"
+"""Reasons: another guard has seen a newer data set; a listing was taken for one that tells nothing new; the data set
+was lost while the step was made."""
+
+
+@frozen
+class _Queued:
+    """What the next step on a room begins with.
+
+    :ivar otherwise: applies the whole listing if this one was taken for one that tells nothing new, and is not.
+    """
+
+    operation: Operation
+    otherwise: Callable[[], Awaitable[None]] | None = None
 
 
 @frozen
@@ -82,7 +94,7 @@ class RoomSteps:
     _remembered_since: float = field(init=False)
     _listed: OrderedDict[str, Listed] = field(init=False, factory=OrderedDict)
     _full: OrderedDict[str, Full] = field(init=False, factory=OrderedDict)
-    _first: OrderedDict[str, list[Operation]] = field(init=False, factory=OrderedDict)
+    _first: OrderedDict[str, list[_Queued]] = field(init=False, factory=OrderedDict)
     _settled: OrderedDict[tuple[str, str], str] = field(init=False, factory=OrderedDict)
 
     def __attrs_post_init__(self) -> None:
@@ -104,9 +116,7 @@ class RoomSteps:
 
     def first(self, room_id: str, operation: Operation) -> None:
         """Do this at the beginning of the next step on a room. It saves a script of its own."""
-        self._first.setdefault(room_id, []).append(operation)
-        while len(self._first) > ROOMS_NOTED:
-            self._first.popitem(last=False)
+        self._queue(room_id, _Queued(operation))
 
     async def run(self, room_id: str, *operations: Operation, certain: bool = False) -> list[Any]:
         """If the connection is lost, the step is made again: the answer may have been lost after the script ran. So the
@@ -115,13 +125,30 @@ class RoomSteps:
         :param certain: make the step only in a complete data set; fail with `DATA_LOST` if that was deleted before it.
         :return: the operations' results. :raises DependencyFailed: Redis gives no usable answer.
         """
-        before, confirmed = self._first.pop(room_id, []), False
+        before = self._first.pop(room_id, [])
+        while True:
+            try:
+                queued = [one.operation for one in before]
+                results = await self._attempts(room_id, [*queued, *operations], certain)
+                break
+            except DependencyFailed as failed:
+                if failed.reason != CHANGED:
+                    raise
+            before = await self._with_whole_listings(room_id, before)
+        self._note_settled(room_id, queued, results)
+        return results[len(queued) :]
+
+    async def _with_whole_listings(self, room_id: str, queued: Sequence[_Queued]) -> list[_Queued]:
+        for one in queued:
+            if one.otherwise is not None:
+                await one.otherwise()
+        return [*(one for one in queued if one.otherwise is None), *self._first.pop(room_id, [])]
+
+    async def _attempts(self, room_id: str, operations: list[Operation], certain: bool) -> list[Any]:
+        confirmed = False
         for left in reversed(range(ATTEMPTS)):
             try:
-                results = await when_less_busy(
-                    self._clock, partial(self._once, room_id, [*before, *operations], certain, confirmed)
-                )
-                break
+                return await when_less_busy(self._clock, partial(self._once, room_id, operations, certain, confirmed))
             except DependencyFailed as failed:
                 if not left:
                     raise
@@ -134,8 +161,7 @@ class RoomSteps:
                     confirmed = True
                 else:
                     raise
-        self._note_settled(room_id, before, results)
-        return results[len(before) :]
+        raise AssertionError("not reached")
 
     async def _once(self, room_id: str, operations: list[Operation], certain: bool, confirmed: bool) -> list[Any]:
         if certain:  # made again, it may meet another data set, which is not complete yet
@@ -160,8 +186,8 @@ class RoomSteps:
     def _read(self, room_id: str, answer: Any, sent: float) -> list[Any]:
         try:
             told = json.loads(answer)
-            if told == [STALE]:
-                raise DependencyFailed("redis", STALE)
+            if told in ([STALE], [CHANGED]):
+                raise DependencyFailed("redis", told[0])
             now, listed, aliases, version, news, results = told
             self._full.pop(room_id, None)
             self.clock.learn(float(now), sent, self._clock.seconds())
@@ -180,12 +206,34 @@ class RoomSteps:
 
         :param since: when the listing of this SFU room began, on the server's clock.
         """
-        self.first(room_id, operation)
+        self._settled.pop((room_id, alias), None)
+        self._queue_listing(room_id, alias, since, _Queued(operation))
+
+    def listed_again(
+        self, room_id: str, alias: str, since: float, operation: Operation, otherwise: Callable[[], Awaitable[None]]
+    ) -> None:
+        """The same for a listing that tells nothing new, as far as this guard knows.
+
+        :param otherwise: applies the whole listing. It is called if something has changed.
+        """
+
+        async def apply() -> None:
+            self._settled.pop((room_id, alias), None)
+            await otherwise()
+
+        self._queue_listing(room_id, alias, since, _Queued(operation, apply))
+
+    def _queue_listing(self, room_id: str, alias: str, since: float, queued: _Queued) -> None:
+        self._queue(room_id, queued)
         known = self._listed.get(room_id) or Listed({}, (), 0.0)
         aliases = known.aliases if alias in known.aliases else (*known.aliases, alias)
         self._note(room_id, evolve(known, since={**known.since, alias: since}, aliases=aliases))
-        self._settled.pop((room_id, alias), None)
         self._clock.callLater(0, self._flush, room_id)
+
+    def _queue(self, room_id: str, queued: _Queued) -> None:
+        self._first.setdefault(room_id, []).append(queued)
+        while len(self._first) > ROOMS_NOTED:
+            self._first.popitem(last=False)
 
     def settled(self, room_id: str, alias: str) -> str | None:
         """The version of a room's holds at which this guard's last listing of an SFU room told nothing new; ``None`` if
