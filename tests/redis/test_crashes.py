@@ -81,6 +81,7 @@ class Guards(RuleBasedStateMachine):
         self.active: dict[str, float] = {}
         self.died: dict[str, float] = {}
         self.sids = 0
+        self.failures: list[Failure] = []
         self.shown: dict[str, frozenset[str]] = {}
         self.saved: dict[bytes, bytes] = {}
         self.lost_at = -100.0
@@ -197,7 +198,7 @@ class Guards(RuleBasedStateMachine):
                 if asked.seated:
                     self._check_rebuilt(guard)
 
-        taking.addCallback(taken)
+        taking.addCallback(taken).addErrback(self.failures.append)
         return found[0] if found else None
 
     def _check_rebuilt(self, guard: DirectGuard) -> None:
@@ -206,6 +207,7 @@ class Guards(RuleBasedStateMachine):
             known = other is guard or self.server.now - self.lost_at < PENDING_ENDS
             if known and not other.dead and other.client.connected and other.book.unshared is False:
                 held = {own.user for _, own in other.own.unexpired() if own.seated and own.room_id == self.room}
+                held &= {token.user for token in self.tokens}  # others have hung up since
                 assert held <= self.model.owners(), "somebody was seated before a hold was given back"
 
     async def _list(self, guard: DirectGuard) -> None:
@@ -271,6 +273,7 @@ class Guards(RuleBasedStateMachine):
     def leaves(self, data: st.DataObject, number: int) -> None:
         user = data.draw(st.sampled_from(sorted(self.inside)))
         sid, _ = self.inside.pop(user)
+        self.tokens = [token for token in self.tokens if token.user != user]  # hanging up ends them too
         self.active[user] = self.server.now
         guard = self.guards[number]
         outcome_of(
@@ -293,6 +296,11 @@ class Guards(RuleBasedStateMachine):
         if hasattr(self, "guards"):
             promised = {user for user in "abcd" if self._owns(user)}
             assert len(promised) <= self.limit, promised
+
+    @invariant()
+    def no_join_fails(self) -> None:
+        for failure in getattr(self, "failures", ()):
+            failure.raiseException()
 
     @invariant()
     def no_issued_hold_is_lost(self) -> None:
