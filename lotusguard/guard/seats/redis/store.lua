@@ -24,7 +24,7 @@ local HASH = KEYS[1]
 
 local Store = {}
 local room                       -- the field "ROOM"
-local is_new = false             -- whether there is no such room: sorted sets that outlived it do not count
+local is_new = false             -- whether Redis has no such room: sorted sets that outlived it do not count
 local texts = {}                 -- name of a field → what Redis has, false if it has none
 local known, changed = {}, {}    -- name of a field → its value, false if there is none; names of those that changed
 local orders = {}
@@ -53,7 +53,7 @@ local function read(name)
   local value = known[name]
   if value == nil then
     local text = texts[name]
-    if text == nil then text = redis.call('HGET', HASH, name) end
+    if text == nil and not is_new then text = redis.call('HGET', HASH, name) end
     value = text and unpacked(name, text) or false
     known[name] = value
   end
@@ -80,6 +80,7 @@ end
 
 -- Read many fields at once, because they are going to be used.
 function Store.fetch(names)
+  if is_new then return end
   local missing = {}
   for i = 1, #names do
     if known[names[i]] == nil and texts[names[i]] == nil then missing[#missing + 1] = names[i] end
