@@ -25,7 +25,8 @@ end
 
 Store.open(Seats.new(now, request.guarding_since, request.epoch))
 if room.before == request.epoch and not request.confirmed then return cjson.encode({'stale'}) end
-if room.at and room.at > now + CLOCK_STEP then Seats.shift(now - room.at) end
+local was_set_back = room.at ~= nil and room.at > now + CLOCK_STEP
+if was_set_back then Seats.shift(now - room.at) end
 local has_expired, may_wake = Seats.advance(now)  -- somebody who waits for a request in flight may find a seat
 local is_other_data_set = room.epoch ~= request.epoch
 if is_other_data_set then
@@ -167,7 +168,7 @@ function Writing.start()
   return true
 end
 
-local results, writes = {}, has_expired or is_other_data_set  -- else each further step would find the same
+local results, writes = {}, was_set_back or has_expired or is_other_data_set  -- else the next step would find the same
 for place, operation in ipairs(request.operations) do
   local name = operation[1]
   writes = writes or Writing[name] ~= nil
