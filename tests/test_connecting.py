@@ -124,9 +124,7 @@ async def recorder() -> AsyncIterator[int]:
 
 @pytest_twisted.ensureDeferred
 @pytest.mark.parametrize("target", [b"/a?", b"/a%2Fb//c/../d?x=%20;y", b"/?#", b"/_synapse/!room:server"])
-async def test_targets_are_sent_byte_for_byte(
-    pool: ConnectionPool, recorder: int, target: bytes
-) -> None:
+async def test_targets_are_sent_byte_for_byte(pool: ConnectionPool, recorder: int, target: bytes) -> None:
     agent = FixedAgent(reactor, f"http://127.0.0.1:{recorder}/prefix", pool)
     answer = await fetch(agent, b"PUT", target, Headers({b"X": [b"y"]}), b"body", limit=1000)
     assert answer.body == b"PUT /prefix%b 127.0.0.1:%d body" % (target, recorder)

@@ -25,7 +25,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 from zope.interface import implementer
 
 LARGEST_HEAD = 64 * 1024
-"""Bytes that the head of an answer may have, with the interim (1xx) answers before it."""
+"""Bytes after which the head of an answer must be complete, with the interim (1xx) answers before it."""
 _OF_THE_CONNECTION = frozenset(
     (b"content-length", b"connection", b"keep-alive", b"te", b"trailers", b"transfer-encoding", b"upgrade",
      b"proxy-connection")
@@ -76,6 +76,8 @@ class _Reader:
     def feed(self, data: bytes) -> None:
         """:raises Malformed:"""
         if not self.has_head:
+            if self._head_size >= LARGEST_HEAD:
+                raise Malformed("the head is too long")
             self._head_size += len(data)
         try:
             self._parser.feed_data(data)
@@ -83,8 +85,6 @@ class _Reader:
             if not self.complete:
                 raise Malformed(str(error)) from None
             self.surplus = True
-        if not self.has_head and self._head_size > LARGEST_HEAD:
-            raise Malformed("the head is too long")
         if self.coding not in (b"", b"chunked"):
             raise Malformed(f"unknown transfer coding {self.coding!r}")
 
