@@ -761,10 +761,13 @@ def test_a_port_that_systemd_holds_is_recognised(tmp_path: Path) -> None:
     descriptors.mkdir(parents=True)
     line = "   0: 0100007F:1F86 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0"
     (net / "tcp").write_text("header\n" + line + "\n")
+    (tmp_path / "1" / "comm").write_text("systemd\n")
     assert not is_held_by_systemd(8070, tmp_path)
     (descriptors / "40").symlink_to("socket:[4711]")
     assert is_held_by_systemd(8070, tmp_path)
     assert not is_held_by_systemd(8071, tmp_path)
+    (tmp_path / "1" / "comm").write_text("twistd\n")
+    assert not is_held_by_systemd(8070, tmp_path), "in a container the guard itself is process 1"
 
 
 @pytest_twisted.ensureDeferred
