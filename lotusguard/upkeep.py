@@ -65,13 +65,15 @@ def _sharing(reactor: Any, state: State, calls: Calls) -> Iterator[Service]:
     sharing.leases.changed = lambda room_id, user, how: run_in_background(
         changes.changed_at_another_guard(room_id, user, how), _report
     )
+    sharing.leases.ended = lambda room_id: run_in_background(changes.lease_ended(room_id), _report)
     sharing.redis.on_subscribed.append(changes.anything_may_have_changed)
+    sharing.when_shared(changes.seats_are_known)
     for name, seconds, work in sharing.upkeep():
         yield PeriodicService(name, seconds, work, reactor)
 
 
 def _report(failure: Failure) -> None:
-    log.failure("a change that another guard announced could not be handled", failure)
+    log.failure("what another guard announced or left could not be handled", failure)
 
 
 def _not_looked(failure: Failure) -> None:

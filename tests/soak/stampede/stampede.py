@@ -20,6 +20,8 @@ from tests.soak.stampede.world import Sfu, World
 
 Say = Callable[[str], None]
 RECONCILE = 3.0
+TOLD_ABOVE = 1.0
+"""Seconds above which each time that a call has more people than seats is printed."""
 SETTLED = 25.0
 """Seconds after which everybody is in who can be: a hold whose token was lost with its guard ends after the seat's
 time to arrive."""
@@ -162,7 +164,10 @@ class Stampede:
             self.counts["let in beside a full call" if answered.code == 200 else "refused at a full call"] += 1
 
     async def _fault(self) -> None:
-        """Kill a guard, or Valkey, in the middle of the stampede, and start it again."""
+        """Kill a guard, or Valkey, in the middle of the stampede, and start it again.
+
+        It is over when all guards answer, and say that they know who holds the seats.
+        """
         await asyncio.sleep(self.dice.uniform(0.0, 2.0))
         kind = self.dice.choice(("guard", "two guards", "valkey empty", "valkey old", "valkey as it was", "both"))
         self.counts[f"killed: {kind}"] += 1
@@ -177,10 +182,12 @@ class Stampede:
         await asyncio.sleep(self.dice.uniform(0.0, 3.0))
         for guard in killed:
             guard.start()
-        for guard in killed:
+        back = time.monotonic()
+        for guard in self.guards:
             await guard.answers()
         self.faults.append((began, time.monotonic()))
-        self.say(f"round {self._round}: {kind}, from {began:.1f} to {time.monotonic():.1f}")
+        ended = self.faults[-1][1]
+        self.say(f"round {self._round}: {kind}, from {began:.1f} to {ended:.1f}, started again by {back:.1f}")
 
     async def _restart_valkey(self, kind: str) -> None:
         if kind == "valkey empty":
@@ -194,18 +201,20 @@ class Stampede:
         await asyncio.get_running_loop().run_in_executor(None, self.valkey.start)
 
     def overflows(self) -> list[float]:
-        """How long, in seconds, more people were in a call than it has seats, not counting the time of faults."""
+        """How long, in seconds, more people were in a call than it has seats, at a stretch and without any fault."""
         for alias, since, until in self.sfu.ended:
-            if self._counted(since, until) > RECONCILE:
+            if self._counted(since, until) > TOLD_ABOVE:
                 self.say(f"too many in {alias[:8]} from {since:.1f} to {until:.1f}")
         ended = [*self.sfu.ended, *((alias, since, time.monotonic()) for alias, since in self.sfu.over.items())]
         return sorted(self._counted(since, until) for _, since, until in ended)
 
     def _counted(self, since: float, until: float) -> float:
-        for began, ended in self.faults:
-            if began <= since <= ended:
-                since = min(until, ended)
-        return until - since
+        """The longest time between two faults. Another fault may begin before the consequences of one are over."""
+        longest = 0.0
+        for began, ended in sorted(self.faults):
+            longest = max(longest, min(began, until) - since)
+            since = max(since, ended)
+        return max(longest, until - since)
 
 
 async def repeat(rounds: int, seconds: float, work: Callable[[], Any]) -> None:
