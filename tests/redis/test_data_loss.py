@@ -165,7 +165,7 @@ def test_nobody_is_seated_by_a_listing_while_another_guard_has_holds_to_give_bac
 def test_a_guard_is_told_when_it_is_known_again_who_holds_the_seats() -> None:
     server = Server()
     server.replace({})
-    guards = first, second = DirectGuard(server), DirectGuard(server)
+    guards = first, _ = DirectGuard(server), DirectGuard(server)
     _pass(server, guards, 6.0)
     told: list[str] = []
     first.rebuilding.on_complete.append(lambda: told.append("complete"))
@@ -189,7 +189,8 @@ def _enforce(guard: DirectGuard, limit: int) -> Sequence[OverLimit]:
     """List a room in which x is without a token, and see who has to go."""
     now = guard.clock.seconds()
     outcome_of(guard.book.apply_listing("!full", ALIAS, [Arrival("PA_x", "x", "x", now)], limit, now))
-    return outcome_of(guard.book.overflow("!full", limit))[1]
+    over: Sequence[OverLimit] = outcome_of(guard.book.overflow("!full", limit))[1]
+    return over
 
 
 def test_guards_agree_on_a_name_after_the_first_replica_of_a_running_server_changed_it() -> None:

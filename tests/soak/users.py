@@ -31,6 +31,8 @@ ANSWERED_WITHIN = 2.0
 before."""
 NOT_READ = (0, 400, 413, 429, 503)
 """Answers to webhooks that no guard may have acted on. It acts on others even if upstream rejects them."""
+UNREACHABLE = ("guard", "killed", "processors", "stand-ins")
+"""Faults in which a connection may be lost, or not be made in time."""
 DEPARTURES = ("participant_left", "participant_connection_aborted")
 PUBLISHED = ("MICROPHONE", "CAMERA", "SCREEN_SHARE", "SCREEN_SHARE_AUDIO")
 
@@ -188,7 +190,7 @@ class User:
         oracle.counts["connections refused or lost"] += 1
         if now - ask.began > LATE - 1:
             oracle.counts["requests that hung"] += 1
-        elif not oracle.disturbances.any_between(ask.began, now, "guard", "killed"):
+        elif not oracle.disturbances.any_between(ask.began, now, *UNREACHABLE):
             oracle.counts[f"connections lost without a fault ({type(error).__name__})"] += 1
 
     async def _post(self, path: str, body: dict[str, Any], request_id: str) -> Answer:

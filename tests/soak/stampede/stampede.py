@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,7 +32,9 @@ AFTER_FAULT = 12.0
 
 @define(eq=False)
 class Stampede:
-    """:ivar fault: whether something has been down lately, and since when."""
+    """:ivar outages: from when to when something was down.
+    :ivar faults: the same, until all guards knew again who holds the seats.
+    """
 
     directory: Path
     guards_count: int
@@ -44,6 +46,7 @@ class Stampede:
     patient: bool = False
     counts: Counter[str] = field(init=False, factory=Counter)
     faults: list[tuple[float, float]] = field(init=False, factory=list)
+    outages: list[tuple[float, float]] = field(init=False, factory=list)
     seconds: list[float] = field(init=False, factory=list)
     sfu: Sfu = field(init=False)
     valkey: Valkey = field(init=False)
@@ -182,12 +185,15 @@ class Stampede:
         await asyncio.sleep(self.dice.uniform(0.0, 3.0))
         for guard in killed:
             guard.start()
+        for guard in killed:
+            await guard.listens()
         back = time.monotonic()
+        self.outages.append((began, back))
         for guard in self.guards:
             await guard.answers()
         self.faults.append((began, time.monotonic()))
         ended = self.faults[-1][1]
-        self.say(f"round {self._round}: {kind}, from {began:.1f} to {ended:.1f}, started again by {back:.1f}")
+        self.say(f"round {self._round}: {kind}, from {began:.1f} to {ended:.1f}, all run since {back:.1f}")
 
     async def _restart_valkey(self, kind: str) -> None:
         if kind == "valkey empty":
@@ -200,21 +206,25 @@ class Stampede:
         await asyncio.sleep(self.dice.uniform(0.0, 2.0))
         await asyncio.get_running_loop().run_in_executor(None, self.valkey.start)
 
-    def overflows(self) -> list[float]:
-        """How long, in seconds, more people were in a call than it has seats, at a stretch and without any fault."""
-        for alias, since, until in self.sfu.ended:
-            if self._counted(since, until) > TOLD_ABOVE:
-                self.say(f"too many in {alias[:8]} from {since:.1f} to {until:.1f}")
-        ended = [*self.sfu.ended, *((alias, since, time.monotonic()) for alias, since in self.sfu.over.items())]
-        return sorted(self._counted(since, until) for _, since, until in ended)
+    def overflows(self, faults: Sequence[tuple[float, float]]) -> list[float]:
+        """How long, in seconds, more people were in a call than it has seats, each time.
 
-    def _counted(self, since: float, until: float) -> float:
-        """The longest time between two faults. Another fault may begin before the consequences of one are over."""
-        longest = 0.0
-        for began, ended in sorted(self.faults):
-            longest = max(longest, min(began, until) - since)
-            since = max(since, ended)
-        return max(longest, until - since)
+        :param faults: times from when to when that do not count.
+        """
+        ended = [*self.sfu.ended, *((alias, since, time.monotonic()) for alias, since in self.sfu.over.items())]
+        for alias, since, until in ended:
+            if _longest_outside(faults, since, until) > TOLD_ABOVE:
+                self.say(f"too many in {alias[:8]} from {since:.1f} to {until:.1f}")
+        return sorted(_longest_outside(faults, since, until) for _, since, until in ended)
+
+
+def _longest_outside(faults: Sequence[tuple[float, float]], since: float, until: float) -> float:
+    """The longest time between two faults. Another fault may begin before the consequences of one are over."""
+    longest = 0.0
+    for began, ended in sorted(faults):
+        longest = max(longest, min(began, until) - since)
+        since = max(since, ended)
+    return max(longest, until - since)
 
 
 async def repeat(rounds: int, seconds: float, work: Callable[[], Any]) -> None:
