@@ -104,6 +104,7 @@ class Soak:
         rooms = [self._homeserver.create_room() for _ in range(max(3, self._users // 7))]
         agent = FixedAgent(self._reactor, self._guards.url, self._pool, 2)
         self._world = World(self._reactor, agent, self._homeserver, self._livekit, self._oracle, rooms, self._dice)
+        self._livekit.webhooks.on_attempt.append(self._world.webhook_sent)
         self._people = [User(self._world, f"user{number}") for number in range(self._users)]
         self._changes = Changes(self._world, [user.user_id for user in self._people], self._push)
         dependencies = {"synapse": self._homeserver, "livekit": self._livekit, "upstream": self._upstream}
