@@ -51,8 +51,8 @@ class RoomOf:
 
     def step(self, *operation: Any) -> Any:
         request = {
-            "epoch": "e", "confirmed": False, "guarding_since": 0.0, "remembered_since": 0.0, "room_id": self.name,
-            "operations": [operation],
+            "epoch": "e", "confirmed": False, "complete": True, "guarding_since": 0.0, "remembered_since": 0.0,
+            "room_id": self.name, "operations": [operation],
         }  # fmt: skip
         keys = room_keys(self.name)
         answer = shared_client().eval(COUNTED.text, len(keys), *keys, json.dumps(request))

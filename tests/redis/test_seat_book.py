@@ -7,7 +7,6 @@ from secrets import token_hex
 
 import pytest
 import pytest_twisted
-from attrs import define
 from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit
@@ -17,7 +16,6 @@ from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seats import Arrival
 from tests.conftest import until
 
-from .conftest import OwnServer
 from .guards import LEASE, GuardSeats, guards, reactor
 
 ALIAS = "alias"
@@ -138,80 +136,6 @@ async def test_a_step_whose_answer_was_lost_gives_the_same_answer_again(url: str
         assert await steps.run(room, take) == [["", False]]
         assert await steps.run(room, ("release", hold_id))
         assert await guard.book.owns_seat(room, "a")
-
-
-@define(eq=False)
-class Repeated:
-    """Listings of one guard that show the same people. :ivar applied: how often one of them was applied as a whole."""
-
-    guard: GuardSeats
-    room: str
-    applied: int = 0
-
-    async def list(self, *users: str) -> None:
-        """As the roster does, and then a question."""
-        since = reactor.seconds()
-
-        async def apply() -> None:
-            self.applied += 1
-            who = [Arrival(f"PA_{user}", user, user) for user in users]
-            await self.guard.book.apply_listing(self.room, ALIAS, who, 2, since)
-
-        if not await self.guard.book.listed_again(self.room, ALIAS, 2, since, apply):
-            await apply()
-        await self.guard.book.is_started(self.room)
-
-
-@pytest_twisted.ensureDeferred
-async def test_a_listing_that_shows_the_same_is_applied_only_if_some_guard_has_changed_something(
-    url: str, room: str
-) -> None:
-    async with guards(url, 2) as (first, second):
-        listings = Repeated(first, room)
-        for _ in range(2):
-            await listings.list("a")
-        assert listings.applied == 2, "the first one brought somebody"
-        await present(second, room)
-        before = await second.book.listed_since(room, [ALIAS])
-        for _ in range(3):
-            await listings.list("a")
-        assert listings.applied == 2
-        await present(second, room)
-        after = await second.book.listed_since(room, [ALIAS])
-        assert before is not None
-        assert after is not None
-        assert after > before, "it counts as a listing for all guards"
-        await second.book.arrive(room, ALIAS, Arrival("PA_b", "b", "b"), 2)
-        await listings.list("a")
-        assert listings.applied == 3
-        assert await present(second, room) == ["a"], "the other guard's news was older"
-
-
-@pytest_twisted.ensureDeferred
-async def test_what_another_guard_has_listed_is_undone_by_a_listing_that_shows_what_the_last_one_did(
-    url: str, room: str
-) -> None:
-    async with guards(url, 2) as (first, second):
-        listings = Repeated(first, room)
-        for _ in range(3):
-            await listings.list("a")
-        for _ in range(2):
-            await listed(second, room, 2, "a", "b")
-        await listings.list("a")
-        assert await present(first, room) == ["a"]
-
-
-@pytest_twisted.ensureDeferred
-async def test_no_listing_is_passed_over_after_everything_was_deleted(own_server: OwnServer, room: str) -> None:
-    async with guards(own_server.url, 1) as (guard,):
-        listings = Repeated(guard, room)
-        for _ in range(3):
-            await listings.list("a")
-        assert listings.applied == 2
-        own_server.client.flushall()
-        await listings.list("a")
-        assert listings.applied == 3
-        assert await present(guard, room) == ["a"]
 
 
 @pytest_twisted.ensureDeferred

@@ -1,6 +1,6 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- One step on one room: let everything expire that has, do what is asked, write what has changed.
--- KEYS: see store.lua. ARGV[1]: JSON {epoch, confirmed, guarding_since, remembered_since, room_id,
+-- KEYS: see store.lua. ARGV[1]: JSON {epoch, confirmed, complete, guarding_since, remembered_since, room_id,
 -- operations = [[name, arguments…]…]}. "epoch" names the data set. A guard that does not know yet that it is another one
 -- gets {"stale"}. It asks which one it is: the name is "confirmed" then. It counts although the room was worked on under
 -- another name since, because a guard with an older name may have been faster.
@@ -15,6 +15,12 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 local function given(value)
   if value == cjson.null then return nil end
   return value
+end
+
+-- Other guards may have holds that they have yet to give back: until then no seat is certainly free.
+local function seats_to_give(limit)
+  limit = given(limit)
+  return limit and not request.complete and 0 or limit
 end
 
 local function text(at) return at and string.format('%.6f', at) or false end
@@ -119,7 +125,7 @@ function Writing.exempt(user)
 end
 
 function Writing.arrive(alias, who, limit)
-  Seats.arrive(now, alias, arrival(who), given(limit))
+  Seats.arrive(now, alias, arrival(who), seats_to_give(limit))
   return true
 end
 
@@ -139,7 +145,7 @@ function Writing.apply_listing(alias, present, limit, since, ttl)
     end
   end
   -- a guard that has not noticed that this clock was set back would name a time to come
-  local settled = Seats.apply_listing(now, alias, arrivals, given(limit), math.min(since, now))
+  local settled = Seats.apply_listing(now, alias, arrivals, seats_to_give(limit), math.min(since, now))
   Seats.forget_old(now, ttl, LISTING_KEPT)
   return settled and digits(room.version)
 end
@@ -151,6 +157,7 @@ end
 
 function Writing.overflow(limit)
   local over = {}
+  if given(limit) and not request.complete then return over end
   for place, hold in ipairs(Seats.overflow(now, given(limit))) do
     over[place] = {hold.alias, hold.sid, hold.identity, hold.user}
   end
