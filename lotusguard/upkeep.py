@@ -16,10 +16,13 @@ from lotusguard.clients.waiting import run_in_background
 from lotusguard.config import Settings
 from lotusguard.guard.health import Health
 from lotusguard.guard.periodic import PeriodicService
+from lotusguard.process import return_free_memory
 from lotusguard.wiring import Calls, Clients, State, Waiting
 
 log = Logger()
 
+MEMORY_RETURNED = 10.0
+"""Seconds between two times at which freed memory is given back to the system."""
 WATCH_EVERY = 1.0
 """Seconds between two looks at whether what is enforced has changed."""
 
@@ -52,6 +55,7 @@ def upkeep(
     yield PeriodicService("looking after lobbies", 2.0, waiting.switch.pass_time, reactor)
     yield PeriodicService("checking who waits in lobbies", 2.0, calls.entitlement.end_waiting_unheard, reactor)
     yield PeriodicService("pruning", 60.0, seats.prune, reactor)
+    yield PeriodicService("returning free memory", MEMORY_RETURNED, return_free_memory, reactor)
     yield LiveKitLink(reactor, settings.livekit_api, calls.changes.livekit_returned, _not_looked)
     yield from _sharing(reactor, state, calls)
 
@@ -65,13 +69,15 @@ def _sharing(reactor: Any, state: State, calls: Calls) -> Iterator[Service]:
     sharing.leases.changed = lambda room_id, user, how: run_in_background(
         changes.changed_at_another_guard(room_id, user, how), _report
     )
+    sharing.leases.ended = lambda room_id: run_in_background(changes.lease_ended(room_id), _report)
     sharing.redis.on_subscribed.append(changes.anything_may_have_changed)
+    sharing.when_shared(changes.seats_are_known)
     for name, seconds, work in sharing.upkeep():
         yield PeriodicService(name, seconds, work, reactor)
 
 
 def _report(failure: Failure) -> None:
-    log.failure("a change that another guard announced could not be handled", failure)
+    log.failure("what another guard announced or left could not be handled", failure)
 
 
 def _not_looked(failure: Failure) -> None:

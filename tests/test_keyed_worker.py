@@ -73,6 +73,13 @@ def test_a_request_that_is_not_urgent_leaves_a_running_key_alone(work: Work) -> 
     assert work.begun == ["a"]
 
 
+def test_a_running_key_is_worked_on_again_for_a_request_that_is_not_urgent_and_needs_that(work: Work) -> None:
+    work.worker.run("a")
+    work.worker.run("a", urgent=False, again=True)
+    work.end("a")
+    assert work.begun == ["a", "a"]
+
+
 def test_requests_that_are_not_urgent_wait_for_a_turn_in_their_order(work: Work) -> None:
     for key in "abcde":
         work.worker.run(key, urgent=False)

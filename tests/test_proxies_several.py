@@ -19,10 +19,13 @@ from attrs import frozen
 from twisted.internet import reactor as default_reactor
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
+from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
-from lotusguard.clients.http import BytesBody, FixedAgent, collected, connection_pool
+from lotusguard.clients.connection_pool import ConnectionPool
+from lotusguard.clients.fixed_agent import FixedAgent
+from lotusguard.clients.http import fetch
 from tests.proxies import SNIPPETS, free_port, installed, traefik_arguments, traefik_settings
 
 reactor: Any = default_reactor
@@ -134,15 +137,15 @@ class Client:
     """Asks the proxy."""
 
     def __init__(self, port: int) -> None:
-        self.pool = connection_pool(reactor)
+        self.pool = ConnectionPool(reactor)
         self._agent = FixedAgent(reactor, f"http://127.0.0.1:{port}", self.pool, 30)
 
     async def ask(self) -> int:
         return (await self.answer(b"{}"))[0]
 
     async def answer(self, body: bytes) -> tuple[int, bytes]:
-        response = await self._agent.request(b"POST", b"/livekit/jwt/sfu/get", None, BytesBody(body))
-        return int(response.code), await collected(response, 1 << 16)
+        answer = await fetch(self._agent, b"POST", b"/livekit/jwt/sfu/get", Headers(), body, limit=1 << 16)
+        return answer.code, answer.body
 
     async def answered(self) -> None:
         """Wait until the proxy runs. Traefik listens before it knows its routes."""
@@ -172,7 +175,7 @@ async def test_clients_do_not_notice_that_a_guard_is_gone(proxy: Proxy) -> None:
     assert codes == {200: ASKED}
     assert left.asked == before + ASKED, "a request was sent twice"
     await left.listening.stopListening()
-    await client.pool.closeCachedConnections()
+    await client.pool.close_unused()
 
 
 @pytest_twisted.ensureDeferred
@@ -188,7 +191,7 @@ async def test_each_client_gets_the_answer_to_its_own_request_while_a_guard_is_g
         answers = await gatherResults([Deferred.fromCoroutine(client.answer(body)) for body in bodies])
         assert answers == [(200, body) for body in bodies]
     await left.listening.stopListening()
-    await client.pool.closeCachedConnections()
+    await client.pool.close_unused()
 
 
 @pytest_twisted.ensureDeferred
@@ -203,7 +206,7 @@ async def test_clients_wait_a_moment_for_a_guard_whose_machine_does_not_answer(p
         codes = Counter([await client.ask() for _ in range(4)])
     assert codes == {200: 4}
     await left.listening.stopListening()
-    await client.pool.closeCachedConnections()
+    await client.pool.close_unused()
 
 
 @contextmanager
@@ -228,4 +231,4 @@ async def test_a_request_that_a_guard_received_is_not_sent_to_another_one(proxy:
     assert sum(guard.asked for guard in proxy.guards) == before + 1
     for guard in proxy.guards:
         await guard.listening.stopListening()
-    await client.pool.closeCachedConnections()
+    await client.pool.close_unused()

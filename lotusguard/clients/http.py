@@ -3,94 +3,54 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Protocol
 
 import treq
-from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IBodyProducer, IResponse
-from zope.interface import implementer
 
-from lotusguard.clients.fixed_agent import IDLE_CONNECTIONS, FixedAgent, StaleConnection, connection_pool
+from lotusguard.clients.http_connection import Answer
 from lotusguard.clients.json_answers import parse_json
 
-__all__ = [
-    "IDLE_CONNECTIONS",
-    "Answer",
-    "BodyTooLarge",
-    "BytesBody",
-    "FixedAgent",
-    "StaleConnection",
-    "answer_of",
-    "collected",
-    "connection_pool",
-    "fetch",
-    "json_object",
-]
+__all__ = ["Agent", "Answer", "BodyTooLarge", "fetch", "json_object", "whole"]
+
+
+class Agent(Protocol):
+    """Makes requests to one address; see `FixedAgent.request`."""
+
+    def request(
+        self, method: bytes, target: bytes, headers: Headers | None = None, body: bytes | None = None
+    ) -> Deferred[Answer]: ...
 
 
 class BodyTooLarge(Exception):
     """An answer is longer than its limit."""
 
 
-@frozen
-class Answer:
-    """A complete HTTP answer."""
-
-    code: int
-    headers: Headers
-    body: bytes = field(repr=False)
-
-
 def fetch(
-    agent: IAgent, method: bytes, target: bytes, headers: Headers, body: bytes | None = None, *, limit: int
+    agent: Agent, method: bytes, target: bytes, headers: Headers, body: bytes | None = None, *, limit: int
 ) -> Deferred[Answer]:
     """Make one call and return the whole answer. Cancelled, it drops the connection.
 
     A Deferred and no coroutine: each thing that a join awaits resumes all the coroutines around it.
 
-    :param agent: takes request targets (`FixedAgent`).
-    :param limit: bytes that the body of the answer may have. Fails with `BodyTooLarge` if it is longer; the connection
-        is dropped.
+    :param limit: bytes that the body of the answer may have. Fails with `BodyTooLarge` if it is longer.
     """
-    asked = agent.request(method, target, headers, None if body is None else BytesBody(body))
-    return asked.addCallback(answer_of, limit)
+    return agent.request(method, target, headers, body).addCallback(whole, limit)
 
 
-def answer_of(response: IResponse, limit: int) -> Deferred[Answer]:
-    """The whole answer, for the head of one. See `fetch`."""
-    return collected(response, limit).addCallback(lambda body: Answer(response.code, response.headers, body))
+def whole(answer: Answer, limit: int) -> Answer | Deferred[Answer]:
+    """The answer with its whole body, for the head of one; a callback. Cancelled, it drops the connection.
 
-
-@implementer(IBodyProducer)
-class BytesBody:
-    """A request body that is in memory."""
-
-    def __init__(self, body: bytes) -> None:
-        self.body = body
-        self.length = len(body)
-
-    def startProducing(self, consumer: Any) -> Deferred[None]:
-        consumer.write(self.body)
-        done: Deferred[None] = Deferred()
-        done.callback(None)
-        return done
-
-    def pauseProducing(self) -> None: ...
-    def resumeProducing(self) -> None: ...
-    def stopProducing(self) -> None: ...
-
-
-def collected(response: IResponse, limit: int) -> Deferred[bytes]:
-    """The whole body of a response. Cancelled, it drops the connection.
-
-    :param limit: bytes. Fails with `BodyTooLarge` if there are more; the connection is dropped.
+    :param limit: see `fetch`.
     """
+    if answer.read_at_once():
+        if len(answer.body) > limit:
+            raise BodyTooLarge
+        return answer
     parts: list[bytes] = []
     size = 0
-    abortable = _Abortable(response)
 
     def part(chunk: bytes) -> None:
         nonlocal size
@@ -101,28 +61,14 @@ def collected(response: IResponse, limit: int) -> Deferred[bytes]:
 
     def failed(reason: Failure) -> Failure:
         if reason.check(CancelledError):
-            abortable.abort()
+            answer.loseConnection()  # treq would read a body that never ends for ever
         return reason
 
-    return treq.collect(cast(IResponse, abortable), part).addCallbacks(lambda _: b"".join(parts), failed)
+    def complete(_: None) -> Answer:
+        answer.body = b"".join(parts)
+        return answer
 
-
-class _Abortable:
-    """A response whose delivery can be aborted. treq would read a body that never ends for ever."""
-
-    def __init__(self, response: IResponse) -> None:
-        self._response = response
-        self.length = response.length
-        self._receiver: Any = None
-
-    def deliverBody(self, receiver: Any) -> None:
-        self._receiver = receiver
-        self._response.deliverBody(receiver)
-
-    def abort(self) -> None:
-        transport = getattr(self._receiver, "transport", None)
-        if transport is not None:
-            transport.loseConnection()
+    return treq.collect(answer, part).addCallbacks(complete, failed)
 
 
 def json_object(answer: Answer) -> dict[str, Any]:

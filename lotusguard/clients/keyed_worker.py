@@ -42,15 +42,16 @@ class KeyedWorker(Generic[K]):
     _ending: deque[K] = field(factory=deque, init=False)
     _starting_next: bool = field(default=False, init=False)
 
-    def run(self, key: K, *, urgent: bool = True) -> None:
+    def run(self, key: K, *, urgent: bool = True, again: bool = False) -> None:
         """Ask for the key's work. Returns at once.
 
         :param urgent: start it now, whatever the limit; else when few other keys are being worked on.
+        :param again: if it runs already, work on the key once more afterwards, also if that is not urgent.
         """
         if self._stopped:
             return
         if key in self._running:
-            if urgent:
+            if urgent or again:
                 self._again.add(key)
         elif urgent or len(self._running) < self._limit:
             self._start(key)

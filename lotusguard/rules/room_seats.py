@@ -20,6 +20,7 @@ from lotusguard.rules.seats import Arrival, Hold, HoldEvent, HoldState, Identity
 __all__ = [
     "CALL_ENDED_AFTER",
     "ENDED_SESSIONS_KEPT",
+    "OVERTAKEN_BY",
     "RECONNECT_WINDOW",
     "RESERVED_PER_USER",
     "UNCONFIRMED_KEPT",
@@ -30,6 +31,9 @@ CALL_ENDED_AFTER = 60.0
 """Seconds without occupants and holds after which a call has ended."""
 ENDED_SESSIONS_KEPT = 120.0
 """Seconds for which an ended session is remembered, so that a delayed event cannot bring it back."""
+OVERTAKEN_BY = 2.0
+"""An arrival that is told of late tells nothing if the last listing began so many seconds after it, or more: either it
+showed the participant, or they have left since. Clocks may differ a little."""
 UNCONFIRMED_KEPT = 600.0
 """Seconds for which an ended hold waits for a listing that confirms it. Where nothing is enforced nobody lists."""
 
@@ -127,6 +131,8 @@ class RoomSeats(RoomHolds):
         self.touched = now
         if limit is None:
             self.unlimited_at = now
+        if who.joined is not None and self._listed.get(alias, who.joined) >= who.joined + OVERTAKEN_BY:
+            return
         joined_by = now if who.joined is None else who.joined
         self._arrived(Session(alias, who.sid), who, limit, now, joined_by)
 

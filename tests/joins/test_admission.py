@@ -15,7 +15,7 @@ from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from lotusguard.sandbox.lk_jwt_service.dependencies import Dependencies
-from tests.calls import ALICE, BOB, CAROL, counted, old_token, room_of
+from tests.calls import ALICE, BOB, CAROL, change_policy, counted, old_token, room_of
 from tests.conftest import StartSandbox, until
 from tests.joins.helpers import EVE, FULL, ask, content, other_homeserver
 
@@ -93,6 +93,27 @@ async def test_a_caller_waits_for_a_seat_that_only_a_request_in_flight_holds(san
     answers = await gatherResults([first, second])
     assert sorted(answer.code for answer in answers) == [200, 403]
     assert len(sandbox.upstream.issued) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_limit_that_was_lowered_while_a_caller_waited_for_a_seat_counts(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 2)
+    await sandbox.enter(ALICE, room_id)
+    await sandbox.livekit.drained()
+    sandbox.upstream.fault = Fault.hang()
+    in_flight = ask(sandbox, CAROL, room_id)
+    await until(lambda: len(sandbox.upstream.seen) > 1)
+    looked_up = len(sandbox.homeserver.seen) + 2  # who Bob is, and whether he is a member
+    waiting = ask(sandbox, BOB, room_id)
+    await until(lambda: len(sandbox.homeserver.seen) >= looked_up)
+    for _ in range(3):
+        await sandbox.operator("GET", "/rooms")  # he waits by now
+    await change_policy(sandbox, room_id, 1)
+    in_flight.cancel()
+    with pytest.raises(CancelledError):
+        await in_flight
+    sandbox.upstream.fault = None
+    assert (await waiting).code == 403
 
 
 @pytest_twisted.ensureDeferred

@@ -57,6 +57,7 @@ class RoomModel:
     room: str
     server: Server
     _now: _State = field(init=False, factory=lambda: _State(ModelSeats(0.0)))
+    _complete: bool = field(init=False, default=False)
     _saved: _State = field(init=False, factory=lambda: _State(ModelSeats(0.0)))
 
     def save(self) -> None:
@@ -94,6 +95,7 @@ class RoomModel:
             state.before, state.epoch = state.epoch, request["epoch"]
         for name, *arguments in request["operations"]:
             if name not in READING:
+                self._complete = request["complete"]
                 getattr(self, f"_{name}")(now, *arguments)
         self._compare()
 
@@ -166,7 +168,7 @@ class RoomModel:
             seats.issue_without_seat(hold_id, user, alias, identity, now, expires - now, device)
 
     def _arrive(self, now: float, alias: str, who: list[Any], limit: Any) -> None:
-        self._now.seats.arrive(alias, Arrival(*who), limit, now)
+        self._now.seats.arrive(alias, Arrival(*who), self._seats_to_give(limit), now)
 
     def _leave(self, now: float, alias: str, sid: str, identity: str, left_by: float, by_choice: bool) -> None:
         self._now.seats.leave(alias, sid, identity, now, left_by, by_choice=by_choice)
@@ -175,8 +177,17 @@ class RoomModel:
         self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float, ttl: float
     ) -> None:
         seats = self._now.seats
+        limit = self._seats_to_give(limit)
         seats.apply_listing(alias, [Arrival(*who) for who in present], limit, min(since, now), now)
         seats.forget_old(now, ttl)
+
+    def _overflow(self, now: float, limit: Any) -> None:
+        if limit is None or self._complete:
+            self._now.seats.overflow(limit, now)
+
+    def _seats_to_give(self, limit: int | None) -> int | None:
+        """None while other guards may have holds to give back."""
+        return limit if limit is None or self._complete else 0
 
 
 READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")

@@ -11,7 +11,7 @@ import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 
 from lotusguard.clients.redis.client import Script
-from lotusguard.guard.seats.book import Issued
+from lotusguard.guard.seats.book import Issued, OverLimit
 from lotusguard.guard.seats.redis.epoch import GUARD_SEEN, HEARTBEAT, SEEN
 from lotusguard.guard.seats.redis.generation import RECORD
 from lotusguard.guard.seats.redis.leases import LEASE
@@ -141,6 +141,56 @@ def test_a_join_that_is_made_again_waits_until_the_new_data_set_is_complete() ->
     _pass(server, guards, 2.0)
     assert taken == [Refusal.FULL]
     assert not second.book.unshared
+
+
+def test_nobody_is_seated_by_a_listing_while_another_guard_has_holds_to_give_back() -> None:
+    server = Server()
+    server.replace({})
+    guards = first, second = DirectGuard(server), DirectGuard(server)
+    _pass(server, guards, 6.0)
+    outcome_of(second.book.apply_listing("!full", ALIAS, [], 1, second.clock.seconds()))
+    _, hold_id = outcome_of(second.book.take("!full", "a", 1, ALIAS))
+    outcome_of(second.book.issue("!full", hold_id, Issued(ALIAS, "a"), durable=True))
+    server.replace({})
+    for guard in guards:
+        guard.client.connected = False
+    _pass(server, [first], 1.0)
+    _enforce(first, 1)
+    _pass(server, guards, 2.0)
+    over = _enforce(first, 1)
+    assert outcome_of(second.book.owns_seat("!full", "a")) == (True, True)
+    assert [hold.identity for hold in over] == ["x"]
+
+
+def test_a_guard_is_told_when_it_is_known_again_who_holds_the_seats() -> None:
+    server = Server()
+    server.replace({})
+    guards = first, _ = DirectGuard(server), DirectGuard(server)
+    _pass(server, guards, 6.0)
+    told: list[str] = []
+    first.rebuilding.on_complete.append(lambda: told.append("complete"))
+    first.book.on_shared.append(lambda: told.append("shared"))
+    server.up = False
+    outcome_of(first.book.owns_seat("!told", "a"))
+    assert first.book.unshared
+    server.up = True
+    _pass(server, guards, 1.0)
+    assert told == ["shared"]
+    server.replace({})
+    for guard in guards:
+        guard.client.connected = False
+    _pass(server, [first], 1.0)
+    assert told == ["shared"], "the other guard has not given back its holds"
+    _pass(server, guards, 2.0)
+    assert told == ["shared", "complete"]
+
+
+def _enforce(guard: DirectGuard, limit: int) -> Sequence[OverLimit]:
+    """List a room in which x is without a token, and see who has to go."""
+    now = guard.clock.seconds()
+    outcome_of(guard.book.apply_listing("!full", ALIAS, [Arrival("PA_x", "x", "x", now)], limit, now))
+    over: Sequence[OverLimit] = outcome_of(guard.book.overflow("!full", limit))[1]
+    return over
 
 
 def test_guards_agree_on_a_name_after_the_first_replica_of_a_running_server_changed_it() -> None:

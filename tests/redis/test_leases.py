@@ -74,6 +74,32 @@ async def test_the_lease_of_a_killed_guard_expires_and_its_token_is_worth_nothin
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_guard_is_told_when_the_lease_of_a_killed_one_has_ended(client: RedisClient, room: str) -> None:
+    killed, other = leases(client, SHORT), leases(client)
+    ended: list[str] = []
+    other.ended = ended.append
+    assert await killed.acquire(room)
+    assert not await other.acquire(room)
+    await until(lambda: bool(ended))
+    assert ended == [room]
+    await take_over(other, room)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_guard_does_not_wait_for_a_lease_that_lasts_or_after_it_stopped(client: RedisClient, room: str) -> None:
+    holder, short, other = leases(client), leases(client, SHORT), leases(client)
+    ended: list[str] = []
+    other.ended = ended.append
+    assert await holder.acquire(room)
+    assert await short.acquire(room + "short")
+    assert not await other.acquire(room)
+    assert not await other.acquire(room + "short")
+    await other.hand_over()
+    await deferLater(reactor, 2 * SHORT)
+    assert not ended
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_token_of_an_earlier_lease_of_the_same_guard_is_worth_nothing(client: RedisClient, room: str) -> None:
     guard, other = leases(client, SHORT), leases(client, SHORT)
     assert await guard.acquire(room)

@@ -95,6 +95,28 @@ async def test_without_redis_both_guards_answer_and_say_so(two: Two, own_server:
 
 
 @pytest_twisted.ensureDeferred
+async def test_people_past_the_limit_are_removed_as_soon_as_the_seats_are_known_again(
+    start_sandbox: StartSandbox, own_server: OwnServer
+) -> None:
+    settings = {"guard_redis_url": own_server.url, "guard_reconcile_interval": 3600}
+    sandbox = await start_sandbox(**settings)
+    both = await Two.start(sandbox, **settings)
+    room_id = room_of(sandbox, 1)
+    alice = await both.enter(0, ALICE, room_id)
+    own_server.stop()
+    for number in (0, 1):
+        assert (await both.ask(number, ALICE, room_id)).code == 200
+    late = sandbox.livekit.connect(old_token(BOB, room_id))
+    await sandbox.livekit.drained()
+    rounds = [guard.changes.round_at for guard in both.guards]
+    own_server.start_again()
+    await until(lambda: not late.connected, 30)
+    await until(lambda: all(guard.changes.round_at not in rounds for guard in both.guards), 30)
+    assert alice.connected
+    await both.stop()
+
+
+@pytest_twisted.ensureDeferred
 async def test_operators_see_which_guard_answers(two: Two) -> None:
     room_id = room_of(two.sandbox)
     await two.enter(0, ALICE, room_id)

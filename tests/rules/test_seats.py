@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT, RoomSeats
+from lotusguard.rules.room_seats import OVERTAKEN_BY, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT, RoomSeats
 from lotusguard.rules.seats import TABLE, Arrival, HoldEvent, HoldState, IdentityKey
 from tests.rules.seat_rooms import (
     ALIAS,
@@ -343,6 +343,24 @@ def test_a_delayed_leave_of_an_old_session_does_not_unseat_the_new_one() -> None
     leave(seats, "a", 3, sid="PA_new")
     listing(seats, 1, 4)
     assert refused(seats, "b", 1, 4) is None
+
+
+def test_a_delayed_arrival_of_a_session_that_a_listing_saw_vanish_brings_no_seat_back() -> None:
+    seats = room()
+    enter(seats, "a", 1, 1)
+    listing(seats, 1, 5)
+    gone = 5 + RECONNECT_WINDOW
+    listing(seats, 1, gone + 1)
+    seats.arrive(ALIAS, Arrival("PA_a", "a", "a", 1.0), 1, gone + 2)
+    assert refused(seats, "b", 1, gone + 2) is None
+    assert not seats.owns_seat("a")
+
+
+def test_an_arrival_counts_if_they_may_have_joined_after_the_last_listing() -> None:
+    seats = room()
+    listing(seats, 1, 5)
+    seats.arrive(ALIAS, Arrival("PA_a", "a", "a", 5 - OVERTAKEN_BY + 0.1), 1, 6)
+    assert refused(seats, "b", 1, 6) is Refusal.FULL
 
 
 # -- listings ----------------------------------------------------------------------------------------------

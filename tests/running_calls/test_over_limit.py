@@ -56,6 +56,25 @@ async def enforce_again(sandbox: Sandbox, *whose: Participant) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_guard_that_knew_no_limit_gives_nobody_a_seat_when_a_moderator_acts_through_it(
+    start_sandbox: StartSandbox,
+) -> None:
+    """One of several guards may not have read the policy of a room for a long time: another one enforces it."""
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.01)
+    room_id = room_of(sandbox)
+    await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.webhooks.urls.clear()
+    put_policy(sandbox, room_id, 1)
+    late = sandbox.livekit.connect(old_token(BOB, room_id))
+    late.room.refresh_listed()
+    body = {"room_id": room_id, "user": CAROL, "action": "mute"}
+    assert (await sandbox.operator("POST", "/moderate", json.dumps(body).encode())).code == 404
+    await enforce_again(sandbox, late)
+    assert removed(sandbox) == ["@bob"]
+
+
+@pytest_twisted.ensureDeferred
 async def test_an_old_token_gives_no_seat_in_a_full_room_however_often_it_is_used(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     alice = await sandbox.enter(ALICE, room_id)

@@ -53,6 +53,20 @@ async def at_rest(sandbox: Sandbox) -> None:
     await sandbox.guard.enforcement.worker.idle()
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_round_begins_at_once_when_the_seats_are_known_again(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600)
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
+    await at_rest(sandbox)
+    sandbox.livekit.webhooks.urls.clear()
+    late = sandbox.livekit.connect(old_token(BOB, room_id))
+    late.room.refresh_listed()
+    assert late.connected
+    sandbox.guard.changes.seats_are_known()
+    await until(lambda: not late.connected)
+
+
 async def sharing(sandbox: Sandbox, room_id: str) -> Participant:
     """Alice shares her screen in a room; the SFU has counted her."""
     alice = await sandbox.enter(ALICE, room_id)
@@ -432,7 +446,7 @@ class KillableSandbox(Sandbox):
         await self.kill()
         for standin in (self.upstream, self.livekit, self.homeserver):
             await standin.stop()
-        await self._pool.closeCachedConnections()
+        await self._pool.close_unused()
 
 
 def free_ports() -> tuple[int, int]:

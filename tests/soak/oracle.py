@@ -23,6 +23,8 @@ SETTLING = 4.0
 GONE_WITHIN = 5.0
 """Seconds within which a violation has to end while nothing is wrong: age of what is known, a round, and some."""
 
+TOLD_AFTER = "a guard was told of a departure after"
+
 FULL = "This voice channel is full."
 NOT_A_MEMBER = "You are not a member of this room."
 JOIN_LEVEL = "You may not join calls in this room."
@@ -124,6 +126,12 @@ class Oracle(Record):
         if len(possible) < min(limits) and not lost:
             self._suspect("refused beside a free seat", ask, f"limit {min(limits)}, at most {sorted(possible)}")
 
+    def told(self, stay: Stay, now: float) -> None:
+        super().told(stay, now)
+        late = 0.0 if stay.ended is None else now - stay.ended
+        self.counts["departures of which a guard was told after more than 2 s"] += late > 2
+        self.longest[TOLD_AFTER] = max(self.longest[TOLD_AFTER], late)
+
     # -- judgements of running calls ---------------------------------------------------------------------
 
     def removed(self, stay: Stay, now: float) -> None:
@@ -174,7 +182,10 @@ class Oracle(Record):
     def _latest(self, ask: Ask) -> str:
         """What the user did before in this room, in seconds before the request."""
         stays = [stay for stay in self.stays[ask.room_id] if stay.ask.user == ask.user]
-        left = [f"{ask.began - stay.ended:.1f}" for stay in stays if stay.ended is not None]
+        left = [
+            f"{ask.began - stay.ended:.1f} (told {'never' if stay.told is None else f'{ask.began - stay.told:.1f}'})"
+            for stay in stays if stay.ended is not None
+        ]  # fmt: skip
         asked = [f"{ask.began - a.began:.1f}" for a in self.asks[ask.room_id] if a.user == ask.user and a is not ask]
         return f"left {left[-3:]} s and asked {asked[-3:]} s before"
 

@@ -16,7 +16,7 @@ STATE_AGE, SEAT_TTL, TOKEN_TTL = 2.0, 5.0, 20.0
 RECONNECT = 20.0
 """Seconds for which the guard keeps the seat of a session whose end it was not told of."""
 LATE_WEBHOOKS = ("guard", "killed", "redis", "livekit", "processors")
-"""Faults in which guards may be told late that a session has ended, or not at all."""
+"""Faults in which guards may act late on a webhook that they have answered, or not at all."""
 REMEMBERED = 60.0
 WRITTEN = 1.5
 """Seconds after which what was learnt from a token has to survive ``kill -9``."""
@@ -45,12 +45,16 @@ class Ask:
 
 @define(eq=False)
 class Stay:
-    """A session in a call; ``connected`` tells whether it is still in the SFU room."""
+    """A session in a call; ``connected`` tells whether it is still in the SFU room.
+
+    :ivar told: when a guard had answered the webhook that says that it ended.
+    """
 
     ask: Ask
     began: float
     connected: Callable[[], bool]
     ended: float | None = None
+    told: float | None = None
 
 
 @define
@@ -79,6 +83,10 @@ class Record:
         ask.arrived = True
         self.stays[ask.room_id].append(stay)
         return stay
+
+    def told(self, stay: Stay, now: float) -> None:
+        """A guard has answered the webhook that says that a session ended."""
+        stay.told = now
 
     def prune(self, now: float) -> None:
         """Forget what no judgement needs any more."""
@@ -147,10 +155,16 @@ class Record:
         )
 
     def _seat_is_free_from(self, stay: Stay) -> float:
-        """The latest time at which the guard may still have kept the seat of a session that ended."""
+        """The latest time at which the guard may still have kept the seat of a session that ended.
+
+        LiveKit sends the webhooks of a room one after the other. Before the one about this session has come, a guard
+        sees in a listing that the session is gone, and has to take it for one that was lost and may come back.
+        """
         assert stay.ended is not None
-        told = not self.disturbances.any_between(stay.ended - 1, stay.ended + 10, *LATE_WEBHOOKS)
-        return stay.ended + (2 if told else RECONNECT + 5)
+        never_told = stay.ended + RECONNECT + 5
+        if stay.told is None or self.disturbances.any_between(stay.ended - 1, stay.told + 10, *LATE_WEBHOOKS):
+            return never_told
+        return min(max(stay.ended, stay.told) + 2, never_told)
 
     def possible_holders(self, this: Ask, now: float) -> set[str]:
         """Users who may have held a seat at some time during this request, if only for another request."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from lotusguard.clients.http import IDLE_CONNECTIONS
+from lotusguard.clients.connection_pool import IDLE_CONNECTIONS
 from tests.soak.guard_process import GuardLog
-from tests.soak.oracle import GONE_WITHIN, Oracle
+from tests.soak.oracle import GONE_WITHIN, TOLD_AFTER, Oracle
 
 SPARE_DESCRIPTORS = 8
 """Descriptors that may be open without requests: the guard asks its dependencies all the time."""
@@ -22,7 +22,10 @@ NOT_FOR_LONG = (
     "a non-member in the call", "below the join level in the call", "past the limit in the call",
     "published above their rights", "a forbidden source published", "video labelled as microphone",
 )  # fmt: skip
-COUNTED = ("requests that hung", "failures without a fault", "wrong exits on SIGTERM")
+COUNTED = (
+    "requests that hung", "failures without a fault", "webhooks answered late without a fault",
+    "wrong exits on SIGTERM",
+)  # fmt: skip
 
 
 @frozen
@@ -67,7 +70,7 @@ def table(
     _print()
     for name, count in sorted(oracle.counts.items()):
         _print(f"{name:56} {count}")
-    for what in NOT_FOR_LONG:
+    for what in (*NOT_FOR_LONG, TOLD_AFTER):
         _print(f"{f'{what}: at most, s':56} {max(0.0, oracle.longest[what]):.1f}")
     _print(f"{'not enforced, all during faults':56} {len(log.fail_open) - len(unexplained)}")
     return rows

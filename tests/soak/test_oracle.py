@@ -97,6 +97,53 @@ def test_a_seat_may_be_held_for_a_request_whose_answer_was_lost(oracle: Oracle) 
     assert blamed(oracle) == ["refused beside a free seat"]
 
 
+def left(oracle: Oracle, user: str, at: float, told: float | None) -> Stay:
+    stay = join(oracle, user, at - 10)
+    stay.ended, stay.connected = at, lambda: False
+    if told is not None:
+        oracle.told(stay, told)
+    return stay
+
+
+@pytest.mark.parametrize(
+    ("told", "asked", "blame"),
+    [
+        (NOW, NOW + 5, ["refused beside a free seat"]),
+        (NOW + 4, NOW + 5, []),
+        (NOW + 4, NOW + 9, ["refused beside a free seat"]),
+        (None, NOW + 5, []),
+        (None, NOW + 30, ["refused beside a free seat"]),
+        (NOW + 40, NOW + 30, ["refused beside a free seat"]),
+    ],
+)
+def test_a_seat_is_kept_for_a_session_that_ended_until_a_guard_is_told_why_or_for_some_time(
+    oracle: Oracle, told: float | None, asked: float, blame: list[str]
+) -> None:
+    policy_is(oracle, Policy(max_users=1))
+    left(oracle, ALICE, NOW, told)
+    oracle.refused(ask(oracle, BOB, asked), FULL, asked + 0.1)
+    assert blamed(oracle) == blame
+
+
+@pytest.mark.parametrize(
+    ("told", "asked", "blame"),
+    [
+        (NOW, NOW + 8, ["a token past the limit"]),
+        (None, NOW + 8, []),
+        (None, NOW + 30, ["a token past the limit"]),
+    ],
+)
+def test_somebody_whose_departure_no_guard_was_told_of_may_come_back_past_a_lowered_limit(
+    oracle: Oracle, told: float | None, asked: float, blame: list[str]
+) -> None:
+    policy_is(oracle, Policy(max_users=2))
+    join(oracle, BOB, NOW - 10)
+    left(oracle, ALICE, NOW, told)
+    policy_is(oracle, Policy(max_users=1), NOW + 1)
+    issue(oracle, ALICE, asked)
+    assert blamed(oracle) == blame
+
+
 @pytest.mark.parametrize(
     ("ended", "blame"), [(NOW - 20, ["the owner of a seat refused"]), (NOW - 2, []), (NOW + 1, [])]
 )

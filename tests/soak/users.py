@@ -14,23 +14,36 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import Answer, BytesBody, FixedAgent, collected
+from lotusguard.clients.fixed_agent import FixedAgent
+from lotusguard.clients.http import Answer, fetch
 from lotusguard.rules.identity import room_alias
 from lotusguard.rules.jwt import read_unverified
 from lotusguard.sandbox.livekit.participant import JoinRefused, Participant
 from lotusguard.sandbox.livekit.server import FakeLiveKit
+from lotusguard.sandbox.livekit.webhooks import Sent
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
 from tests.soak.oracle import Oracle
-from tests.soak.record import SEAT_TTL, Ask, Stay
+from tests.soak.record import REMEMBERED, SEAT_TTL, Ask, Stay
 
 LATE = 25.0
 """Seconds after which a request has hung: more than all timeouts of the guard together."""
+ANSWERED_WITHIN = 2.0
+"""Seconds within which a guard has to answer a webhook while nothing is wrong: LiveKit sends no other one of that room
+before."""
+NOT_READ = (0, 400, 413, 429, 503)
+"""Answers to webhooks that no guard may have acted on. It acts on others even if upstream rejects them."""
+UNREACHABLE = ("guard", "killed", "processors", "stand-ins")
+"""Faults in which a connection may be lost, or not be made in time."""
+DEPARTURES = ("participant_left", "participant_connection_aborted")
 PUBLISHED = ("MICROPHONE", "CAMERA", "SCREEN_SHARE", "SCREEN_SHARE_AUDIO")
 
 
 @define
 class World:
-    """What all users of a soak share."""
+    """What all users of a soak share.
+
+    :ivar untold: by the SFU's name for them, the sessions of whose end no guard has been told yet.
+    """
 
     reactor: Any
     agent: FixedAgent
@@ -40,6 +53,7 @@ class World:
     rooms: list[str]
     dice: Random
     sessions: list[tuple[Participant, Stay]] = Factory(list)
+    untold: dict[str, Stay] = Factory(dict)
     running: bool = True
 
     def record_departures(self) -> None:
@@ -51,6 +65,27 @@ class World:
                 if participant.disconnect_reason == DisconnectReason.PARTICIPANT_REMOVED:
                     self.oracle.removed(stay, now)
         self.sessions = [(participant, stay) for participant, stay in self.sessions if stay.ended is None]
+        self.untold = {
+            sid: stay for sid, stay in self.untold.items() if stay.ended is None or stay.ended > now - REMEMBERED
+        }
+
+    def arrived(self, participant: Participant, ask: Ask) -> Stay:
+        """Record a session that has begun."""
+        stay = self.oracle.arrived(ask, self.reactor.seconds(), lambda: participant.connected)
+        self.oracle.counts["sessions"] += 1
+        self.sessions.append((participant, stay))
+        self.untold[participant.sid] = stay
+        return stay
+
+    def webhook_sent(self, sent: Sent) -> None:
+        """Record what a guard was told, and how long LiveKit waited for its answer."""
+        now, oracle = self.reactor.seconds(), self.oracle
+        if sent.seconds > ANSWERED_WITHIN and not oracle.disturbances.any_between(now - sent.seconds, now):
+            oracle.counts["webhooks answered late without a fault"] += 1
+        if sent.event.event in DEPARTURES and sent.status not in NOT_READ:
+            stay = self.untold.pop(sent.event.participant.sid, None)
+            if stay is not None:
+                oracle.told(stay, now)
 
     async def pause(self, least: float, most: float) -> None:
         await deferLater(self.reactor, self.dice.uniform(least, most))
@@ -115,10 +150,7 @@ class User:
         except JoinRefused:
             world.oracle.counts["connections the SFU refused"] += 1
             return None
-        world.oracle.counts["sessions"] += 1
-        stay = world.oracle.arrived(ask, world.reactor.seconds(), lambda: participant.connected)
-        world.sessions.append((participant, stay))
-        return participant, stay
+        return participant, world.arrived(participant, ask)
 
     async def _ask(self, room_id: str, device: str) -> tuple[Ask, str] | None:
         """Ask for a token; again if there is no answer, as Element Call does. :return: ``None`` if it was refused."""
@@ -159,15 +191,14 @@ class User:
         oracle.counts["connections refused or lost"] += 1
         if now - ask.began > LATE - 1:
             oracle.counts["requests that hung"] += 1
-        elif not oracle.disturbances.any_between(ask.began, now, "guard", "killed"):
+        elif not oracle.disturbances.any_between(ask.began, now, *UNREACHABLE):
             oracle.counts[f"connections lost without a fault ({type(error).__name__})"] += 1
 
     async def _post(self, path: str, body: dict[str, Any], request_id: str) -> Answer:
         async def exchange() -> Answer:
             headers = Headers({"Content-Type": ["application/json"], "X-Request-ID": [request_id]})
-            sent = self.world.agent.request(b"POST", path.encode(), headers, BytesBody(json.dumps(body).encode()))
-            response = await sent
-            return Answer(response.code, response.headers, await collected(response, 1024 * 1024))
+            content = json.dumps(body).encode()
+            return await fetch(self.world.agent, b"POST", path.encode(), headers, content, limit=1024 * 1024)
 
         return await Deferred.fromCoroutine(exchange()).addTimeout(LATE, self.world.reactor)
 

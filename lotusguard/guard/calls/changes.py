@@ -11,6 +11,7 @@ from cachetools import LRUCache
 from livekit.protocol.webhook import WebhookEvent
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient
@@ -169,12 +170,19 @@ class CallChanges:
         for alias in {*issued, *await self._seats.aliases(room_id)}:  # only SFU rooms that may exist, or hold seats
             self._enforcement.enforce(alias)
 
-    async def reconcile(self) -> None:
+    def seats_are_known(self) -> None:
+        """It was unknown who holds the seats of rooms with a limit, and is known now: begin a round at once. In the
+        time before, more people may have got in than there are seats."""
+        if not self._stopped:
+            run_in_background(self.reconcile(again=True), _round_failed)
+
+    async def reconcile(self, *, again: bool = False) -> None:
         """One round: what webhooks missed.
 
         It returns once LiveKit has told which rooms there are; what follows from that is done in the background. Rooms
         that are still being worked on from the last round are left alone, so that a slow one delays no other.
 
+        :param again: those are worked on once more.
         :raises DependencyFailed: LiveKit does not tell.
         """
         began = self._clock.seconds()
@@ -197,18 +205,26 @@ class CallChanges:
             if await self._registry.slot_of(alias) is None:
                 self._discovery.want(alias, self._enforcement.enforce)
             else:
-                self._enforcement.reconcile(alias)
+                self._enforcement.reconcile(alias, again=again)
         self.round_at = self._clock.seconds()
         self._metrics.reconcile_seconds.observe(self.round_at - began)
 
-    async def livekit_returned(self) -> None:
-        """LiveKit accepts connections again: see what it has lost before its clients give up.
+    async def lease_ended(self, room_id: str) -> None:
+        """The guard that enforced a room does so no longer: one of the others takes over, without waiting for its next
+        round."""
+        for alias in await self._registry.aliases_of(room_id):
+            if self._roster.may_exist(alias):
+                self._enforcement.reconcile(alias)
 
-        :raises DependencyFailed: it does not answer yet.
+    async def livekit_returned(self) -> None:
+        """LiveKit accepts connections again: create what it has lost before its clients give up.
+
+        :raises DependencyFailed: it does not answer yet, or has not created a room.
         """
         self.lost_rooms.was_away()
         await self._livekit.probe()  # closes its circuit
         await self.reconcile()
+        await self.lost_rooms.created()
 
     def stop(self) -> None:
         """Leave everything as it is now."""
@@ -219,3 +235,8 @@ class CallChanges:
         self._enforcement.stop()
         self._discovery.stop()
         self.lost_rooms.stop()
+
+
+def _round_failed(failure: Failure) -> None:
+    if not failure.check(DependencyFailed):  # else the next round tries again
+        log.failure("a round of reconciling failed", failure)

@@ -103,9 +103,12 @@ class Enforcement:
         self._settled.forget(alias)
         self._worker.run(alias, urgent=urgent)
 
-    def reconcile(self, alias: str) -> None:
-        """Nothing is known to have changed in an SFU room: see whether anything has, when few others are worked on."""
-        self._worker.run(alias, urgent=False)
+    def reconcile(self, alias: str, *, again: bool = False) -> None:
+        """Nothing is known to have changed in an SFU room: see whether anything has, when few others are worked on.
+
+        :param again: a pass that has begun before is not enough.
+        """
+        self._worker.run(alias, urgent=False, again=again)
 
     def settings_changed(self) -> None:
         """Settings of what is enforced have changed."""

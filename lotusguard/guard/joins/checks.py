@@ -19,7 +19,7 @@ from lotusguard.guard.joins.join import Join
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.members import Members
-from lotusguard.guard.rooms.policies import Policies
+from lotusguard.guard.rooms.policies import Freshness, Policies
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.roster import Roster
 from lotusguard.rules.homeservers import HomeserverList
@@ -211,6 +211,12 @@ class EntryChecks:
         """Read the policy as it is now, before a refusal rests on it."""
         with join.log.stage(join.decision, Stage.CHECK):
             join.known = await self._policies.get(join.room_id, join.lookups, join.arrived)
+
+    async def see_policy_after_wait(self, join: Join) -> None:
+        """Go on with the policy as it is known now: it may have changed while the join waited for somebody else."""
+        known = await self._policies.get(join.room_id, join.lookups)
+        if known.freshness is not Freshness.UNKNOWN:
+            join.known = known
 
     def restricts_start(self, policy: Policy) -> bool:
         """Whether not everybody may start a call in a room with this policy."""

@@ -80,6 +80,7 @@ class Seating:
                     if not await self._wait(join, again=waited):
                         return None
                     waited = unused = True
+                    await self._checks.see_policy_after_wait(join)
                 elif not await self._has_new_policy(join, taken):
                     await self._refuse(join, taken)
                     return None

@@ -44,6 +44,7 @@ class FailoverSeatBook:
 
     :param new_alone: makes an empty book for a time without Redis.
     :param wall: seconds since the epoch.
+    :ivar on_shared: called when this guard, after it was alone, shares its seats again.
     """
 
     _redis: RedisClient
@@ -53,6 +54,7 @@ class FailoverSeatBook:
     _clock: IReactorTime
     _wall: Callable[[], float]
     _seat_ttl: float
+    on_shared: list[Callable[[], None]] = field(init=False, factory=list)
     _alone: MemorySeatBook | None = field(init=False, default=None)
     _waited_in: set[str] = field(init=False, factory=set)
     _taken: dict[str, _Taken] = field(init=False, factory=dict)
@@ -211,6 +213,8 @@ class FailoverSeatBook:
         waited_in, self._waited_in = self._waited_in, set()
         for room_id in waited_in:
             await alone.wake_all(room_id)
+        for told in self.on_shared:
+            told()
 
     async def renew(self) -> None:
         """Renew the requests in flight, and share the seats again after a short failure."""

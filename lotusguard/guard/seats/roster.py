@@ -148,6 +148,8 @@ class Roster:
 
         :param requested: as for `refresh`. :raises DependencyFailed: LiveKit does not tell. :raises TimeoutError:
         """
+        # This guard may not have read the policy for a long time, if another one enforces the room.
+        await self._policies.get(room_id, deadline.sooner(self._lookup_timeout / 2))
         aliases = [*await self._aliases_to_list(room_id, requested)]
         return [*zip(aliases, await gather(self.list(alias, since, deadline) for alias in aliases), strict=True)]
 

@@ -38,11 +38,12 @@ TOKEN_VALID_FOR = 300
 
 @dataclass(frozen=True)
 class Sent:
-    """One attempt. ``status`` is 0 if there was no answer."""
+    """One attempt. ``status`` is 0 if there was no answer; ``seconds`` is how long it took."""
 
     url: str
     event: WebhookEvent
     status: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class WebhookSender:
     :param now: seconds since the epoch, for tokens.
     :ivar urls: the addresses to send to; may be changed at any time.
     :ivar attempts: every attempt, in order.
+    :ivar on_attempt: called with each attempt when it has ended.
     :ivar dropped: events that were not delivered.
     :ivar secret: signs the webhooks; may be changed at any time.
     """
@@ -74,6 +76,7 @@ class WebhookSender:
     ) -> None:
         self.urls = list(urls)
         self.attempts: deque[Sent] = deque(maxlen=10_000)
+        self.on_attempt: list[Callable[[Sent], None]] = []
         self.dropped: deque[WebhookEvent] = deque(maxlen=10_000)
         self._clock = clock
         self.secret = secret
@@ -136,8 +139,12 @@ class WebhookSender:
             }
         )
         for wait in (*RETRY_AFTER, None):
+            began = self._clock.seconds()
             status = await self._post(url, headers, body)
-            self.attempts.append(Sent(url, event, status))
+            sent = Sent(url, event, status, self._clock.seconds() - began)
+            self.attempts.append(sent)
+            for told in self.on_attempt:
+                told(sent)
             if status and status != 429 and (status < 500 or status == 501):
                 return True
             if wait is not None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from benchmarks.prepared_answers import KEY, MATRIX_TOKEN, SECRET, SERVER_NAME
 from tests.guardprocess import CHECKOUT, TWISTD, free_port
 
 STARTS = 10
+START_LONGEST = 300.0
+"""Seconds after which a guard that does not answer has failed."""
 ADMIN_TOKEN = "stampede-operators"
 PATIENT = "import lotusguard.clients.redis.patience as patience; patience.LONGEST = 60; "
 """``--patient``: a machine that is short of processors makes no guard go on alone. A Valkey that is gone is noticed as
@@ -115,24 +118,31 @@ class GuardUnderStampede:
                 command, env=own | self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.directory
             )
 
-    async def answers(self, seconds: float = 300.0) -> None:
-        """Wait until it listens and shares its seats."""
-        end = asyncio.get_running_loop().time() + seconds
-        while "seats" not in await self._ready():
+    async def listens(self) -> None:
+        """Wait until it listens."""
+        await self._wait_until(lambda reasons: True)
+
+    async def answers(self) -> None:
+        """Wait until it listens, shares its seats, and knows who holds the seats of all rooms."""
+        await self._wait_until(lambda reasons: "Redis" not in str(reasons))
+
+    async def _wait_until(self, condition: Callable[[object], bool]) -> None:
+        end = asyncio.get_running_loop().time() + START_LONGEST
+        while True:
+            with suppress(OSError, ValueError):
+                if condition(await self._reasons()):
+                    return
             if not self.runs or asyncio.get_running_loop().time() > end:
                 raise RuntimeError(f"the guard does not start:\n{self.log.read_text()[-3000:]}")
             await asyncio.sleep(0.05)
 
-    async def _ready(self) -> str:
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.admin_port)
-            writer.write(b"GET /readyz HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n")
-            answer = (await reader.read()).partition(b"\r\n\r\n")[2]
-            writer.close()
-            reasons = json.loads(answer).get("reasons", [])
-        except (OSError, ValueError):
-            return ""
-        return "" if "Redis" in str(reasons) else "seats"
+    async def _reasons(self) -> object:
+        """Why it does not enforce everything. :raises OSError: it does not listen. :raises ValueError: no answer."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.admin_port)
+        writer.write(b"GET /readyz HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n")
+        answer = (await reader.read()).partition(b"\r\n\r\n")[2]
+        writer.close()
+        return json.loads(answer).get("reasons", [])
 
     def cpu(self) -> float:
         """Seconds of user and system time so far."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +20,8 @@ from tests.soak.stampede.world import Sfu, World
 
 Say = Callable[[str], None]
 RECONCILE = 3.0
+TOLD_ABOVE = 1.0
+"""Seconds above which each time that a call has more people than seats is printed."""
 SETTLED = 25.0
 """Seconds after which everybody is in who can be: a hold whose token was lost with its guard ends after the seat's
 time to arrive."""
@@ -30,7 +32,9 @@ AFTER_FAULT = 12.0
 
 @define(eq=False)
 class Stampede:
-    """:ivar fault: whether something has been down lately, and since when."""
+    """:ivar outages: from when to when something was down.
+    :ivar faults: the same, until all guards knew again who holds the seats.
+    """
 
     directory: Path
     guards_count: int
@@ -42,6 +46,7 @@ class Stampede:
     patient: bool = False
     counts: Counter[str] = field(init=False, factory=Counter)
     faults: list[tuple[float, float]] = field(init=False, factory=list)
+    outages: list[tuple[float, float]] = field(init=False, factory=list)
     seconds: list[float] = field(init=False, factory=list)
     sfu: Sfu = field(init=False)
     valkey: Valkey = field(init=False)
@@ -162,7 +167,10 @@ class Stampede:
             self.counts["let in beside a full call" if answered.code == 200 else "refused at a full call"] += 1
 
     async def _fault(self) -> None:
-        """Kill a guard, or Valkey, in the middle of the stampede, and start it again."""
+        """Kill a guard, or Valkey, in the middle of the stampede, and start it again.
+
+        It is over when all guards answer, and say that they know who holds the seats.
+        """
         await asyncio.sleep(self.dice.uniform(0.0, 2.0))
         kind = self.dice.choice(("guard", "two guards", "valkey empty", "valkey old", "valkey as it was", "both"))
         self.counts[f"killed: {kind}"] += 1
@@ -178,9 +186,14 @@ class Stampede:
         for guard in killed:
             guard.start()
         for guard in killed:
+            await guard.listens()
+        back = time.monotonic()
+        self.outages.append((began, back))
+        for guard in self.guards:
             await guard.answers()
         self.faults.append((began, time.monotonic()))
-        self.say(f"round {self._round}: {kind}, from {began:.1f} to {time.monotonic():.1f}")
+        ended = self.faults[-1][1]
+        self.say(f"round {self._round}: {kind}, from {began:.1f} to {ended:.1f}, all run since {back:.1f}")
 
     async def _restart_valkey(self, kind: str) -> None:
         if kind == "valkey empty":
@@ -193,19 +206,25 @@ class Stampede:
         await asyncio.sleep(self.dice.uniform(0.0, 2.0))
         await asyncio.get_running_loop().run_in_executor(None, self.valkey.start)
 
-    def overflows(self) -> list[float]:
-        """How long, in seconds, more people were in a call than it has seats, not counting the time of faults."""
-        for alias, since, until in self.sfu.ended:
-            if self._counted(since, until) > RECONCILE:
-                self.say(f"too many in {alias[:8]} from {since:.1f} to {until:.1f}")
-        ended = [*self.sfu.ended, *((alias, since, time.monotonic()) for alias, since in self.sfu.over.items())]
-        return sorted(self._counted(since, until) for _, since, until in ended)
+    def overflows(self, faults: Sequence[tuple[float, float]]) -> list[float]:
+        """How long, in seconds, more people were in a call than it has seats, each time.
 
-    def _counted(self, since: float, until: float) -> float:
-        for began, ended in self.faults:
-            if began <= since <= ended:
-                since = min(until, ended)
-        return until - since
+        :param faults: times from when to when that do not count.
+        """
+        ended = [*self.sfu.ended, *((alias, since, time.monotonic()) for alias, since in self.sfu.over.items())]
+        for alias, since, until in ended:
+            if _longest_outside(faults, since, until) > TOLD_ABOVE:
+                self.say(f"too many in {alias[:8]} from {since:.1f} to {until:.1f}")
+        return sorted(_longest_outside(faults, since, until) for _, since, until in ended)
+
+
+def _longest_outside(faults: Sequence[tuple[float, float]], since: float, until: float) -> float:
+    """The longest time between two faults. Another fault may begin before the consequences of one are over."""
+    longest = 0.0
+    for began, ended in sorted(faults):
+        longest = max(longest, min(began, until) - since)
+        since = max(since, ended)
+    return max(longest, until - since)
 
 
 async def repeat(rounds: int, seconds: float, work: Callable[[], Any]) -> None:

@@ -57,6 +57,7 @@ class Rebuilding:
     :param longest: seconds for which the holds of other guards are waited for.
     :ivar give_back: gives this guard's holds to Redis. Set before the client is started.
     :ivar on_data_set: called when the data set turns out to be another one than before.
+    :ivar on_complete: called when the data set is complete.
     :ivar guards: the guards seen lately.
     :ivar data_set: the name of the data set; "" while it is not known.
     """
@@ -67,6 +68,7 @@ class Rebuilding:
     _longest: float = REBUILD_LONGEST
     give_back: Callable[[], Awaitable[None]] = field(init=False)
     on_data_set: list[Callable[[], None]] = field(init=False, factory=list)
+    on_complete: list[Callable[[], None]] = field(init=False, factory=list)
     guards: list[str] = field(init=False, factory=list)
     complete: bool = field(init=False, default=False)
     data_set: str = field(init=False, default="")
@@ -189,6 +191,8 @@ class Rebuilding:
         if complete and given_back and not self.complete:
             self.complete, self.guards = True, list(guards)
             _fire(self._waiting)
+            for told in self.on_complete:
+                told()
 
     async def _renamed(self, epoch: str) -> bool:
         """Whether the server has another epoch by now. A server that runs changes its replication ID when its first

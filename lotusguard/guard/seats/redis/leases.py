@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from attrs import define, field
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient, Script
@@ -18,6 +18,9 @@ from lotusguard.guard.seats.redis.scripts import PREFIX, lua
 LEASE_SECONDS = 8.0
 """Every pass over a room renews its lease. It ends so long after the last one, unless the guard gives it up."""
 LEASES_KEPT = 20_000
+ENDS_SOON = 4.0
+"""A lease of another guard that has less than so many seconds left was not renewed at its last round. This guard does
+not wait for its own next round then: it asks for the lease as soon as that ends."""
 ENFORCE_CHANNEL, CHANGED_CHANNEL = PREFIX + "enforce", PREFIX + "changed"
 LEASE = Script(lua("lease"))
 CONFIRM = Script(
@@ -36,6 +39,7 @@ class RoomLeases:
     :ivar enforce: called with an SFU room that another guard wants to be enforced at once.
     :ivar changed: called with a room, and a user or "", whose state another guard was told to have changed, and how it
         was told.
+    :ivar ended: called with a room when the lease that another guard had has ended, unless that guard renewed it since.
     :ivar held: the fencing tokens of the leases that this guard had last. They grow each time a lease changes hands.
     """
 
@@ -45,7 +49,10 @@ class RoomLeases:
     _seconds: float = LEASE_SECONDS
     enforce: Callable[[str], None] = field(init=False, default=lambda alias: None)
     changed: Callable[[str, str, str], object] = field(init=False, default=lambda room_id, user, how: None)
+    ended: Callable[[str], object] = field(init=False, default=lambda room_id: None)
     held: OrderedDict[str, int] = field(init=False, factory=OrderedDict)
+    _ending: dict[str, IDelayedCall] = field(init=False, factory=dict)
+    _stopped: bool = field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
         self._redis.listen(ENFORCE_CHANNEL, self._asked)
@@ -64,7 +71,8 @@ class RoomLeases:
             token = int(await self._redis.run(LEASE, _keys(room_id), self._guard, str(int(self._seconds * 1000))))
         except DependencyFailed:
             return False
-        if not token or self._clock.seconds() >= asked + self._seconds:
+        self._ask_when_ended(room_id, -token / 1000)
+        if token <= 0 or self._clock.seconds() >= asked + self._seconds:
             self.held.pop(room_id, None)
             return False
         self.held[room_id] = token
@@ -88,10 +96,26 @@ class RoomLeases:
 
     async def hand_over(self) -> None:
         """Give up all leases: this guard stops."""
+        self._stopped = True
+        for ending in self._ending.values():
+            ending.cancel()
+        self._ending.clear()
         while self.held:
             room_id, _ = self.held.popitem()
             with suppress(DependencyFailed):
                 await self._redis.run(LEASE, _keys(room_id), self._guard, "0")
+
+    def _ask_when_ended(self, room_id: str, left: float) -> None:
+        """:param left: seconds that another guard's lease lasts; negative if there is none."""
+        before = self._ending.pop(room_id, None)
+        if before is not None:
+            before.cancel()
+        if 0 < left < ENDS_SOON and len(self._ending) < LEASES_KEPT and not self._stopped:
+            self._ending[room_id] = self._clock.callLater(left, self._has_ended, room_id)
+
+    def _has_ended(self, room_id: str) -> None:
+        del self._ending[room_id]
+        self.ended(room_id)
 
     async def ask_holder(self, alias: str) -> None:
         """Let the guard that has the lease enforce an SFU room at once."""

@@ -308,6 +308,7 @@ end
 function Seats.arrive(now, alias, who, limit)
   room.touched = now
   if not limit then room.unlimited_at = now end
+  if who.joined and (room.listed[alias] or who.joined) >= who.joined + OVERTAKEN_BY then return end
   arrived(alias, who, limit, now, who.joined or now)
 end
 

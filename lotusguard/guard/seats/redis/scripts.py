@@ -12,6 +12,7 @@ from lotusguard.clients.redis.client import Script
 from lotusguard.rules.room_seats import (
     CALL_ENDED_AFTER,
     ENDED_SESSIONS_KEPT,
+    OVERTAKEN_BY,
     RECONNECT_WINDOW,
     RESERVED_PER_USER,
     UNCONFIRMED_KEPT,
@@ -36,6 +37,7 @@ _CONSTANTS = MappingProxyType(
         "RECONNECT_WINDOW": RECONNECT_WINDOW,
         "RESERVED_PER_USER": RESERVED_PER_USER,
         "ENDED_SESSIONS_KEPT": ENDED_SESSIONS_KEPT,
+        "OVERTAKEN_BY": OVERTAKEN_BY,
         "UNCONFIRMED_KEPT": UNCONFIRMED_KEPT,
         "CALL_ENDED_AFTER": CALL_ENDED_AFTER,
         "IDLE_ROOM": IDLE_ROOM,

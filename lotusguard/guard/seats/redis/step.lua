@@ -1,6 +1,6 @@
 -- SPDX-License-Identifier: Apache-2.0
 -- One step on one room: read it, let everything expire that has, do what is asked, write it.
--- KEYS[1]: the room. ARGV[1]: JSON {epoch, confirmed, guarding_since, remembered_since, room_id,
+-- KEYS[1]: the room. ARGV[1]: JSON {epoch, confirmed, complete, guarding_since, remembered_since, room_id,
 -- operations = [[name, arguments…]…]}. "epoch" names the data set. A guard that does not know yet that it is another one
 -- gets {"stale"}. It asks which one it is: the name is "confirmed" then. It counts although the room was worked on under
 -- another name since, because a guard with an older name may have been faster.
@@ -13,6 +13,12 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 local function given(value)
   if value == cjson.null then return nil end
   return value
+end
+
+-- Other guards may have holds that they have yet to give back: until then no seat is certainly free.
+local function seats_to_give(limit)
+  limit = given(limit)
+  return limit and not request.complete and 0 or limit
 end
 
 local function text(at) return at and string.format('%.6f', at) or false end
@@ -106,7 +112,7 @@ function Writing.exempt(user)
 end
 
 function Writing.arrive(alias, who, limit)
-  Seats.arrive(now, alias, arrival(who), given(limit))
+  Seats.arrive(now, alias, arrival(who), seats_to_give(limit))
   return true
 end
 
@@ -125,13 +131,14 @@ function Writing.apply_listing(alias, present, limit, since, ttl)
     end
   end
   -- a guard that has not noticed that this clock was set back would name a time to come
-  Seats.apply_listing(now, alias, arrivals, given(limit), math.min(since, now))
+  Seats.apply_listing(now, alias, arrivals, seats_to_give(limit), math.min(since, now))
   Seats.forget_old(now, ttl, LISTING_KEPT)
   return true
 end
 
 function Writing.overflow(limit)
   local over = {}
+  if given(limit) and not request.complete then return over end
   for place, hold in ipairs(Seats.overflow(now, given(limit))) do
     over[place] = {hold.alias, hold.sid, hold.identity, hold.user}
   end

@@ -141,6 +141,7 @@ class RoomSteps:
         request = {
             "epoch": data_set,
             "confirmed": confirmed,
+            "complete": self._rebuilding.complete,
             "guarding_since": self.clock.to_server(self._guarding_since),
             "remembered_since": self.clock.to_server(self._remembered_since),
             "room_id": room_id,
