@@ -24,7 +24,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 from zope.interface import implementer
 
-from lotusguard.clients.connection_pool import IDLE_CONNECTIONS
+from lotusguard.clients.http import IDLE_CONNECTIONS
 from lotusguard.process import raise_file_limit, tune_garbage_collector
 
 _JSON = Headers({b"Content-Type": [b"application/json"]})

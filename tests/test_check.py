@@ -19,7 +19,7 @@ from lotusguard.check.asking import Asking
 from lotusguard.check.everything import check
 from lotusguard.check.exposure import ExposureCheck, is_held_by_systemd, listening_addresses
 from lotusguard.check.report import Finding, Findings, Report
-from lotusguard.clients.connection_pool import ConnectionPool
+from lotusguard.clients.http import ConnectionPool
 from lotusguard.config import read_settings
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault

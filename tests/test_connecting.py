@@ -18,10 +18,8 @@ from twisted.web import server
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 
-from lotusguard.clients.connection_pool import ConnectionPool
 from lotusguard.clients.dependency import Dependency, DependencyFailed
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import fetch
+from lotusguard.clients.http import ConnectionPool, FixedAgent, fetch
 from lotusguard.clients.lk_jwt_service import Forwarded, LkJwtService, UpstreamFailed
 from lotusguard.metrics import Metrics
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse

@@ -17,9 +17,10 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseFailed, ResponseNeverReceived
 from twisted.web.http import PotentialDataLoss
 
-from lotusguard.clients.connection_pool import IDLE_TIMEOUT, ConnectionPool
 from lotusguard.clients.http import Answer, BodyTooLarge, whole
-from lotusguard.clients.http_connection import LARGEST_HEAD, Connection, StaleConnection
+from lotusguard.clients.http.connection import Connection, StaleConnection
+from lotusguard.clients.http.pool import IDLE_TIMEOUT, ConnectionPool
+from lotusguard.clients.http.reader import LARGEST_HEAD
 
 OK = b"HTTP/1.1 200 OK\r\n"
 HELLO = OK + b"Content-Length: 5\r\n\r\nhello"

@@ -23,9 +23,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
-from lotusguard.clients.connection_pool import ConnectionPool
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import fetch
+from lotusguard.clients.http import ConnectionPool, FixedAgent, fetch
 from tests.proxies import SNIPPETS, free_port, installed, traefik_arguments, traefik_settings
 
 reactor: Any = default_reactor

@@ -15,10 +15,8 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
-from lotusguard.clients.connection_pool import ConnectionPool
 from lotusguard.clients.dependency import Dependency, DependencyFailed
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import Answer
+from lotusguard.clients.http import Answer, ConnectionPool, FixedAgent
 from lotusguard.clients.synapse import ROOMS_A_PAGE, OpenIDClient, SynapseClient
 from lotusguard.clients.synapse.client import MISSING_FOR
 from lotusguard.metrics import Metrics

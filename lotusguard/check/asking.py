@@ -15,10 +15,8 @@ from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.web.client import ResponseFailed
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.connection_pool import ConnectionPool
 from lotusguard.clients.dependency import Dependency, DependencyFailed
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import Answer, BodyTooLarge
+from lotusguard.clients.http import Answer, BodyTooLarge, ConnectionPool, FixedAgent
 from lotusguard.metrics import Metrics
 
 LONGEST_ANSWER = 8 * 1024 * 1024

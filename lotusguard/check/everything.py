@@ -16,7 +16,7 @@ from lotusguard.check.host import GuardCheck, check_state_directory
 from lotusguard.check.livekit import LiveKitCheck
 from lotusguard.check.report import Findings, Report
 from lotusguard.check.upstream import UpstreamCheck
-from lotusguard.clients.connection_pool import ConnectionPool
+from lotusguard.clients.http import ConnectionPool
 from lotusguard.clients.waiting import gather
 from lotusguard.config import Settings, suspicions
 from lotusguard.rules.identity import server_of

@@ -12,8 +12,7 @@ from attrs import define
 from lotusguard.check.asking import Asking, NoAnswer, Service, errcode_of, json_of, listener_address
 from lotusguard.check.livekit import LiveKitCheck
 from lotusguard.check.report import Findings, Report
-from lotusguard.clients.connection_pool import ConnectionPool
-from lotusguard.clients.http import Answer
+from lotusguard.clients.http import Answer, ConnectionPool
 from lotusguard.config import Settings
 from lotusguard.rules.jwt import NotOurs
 from lotusguard.rules.tokens import issued_to

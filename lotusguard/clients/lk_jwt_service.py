@@ -15,8 +15,7 @@ from twisted.web.client import ResponseFailed, ResponseNeverReceived
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.http import Agent, Answer, BodyTooLarge, whole
-from lotusguard.clients.http_connection import StaleConnection
+from lotusguard.clients.http import Agent, Answer, BodyTooLarge, StaleConnection, whole
 from lotusguard.metrics import Metrics
 
 T = TypeVar("T")

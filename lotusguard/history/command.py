@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lotusguard.check.asking import Asking, NoAnswer, listener_address
-from lotusguard.clients.connection_pool import ConnectionPool
+from lotusguard.clients.http import ConnectionPool
 from lotusguard.commanding import FINE, INTERRUPTED, WRONG, log_to, misconfigured, run_reactor
 from lotusguard.config import read_settings
 from lotusguard.guard.joins.decision_store import Question, Record, RecordKind

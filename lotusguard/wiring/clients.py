@@ -9,9 +9,8 @@ from typing import Any
 
 from attrs import frozen
 
-from lotusguard.clients.connection_pool import ConnectionPool
 from lotusguard.clients.dependency import Dependency
-from lotusguard.clients.fixed_agent import FixedAgent
+from lotusguard.clients.http import ConnectionPool, FixedAgent
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
 from lotusguard.clients.synapse import MatrixClient, OpenIDClient, SynapseClient

@@ -12,9 +12,8 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 
-from lotusguard.clients.connection_pool import ConnectionPool
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.fixed_agent import FixedAgent
+from lotusguard.clients.http import ConnectionPool, FixedAgent
 from lotusguard.clients.lk_jwt_service import LkJwtService
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from lotusguard.guard.seats.redis.scripts import LISTING_KEPT, room_key, room_keys, with_rules
 from lotusguard.rules.room_seats import RoomSeats
-from lotusguard.rules.seats import Arrival, IdentityKey
+from lotusguard.rules.seats import Arrival, HoldEvent, HoldState, IdentityKey
 
 from .direct import Server
 
@@ -24,6 +24,13 @@ class ModelSeats(RoomSeats):
         for hold_id in list(self.pending):
             self.release(hold_id)
         self._listed.clear()
+
+    def seat_sessions(self, key: IdentityKey, user: str) -> None:
+        """A guard gives back a hold whose user is in the call."""
+        self.rename(key, user)
+        for hold in self._sessions_of.get(key, ()):
+            if hold.state is HoldState.UNSEATED:
+                self._move(hold, HoldEvent.SEAT)
 
     def seat_failed_open(self, limit: int) -> None:
         """Somebody looks for a seat: tokens of a guard that was alone come first."""
@@ -172,7 +179,11 @@ class RoomModel:
         device: str,
     ) -> None:
         seats, key = self._now.seats, IdentityKey(alias, identity)
-        if seats.find(key) is not None or expires <= now:
+        if expires <= now:
+            return
+        if seated:
+            seats.seat_sessions(key, user)
+        if seats.find(key) is not None:
             return
         if seated:
             if all(hold.id != hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):

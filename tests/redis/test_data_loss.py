@@ -152,11 +152,28 @@ def test_nobody_is_seated_by_a_listing_while_another_guard_has_holds_to_give_bac
     for guard in guards:
         guard.client.connected = False
     _pass(server, [first], 1.0)
-    _enforce(first, 1)
+    _enforce(first, 1, "x")
     _pass(server, guards, 2.0)
-    over = _enforce(first, 1)
+    over = _enforce(first, 1, "x")
     assert outcome_of(second.book.owns_seat("!full", "a")) == (True, True)
     assert [hold.identity for hold in over] == ["x"]
+
+
+def test_somebody_in_the_call_gets_back_the_seat_that_another_guard_gave_them() -> None:
+    server = Server()
+    server.replace({})
+    guards = first, second = DirectGuard(server), DirectGuard(server)
+    _pass(server, guards, 6.0)
+    outcome_of(second.book.apply_listing("!full", ALIAS, [], 1, second.clock.seconds()))
+    _, hold_id = outcome_of(second.book.take("!full", "a", 1, ALIAS))
+    outcome_of(second.book.issue("!full", hold_id, Issued(ALIAS, "a"), durable=True))
+    server.replace({})
+    for guard in guards:
+        guard.client.connected = False
+    _pass(server, [first], 1.0)
+    assert not _enforce(first, 1, "x", "a")
+    _pass(server, guards, 2.0)
+    assert [hold.identity for hold in _enforce(first, 1, "x", "a")] == ["x"]
 
 
 def test_a_guard_is_told_when_it_is_known_again_who_holds_the_seats() -> None:
@@ -182,10 +199,11 @@ def test_a_guard_is_told_when_it_is_known_again_who_holds_the_seats() -> None:
     assert told == ["shared", "complete"]
 
 
-def _enforce(guard: DirectGuard, limit: int) -> Sequence[OverLimit]:
-    """List a room in which x is without a token, and see who has to go."""
+def _enforce(guard: DirectGuard, limit: int, *users: str) -> Sequence[OverLimit]:
+    """List a room in which these users are, the first for longest, and see who has to go."""
     now = guard.clock.seconds()
-    outcome_of(guard.book.apply_listing("!full", ALIAS, [Arrival("PA_x", "x", "x", now)], limit, now))
+    present = [Arrival(f"PA_{user}", user, user, now + place / 1000) for place, user in enumerate(users)]
+    outcome_of(guard.book.apply_listing("!full", ALIAS, present, limit, now))
     over: Sequence[OverLimit] = outcome_of(guard.book.overflow("!full", limit))[1]
     return over
 

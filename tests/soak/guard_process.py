@@ -20,9 +20,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.connection_pool import ConnectionPool
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import fetch
+from lotusguard.clients.http import ConnectionPool, FixedAgent, fetch
 from tests.guardprocess import CHECKOUT, TWISTD, free_port
 
 COMMAND = [sys.executable, "-c", TWISTD, "-n", "--pidfile=", "lotusguard"]

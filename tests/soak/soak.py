@@ -15,9 +15,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.connection_pool import IDLE_CONNECTIONS, ConnectionPool
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import fetch
+from lotusguard.clients.http import IDLE_CONNECTIONS, ConnectionPool, FixedAgent, fetch
 from lotusguard.rules.sources import Source
 from lotusguard.sandbox.livekit.server import FakeLiveKit
 from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService

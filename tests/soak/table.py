@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from lotusguard.clients.connection_pool import IDLE_CONNECTIONS
+from lotusguard.clients.http import IDLE_CONNECTIONS
 from tests.soak.guard_process import GuardLog
 from tests.soak.oracle import GONE_WITHIN, TOLD_AFTER, Oracle
 

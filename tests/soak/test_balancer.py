@@ -17,9 +17,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
-from lotusguard.clients.connection_pool import ConnectionPool
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import fetch
+from lotusguard.clients.http import ConnectionPool, FixedAgent, fetch
 from tests.guardprocess import free_port
 from tests.soak.balancer import Balancer
 

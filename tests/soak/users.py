@@ -14,8 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import Answer, fetch
+from lotusguard.clients.http import Answer, FixedAgent, fetch
 from lotusguard.rules.identity import room_alias
 from lotusguard.rules.jwt import read_unverified
 from lotusguard.sandbox.livekit.participant import JoinRefused, Participant

@@ -9,9 +9,7 @@ from uuid import uuid4
 
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.connection_pool import ConnectionPool
-from lotusguard.clients.fixed_agent import FixedAgent
-from lotusguard.clients.http import Answer, fetch
+from lotusguard.clients.http import Answer, ConnectionPool, FixedAgent, fetch
 from lotusguard.config import Settings, read_settings
 from lotusguard.sandbox.livekit.participant import Participant
 from lotusguard.sandbox.livekit.server import FakeLiveKit

@@ -369,6 +369,14 @@ function Seats.restore(now, hold_id, user, alias, identity, present, expires, de
   room.vacated = math.max(room.vacated, now)
 end
 
+-- The sessions of an identity came with a token that had a seat.
+function Seats.seat_sessions(now, alias, identity, user)
+  Seats.rename(now, alias, identity, user)
+  for _, hold in ipairs(holds_where(function(hold)
+    return hold.state == 'unseated' and hold.alias == alias and hold.identity == identity
+  end)) do move(hold, 'seat', now) end
+end
+
 function Seats.knows(alias, identity)
   local key = key_of(alias, identity)
   return reserved[key] ~= nil or sessions_of[key] ~= nil

@@ -104,7 +104,9 @@ function Writing.renew(hold_ids, lease) return Seats.renew(now, hold_ids, now + 
 
 -- A hold that its guard gives back. Without a seat it gets one at the next listing, if one is free.
 function Writing.restore(hold_id, user, alias, identity, expires, seated, device)
-  if Seats.knows(alias, identity) or expires <= now then return false end
+  if expires <= now then return false end
+  if seated then Seats.seat_sessions(now, alias, identity, user) end  -- a listing may have found them before
+  if Seats.knows(alias, identity) then return false end
   room.started = true  -- else no token had been issued
   if seated then
     Seats.restore(now, hold_id, user, alias, identity, false, expires, device)

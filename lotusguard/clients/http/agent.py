@@ -22,8 +22,9 @@ from twisted.python.failure import Failure
 from twisted.web.client import URI, BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.connection_pool import ConnectionPool
-from lotusguard.clients.http_connection import Answer, Connection
+from lotusguard.clients.http.answer import Answer
+from lotusguard.clients.http.connection import Connection
+from lotusguard.clients.http.pool import ConnectionPool
 
 NEXT_ADDRESS = 0.02
 """Seconds after which the next address of a host name is tried too. Twisted's 0.3 is also how late it notices that the

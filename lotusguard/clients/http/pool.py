@@ -8,7 +8,7 @@ from typing import Any
 from attrs import define, field
 from twisted.internet.interfaces import IDelayedCall
 
-from lotusguard.clients.http_connection import Connection
+from lotusguard.clients.http.connection import Connection
 
 IDLE_CONNECTIONS = 512
 """Connections kept open to one address. With fewer, most calls in a burst of joins open a new connection, which costs a

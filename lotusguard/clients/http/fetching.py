@@ -10,10 +10,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http_connection import Answer
+from lotusguard.clients.http.answer import Answer
 from lotusguard.clients.json_answers import parse_json
-
-__all__ = ["Agent", "Answer", "BodyTooLarge", "fetch", "json_object", "whole"]
 
 
 class Agent(Protocol):
