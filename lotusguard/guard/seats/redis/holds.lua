@@ -153,6 +153,12 @@ local function hold_with(hold_id)
   return pending[hold_id] or name and read(name)
 end
 
+local function sessions_with(alias, identity)
+  local holds = {}
+  for place, sid in ipairs(sessions_of[key_of(alias, identity)] or {}) do holds[place] = sessions[key_of(alias, sid)] end
+  return holds
+end
+
 local function in_call() return in_order(Store.all('s')) end
 
 -- Read many holds, and their users.

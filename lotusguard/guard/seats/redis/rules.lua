@@ -346,8 +346,7 @@ function Seats.exempt(now, name)
 end
 
 function Seats.rename(now, alias, identity, name)
-  for _, sid in ipairs(sessions_of[key_of(alias, identity)] or {}) do
-    local hold = sessions[key_of(alias, sid)]
+  for _, hold in ipairs(sessions_with(alias, identity)) do
     local nobody = hold.user
     if nobody ~= name then
       count(hold, -1)
@@ -372,9 +371,9 @@ end
 -- The sessions of an identity came with a token that had a seat.
 function Seats.seat_sessions(now, alias, identity, user)
   Seats.rename(now, alias, identity, user)
-  for _, hold in ipairs(holds_where(function(hold)
-    return hold.state == 'unseated' and hold.alias == alias and hold.identity == identity
-  end)) do move(hold, 'seat', now) end
+  for _, hold in ipairs(sessions_with(alias, identity)) do
+    if hold.state == 'unseated' then move(hold, 'seat', now) end
+  end
 end
 
 function Seats.knows(alias, identity)
