@@ -16,10 +16,11 @@ from lotusguard.clients.waiting import gather_in_turns
 from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
 from lotusguard.guard.seats.redis.epoch import Rebuilding
+from lotusguard.guard.seats.redis.notes import Listed
 from lotusguard.guard.seats.redis.occupants import KnownOccupants
 from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
 from lotusguard.guard.seats.redis.scripts import OCCUPIED_ROOM, WAKE_CHANNEL, room_key
-from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, Listed, RoomSteps
+from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
@@ -108,7 +109,7 @@ class RedisSeatBook:
         refusal, full = told
         if full:
             *found, occupants = full
-            self._steps.note_full(room_id, user, found)
+            self._steps.notes.note_full(room_id, user, found)
             self._occupants.update(room_id, occupants)
         return str(refusal)
 
@@ -137,7 +138,7 @@ class RedisSeatBook:
             await self._step(room_id, "release", hold_id)
 
     async def owns_seat(self, room_id: str, user: str) -> bool:
-        full = self._steps.full(room_id)
+        full = self._steps.notes.full(room_id)
         if full is not None and full.user == user and not full.has_strangers:
             return False
         return bool(await self._step(room_id, "owns_seat", user))
@@ -146,7 +147,7 @@ class RedisSeatBook:
         self._steps.first(room_id, ("exempt", user))  # a step that takes a seat or looks for an overflow follows
 
     async def recognise(self, room_id: str, alias: str, identities: Collection[str], user: str) -> None:
-        full = self._steps.full(room_id)
+        full = self._steps.notes.full(room_id)
         if full is None or full.has_strangers:
             self._steps.first(room_id, ("recognise", alias, list(identities), user))
 
@@ -174,7 +175,7 @@ class RedisSeatBook:
     async def listed_again(
         self, room_id: str, alias: str, limit: int | None, since: float, apply: Callable[[], Awaitable[None]]
     ) -> bool:
-        version = self._steps.settled(room_id, alias)
+        version = self._steps.notes.settled(room_id, alias)
         if version is None:
             return False
         await self._steps.know_time()
@@ -193,14 +194,14 @@ class RedisSeatBook:
 
     async def aliases(self, room_id: str) -> Collection[str]:
         """Those that Redis told of last. If that was long ago it is asked, and the next answer is right."""
-        known = self._steps.listed(room_id)
+        known = self._steps.notes.listed(room_id)
         if known is None or not self._is_recent(known):
             self._steps.ask_soon(room_id)
         return () if known is None else known.aliases
 
     async def listed_since(self, room_id: str, aliases: Collection[str]) -> float | None:
         """As far as this guard knows. What another guard listed since the last step is missed: one more is made."""
-        known = self._steps.listed(room_id)
+        known = self._steps.notes.listed(room_id)
         since = [] if known is None else [known.since.get(alias) for alias in aliases]
         if None in since or not since:
             return None
@@ -211,13 +212,13 @@ class RedisSeatBook:
         return bool(self._reactor.seconds() - known.told <= LISTED_TRUSTED)
 
     async def listing_required_since(self, room_id: str) -> float | None:
-        full = self._steps.full(room_id)
+        full = self._steps.notes.full(room_id)
         required = await self._step(room_id, "listing_required_since") if full is None else full.required_since
         return self._steps.clock.to_guard(float(required)) if required else None
 
     async def occupants(self, room_id: str) -> Collection[str]:
-        number, known = self._occupants.number(room_id), self._steps.listed(room_id)
-        if self._steps.full(room_id) is not None and known is not None and known.news == number:
+        number, known = self._occupants.number(room_id), self._steps.notes.listed(room_id)
+        if self._steps.notes.full(room_id) is not None and known is not None and known.news == number:
             return self._occupants.names(room_id)
         found = self._occupants.update(room_id, await self._step(room_id, "occupants", number))
         return found if found is not None else set((await self._step(room_id, "occupants", None))[1])
@@ -235,7 +236,7 @@ class RedisSeatBook:
             left = int(await when_less_busy(self._reactor, partial(self._redis.call, "PTTL", room_key(room_id)))) / 1000
             if left >= OCCUPIED_ROOM - KEPT_FOR:  # each listing of an occupied room begins that time anew
                 await self._step(room_id, "nothing")
-                known = self._steps.listed(room_id)
+                known = self._steps.notes.listed(room_id)
                 kept.update(known.aliases if known is not None else ())
 
         await gather_in_turns(ROOMS_AT_ONCE, read, await self._room_ids(ROOMS_ASKED))

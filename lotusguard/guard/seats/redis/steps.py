@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -19,16 +19,13 @@ from lotusguard.clients.redis.client import NO_SCRIPT, RedisClient, when_less_bu
 from lotusguard.clients.waiting import run_in_background
 from lotusguard.guard.seats.redis.clock import ServerClock
 from lotusguard.guard.seats.redis.epoch import Rebuilding
+from lotusguard.guard.seats.redis.notes import ROOMS_NOTED, Listed, RoomNotes
 from lotusguard.guard.seats.redis.scripts import STEP, room_keys
 
 log = Logger()
 
 Operation = Sequence[Any]
 """The name of an operation of ``step.lua``, and its arguments."""
-ROOMS_NOTED = 20_000
-FULL_NOTED = 2_000
-FULL_FOR = 1.0
-"""Seconds for which the questions that follow a refusal are answered by what the refusing step found."""
 ATTEMPTS = 3
 STALE, CHANGED, DATA_LOST = "stale", "changed", "data_lost"
 """Reasons: another guard has seen a newer data set; a listing was taken for one that tells nothing new; the data set
@@ -46,43 +43,12 @@ class _Queued:
     otherwise: Callable[[], Awaitable[None]] | None = None
 
 
-@frozen
-class Listed:
-    """What is known about a room's SFU rooms.
-
-    :ivar since: when they were listed, on the server's clock.
-    :ivar aliases: those in which somebody holds a seat.
-    :ivar told: when Redis said so, on the guard's clock.
-    :ivar version: of the holds. :ivar news: the number of the last change of who is an occupant.
-    """
-
-    since: dict[str, float]
-    aliases: tuple[str, ...]
-    told: float
-    version: str = ""
-    news: str = ""
-
-
-@frozen
-class Full:
-    """What the last step found in a room that was full; all that is asked before somebody is refused.
-
-    :ivar at: on the guard's clock. :ivar user: who found no seat, and so owns none.
-    :ivar required_since: see `SeatBook.listing_required_since`; on the server's clock.
-    :ivar has_strangers: whether somebody is in the call of whom no Matrix user is known.
-    """
-
-    at: float
-    user: str
-    required_since: float | None
-    has_strangers: bool
-
-
 @define(eq=False)
 class RoomSteps:
     """One step on one room is one script: nothing comes between its operations.
 
     :param guarding_since: on the guard's clock; see `MemorySeatBook`.
+    :ivar notes: what the last step on each room told.
     """
 
     _redis: RedisClient
@@ -90,26 +56,23 @@ class RoomSteps:
     _guarding_since: float
     _rebuilding: Rebuilding
     clock: ServerClock = field(init=False, factory=ServerClock)
+    notes: RoomNotes = field(init=False)
     _data_set: str = field(init=False, default="")
     _remembered_since: float = field(init=False)
-    _listed: OrderedDict[str, Listed] = field(init=False, factory=OrderedDict)
-    _full: OrderedDict[str, Full] = field(init=False, factory=OrderedDict)
     _first: OrderedDict[str, list[_Queued]] = field(init=False, factory=OrderedDict)
-    _settled: OrderedDict[tuple[str, str], str] = field(init=False, factory=OrderedDict)
 
     def __attrs_post_init__(self) -> None:
         self._remembered_since = self._guarding_since
+        self.notes = RoomNotes(self._clock)
 
     def forget_time(self) -> None:
         """The server may be another one, with another clock."""
         self.clock.reset()
-        self._listed.clear()
+        self.notes.forget_times()
 
     def forget(self) -> None:
         """The data set is another one. Calls may be older than what it remembers."""
-        self._listed.clear()
-        self._full.clear()
-        self._settled.clear()
+        self.notes.forget()
         if self._data_set:
             self._remembered_since = self._clock.seconds()
         self._data_set = self._rebuilding.data_set
@@ -135,7 +98,9 @@ class RoomSteps:
                 if failed.reason != CHANGED:
                     raise
             before = await self._with_whole_listings(room_id, before)
-        self._note_settled(room_id, queued, results)
+        for operation, result in zip(queued, results, strict=False):
+            if operation[0] == "apply_listing":
+                self.notes.note_settled(room_id, operation[1], result or "")
         return results[len(queued) :]
 
     async def _with_whole_listings(self, room_id: str, queued: Sequence[_Queued]) -> list[_Queued]:
@@ -189,25 +154,21 @@ class RoomSteps:
             told = json.loads(answer)
             if told in ([STALE], [CHANGED]):
                 raise DependencyFailed("redis", told[0])
-            now, listed, aliases, version, news, results = told
-            self._full.pop(room_id, None)
+            now, times, aliases, version, news, results = told
             self.clock.learn(float(now), sent, self._clock.seconds())
-            since = {alias: float(at) for alias, at in dict(listed).items()}
-            self._note(room_id, Listed(since, tuple(aliases), self._clock.seconds(), str(version), str(news)))
+            since = {alias: float(at) for alias, at in dict(times).items()}
+            listed = Listed(since, tuple(aliases), self._clock.seconds(), str(version), str(news))
+            self.notes.note(room_id, listed)
             return list(results)
         except (TypeError, ValueError):
             raise DependencyFailed("redis", "invalid_response") from None
-
-    def listed(self, room_id: str) -> Listed | None:
-        """What the last step on a room told. Listings may have been applied since."""
-        return self._listed.get(room_id)
 
     def apply_listing(self, room_id: str, alias: str, since: float, operation: Operation) -> None:
         """Do this at the beginning of the next step on a room, or soon. It saves a join a script and a round trip.
 
         :param since: when the listing of this SFU room began, on the server's clock.
         """
-        self._settled.pop((room_id, alias), None)
+        self.notes.note_settled(room_id, alias, "")
         self._queue_listing(room_id, alias, since, _Queued(operation))
 
     def listed_again(
@@ -219,35 +180,20 @@ class RoomSteps:
         """
 
         async def apply() -> None:
-            self._settled.pop((room_id, alias), None)
+            self.notes.note_settled(room_id, alias, "")
             await otherwise()
 
         self._queue_listing(room_id, alias, since, _Queued(operation, apply))
 
     def _queue_listing(self, room_id: str, alias: str, since: float, queued: _Queued) -> None:
         self._queue(room_id, queued)
-        known = self._listed.get(room_id) or Listed({}, (), 0.0)
-        aliases = known.aliases if alias in known.aliases else (*known.aliases, alias)
-        self._note(room_id, evolve(known, since={**known.since, alias: since}, aliases=aliases))
+        self.notes.listing(room_id, alias, since)
         self._clock.callLater(0, self._flush, room_id)
 
     def _queue(self, room_id: str, queued: _Queued) -> None:
         self._first.setdefault(room_id, []).append(queued)
         while len(self._first) > ROOMS_NOTED:
             self._first.popitem(last=False)
-
-    def settled(self, room_id: str, alias: str) -> str | None:
-        """The version of a room's holds at which this guard's last listing of an SFU room told nothing new; ``None`` if
-        it did, or if the holds have changed since as far as this guard knows."""
-        known, version = self._listed.get(room_id), self._settled.get((room_id, alias))
-        return version if known is not None and known.version == version else None
-
-    def _note_settled(self, room_id: str, operations: Sequence[Operation], results: Sequence[Any]) -> None:
-        for operation, version in zip(operations, results, strict=False):
-            if operation[0] == "apply_listing" and version:
-                self._settled[room_id, operation[1]] = str(version)
-        while len(self._settled) > ROOMS_NOTED:
-            self._settled.popitem(last=False)
 
     def ask_soon(self, room_id: str) -> None:
         """Ask in the background what is listed in a room, unless a step is made anyway."""
@@ -258,26 +204,6 @@ class RoomSteps:
     def _flush(self, room_id: str) -> None:
         if room_id in self._first:
             run_in_background(self.run(room_id, ("nothing",)), _report)
-
-    def _note(self, room_id: str, listed: Listed) -> None:
-        self._listed[room_id] = listed
-        self._listed.move_to_end(room_id)
-        while len(self._listed) > ROOMS_NOTED:
-            self._listed.popitem(last=False)
-
-    def note_full(self, room_id: str, user: str, told: Sequence[Any]) -> None:
-        """:param told: what the operation ``take`` tells about a room that is full."""
-        required, has_strangers = told
-        at = float(required) if required else None
-        self._full[room_id] = Full(self._clock.seconds(), user, at, bool(has_strangers))
-        self._full.move_to_end(room_id)
-        while len(self._full) > FULL_NOTED:
-            self._full.popitem(last=False)
-
-    def full(self, room_id: str) -> Full | None:
-        """What the last step on a room told if it found the room full a moment ago."""
-        full = self._full.get(room_id)
-        return full if full is not None and self._clock.seconds() - full.at <= FULL_FOR else None
 
     async def know_time(self) -> None:
         """See to it that times can be converted. :raises DependencyFailed: Redis gives no usable answer."""
