@@ -222,9 +222,10 @@ local function read_present(alias, present, any_reserved)
   ended.read()
 end
 
-local function read_news(alias, present)
+-- Read at once what is kept of these users and identities.
+local function read_users(alias, arrivals_or_holds)
   local names = {}
-  for _, who in ipairs(present) do
+  for _, who in ipairs(arrivals_or_holds) do
     names[#names + 1] = 'u' .. who.user
     names[#names + 1] = 'c' .. who.user
     names[#names + 1] = 'n' .. key_of(alias, who.identity)
@@ -261,9 +262,12 @@ local function end_missing(alias, there, since, now)
     if Store.has('s' .. at) then found = found + 1 end
   end
   if found == (room.in_call[alias] or 0) then return end
+  local missing = {}
   for _, hold in ipairs(in_call()) do
-    if hold.alias == alias and hold.began < since and not there[key_of(alias, hold.sid)] then move(hold, 'vanish', now) end
+    if hold.alias == alias and hold.began < since and not there[key_of(alias, hold.sid)] then missing[#missing + 1] = hold end
   end
+  read_users(alias, missing)
+  for _, hold in ipairs(missing) do move(hold, 'vanish', now) end
 end
 
 -- Returns whether it told nothing new, and nothing is undecided: then a listing that shows the same tells nothing either.
@@ -284,7 +288,7 @@ function Seats.apply_listing(now, alias, present, limit, since)
       has_arrived(who.user)
     end
   end
-  read_news(alias, unsettled)
+  read_users(alias, unsettled)
   for _, entry in ipairs(by_age(unsettled)) do
     local who = entry.who
     local at = key_of(alias, who.sid)
