@@ -264,7 +264,9 @@ local function end_missing(alias, there, since, now)
   if found == (room.in_call[alias] or 0) then return end
   local missing = {}
   for _, hold in ipairs(in_call()) do
-    if hold.alias == alias and hold.began < since and not there[key_of(alias, hold.sid)] then missing[#missing + 1] = hold end
+    if hold.alias == alias and hold.began < since and not there[key_of(alias, hold.sid)] then
+      missing[#missing + 1] = hold
+    end
   end
   read_users(alias, missing)
   for _, hold in ipairs(missing) do move(hold, 'vanish', now) end

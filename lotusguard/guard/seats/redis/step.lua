@@ -4,9 +4,9 @@
 -- operations = [[name, arguments…]…]}. "epoch" names the data set. A guard that does not know yet that it is another one
 -- gets {"stale"}. It asks which one it is: the name is "confirmed" then. It counts although the room was worked on under
 -- another name since, because a guard with an older name may have been faster.
--- If something has changed since a listing that is said to show the same, nothing is done, and the answer is {"changed"}.
--- Else it is JSON {now, listed = {alias → time}, aliases, version, news, results}: "version" is that of the holds, "news"
--- the number of the last change of who is an occupant. Times and these two are text, because cjson writes 14 digits only.
+-- If something has changed since a listing that is said to show the same, nothing is done: the answer is {"changed"}.
+-- Else it is JSON {now, listed = {alias → time}, aliases, version, news, results}. "version" is that of the holds, and
+-- "news" the number of the last change of who is an occupant. These and times are text: cjson writes 14 digits only.
 
 local request = cjson.decode(ARGV[1])
 local time = redis.call('TIME')
@@ -41,7 +41,8 @@ if is_other_data_set then
 end
 
 for _, operation in ipairs(request.operations) do
-  if operation[1] == 'listed_again' and not Seats.is_same(operation[2], math.min(operation[4], now), tonumber(operation[5])) then
+  local name, alias, _, since, version = unpack(operation)
+  if name == 'listed_again' and not Seats.is_same(alias, math.min(since, now), tonumber(version)) then
     return cjson.encode({'changed'})
   end
 end
@@ -66,8 +67,8 @@ end
 
 local Writing = {}
 
--- All that is asked before somebody is refused: when the room has to be listed at least, whether anybody is in the call of
--- whom no user is known, and the changes of who is an occupant since those that the guard knows.
+-- All that is asked before somebody is refused: when the room has to be listed at least, whether anybody is in the call
+-- of whom no user is known, and the changes of who is an occupant since those that the guard knows.
 local function full(known)
   return {text(Seats.listing_required_since(now)), Seats.has_strangers(), Reading.occupants(known)}
 end

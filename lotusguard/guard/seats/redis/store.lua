@@ -2,7 +2,8 @@
 -- What Redis keeps of one room. A step reads what it needs when it needs it, and writes what it changed at its end: if it
 -- fails before, nothing was written.
 --
--- KEYS[1] is a hash. Its field "ROOM" is what belongs to the room as a whole; the first letter of any other says what it is:
+-- KEYS[1] is a hash. Its field "ROOM" is what belongs to the room as a whole. The first letter of any other says what it
+-- is:
 --   p + hold ID             a hold of a request in flight
 --   s + alias + sid         a hold of somebody in the call
 --   r + alias + identity    a hold that is reserved
@@ -100,7 +101,8 @@ end
 
 local beginnings = {}
 
--- Whether a field has this value in its first column. The others are not looked at, which matters if there are many fields.
+-- Whether a field that was read has this value in its first column. Others are not looked at, which saves time if many
+-- fields are asked about.
 function Store.begins_with(name, value)
   if known[name] ~= nil then return known[name] and known[name][ROWS[name:sub(1, 1)][1]] == value end
   if not texts[name] then return false end
