@@ -97,6 +97,26 @@ def test_a_seat_may_be_held_for_a_request_whose_answer_was_lost(oracle: Oracle) 
     assert blamed(oracle) == ["refused beside a free seat"]
 
 
+@pytest.mark.parametrize(("answered", "joined", "blame"), [(0.1, 4.0, True), (0.1, 4.5, False), (3.0, 5.5, False)])
+def test_the_removal_of_somebody_who_arrived_while_a_seat_was_certainly_held_is_blamed(
+    oracle: Oracle, answered: float, joined: float, blame: bool
+) -> None:
+    policy_is(oracle, Policy(max_users=1))
+    asked = ask(oracle, ALICE)
+    oracle.issued(asked, {"video": GRANT, "exp": NOW + 10}, room_alias(ROOM), NOW + answered)
+    oracle.removed(oracle.arrived(asked, NOW + joined, lambda: True), NOW + joined + 1)
+    assert blamed(oracle) == (["removed from their own seat"] if blame else [])
+
+
+def test_old_knowledge_is_no_reason_for_blame_while_the_homeserver_cannot_answer(oracle: Oracle) -> None:
+    oracle.members[ROOM, ALICE].change(False, NOW - 5)
+    oracle.disturbances.begin("processors", NOW - 6).ended = NOW
+    issue(oracle, ALICE)
+    assert blamed(oracle) == []
+    issue(oracle, ALICE, NOW + 20)
+    assert blamed(oracle) == ["a token for a non-member"]
+
+
 def left(oracle: Oracle, user: str, at: float, told: float | None) -> Stay:
     stay = join(oracle, user, at - 10)
     stay.ended, stay.connected = at, lambda: False
