@@ -15,6 +15,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,10 +24,9 @@ import treq
 from attrs import field, frozen
 from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
-from twisted.web.client import Agent
+from twisted.web.client import Agent, FileBodyProducer
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import BytesBody
 from lotusguard.clients.json_answers import parse_json
 
 SERVER_NAME = "real.test"
@@ -146,7 +146,7 @@ class Homeserver:
         if self._agent is None:
             self._agent = Agent(reactor, connectTimeout=5)
         headers = Headers({"Authorization": [f"Bearer {token}"]} if token else {})
-        producer = None if body is None else BytesBody(body)
+        producer = None if body is None else FileBodyProducer(BytesIO(body))
         answer = await self._agent.request(method.encode(), f"{self.url}{path}".encode(), headers, producer)
         return answer.code, await treq.content(answer)
 

@@ -19,7 +19,7 @@ from lotusguard.check.asking import Asking
 from lotusguard.check.everything import check
 from lotusguard.check.exposure import ExposureCheck, is_held_by_systemd, listening_addresses
 from lotusguard.check.report import Finding, Findings, Report
-from lotusguard.clients.http import connection_pool
+from lotusguard.clients.http import ConnectionPool
 from lotusguard.config import read_settings
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, Sandbox
 from lotusguard.sandbox.faults import Fault
@@ -744,7 +744,7 @@ async def test_lk_jwt_service_on_the_guards_port_is_not_taken_for_a_guard(sandbo
 
 @pytest_twisted.ensureDeferred
 async def test_public_address_that_bypasses_the_guard_is_wrong(sandbox: Sandbox) -> None:
-    report, pool = Report(), connection_pool(reactor)
+    report, pool = Report(), ConnectionPool(reactor)
     asking = Asking(reactor, pool, 5.0, time.time)
     exposure = ExposureCheck(asking, Findings(report, "exposure"))
     for url, state in ((sandbox.url, "fine"), (sandbox.upstream.url, "wrong"), (sandbox.homeserver.url, "unknown")):
@@ -752,7 +752,7 @@ async def test_public_address_that_bypasses_the_guard_is_wrong(sandbox: Sandbox)
         assert found(report, "exposure", "clients' way").state == state
     await exposure.check_public_address(f"http://127.0.0.1:{free_port()}")
     assert found(report, "exposure", "clients' way").state == "unknown"
-    await pool.closeCachedConnections()
+    await pool.close_unused()
 
 
 def test_a_port_that_systemd_holds_is_recognised(tmp_path: Path) -> None:
@@ -761,10 +761,13 @@ def test_a_port_that_systemd_holds_is_recognised(tmp_path: Path) -> None:
     descriptors.mkdir(parents=True)
     line = "   0: 0100007F:1F86 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0"
     (net / "tcp").write_text("header\n" + line + "\n")
+    (tmp_path / "1" / "comm").write_text("systemd\n")
     assert not is_held_by_systemd(8070, tmp_path)
     (descriptors / "40").symlink_to("socket:[4711]")
     assert is_held_by_systemd(8070, tmp_path)
     assert not is_held_by_systemd(8071, tmp_path)
+    (tmp_path / "1" / "comm").write_text("twistd\n")
+    assert not is_held_by_systemd(8070, tmp_path), "in a container the guard itself is process 1"
 
 
 @pytest_twisted.ensureDeferred

@@ -86,6 +86,32 @@ def test_two_guards_in_containers_share_valkey_and_no_state() -> None:
     assert services["lotusguard-2"]["volumes"] != compose()["services"]["lotusguard"]["volumes"]
     caddy = (DEPLOY / "docker" / "Caddyfile.several").read_text(encoding="utf-8")
     assert "lotusguard:8070 lotusguard-2:8070" in caddy
+    command = services["valkey"]["command"]
+    assert command[command.index("--protected-mode") + 1] == "no", "it would refuse the guards, if the image has it on"
+
+
+def test_guards_in_containers_have_names_of_their_own() -> None:
+    text = (DEPLOY / "docker" / "compose.several.yaml").read_text(encoding="utf-8")
+    assert compose()["services"]["lotusguard"]["hostname"] == "lotusguard"
+    assert yaml.safe_load(text)["services"]["lotusguard-2"]["hostname"] == "lotusguard-2"
+
+
+@pytest.mark.parametrize("name", ["Caddyfile", "Caddyfile.several"])
+def test_caddy_waits_for_a_guard_that_restarts_and_never_buffers_requests(name: str) -> None:
+    """With buffers, Caddy before 2.11 sends the body of another request after a failed connection."""
+    (version,) = re.findall(r"^caddy:(\d+)\.(\d+)\.(\d+)-", compose()["services"]["caddy"]["image"])
+    assert tuple(map(int, version)) >= (2, 11, 2), "older ones lose the body of a request that they could not send"
+    settings = re.sub(r"#.*", "", (DEPLOY / "docker" / name).read_text(encoding="utf-8"))
+    assert "lb_try_duration" in settings
+    assert "request_buffers" not in settings
+
+
+@pytest.mark.parametrize("name", ["Caddyfile", "Caddyfile.several"])
+def test_caddy_answers_404_to_paths_that_it_does_not_pass_on(name: str) -> None:
+    text = (DEPLOY / "docker" / name).read_text(encoding="utf-8")
+    sites = re.findall(r"^\S.* \{\n(?:\t.*\n|\n)*\}$", text, re.M)
+    assert len(sites) == 3
+    assert all(site.endswith("\n\trespond 404\n}") for site in sites)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +249,9 @@ def test_docker_compose_accepts_the_files_and_gives_each_guard_a_state_of_its_ow
         "guard-state",
         "guard-state-2",
     ]
-    assert {key: first[key] for key in first if key != "volumes"} == {
-        key: second[key] for key in second if key != "volumes"
+    own = {"volumes", "hostname"}
+    assert {key: first[key] for key in first if key not in own} == {
+        key: second[key] for key in second if key not in own
     }
 
 

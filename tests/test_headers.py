@@ -210,33 +210,23 @@ async def test_upstreams_end_to_end_headers_reach_the_caller(start_sandbox: Star
         assert (name, answer.all(name)) == (name, values)
 
 
-CLEANED = {
+MALFORMED = {
     "bare CR": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: b\rSet-Cookie: evil=1\r\n\r\nok",
-    "folded": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: b\n Set-Cookie: evil=1\r\n\r\nok",
+    "folded": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: b\r\n Set-Cookie: evil=1\r\n\r\nok",
+    "bare LF": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: b\nSet-Cookie: evil=1\r\n\r\nok",
     "CR in the phrase": b"HTTP/1.1 200 O\rSet-Cookie: evil=1\r\nContent-Length: 2\r\n\r\nok",
     "NUL": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: b\x00c\r\n\r\nok",
-}
-"""Malformed answers that Twisted's client accepts."""
-MALFORMED = {
     "space in a name": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX A: b\r\n\r\nok",
     "no colon": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A\r\n\r\nok",
     "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+    "length and coding": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
     "no status": b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\nok",
     "no HTTP": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
     "long header": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: " + b"a" * 70_000 + b"\r\n\r\nok",
 }
+"""Answers that somebody may read in another way than we do, or that nobody can read."""
 BAD_CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nok\r\n0\r\n\r\n"
-
-
-@BOTH
-@pytest.mark.parametrize("raw", CLEANED.values(), ids=CLEANED)
-@pytest_twisted.ensureDeferred
-async def test_malformed_answer_cannot_inject_a_header(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> None:
-    (answer,) = await injected(start_sandbox, raw, payload)
-    assert (answer.code, answer.body) == (200, b"ok")
-    assert answer.all("set-cookie") == []
-    assert all("\r" not in value and "\n" not in value and "\0" not in value for _, value in answer.headers)
 
 
 @BOTH
@@ -246,13 +236,14 @@ async def test_unparsable_answer_becomes_502(start_sandbox: StartSandbox, raw: b
     (answer,) = await injected(start_sandbox, raw, payload)
     assert (answer.code, answer.json()["errcode"]) == (502, "M_UNKNOWN")
     assert answer.all("access-control-allow-origin") == []
+    assert answer.all("set-cookie") == []
 
 
+@BOTH
 @pytest_twisted.ensureDeferred
-async def test_broken_body_becomes_502_or_a_dropped_connection_if_it_is_relayed(start_sandbox: StartSandbox) -> None:
-    (answer,) = await injected(start_sandbox, BAD_CHUNK, POST_TOKEN)
+async def test_broken_body_becomes_502(start_sandbox: StartSandbox, payload: bytes) -> None:
+    (answer,) = await injected(start_sandbox, BAD_CHUNK, payload)
     assert answer.code == 502
-    assert await injected(start_sandbox, BAD_CHUNK, request(CLOSE)) == []
 
 
 async def injected(start_sandbox: StartSandbox, raw: bytes, payload: bytes) -> list[Response]:

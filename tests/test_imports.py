@@ -32,12 +32,12 @@ NOT_FOR_A_PLAIN_GUARD = (
     "twisted.conch", "twisted.mail", "twisted.names", "twisted.trial", "twisted.web.wsgi", "twisted.words",
 )  # fmt: skip
 LIBRARIES = {
-    "attr", "attrs", "cachetools", "google", "jwt", "klein", "livekit", "prometheus_client", "pydantic", "treq",
-    "twisted",
+    "attr", "attrs", "cachetools", "google", "httptools", "jwt", "klein", "livekit", "prometheus_client", "pydantic",
+    "treq", "twisted",
     # what these import themselves
-    "OpenSSL", "annotated_types", "automat", "bcrypt", "constantly", "cryptography", "hyperlink", "idna", "incremental",
-    "markupsafe", "multipart", "pydantic_core", "service_identity", "typing_extensions", "typing_inspection",
-    "werkzeug", "zope",
+    "OpenSSL", "annotated_types", "automat", "bcrypt", "constantly", "cryptography", "cython_runtime", "hyperlink",
+    "idna", "incremental", "markupsafe", "multipart", "pydantic_core", "service_identity", "typing_extensions",
+    "typing_inspection", "werkzeug", "zope",
 }  # fmt: skip
 """The libraries that a plain guard imports; not YAML, for example, which reads ``GUARD_CONFIG``."""
 

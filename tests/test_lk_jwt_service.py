@@ -11,8 +11,6 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent
-from zope.interface import implementer
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.lk_jwt_service import Forwarded, LkJwtService, UpstreamFailed
@@ -24,29 +22,26 @@ REQUEST = Forwarded(b"POST", b"/sfu/get", Headers(), b"{}")
 class _Connection:
     open = True
 
-    def loseConnection(self) -> None:
+    def abort(self) -> None:
         self.open = False
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
 
 
 class _Response:
     """An answer whose body the test sends."""
 
-    code, headers, length = 200, Headers(), 2
-
     def __init__(self) -> None:
         self.connection = _Connection()
-        self.receiver: Any = None
-
-    def deliverBody(self, receiver: Any) -> None:
-        self.receiver = receiver
-        receiver.makeConnection(self.connection)
+        connection: Any = self.connection
+        self.answer = Answer(200, length=2, connection=connection)
 
     def finish(self) -> None:
-        self.receiver.dataReceived(b"{}")
-        self.receiver.connectionLost(Failure(ResponseDone()))
+        self.answer.arrived([b"{}"])
+        self.answer.end(Failure(ResponseDone()))
 
 
-@implementer(IAgent)
 class Upstream:
     """Refuses connections, or takes requests whose heads the test answers."""
 
@@ -55,9 +50,9 @@ class Upstream:
         self.heads: list[Deferred[Any]] = []
         self.requests: list[tuple[bytes, bytes, Headers]] = []
 
-    def request(self, method: bytes, uri: bytes, headers: Any = None, bodyProducer: Any = None) -> Any:
+    def request(self, method: bytes, target: bytes, headers: Any = None, body: Any = None) -> Any:
         head: Deferred[Any] = Deferred()
-        self.requests.append((method, uri, headers))
+        self.requests.append((method, target, headers))
         if self.refuses:
             head.errback(ConnectionRefusedError())
         else:
@@ -92,7 +87,7 @@ def test_head_and_body_of_an_answer_share_one_timeout() -> None:
     guard, upstream, clock = service()
     answer, response = asked(guard), _Response()
     clock.advance(10)
-    upstream.heads[0].callback(response)
+    upstream.heads[0].callback(response.answer)
     clock.advance(4.9)
     assert not answer.called
     assert response.connection.open
@@ -105,7 +100,7 @@ def test_head_and_body_of_an_answer_share_one_timeout() -> None:
 def test_answer_in_time_leaves_no_timer_behind() -> None:
     guard, upstream, clock = service()
     answer, response = asked(guard), _Response()
-    upstream.heads[0].callback(response)
+    upstream.heads[0].callback(response.answer)
     clock.advance(14.9)
     response.finish()
     assert result_of(answer).body == b"{}"
@@ -117,9 +112,9 @@ def test_body_that_is_relayed_may_take_longer() -> None:
     response = _Response()
     opened: list[Any] = []
     Deferred.fromCoroutine(guard.open(REQUEST)).addCallback(opened.append)
-    upstream.heads[0].callback(response)
+    upstream.heads[0].callback(response.answer)
     clock.advance(100)
-    assert opened == [response]
+    assert opened == [response.answer]
     assert response.connection.open
 
 
@@ -131,7 +126,7 @@ def test_without_a_deadline_the_time_held_while_upstream_restarts_does_not_count
     upstream.refuses = False
     clock.pump([0.25] * 3)
     clock.advance(14)  # longer than 15 s altogether
-    upstream.heads[0].callback(response)
+    upstream.heads[0].callback(response.answer)
     response.finish()
     assert result_of(answer).code == 200
 
@@ -188,10 +183,9 @@ PREFLIGHT = {"Access-Control-Allow-Methods": ["POST"]}
 def probed(code: int, headers: dict[str, list[str]]) -> list[str]:
     """The failure of a probe that got this answer; None if it passed."""
     guard, upstream, _ = service()
-    probing, response = Deferred.fromCoroutine(guard.probe()), _Response()
-    response.code, response.headers = code, Headers(headers)
-    upstream.heads[0].callback(response)
-    response.finish()
+    probing = Deferred.fromCoroutine(guard.probe())
+    raw = [(name.encode(), value.encode()) for name, values in headers.items() for value in values]
+    upstream.heads[0].callback(Answer(code, raw))
     failures: list[str] = []
     probing.addErrback(lambda failure: failures.append(str(failure.value)))
     assert probing.called
@@ -228,7 +222,7 @@ def test_probe_reads_the_whole_answer_within_its_own_time() -> None:
     guard, upstream, clock = service()
     probing = Deferred.fromCoroutine(guard.probe())
     response = _Response()
-    upstream.heads[0].callback(response)
+    upstream.heads[0].callback(response.answer)
     clock.advance(2)
     failures: list[Failure] = []
     probing.addErrback(failures.append)

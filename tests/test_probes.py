@@ -6,15 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
-from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
 from twisted.web.http import datetimeToString
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent
-from zope.interface import implementer
 
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.clock_skew import clock_skew
@@ -35,30 +30,17 @@ NOW = 1_790_000_000.25
 AUTHORIZED = {b"Authorization": [b"Bearer x"]}
 
 
-@define
-class Response:
-    """A response without a body."""
-
-    code: int = 200
-    headers: Headers = field(factory=Headers)
-    length: int = 0
-
-    def deliverBody(self, protocol: Any) -> None:
-        protocol.connectionLost(Failure(ResponseDone()))
-
-
-@implementer(IAgent)
 class Service:
     """Answers at once (``up``), refuses connections (``down``) or answers when the test says so (``silent``)."""
 
     def __init__(self) -> None:
         self.state = "up"
-        self.response = Response()
+        self.response = Answer(200)
         self.paths: list[bytes] = []
         self.waiting: list[Deferred[Any]] = []
 
-    def request(self, method: bytes, uri: bytes, headers: Any = None, bodyProducer: Any = None) -> Any:
-        self.paths.append(uri)
+    def request(self, method: bytes, target: bytes, headers: Any = None, body: Any = None) -> Any:
+        self.paths.append(target)
         if self.state == "down":
             raise ConnectionError
         waiter: Deferred[Any] = Deferred()
@@ -132,7 +114,7 @@ def test_probing_starts_again_after_a_call_closed_the_circuit(setting: Setting, 
         setting.service.state = "silent"
         in_flight = setting.call()
         setting.open_circuit()
-        setting.service.waiting.pop().callback(Response())
+        setting.service.waiting.pop().callback(Answer(200))
         assert outcome(in_flight) == 200
         assert not setting.dependency.breaker.open
         setting.clock.advance(3)  # the pending probe finds the circuit closed
@@ -183,8 +165,8 @@ def test_calls_for_one_room_do_not_delay_those_for_another(setting: Setting) -> 
         setting.call(b"/flood", turn="!flood")
     setting.call(b"/other", turn="!other")
     assert setting.service.paths == [b"/flood"] * CALLS_AT_ONCE
-    setting.service.waiting[0].callback(Response())
-    setting.service.waiting[1].callback(Response())
+    setting.service.waiting[0].callback(Answer(200))
+    setting.service.waiting[1].callback(Answer(200))
     assert setting.service.paths[CALLS_AT_ONCE:] == [b"/flood", b"/other"]
 
 
@@ -213,11 +195,11 @@ def test_wait_for_a_turn_is_limited(setting: Setting) -> None:
 
 def test_refused_credentials_are_reported_at_once_and_until_they_are_accepted(setting: Setting) -> None:
     with logged() as events:
-        setting.service.response = Response(401)
+        setting.service.response = Answer(401)
         for _ in range(2):
             assert isinstance(outcome(setting.call()), DependencyRefused)
         assert setting.dependency.refused == "status_401"
-        setting.service.response = Response(200)
+        setting.service.response = Answer(200)
         assert outcome(setting.call()) == 200
         assert setting.dependency.refused is None
     assert named(events, "credentials_refused") == ["livekit refuses our credentials: status_401"]
@@ -225,17 +207,17 @@ def test_refused_credentials_are_reported_at_once_and_until_they_are_accepted(se
 
 
 def test_call_without_credentials_does_not_change_their_state(setting: Setting) -> None:
-    setting.service.response = Response(401)
+    setting.service.response = Answer(401)
     outcome(setting.call())
-    setting.service.response = Response(200)
+    setting.service.response = Answer(200)
     assert outcome(setting.call(headers={})) == 200
     assert setting.dependency.refused == "status_401"
 
 
 def test_success_of_one_api_does_not_clear_the_refusal_of_another(setting: Setting) -> None:
-    setting.service.response = Response(403)
+    setting.service.response = Answer(403)
     outcome(setting.call(b"/_synapse/admin/v1/rooms"))
-    setting.service.response = Response(200)
+    setting.service.response = Answer(200)
     outcome(setting.call(b"/_matrix/client/v3/account/whoami"))
     assert setting.dependency.refused == "status_403"
     outcome(setting.call(b"/_synapse/admin/v1/rooms"))
@@ -243,7 +225,7 @@ def test_success_of_one_api_does_not_clear_the_refusal_of_another(setting: Setti
 
 
 def test_a_refusal_that_is_expected_concerns_no_credentials(setting: Setting) -> None:
-    setting.service.response = Response(403)
+    setting.service.response = Answer(403)
     assert outcome(setting.call(expected=(403,))) == 403
     assert setting.dependency.refused is None
 
@@ -254,7 +236,7 @@ def test_a_refusal_that_is_expected_concerns_no_credentials(setting: Setting) ->
 def test_date_header_of_answers_shows_clock_skew(setting: Setting) -> None:
     assert setting.dependency.skew is None
     for ahead in (-3600, 90, 0):
-        setting.service.response = Response(headers=Headers({b"Date": [datetimeToString(int(NOW) + ahead)]}))
+        setting.service.response = Answer(200, [(b"Date", datetimeToString(int(NOW) + ahead))])
         outcome(setting.call())
         assert setting.dependency.skew == pytest.approx(ahead, abs=1)
         assert setting.metric("clock_skew_seconds") == setting.dependency.skew

@@ -10,19 +10,13 @@ from urllib.parse import unquote
 
 import pytest
 import pytest_twisted
-from attrs import define, field
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
-from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
-from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent
-from zope.interface import implementer
 
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.dependency import Dependency, DependencyFailed
-from lotusguard.clients.http import FixedAgent, connection_pool
+from lotusguard.clients.http import Answer, ConnectionPool, FixedAgent
 from lotusguard.clients.synapse import ROOMS_A_PAGE, OpenIDClient, SynapseClient
 from lotusguard.clients.synapse.client import MISSING_FOR
 from lotusguard.metrics import Metrics
@@ -41,22 +35,6 @@ UNRECOGNIZED = (404, {"errcode": "M_UNRECOGNIZED", "error": "Unrecognized reques
 BROKEN = (500, {"errcode": "M_UNKNOWN"})
 
 
-@define
-class Response:
-    code: int
-    body: bytes
-    headers: Headers = field(factory=Headers)
-
-    @property
-    def length(self) -> int:
-        return len(self.body)
-
-    def deliverBody(self, protocol: Any) -> None:
-        protocol.dataReceived(self.body)
-        protocol.connectionLost(Failure(ResponseDone()))
-
-
-@implementer(IAgent)
 class Homeserver:
     """Answers each path with a status and JSON; 404 M_UNRECOGNIZED where the test set nothing.
 
@@ -67,11 +45,11 @@ class Homeserver:
         self.answers: dict[str, tuple[int, Any]] = {}
         self.asked: list[str] = []
 
-    def request(self, method: bytes, uri: bytes, headers: Any = None, bodyProducer: Any = None) -> Any:
-        path = unquote(uri.decode()).removeprefix("/_synapse/admin/v1")
+    def request(self, method: bytes, target: bytes, headers: Any = None, body: Any = None) -> Any:
+        path = unquote(target.decode()).removeprefix("/_synapse/admin/v1")
         self.asked.append(path)
         code, content = self.answers.get(path, UNRECOGNIZED)
-        return succeed(Response(code, json.dumps(content).encode()))
+        return succeed(Answer(code, body=json.dumps(content).encode()))
 
     def state(self, *events: Mapping[str, Any], ignores_type: bool = False) -> None:
         for kind in (LIMIT, QUALITY, CREATE):
@@ -412,10 +390,10 @@ def test_the_probe_fails_where_the_admin_api_does_not_serve_us(
 async def real(synapse: Synapse) -> AsyncIterator[SynapseClient]:
     """A client for the real homeserver, with an admin's token."""
     admin = await synapse.user("admin", admin=True)
-    pool = connection_pool(reactor)
+    pool = ConnectionPool(reactor)
     dependency = Dependency("synapse", FixedAgent(reactor, synapse.url, pool), reactor, Metrics(), timeout=30)
     yield SynapseClient(dependency, admin.token)
-    await pool.closeCachedConnections()
+    await pool.close_unused()
 
 
 @pytest_twisted.ensureDeferred
@@ -467,7 +445,7 @@ async def test_the_real_synapse_verifies_openid_tokens(real: SynapseClient, syna
     alice = await synapse.user("alice")
     given = await synapse.openid_token(alice)
     token = OpenID(access_token=given["access_token"], server_name=given["matrix_server_name"])
-    pool = connection_pool(reactor)
+    pool = ConnectionPool(reactor)
     agent = FixedAgent(reactor, synapse.url, pool)
     verifier = OpenIDClient(Dependency("synapse_openid", agent, reactor, Metrics(), timeout=30), real)
     assert await verifier.local_user(token) == alice.user_id
@@ -475,4 +453,4 @@ async def test_the_real_synapse_verifies_openid_tokens(real: SynapseClient, syna
     assert await verifier.local_user(OpenID(access_token="nobodys", server_name=synapse.server_name)) is None
     assert verifier.refused is None
     await verifier.probe()
-    await pool.closeCachedConnections()
+    await pool.close_unused()

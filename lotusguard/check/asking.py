@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 from attrs import define, field
 from twisted.internet.error import ConnectError, DNSLookupError
-from twisted.web.client import HTTPConnectionPool, ResponseFailed
+from twisted.web.client import ResponseFailed
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.dependency import Dependency, DependencyFailed
-from lotusguard.clients.http import Answer, BodyTooLarge, FixedAgent
+from lotusguard.clients.http import Answer, BodyTooLarge, ConnectionPool, FixedAgent
 from lotusguard.metrics import Metrics
 
 LONGEST_ANSWER = 8 * 1024 * 1024
@@ -40,7 +40,7 @@ class Asking:
     """
 
     reactor: Any
-    pool: HTTPConnectionPool
+    pool: ConnectionPool
     timeout: float
     now: Callable[[], float]
 

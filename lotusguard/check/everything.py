@@ -16,7 +16,7 @@ from lotusguard.check.host import GuardCheck, check_state_directory
 from lotusguard.check.livekit import LiveKitCheck
 from lotusguard.check.report import Findings, Report
 from lotusguard.check.upstream import UpstreamCheck
-from lotusguard.clients.http import connection_pool
+from lotusguard.clients.http import ConnectionPool
 from lotusguard.clients.waiting import gather
 from lotusguard.config import Settings, suspicions
 from lotusguard.rules.identity import server_of
@@ -50,7 +50,7 @@ async def check(
 ) -> Report:
     """Ask all services and report. :param now: our clock, in seconds since the epoch."""
     report = Report(order=ORDER)
-    pool = connection_pool(reactor)
+    pool = ConnectionPool(reactor)
 
     checking = Check(settings, report, Asking(reactor, pool, patience, now))
     try:
@@ -60,7 +60,7 @@ async def check(
             "time", f"not done after {longest:g} s; what is not listed was not checked", "see which service is so slow"
         )
     finally:
-        await pool.closeCachedConnections()
+        await pool.close_unused()
     return report
 
 

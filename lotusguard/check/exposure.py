@@ -28,9 +28,14 @@ def listening_addresses(port: int, proc: Path = Path("/proc/net")) -> list[str] 
 
 
 def is_held_by_systemd(port: int, processes: Path = Path("/proc")) -> bool:
-    """Whether systemd itself listens on a TCP port, for a socket unit. Only root can tell; for others it is False."""
+    """Whether systemd itself listens on a TCP port, for a socket unit. Only root can tell; for others it is False.
+
+    In a container process 1 is another program, such as the guard.
+    """
     inodes = {inode for _, inode in listening_sockets(port, processes / "net") or ()}
     try:
+        if (processes / "1" / "comm").read_text(encoding="utf-8").strip() != "systemd":
+            return False
         links = [str(descriptor.readlink()) for descriptor in (processes / "1" / "fd").iterdir()]
     except OSError:
         return False

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet.task import deferLater
-from twisted.web.http_headers import Headers
 
 from lotusguard import __version__
 from lotusguard.check.asking import NoAnswer, Service, json_of
@@ -24,7 +23,7 @@ from lotusguard.config import Settings
 LEAST_SPACE, SOME_SPACE = 1024 * 1024, 64 * 1024 * 1024
 REFUSED = (401, 403)
 """What the operators' listener, or a proxy before it, answers to a wrong token."""
-NOTHING = Answer(0, Headers(), b"")
+NOTHING = Answer(0)
 MAKE_ROOM = "make room on its file system (df -h, df -i), or raise the quota"
 WEBHOOKS_TAKE = 3.0
 """Seconds within which LiveKit sends webhooks about a room that was created and deleted."""

@@ -139,7 +139,7 @@ def _headers(token: str | None) -> dict[str, str]:
 
 
 def _read(answer: Answer, kind: type[M]) -> M | None:
-    content_type = (answer.headers.getRawHeaders(b"content-type") or [b""])[0]
+    content_type = answer.header(b"content-type")
     if answer.code != 200 or b"protobuf" not in content_type:
         return None
     try:

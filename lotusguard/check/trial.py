@@ -12,7 +12,7 @@ from attrs import define
 from lotusguard.check.asking import Asking, NoAnswer, Service, errcode_of, json_of, listener_address
 from lotusguard.check.livekit import LiveKitCheck
 from lotusguard.check.report import Findings, Report
-from lotusguard.clients.http import Answer, connection_pool
+from lotusguard.clients.http import Answer, ConnectionPool
 from lotusguard.config import Settings
 from lotusguard.rules.jwt import NotOurs
 from lotusguard.rules.tokens import issued_to
@@ -36,7 +36,7 @@ async def try_join(settings: Settings, reactor: Any, url: str = "", room: str = 
     :return: what was seen, in one sentence.
     :raises TrialFailed:
     """
-    pool = connection_pool(reactor)
+    pool = ConnectionPool(reactor)
     asking = Asking(reactor, pool, PATIENCE, time.time)
     base = url.rstrip("/") or listener_address(settings.guard_bind_host, settings.guard_bind_port)
     try:
@@ -50,7 +50,7 @@ async def try_join(settings: Settings, reactor: Any, url: str = "", room: str = 
     except NoAnswer as why:
         raise TrialFailed(f"{why}: {why.remedy}") from None
     finally:
-        await pool.closeCachedConnections()
+        await pool.close_unused()
 
 
 @define

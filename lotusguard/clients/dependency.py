@@ -15,13 +15,12 @@ from twisted.logger import Logger
 from twisted.web.client import ResponseFailed
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent
 
 from lotusguard.clients.circuit_breaker import CircuitBreaker, Prober
 from lotusguard.clients.clock_skew import clock_skew
 from lotusguard.clients.credentials import FORBIDDEN, UNAUTHORIZED, Credentials
 from lotusguard.clients.failures import CircuitOpen, DependencyFailed, DependencyRefused, TooManyCalls
-from lotusguard.clients.http import Answer, BodyTooLarge, fetch
+from lotusguard.clients.http import Agent, Answer, BodyTooLarge, fetch
 from lotusguard.clients.turns import FairSemaphore, QueueFull
 from lotusguard.metrics import Metrics
 
@@ -62,7 +61,7 @@ class Dependency:
     """
 
     name: str
-    _agent: IAgent
+    _agent: Agent
     _clock: IReactorTime
     _metrics: Metrics
     timeout: float = field(kw_only=True)
@@ -201,7 +200,7 @@ class Dependency:
 
     def _compare_clocks(self, answer: Answer, asked_at: float) -> None:
         """Read the ``Date`` header, if it is not the last one again: it changes once a second."""
-        date = (answer.headers.getRawHeaders(b"date") or [b""])[0]
+        date = answer.header(b"date")
         if date == self._last_date:
             return
         self._last_date = date

@@ -172,7 +172,7 @@ class LiveKitClient(DependencyClient):
 def _message(answer: Answer, kind: type[M]) -> M:
     if answer.code != 200:
         raise ValueError(answer.code)
-    content_type = (answer.headers.getRawHeaders(b"content-type") or [b""])[0].lower()
+    content_type = answer.header(b"content-type").lower()
     if b"json" in content_type or b"text" in content_type:
         raise ValueError("not protobuf")
     message = kind.FromString(answer.body)

@@ -31,7 +31,7 @@ SHORT_LIVED = 5.0
 """Seconds. Something between us that closes idle connections sooner than this is not asked all the time."""
 CONNECT_TIMEOUT = 5.0
 NOT_READY = (0.05, 0.2, 0.5, 1.0)
-"""Seconds until ``returned`` is called again, each time that LiveKit did not answer it."""
+"""Seconds until ``returned`` is called again, each time that it failed because LiveKit is not ready."""
 _ADDRESS_DELAY = 0.01
 """Seconds between attempts at two addresses of a name; also how long it takes to see that there is only one."""
 

@@ -11,13 +11,11 @@ from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost, DNSLookupError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
-from twisted.python.failure import Failure
-from twisted.web.client import ResponseNeverReceived
+from twisted.web.client import ResponseFailed, ResponseNeverReceived
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IResponse
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.http import Answer, BodyTooLarge, BytesBody, StaleConnection, answer_of
+from lotusguard.clients.http import Agent, Answer, BodyTooLarge, StaleConnection, whole
 from lotusguard.metrics import Metrics
 
 T = TypeVar("T")
@@ -77,7 +75,7 @@ class LkJwtService:
     :param grace: seconds for which a request is held while connections are refused.
     """
 
-    _agent: IAgent
+    _agent: Agent
     _clock: IReactorTime
     _metrics: Metrics
     _timeout: float = field(kw_only=True)
@@ -100,7 +98,7 @@ class LkJwtService:
         """
         return await self._attempted(request, self._whole, deadline, self._grace)
 
-    async def open(self, request: Forwarded, *, hold: bool = True) -> IResponse:
+    async def open(self, request: Forwarded, *, hold: bool = True) -> Answer:
         """Forward a request and wait for the head of the answer; the caller reads its body.
 
         :param hold: the request, while connections are refused. Otherwise it fails at once.
@@ -142,6 +140,10 @@ class LkJwtService:
                     raise self._failed(502, "hung_up") from None
                 repeated = True
                 await deferLater(self._clock, 0)  # by then the pool has dropped the others that were closed with it
+            except BodyTooLarge:
+                raise self._failed(502, "too_large") from None
+            except ResponseFailed as failed:
+                raise self._failed(502, "truncated" if failed.response else "invalid_response") from None
             except Exception:
                 raise self._failed(502, "invalid_response") from None
             else:
@@ -158,21 +160,11 @@ class LkJwtService:
             raise TimeoutError
         return seconds
 
-    def _send(self, request: Forwarded) -> Deferred[IResponse]:
-        producer = None if request.body is None else BytesBody(request.body)
-        return self._agent.request(request.method, request.target, request.headers, producer)
+    def _send(self, request: Forwarded) -> Deferred[Answer]:
+        return self._agent.request(request.method, request.target, request.headers, request.body)
 
     def _whole(self, request: Forwarded) -> Deferred[Answer]:
-        return self._send(request).addCallback(self._read_whole)
-
-    def _read_whole(self, response: IResponse) -> Deferred[Answer]:
-        return answer_of(response, TOKEN_ANSWER_LIMIT).addErrback(self._incomplete)
-
-    def _incomplete(self, failure: Failure) -> Failure:
-        """:raises UpstreamFailed: the body did not arrive in full."""
-        if failure.check(CancelledError):
-            return failure
-        raise self._failed(502, "too_large" if failure.check(BodyTooLarge) else "truncated")
+        return self._send(request).addCallback(whole, TOKEN_ANSWER_LIMIT)
 
     async def probe(self) -> None:
         """Check that lk-jwt-service answers, by the preflight headers of its token route.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lotusguard.check.asking import Asking, NoAnswer, listener_address
-from lotusguard.clients.http import connection_pool
+from lotusguard.clients.http import ConnectionPool
 from lotusguard.commanding import FINE, INTERRUPTED, WRONG, log_to, misconfigured, run_reactor
 from lotusguard.config import read_settings
 from lotusguard.guard.joins.decision_store import Question, Record, RecordKind
@@ -117,12 +117,12 @@ def _from_guard(question: Question) -> list[Record] | None:
     base = listener_address(settings.guard_admin_host, settings.guard_admin_port)
 
     async def ask(reactor: Any) -> list[Record]:
-        pool = connection_pool(reactor)
+        pool = ConnectionPool(reactor)
         try:
             operators = Asking(reactor, pool, HISTORY_TIMEOUT, time.time).service("GUARD_ADMIN_PORT", base)
             return await from_guard(operators, settings.guard_admin_token.get_secret_value(), question)
         finally:
-            await pool.closeCachedConnections()
+            await pool.close_unused()
 
     try:
         return run_reactor(ask)

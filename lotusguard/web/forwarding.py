@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
+from twisted.web.iweb import UNKNOWN_LENGTH
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.lk_jwt_service import Forwarded, mark
@@ -27,7 +27,7 @@ _HOP_BY_HOP = frozenset(
 _NOT_ON_TOKEN_ROUTES = frozenset((b"range", b"if-range"))
 """Request headers that could get a token answered in a form that we cannot read."""
 _NOT_IN_A_HEAD = b"\0\r\n"
-"""Characters that Twisted's client leaves in headers of answers, although others may read them as the end of a line."""
+"""Characters of a reason phrase that somebody may read as the end of the line."""
 _IDENTITY_PREFIX = b"x-matrix-"
 """Headers by which a homeserver names a user or itself; from anybody else they prove nothing."""
 _NO_SFU = b'"Unable to create room on SFU"'
@@ -76,11 +76,14 @@ def has_body(request: GuardRequest) -> bool:
 
 
 def _head(request: GuardRequest, code: int, phrase: bytes | None, headers: Headers) -> None:
+    """:param headers: become the request's own."""
     request.defaultContentType = None
     request.setResponseCode(code, phrase and phrase.translate(None, _NOT_IN_A_HEAD))
     keep_end_to_end(headers)
-    for name, values in headers.getAllRawHeaders():
-        request.responseHeaders.setRawHeaders(name, [value.translate(None, _NOT_IN_A_HEAD) for value in values])
+    for name, values in request.responseHeaders.getAllRawHeaders():
+        if not headers.hasHeader(name):
+            headers.setRawHeaders(name, values)
+    request.responseHeaders = headers
 
 
 def give(request: GuardRequest, answer: Answer) -> None:
@@ -104,7 +107,7 @@ def give(request: GuardRequest, answer: Answer) -> None:
     request.finish()
 
 
-async def relay(request: GuardRequest, response: IResponse, clock: IReactorTime, idle: float) -> None:
+async def relay(request: GuardRequest, response: Answer, clock: IReactorTime, idle: float) -> None:
     """Relay upstream's answer as it arrives, as fast as the caller reads it.
 
     :param idle: seconds for which upstream may send nothing. Then the caller's connection is dropped, as it is when the

@@ -8,10 +8,9 @@ from secrets import token_hex
 from typing import Any
 
 from attrs import frozen
-from twisted.web.client import HTTPConnectionPool
 
 from lotusguard.clients.dependency import Dependency
-from lotusguard.clients.http import FixedAgent, connection_pool
+from lotusguard.clients.http import ConnectionPool, FixedAgent
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
 from lotusguard.clients.synapse import MatrixClient, OpenIDClient, SynapseClient
@@ -37,7 +36,7 @@ class Clients:
     :ivar matrix: the calls of the guard's account as a member of rooms, over connections of their own.
     """
 
-    pools: tuple[HTTPConnectionPool, ...]
+    pools: tuple[ConnectionPool, ...]
     livekit: LiveKitClient
     homeserver: SynapseClient
     discovery: SynapseClient
@@ -49,12 +48,12 @@ class Clients:
 
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
     """The clients. Nothing is connected to yet."""
-    pool, matrix_pool = connection_pool(reactor), connection_pool(reactor)
+    pool, matrix_pool = ConnectionPool(reactor), ConnectionPool(reactor)
     token = settings.matrix_token.get_secret_value()
     key = settings.sfu_key
 
     def dependency(
-        name: str, base: str, timeout: float, missing: str, pool: HTTPConnectionPool = pool, **more: Any
+        name: str, base: str, timeout: float, missing: str, pool: ConnectionPool = pool, **more: Any
     ) -> Dependency:
         agent = FixedAgent(reactor, base, pool)
         if missing:

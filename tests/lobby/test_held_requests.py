@@ -11,7 +11,6 @@ from attrs import define, field
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.web.http_headers import Headers
 
 from lotusguard.clients.http import Answer
 from lotusguard.guard.joins.patience import Patience
@@ -22,7 +21,7 @@ from lotusguard.web.handlers import RequestHandler
 from lotusguard.web.held import PROXIED_SILENCE, PUBLIC_SILENCE
 from lotusguard.web.public import PublicApi
 
-TOKEN = Answer(200, Headers({b"content-type": [b"application/json"]}), b'{"jwt": "x"}\n')
+TOKEN = Answer(200, [(b"Content-Type", b"application/json")], b'{"jwt": "x"}\n')
 
 
 @define

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
-from twisted.web.client import HTTPConnectionPool
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.fixed_agent import FixedAgent
+from lotusguard.clients.http import ConnectionPool, FixedAgent
 from lotusguard.clients.lk_jwt_service import LkJwtService
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import ROOM_SLOT, room_alias
@@ -107,7 +106,7 @@ def test_refusals_are_the_same_through_the_guard(
 
 @pytest_twisted.ensureDeferred
 async def test_the_guards_probe_recognises_it_and_nothing_else(stack: Stack) -> None:
-    pool = HTTPConnectionPool(reactor)
+    pool = ConnectionPool(reactor)
 
     async def probed(url: str) -> str:
         try:
@@ -122,7 +121,7 @@ async def test_the_guards_probe_recognises_it_and_nothing_else(stack: Stack) -> 
         for url in (stack.sfu_url, stack.homeserver_url, stack.operators_url):
             assert await probed(url) == "not_lk_jwt_service"
     finally:
-        await pool.closeCachedConnections()
+        await pool.close_unused()
 
 
 def test_a_trailing_slash_is_another_path_for_both(stack: Stack) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -57,18 +59,34 @@ async def test_a_port_of_another_program_is_named_by_check_and_readyz(start_sand
     await until_readyz_says(sandbox, faults.ADVICE["not_redis"])
 
 
-@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x15\x03\x01\x00\x02\x02\x46"])
-@pytest_twisted.ensureDeferred
-async def test_a_program_that_speaks_first_or_wants_tls_is_not_redis(greeting: bytes) -> None:
+@asynccontextmanager
+async def speaks_first(greeting: bytes) -> AsyncIterator[str]:
+    """A program that greets each caller. :return: its URL as if it were Redis."""
+
     class Other(Protocol):
         def connectionMade(self) -> None:
             assert self.transport is not None
             self.transport.write(greeting)
 
     port = reactor.listenTCP(0, Factory.forProtocol(Other), interface="127.0.0.1")
-    found = await checked(f"redis://127.0.0.1:{port.getHost().port}")
-    assert found["reachable"].reason == "no connection: not_redis"
+    yield f"redis://127.0.0.1:{port.getHost().port}"
     await port.stopListening()
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x15\x03\x01\x00\x02\x02\x46"])
+@pytest_twisted.ensureDeferred
+async def test_a_program_that_speaks_first_or_wants_tls_is_not_redis(greeting: bytes) -> None:
+    async with speaks_first(greeting) as url:
+        found = await checked(url)
+    assert found["reachable"].reason == "no connection: not_redis"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_server_in_protected_mode_refuses_other_machines() -> None:
+    async with speaks_first(b"-DENIED Running in protected mode because protected mode is enabled.\r\n") as url:
+        found = await checked(url)
+    assert found["reachable"].reason == "no connection: protected_mode"
+    assert "protected-mode no" in found["reachable"].remedy
 
 
 @pytest_twisted.ensureDeferred

@@ -63,7 +63,8 @@ async def test_a_room_that_a_crash_ended_is_created_again(sandbox: Sandbox) -> N
 async def test_what_fails_is_tried_again_in_the_next_round(sandbox: Sandbox) -> None:
     alias = await call_of_two(sandbox)
     sandbox.livekit.faults["CreateRoom"] = Fault.status(500)
-    await crash(sandbox)
+    with pytest.raises(DependencyFailed):
+        await crash(sandbox)
     assert alias not in sandbox.livekit.rooms
     del sandbox.livekit.faults["CreateRoom"]
     await next_round(sandbox)
@@ -107,7 +108,8 @@ async def test_a_round_does_not_wait_until_a_room_is_created(sandbox: Sandbox) -
     alias = await call_of_two(sandbox)
     sandbox.livekit.faults["CreateRoom"] = Fault.hang()
     sandbox.livekit.restart()
-    await sandbox.guard.changes.livekit_returned()
+    sandbox.guard.changes.lost_rooms.was_away()
+    await sandbox.guard.changes.reconcile()
     await until(lambda: "CreateRoom" in sandbox.livekit.asked)
     assert alias not in sandbox.livekit.rooms
 
@@ -175,10 +177,10 @@ async def test_a_lost_room_that_was_listed_before_the_round_is_created_again(san
     assert alias in sandbox.livekit.rooms
 
 
-@pytest.mark.parametrize("not_ready", [0, 2])
+@pytest.mark.parametrize("not_ready", [None, "ListRooms", "CreateRoom"])
 @pytest_twisted.ensureDeferred
 async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, not_ready: int
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, not_ready: str | None
 ) -> None:
     pauses: list[float] = []
 
@@ -193,7 +195,7 @@ async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
     sandbox.livekit.restart()
     await until(lambda: livekit_link.SOON in pauses)  # an attempt was refused
     if not_ready:  # it accepts connections, and does not answer yet
-        sandbox.livekit.faults["ListRooms"] = Fault.status(503, times=not_ready)
+        sandbox.livekit.faults[not_ready] = Fault.status(503, times=2)
     await sandbox.livekit.listen()
     await until(lambda: alias in sandbox.livekit.rooms)
 

@@ -446,7 +446,7 @@ class KillableSandbox(Sandbox):
         await self.kill()
         for standin in (self.upstream, self.livekit, self.homeserver):
             await standin.stop()
-        await self._pool.closeCachedConnections()
+        await self._pool.close_unused()
 
 
 def free_ports() -> tuple[int, int]:

@@ -18,10 +18,9 @@ from attrs import Factory, define, field
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
-from twisted.web.client import HTTPConnectionPool
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import FixedAgent, fetch
+from lotusguard.clients.http import ConnectionPool, FixedAgent, fetch
 from tests.guardprocess import CHECKOUT, TWISTD, free_port
 
 COMMAND = [sys.executable, "-c", TWISTD, "-n", "--pidfile=", "lotusguard"]
@@ -72,7 +71,7 @@ class GuardUnderSoak:
         )  # fmt: skip
         os.close(output)
         self._started = self._reactor.seconds()
-        url, each_anew = f"http://127.0.0.1:{self.admin_port}", HTTPConnectionPool(self._reactor, persistent=False)
+        url, each_anew = f"http://127.0.0.1:{self.admin_port}", ConnectionPool(self._reactor, at_most=0)
         agent = FixedAgent(self._reactor, url, each_anew)
         for _ in range(600):
             if self._protocol.ended.called:

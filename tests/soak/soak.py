@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import FixedAgent, connection_pool, fetch
+from lotusguard.clients.http import IDLE_CONNECTIONS, ConnectionPool, FixedAgent, fetch
 from lotusguard.rules.sources import Source
 from lotusguard.sandbox.livekit.server import FakeLiveKit
 from lotusguard.sandbox.lk_jwt_service.service import FakeLkJwtService
@@ -60,7 +60,7 @@ class Soak:
         self._oracle = Oracle()
         self._homeserver = FakeSynapse(self._reactor)
         self._livekit = FakeLiveKit(self._reactor, key=KEY, secret=SECRET)
-        self._pool = connection_pool(self._reactor)
+        self._pool = ConnectionPool(self._reactor, at_most=0 if self._count > 1 else IDLE_CONNECTIONS)
 
     async def run(self) -> list[Row]:
         """Run it. :return: the rows of the table."""
@@ -83,7 +83,7 @@ class Soak:
         self._restarts.check_exits(signal.SIGTERM, await self._guards.end(signal.SIGTERM))
         for standin in (self._upstream, self._livekit, self._homeserver):
             await standin.stop()
-        await self._pool.closeCachedConnections()
+        await self._pool.close_unused()
         return table(self._oracle, GuardLog.read(self._guards.logs), self._guards.growth(), self._users, idle, left)
 
     async def _start(self) -> None:
@@ -96,7 +96,7 @@ class Soak:
         await self._upstream.start()
         self._guards = await Guards.create(self._reactor, self._count, self._directory, self._environment(), self._dice)
         # With several guards every request is on a connection of its own, so that it goes to a guard at random.
-        self._pool.persistent = self._livekit.pool.persistent = not self._guards.several
+        self._livekit.pool.persistent = not self._guards.several
         self._livekit.webhooks.urls[:] = [f"{self._guards.url}/sfu_webhook"]
         self._operators = FixedAgent(self._reactor, self._guards.admin_url, self._pool, 2)
         rooms = [self._homeserver.create_room() for _ in range(max(3, self._users // 7))]
@@ -164,7 +164,7 @@ class Soak:
 
     async def _descriptors_when_idle(self, idle: int) -> int:
         """Close all connections from outside. :return: how many descriptors a guard has open soon after."""
-        await self._pool.closeCachedConnections()
+        await self._pool.close_unused()
         await self._livekit.pool.closeCachedConnections()
         left = idle
         for _ in range(20):

@@ -12,12 +12,12 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor as twisted_reactor
 from twisted.internet.defer import maybeDeferred
-from twisted.web.client import HTTPConnectionPool, ResponseNeverReceived
+from twisted.web.client import ResponseNeverReceived
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
-from lotusguard.clients.http import FixedAgent, fetch
+from lotusguard.clients.http import ConnectionPool, FixedAgent, fetch
 from tests.guardprocess import free_port
 from tests.soak.balancer import Balancer
 
@@ -44,7 +44,7 @@ async def balanced(server: Server, *others: int) -> AsyncIterator[Any]:
     listening = reactor.listenTCP(0, Site(server), interface="127.0.0.1")
     balancer = Balancer(reactor, [listening.getHost().port, *others], Random(0))
     balanced = await balancer.listen()
-    agent = FixedAgent(reactor, balancer.url, HTTPConnectionPool(reactor, persistent=False))
+    agent = FixedAgent(reactor, balancer.url, ConnectionPool(reactor, at_most=0))
     try:
         yield lambda: fetch(agent, b"GET", b"/", Headers(), limit=100).addTimeout(30, reactor)
     finally:

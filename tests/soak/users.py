@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import Answer, BytesBody, FixedAgent, collected
+from lotusguard.clients.http import Answer, FixedAgent, fetch
 from lotusguard.rules.identity import room_alias
 from lotusguard.rules.jwt import read_unverified
 from lotusguard.sandbox.livekit.participant import JoinRefused, Participant
@@ -196,9 +196,8 @@ class User:
     async def _post(self, path: str, body: dict[str, Any], request_id: str) -> Answer:
         async def exchange() -> Answer:
             headers = Headers({"Content-Type": ["application/json"], "X-Request-ID": [request_id]})
-            sent = self.world.agent.request(b"POST", path.encode(), headers, BytesBody(json.dumps(body).encode()))
-            response = await sent
-            return Answer(response.code, response.headers, await collected(response, 1024 * 1024))
+            content = json.dumps(body).encode()
+            return await fetch(self.world.agent, b"POST", path.encode(), headers, content, limit=1024 * 1024)
 
         return await Deferred.fromCoroutine(exchange()).addTimeout(LATE, self.world.reactor)
 

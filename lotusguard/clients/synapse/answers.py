@@ -32,7 +32,7 @@ def ok(answer: Answer) -> dict[str, Any]:
 
 def answered_at(answer: Answer) -> float | None:
     """When the homeserver answered, by its own clock, in seconds since the epoch; ``None`` if it does not say."""
-    (date, *_) = answer.headers.getRawHeaders(b"date") or [b""]
+    date = answer.header(b"date")
     try:
         return float(stringToDatetime(date))
     except (ValueError, IndexError, KeyError, TypeError, OverflowError):

@@ -217,13 +217,14 @@ class CallChanges:
                 self._enforcement.reconcile(alias)
 
     async def livekit_returned(self) -> None:
-        """LiveKit accepts connections again: see what it has lost before its clients give up.
+        """LiveKit accepts connections again: create what it has lost before its clients give up.
 
-        :raises DependencyFailed: it does not answer yet.
+        :raises DependencyFailed: it does not answer yet, or has not created a room.
         """
         self.lost_rooms.was_away()
         await self._livekit.probe()  # closes its circuit
         await self.reconcile()
+        await self.lost_rooms.created()
 
     def stop(self) -> None:
         """Leave everything as it is now."""

@@ -58,6 +58,7 @@ class LostRooms:
     _lost: dict[str, float] = field(factory=dict, init=False)
     _kept: dict[str, float] = field(factory=dict, init=False)
     _listed: Collection[str] = field(default=(), init=False)
+    _not_created: set[str] = field(factory=set, init=False)
     _away_at: float | None = field(default=None, init=False)
     _book: Book = field(default=Book.TO_BE_ASKED, init=False)
     _asker: KeyedWorker[str] = field(init=False)
@@ -66,6 +67,12 @@ class LostRooms:
     def __attrs_post_init__(self) -> None:
         self._asker = KeyedWorker(self._ask_book, 1, _not_asked)
         self._creator = KeyedWorker(self._create, AT_ONCE, _failed)
+
+    async def created(self) -> None:
+        """Wait until the rooms are created. :raises DependencyFailed: LiveKit did not create one."""
+        await self.idle()
+        if self._not_created:
+            raise DependencyFailed("livekit", "room_not_created")
 
     async def idle(self) -> None:
         """Wait until nothing is being created."""
@@ -84,6 +91,7 @@ class LostRooms:
         :param listed: those that LiveKit lists.
         """
         self._listed = listed
+        self._not_created.clear()
         self._note(self._lost, lost)
         self._note(self._kept, ())
         self._create_all()
@@ -130,6 +138,7 @@ class LostRooms:
                 "LiveKit has lost {alias}, and it could not be created again: {reason}",
                 alias=alias, reason=failed.reason, event_name="lost_room_not_created",
             )  # fmt: skip
+            self._not_created.add(alias)
             return
         self._lost.pop(alias, None)
         self._kept.pop(alias, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import Enum
 from itertools import count
 
@@ -83,6 +83,22 @@ class Decision:
 
 
 @define(eq=False)
+class _Timed(AbstractContextManager[None]):
+    """Adds the time spent inside. A class: joins enter it several times, and a generator takes three times as long."""
+
+    _stages: dict[str, float]
+    _name: str
+    _clock: IReactorTime
+    _began: float = 0.0
+
+    def __enter__(self) -> None:
+        self._began = self._clock.seconds()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stages[self._name] = self._stages.get(self._name, 0.0) + self._clock.seconds() - self._began
+
+
+@define(eq=False)
 class DecisionLog:
     """Records decisions.
 
@@ -110,15 +126,9 @@ class DecisionLog:
     def begin(self, request_id: str, route: str, room_id: str | None, user: str | None) -> Decision:
         return Decision(request_id, route, room_id, user, self._clock.seconds())
 
-    @contextmanager
-    def stage(self, decision: Decision, stage: Stage) -> Iterator[None]:
+    def stage(self, decision: Decision, stage: Stage) -> AbstractContextManager[None]:
         """Adds the time spent inside to a stage of the join."""
-        began = self._clock.seconds()
-        try:
-            yield
-        finally:
-            name = stage.value
-            decision.stages[name] = decision.stages.get(name, 0.0) + self._clock.seconds() - began
+        return _Timed(decision.stages, stage.value, self._clock)
 
     def unenforced(self, decision: Decision, check: str, reason: str) -> None:
         """A check is passed without being enforced: one event, one count."""

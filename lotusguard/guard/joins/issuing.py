@@ -179,7 +179,7 @@ class TokenIssuer:
             join.log.failure(join.decision, "token")
             return answer, None, NO_SOURCE
         self._metrics.tokens_rebuilt.inc()
-        return Answer(answer.code, answer.headers, body), new.granted, new.withheld
+        return Answer(answer.code, answer.raw_headers, body), new.granted, new.withheld
 
 
 def _ceiling(token: Token) -> frozenset[Source] | None:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError
@@ -70,12 +70,12 @@ class Lookups:
 
     async def policy(self, join: Join, deadline: Deadline) -> None:
         """The room's policy, no older than the join asks for."""
-        with _failing_open(join, "policy"):
+        with _FailingOpen(join, "policy"):
             join.learn_policy(await self._policies.get_anew(join.room_id, deadline, join.not_before))
 
     async def _caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
         """:param then: what is looked up once the caller is proven."""
-        with _failing_open(join, "caller"):
+        with _FailingOpen(join, "caller"):
             caller = join.caller = await self._callers.identify(join.request, deadline)
             if caller.identified is Identified.PROVEN:
                 join.user = join.decision.user = caller.user
@@ -101,17 +101,22 @@ class Lookups:
             join.unenforced("policy", "too_many_lookups")
 
     async def _membership(self, join: Join, deadline: Deadline) -> None:
-        with _failing_open(join, "membership"):
+        with _FailingOpen(join, "membership"):
             if self._asks_membership:
                 join.membership = await self._members.get(join.room_id, join.user, deadline, not_before=join.not_before)
 
 
-@contextmanager
-def _failing_open(join: Join, check: str) -> Iterator[None]:
+@define(eq=False)
+class _FailingOpen(AbstractContextManager[None]):
     """A failure of our own in one lookup does not stop the others."""
-    try:
-        yield
-    except (JoinRefused, CancelledError):
-        raise
-    except Exception:
-        join.log.failure(join.decision, check)
+
+    _join: Join
+    _check: str
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, JoinRefused | CancelledError):
+            return False
+        self._join.log.failure(self._join.decision, self._check)
+        return True

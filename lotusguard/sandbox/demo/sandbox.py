@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from twisted.web.http_headers import Headers
 
-from lotusguard.clients.http import Answer, BytesBody, FixedAgent, collected, connection_pool
+from lotusguard.clients.http import Answer, ConnectionPool, FixedAgent, fetch
 from lotusguard.config import Settings, read_settings
 from lotusguard.sandbox.livekit.participant import Participant
 from lotusguard.sandbox.livekit.server import FakeLiveKit
@@ -48,7 +48,7 @@ class Sandbox:
         self.upstream: FakeLkJwtService
         self.guard: Guard
         self.settings: Settings
-        self._pool = connection_pool(reactor)
+        self._pool = ConnectionPool(reactor)
         self._agents: dict[str, FixedAgent] = {}
 
     async def start(self) -> None:
@@ -105,7 +105,7 @@ class Sandbox:
         """Stop the stand-ins."""
         for standin in (self.upstream, self.livekit, self.homeserver):
             await standin.stop()
-        await self._pool.closeCachedConnections()
+        await self._pool.close_unused()
 
     # -- clients and operators ---------------------------------------------------------------------------
 
@@ -118,9 +118,7 @@ class Sandbox:
         if agent is None:
             agent = self._agents[base] = FixedAgent(self.reactor, f"http://{base}", self._pool, 5)
         given = Headers({name: [value] for name, value in (headers or {}).items()})
-        producer = None if body is None else BytesBody(body)
-        response = await agent.request(method.encode(), f"/{target}".encode(), given, producer)
-        return Answer(response.code, response.headers, await collected(response, 64 * 1024 * 1024))
+        return await fetch(agent, method.encode(), f"/{target}".encode(), given, body, limit=64 * 1024 * 1024)
 
     async def ask_token(
         self, user: str, room_id: str, *, device: str = "PHONE", new: bool = False, member_id: str = "", **extra: Any
