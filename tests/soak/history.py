@@ -11,8 +11,6 @@ from attrs import Factory, define
 
 T = TypeVar("T")
 
-OLD_KNOWLEDGE = ("synapse", "processors", "stand-ins")
-"""Faults in which the homeserver may not answer in time, so that what was known last serves."""
 RECOVERY = 8.0
 """Seconds after a fault in which its consequences are excused: a probe, a round of reconciling, a timeout."""
 
@@ -92,10 +90,10 @@ class Disturbances:
     def oldest_knowledge(self, start: float, now: float, age: float) -> float:
         """How old the room state may be that the guard goes by between ``start`` and ``now``.
 
-        What it knows is at most ``age`` seconds old; while the homeserver does not answer, the last known value serves.
+        What it knows is at most ``age`` seconds old; while the homeserver is down, the last known value serves.
         """
         oldest = start - age
         for d in reversed(self._all):
-            if d.target in OLD_KNOWLEDGE and d.began <= now and (d.ended is None or d.ended >= oldest - RECOVERY):
+            if d.target == "synapse" and d.began <= now and (d.ended is None or d.ended >= oldest - RECOVERY):
                 oldest = min(oldest, d.began - age)
         return oldest
