@@ -135,7 +135,7 @@ class Guard(MultiService):
         if self._state.sharing is not None:
             await self._state.sharing.stop()
         for pool in self._clients.pools:
-            await pool.close_unused()
+            await pool.close()
         await self._state.history.close()
         if self._state.store is not None:
             await self._state.store.close()

@@ -752,7 +752,7 @@ async def test_public_address_that_bypasses_the_guard_is_wrong(sandbox: Sandbox)
         assert found(report, "exposure", "clients' way").state == state
     await exposure.check_public_address(f"http://127.0.0.1:{free_port()}")
     assert found(report, "exposure", "clients' way").state == "unknown"
-    await pool.close_unused()
+    await pool.close()
 
 
 def test_a_port_that_systemd_holds_is_recognised(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import ConnectError
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.tcp import Server as TCPServer
 from twisted.web import server
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 
 from lotusguard.clients.dependency import Dependency, DependencyFailed
-from lotusguard.clients.http import ConnectionPool, FixedAgent, fetch
+from lotusguard.clients.http import ConnectionPool, FixedAgent, StaleConnection, fetch
 from lotusguard.clients.lk_jwt_service import Forwarded, LkJwtService, UpstreamFailed
 from lotusguard.metrics import Metrics
 from lotusguard.sandbox.synapse.homeserver import FakeSynapse
@@ -32,7 +34,7 @@ NOTICEABLE = 0.25
 async def pool() -> AsyncIterator[ConnectionPool]:
     pool = ConnectionPool(reactor)
     yield pool
-    await pool.close_unused()
+    await pool.close()
 
 
 def free_port() -> int:
@@ -97,6 +99,35 @@ async def test_a_host_name_is_reached_by_its_second_address_if_the_first_refuses
         assert b"versions" in answer.body
     finally:
         await homeserver.stop()
+
+
+class Forgetful(Protocol):
+    """Answers the first request of each connection, and closes it without an answer when the next one arrives."""
+
+    def connectionMade(self) -> None:
+        self.answered = False
+
+    def dataReceived(self, data: bytes) -> None:
+        if self.answered:
+            assert isinstance(self.transport, TCPServer)
+            self.transport.abortConnection()
+        else:
+            self.answered = True
+            assert self.transport is not None
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+@pytest_twisted.ensureDeferred
+async def test_only_a_question_is_asked_again_if_a_kept_connection_is_closed(pool: ConnectionPool) -> None:
+    listening = await serverFromString(reactor, "tcp:0:interface=127.0.0.1").listen(Factory.forProtocol(Forgetful))
+    try:
+        agent = FixedAgent(reactor, f"http://127.0.0.1:{listening.getHost().port}", pool)
+        for _ in range(3):
+            assert (await fetch(agent, b"GET", b"/", Headers(), limit=10)).body == b"ok"
+        with pytest.raises(StaleConnection):
+            await fetch(agent, b"POST", b"/", Headers(), b"{}", limit=10)
+    finally:
+        await listening.stopListening()
 
 
 class Recorder(Resource):

@@ -20,7 +20,7 @@ from twisted.web.http import PotentialDataLoss
 from lotusguard.clients.http import Answer, BodyTooLarge, whole
 from lotusguard.clients.http.connection import Connection, StaleConnection
 from lotusguard.clients.http.pool import IDLE_TIMEOUT, ConnectionPool
-from lotusguard.clients.http.reader import LARGEST_HEAD
+from lotusguard.clients.http.reader import LARGEST_FRAME
 
 OK = b"HTTP/1.1 200 OK\r\n"
 HELLO = OK + b"Content-Length: 5\r\n\r\nhello"
@@ -144,6 +144,30 @@ def test_a_connection_is_used_no_more(setting: Setting, sent: bytes) -> None:
     assert not setting.kept
 
 
+@pytest.mark.parametrize("framed", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+def test_what_follows_an_answer_without_a_body_is_not_the_next_answer(setting: Setting, framed: bytes) -> None:
+    asked = setting.ask()
+    setting.send(b"HTTP/1.1 204 No Content\r\n" + framed + b"\r\n\r\n")
+    assert result(asked).body == b""
+    assert setting.dropped
+    assert not setting.kept
+
+
+def test_a_connection_takes_one_request_at_a_time(setting: Setting) -> None:
+    setting.ask()
+    with pytest.raises(RuntimeError, match="waiting"):
+        setting.ask()
+    setting.hang_up()
+    with pytest.raises(RuntimeError, match="closed"):
+        setting.ask()
+
+
+def test_headers_that_the_dependency_meant_for_us_only_are_left_out(setting: Setting) -> None:
+    asked = setting.ask()
+    setting.send(OK + b"Connection: X-Internal , keep-alive\r\nX-Internal: 1\r\nX-A: 2\r\nContent-Length: 0\r\n\r\n")
+    assert list(result(asked).headers.getAllRawHeaders()) == [(b"X-A", [b"2"])]
+
+
 def test_what_arrives_unasked_closes_the_connection_at_once(setting: Setting) -> None:
     setting.ask()
     setting.send(HELLO)
@@ -171,11 +195,13 @@ def test_the_answer_to_head_has_no_body_whatever_its_length(setting: Setting) ->
         OK + b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n",
         OK + b"Transfer-Encoding: gzip\r\n\r\n",
         OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        OK + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/2.0 200 OK\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
-        OK + b"X: " + b"a" * 2 * LARGEST_HEAD,
+        OK + b"X: " + b"a" * 2 * LARGEST_FRAME,
     ],
     ids=["no HTTP", "length and coding", "two lengths", "negative", "NUL", "space before colon", "folded", "gzip",
-         "gzip, chunked", "another protocol", "long head"],
+         "gzip, chunked", "two codings", "HTTP/2", "another protocol", "long head"],
 )  # fmt: skip
 def test_what_cannot_be_read_for_certain_is_no_answer(setting: Setting, sent: bytes) -> None:
     asked = setting.ask()
@@ -196,9 +222,23 @@ def test_a_broken_chunk_ends_an_answer_that_has_begun(setting: Setting) -> None:
     assert setting.dropped
 
 
+def test_endless_trailers_end_the_answer(setting: Setting) -> None:
+    asked = setting.ask()
+    setting.send(OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n0\r\nX-Late: ")
+    setting.send(*(b"a" * 1000 for _ in range(2 * LARGEST_FRAME // 1000)))
+    assert isinstance(error(asked), ResponseFailed)
+    assert setting.dropped
+
+
+def test_a_long_body_in_short_chunks_is_read(setting: Setting) -> None:
+    asked = setting.ask(limit=1_000_000)
+    setting.send(OK + b"Transfer-Encoding: chunked\r\n\r\n", *(b"1\r\na\r\n" * 1000 for _ in range(100)), b"0\r\n\r\n")
+    assert result(asked).body == b"a" * 100_000
+
+
 def test_endless_interim_answers_are_no_answer(setting: Setting) -> None:
     asked = setting.ask()
-    for _ in range(LARGEST_HEAD // 1000):
+    for _ in range(LARGEST_FRAME // 1000):
         setting.send(b"HTTP/1.1 102 Processing\r\n\r\n" * 50)
     assert isinstance(error(asked), ResponseFailed)
 
@@ -373,6 +413,15 @@ def test_no_more_connections_are_kept_than_allowed() -> None:
     assert (first.disconnecting, second.disconnecting) == (False, True)
 
 
+def test_nothing_is_kept_any_more_once_the_pool_is_closed() -> None:
+    clock = Clock()
+    pool = ConnectionPool(clock)
+    Deferred.fromCoroutine(pool.close())
+    _, transport = pooled(pool)
+    assert transport.disconnecting
+    assert not clock.getDelayedCalls()
+
+
 def test_unused_connections_are_closed_in_time() -> None:
     clock = Clock()
     pool = ConnectionPool(clock)
@@ -390,7 +439,7 @@ def test_closing_waits_until_all_are_closed() -> None:
     clock = Clock()
     pool = ConnectionPool(clock)
     connection, transport = pooled(pool)
-    closing = Deferred.fromCoroutine(pool.close_unused())
+    closing = Deferred.fromCoroutine(pool.close())
     assert transport.disconnecting
     assert not closing.called
     connection.connectionLost(connectionDone)

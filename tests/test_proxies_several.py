@@ -173,7 +173,7 @@ async def test_clients_do_not_notice_that_a_guard_is_gone(proxy: Proxy) -> None:
     assert codes == {200: ASKED}
     assert left.asked == before + ASKED, "a request was sent twice"
     await left.listening.stopListening()
-    await client.pool.close_unused()
+    await client.pool.close()
 
 
 @pytest_twisted.ensureDeferred
@@ -189,7 +189,7 @@ async def test_each_client_gets_the_answer_to_its_own_request_while_a_guard_is_g
         answers = await gatherResults([Deferred.fromCoroutine(client.answer(body)) for body in bodies])
         assert answers == [(200, body) for body in bodies]
     await left.listening.stopListening()
-    await client.pool.close_unused()
+    await client.pool.close()
 
 
 @pytest_twisted.ensureDeferred
@@ -204,7 +204,7 @@ async def test_clients_wait_a_moment_for_a_guard_whose_machine_does_not_answer(p
         codes = Counter([await client.ask() for _ in range(4)])
     assert codes == {200: 4}
     await left.listening.stopListening()
-    await client.pool.close_unused()
+    await client.pool.close()
 
 
 @contextmanager
@@ -229,4 +229,4 @@ async def test_a_request_that_a_guard_received_is_not_sent_to_another_one(proxy:
     assert sum(guard.asked for guard in proxy.guards) == before + 1
     for guard in proxy.guards:
         await guard.listening.stopListening()
-    await client.pool.close_unused()
+    await client.pool.close()

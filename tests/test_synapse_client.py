@@ -393,7 +393,7 @@ async def real(synapse: Synapse) -> AsyncIterator[SynapseClient]:
     pool = ConnectionPool(reactor)
     dependency = Dependency("synapse", FixedAgent(reactor, synapse.url, pool), reactor, Metrics(), timeout=30)
     yield SynapseClient(dependency, admin.token)
-    await pool.close_unused()
+    await pool.close()
 
 
 @pytest_twisted.ensureDeferred
@@ -453,4 +453,4 @@ async def test_the_real_synapse_verifies_openid_tokens(real: SynapseClient, syna
     assert await verifier.local_user(OpenID(access_token="nobodys", server_name=synapse.server_name)) is None
     assert verifier.refused is None
     await verifier.probe()
-    await pool.close_unused()
+    await pool.close()

@@ -60,7 +60,7 @@ async def check(
             "time", f"not done after {longest:g} s; what is not listed was not checked", "see which service is so slow"
         )
     finally:
-        await pool.close_unused()
+        await pool.close()
     return report
 
 

@@ -50,7 +50,7 @@ async def try_join(settings: Settings, reactor: Any, url: str = "", room: str = 
     except NoAnswer as why:
         raise TrialFailed(f"{why}: {why.remedy}") from None
     finally:
-        await pool.close_unused()
+        await pool.close()
 
 
 @define

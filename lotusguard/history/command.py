@@ -122,7 +122,7 @@ def _from_guard(question: Question) -> list[Record] | None:
             operators = Asking(reactor, pool, HISTORY_TIMEOUT, time.time).service("GUARD_ADMIN_PORT", base)
             return await from_guard(operators, settings.guard_admin_token.get_secret_value(), question)
         finally:
-            await pool.close_unused()
+            await pool.close()
 
     try:
         return run_reactor(ask)

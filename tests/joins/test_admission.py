@@ -95,8 +95,9 @@ async def test_a_caller_waits_for_a_seat_that_only_a_request_in_flight_holds(san
     assert len(sandbox.upstream.issued) == 1
 
 
+@pytest.mark.parametrize("change", ["limit", "level"])
 @pytest_twisted.ensureDeferred
-async def test_a_limit_that_was_lowered_while_a_caller_waited_for_a_seat_counts(sandbox: Sandbox) -> None:
+async def test_a_policy_that_was_changed_while_a_caller_waited_for_a_seat_counts(sandbox: Sandbox, change: str) -> None:
     room_id = room_of(sandbox, 2)
     await sandbox.enter(ALICE, room_id)
     await sandbox.livekit.drained()
@@ -108,7 +109,9 @@ async def test_a_limit_that_was_lowered_while_a_caller_waited_for_a_seat_counts(
     await until(lambda: len(sandbox.homeserver.seen) >= looked_up)
     for _ in range(3):
         await sandbox.operator("GET", "/rooms")  # he waits by now
-    await change_policy(sandbox, room_id, 1)
+    if change == "level":
+        sandbox.homeserver.set_state(room_id, "io.lotus.call_permissions", {"join": 50})
+    await change_policy(sandbox, room_id, 1 if change == "limit" else 2)
     in_flight.cancel()
     with pytest.raises(CancelledError):
         await in_flight

@@ -121,7 +121,7 @@ async def test_the_guards_probe_recognises_it_and_nothing_else(stack: Stack) -> 
         for url in (stack.sfu_url, stack.homeserver_url, stack.operators_url):
             assert await probed(url) == "not_lk_jwt_service"
     finally:
-        await pool.close_unused()
+        await pool.close()
 
 
 def test_a_trailing_slash_is_another_path_for_both(stack: Stack) -> None:

@@ -133,6 +133,23 @@ async def test_nobody_is_removed_under_a_lease_that_another_guard_has_by_now(
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_room_is_taken_over_when_the_lease_of_a_killed_guard_ends(
+    start_sandbox: StartSandbox, own_server: OwnServer
+) -> None:
+    client = RedisClient(parse_address(own_server.url), reactor, Metrics(), timeout=PATIENT)
+    client.start()
+    await until(lambda: client.available)
+    sandbox = await start_sandbox(guard_redis_url=own_server.url, guard_reconcile_interval=3600.0)
+    room_id = room_of(sandbox, 1)
+    assert await leases(client, 2.0).acquire(room_id)
+    await sandbox.enter(ALICE, room_id)
+    late = sandbox.livekit.connect(old_token(BOB, room_id))
+    await sandbox.livekit.drained()
+    await until(lambda: not late.connected, 30)
+    client.stop()
+
+
+@pytest_twisted.ensureDeferred
 async def test_three_guards_do_not_ask_each_other_without_end(
     start_sandbox: StartSandbox, own_server: OwnServer
 ) -> None:

@@ -446,7 +446,7 @@ class KillableSandbox(Sandbox):
         await self.kill()
         for standin in (self.upstream, self.livekit, self.homeserver):
             await standin.stop()
-        await self._pool.close_unused()
+        await self._pool.close()
 
 
 def free_ports() -> tuple[int, int]:

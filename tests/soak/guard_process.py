@@ -161,8 +161,11 @@ class GuardLog:
                 found.tracebacks.append(f"{line['message']}\n{line.get('traceback', '')}")
             if line["event"] == "join" and line["unenforced"]:  # a "fail_open" line is left out if there are too many
                 found.unenforced[line["request_id"]] += line["unenforced"]
+            at = datetime.fromisoformat(line["time"]).timestamp()
+            if line["event"] == "join" and line["reason"] == "stale_policy":  # the homeserver did not answer in time
+                found.unenforced[line["request_id"]].append("policy")
+                found.fail_open.append((at, "policy", "stale"))
             if line["event"] == "fail_open":
-                at = datetime.fromisoformat(line["time"]).timestamp()
                 found.unenforced[line["request_id"]].append(line["check"])
                 found.fail_open.append((at, line["check"], line["reason"]))
         return found

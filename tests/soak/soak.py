@@ -83,7 +83,7 @@ class Soak:
         self._restarts.check_exits(signal.SIGTERM, await self._guards.end(signal.SIGTERM))
         for standin in (self._upstream, self._livekit, self._homeserver):
             await standin.stop()
-        await self._pool.close_unused()
+        await self._pool.close()
         return table(self._oracle, GuardLog.read(self._guards.logs), self._guards.growth(), self._users, idle, left)
 
     async def _start(self) -> None:
@@ -164,7 +164,7 @@ class Soak:
 
     async def _descriptors_when_idle(self, idle: int) -> int:
         """Close all connections from outside. :return: how many descriptors a guard has open soon after."""
-        await self._pool.close_unused()
+        await self._pool.close()
         await self._livekit.pool.closeCachedConnections()
         left = idle
         for _ in range(20):

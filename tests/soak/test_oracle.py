@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from lotusguard.rules.identity import room_alias
@@ -10,6 +13,7 @@ from lotusguard.rules.permissions import Action, CallPermissions
 from lotusguard.rules.policy import Policy
 from lotusguard.rules.power_levels import PowerLevels
 from lotusguard.rules.sources import CAMERA, MICROPHONE, SCREEN_SHARE
+from tests.soak.guard_process import GuardLog
 from tests.soak.history import History
 from tests.soak.oracle import FULL, GONE_WITHIN, NOT_A_MEMBER, Oracle
 from tests.soak.record import Ask, Stay
@@ -95,6 +99,26 @@ def test_a_seat_may_be_held_for_a_request_whose_answer_was_lost(oracle: Oracle) 
     assert blamed(oracle) == []
     oracle.refused(ask(oracle, BOB, NOW + 15), FULL, NOW + 15.1)
     assert blamed(oracle) == ["refused beside a free seat"]
+
+
+@pytest.mark.parametrize(("answered", "joined", "blame"), [(0.1, 4.0, True), (0.1, 4.5, False), (3.0, 5.5, False)])
+def test_the_removal_of_somebody_who_arrived_while_a_seat_was_certainly_held_is_blamed(
+    oracle: Oracle, answered: float, joined: float, blame: bool
+) -> None:
+    policy_is(oracle, Policy(max_users=1))
+    asked = ask(oracle, ALICE)
+    oracle.issued(asked, {"video": GRANT, "exp": NOW + 10}, room_alias(ROOM), NOW + answered)
+    oracle.removed(oracle.arrived(asked, NOW + joined, lambda: True), NOW + joined + 1)
+    assert blamed(oracle) == (["removed from their own seat"] if blame else [])
+
+
+def test_a_guard_that_says_that_its_policy_is_old_is_judged_by_whether_anything_was_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "guard.log"
+    line = {"time": "2026-01-01T00:00:00+00:00", "level": "info", "event": "join", "unenforced": [], "request_id": "r"}
+    path.write_text("".join(json.dumps({**line, "reason": reason}) + "\n" for reason in ("policy", "stale_policy")))
+    log = GuardLog.read([path])
+    assert dict(log.unenforced) == {"r": ["policy"]}
+    assert [found[1:] for found in log.fail_open] == [("policy", "stale")]
 
 
 def left(oracle: Oracle, user: str, at: float, told: float | None) -> Stay:

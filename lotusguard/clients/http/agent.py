@@ -23,7 +23,7 @@ from twisted.web.client import URI, BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers
 
 from lotusguard.clients.http.answer import Answer
-from lotusguard.clients.http.connection import Connection
+from lotusguard.clients.http.connection import Connection, StaleConnection
 from lotusguard.clients.http.pool import ConnectionPool
 
 NEXT_ADDRESS = 0.02
@@ -32,6 +32,7 @@ last address refused the connection: each join would wait that long for a depend
 _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TARGET = re.compile(rb"[\x21-\x7e]+")
 _NO_HEADERS = Headers()
+_REPEATABLE = (b"GET", b"HEAD")
 
 
 class FixedAgent:
@@ -61,20 +62,34 @@ class FixedAgent:
     ) -> Deferred[Answer]:
         """Make a request. Cancelled, it drops the connection.
 
+        ``GET`` and ``HEAD`` without a body are sent once more if a connection that was kept open is closed without an
+        answer: its other end may have closed it just before.
+
         :param target: such as ``/path?query``, not a whole URI.
         :return: the answer, when its head is here. See `Connection.ask` for how it may fail; it also fails with what
             the endpoint fails with if there is no connection.
         :raises ValueError: the method or the target has characters that may not be in one.
         """
-        request = self._written(method, target, headers or _NO_HEADERS, body)
+        request = self._serialized(method, target, headers or _NO_HEADERS, body)
         has_body = method != b"HEAD"
         connection = self._pool.take(self._address)
-        if connection is not None:
-            return connection.ask(request, has_body=has_body)
+        if connection is None:
+            return self._ask_anew(request, has_body)
+        asked = connection.ask(request, has_body=has_body)
+        if body is None and method in _REPEATABLE:
+            asked.addErrback(self._ask_again, request, has_body)
+        return asked
+
+    def _ask_again(self, failure: Failure, request: bytes, has_body: bool) -> Deferred[Answer]:
+        failure.trap(StaleConnection)
+        return self._ask_anew(request, has_body)
+
+    def _ask_anew(self, request: bytes, has_body: bool) -> Deferred[Answer]:
+        """Over a new connection."""
         connecting: Deferred[Any] = self._endpoint.connect(self._factory)
         return connecting.addCallbacks(lambda made: made.ask(request, has_body=has_body), _not_connected)
 
-    def _written(self, method: bytes, target: bytes, headers: Headers, body: bytes | None) -> bytes:
+    def _serialized(self, method: bytes, target: bytes, headers: Headers, body: bytes | None) -> bytes:
         if not _METHOD.fullmatch(method) or not _TARGET.fullmatch(target):
             raise ValueError(f"not a request: {method!r} {target!r}")
         lines = [b"%b %b%b HTTP/1.1" % (method, self._prefix, target)]

@@ -32,7 +32,7 @@ class Source(Protocol):
 @implementer(IResponse, IPushProducer)
 @define(eq=False)
 class Answer:
-    """An answer, as Twisted and treq know it. Whom its body is delivered to has it as a transport too.
+    """An answer, as Twisted and treq know it. It is also the transport of the protocol that gets its body.
 
     :ivar length: bytes of the body; ``UNKNOWN_LENGTH`` if its head does not say.
     :ivar body: the whole body, once somebody has read it (`fetch`).
@@ -57,9 +57,11 @@ class Answer:
     def headers(self) -> Headers:
         """The headers, without those of the connection."""
         if self._headers is None:
+            options = self.header(b"connection").lower()
+            left_out = _OF_THE_CONNECTION.union(option.strip() for option in options.split(b","))
             self._headers = Headers()
             for name, value in self.raw_headers:
-                if name.lower() not in _OF_THE_CONNECTION:
+                if name.lower() not in left_out:
                     self._headers.addRawHeader(name, value)
         return self._headers
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
-from attrs import Factory, define
-from twisted.internet.defer import Deferred, succeed
+from attrs import define, field
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
@@ -24,27 +25,38 @@ class StaleConnection(ResponseNeverReceived):
     before it saw the request."""
 
 
+class State(Enum):
+    """What a connection is doing."""
+
+    UNUSED = "unused"
+    WAITING = "waiting"
+    """For the head of an answer."""
+    READING = "reading"
+    """The body of an answer."""
+    CLOSED = "closed"
+    """Closed, or about to be: whatever still arrives is ignored."""
+
+
 @define(eq=False, slots=False)
 class Connection(Protocol):
     """A connection to a dependency: one request after the other, never two at once.
 
     :param kept: called when an answer is complete and the next request can be sent.
-    :param lost: called when the connection is closed.
+    :param lost: called when no request can be sent any more.
     :ivar unused_since: when its last answer was complete, on the clock of whoever keeps it.
+    :ivar closed: fires when the connection is closed.
     """
 
     _kept: Callable[[Connection], None]
     _lost: Callable[[Connection], None]
-    unused_since: float = 0.0
-    _used: bool = False
-    _heard: bool = False
-    _has_body: bool = True
-    _waiting: Deferred[Answer] | None = None
-    _unfinished: Answer | None = None
-    _aborted: bool = False
-    _open: bool = True
-    _closed: Deferred[None] | None = None
-    _reader: Reader = Factory(Reader)
+    unused_since: float = field(init=False, default=0.0)
+    closed: Deferred[None] = field(init=False, factory=Deferred)
+    _state: State = field(init=False, default=State.UNUSED)
+    _used_before: bool = field(init=False, default=False)
+    _has_body: bool = field(init=False, default=True)
+    _waiting: Deferred[Answer] | None = field(init=False, default=None)
+    _unfinished: Answer | None = field(init=False, default=None)
+    _reader: Reader = field(init=False, factory=Reader)
 
     def ask(self, request: bytes, *, has_body: bool) -> Deferred[Answer]:
         """Send a request. Cancelled, it drops the connection.
@@ -53,9 +65,12 @@ class Connection(Protocol):
         :return: fires when the head of the answer is here. Fails with ``ResponseNeverReceived`` (`StaleConnection`
             if the connection brought an answer before) if nothing arrives, and with ``ResponseFailed`` if what arrives
             is not a whole head.
+        :raises RuntimeError: an answer is expected already, or the connection is closed.
         """
-        self._has_body, self._heard = has_body, False
-        waiting = self._waiting = Deferred(self._give_up)
+        if self._state is not State.UNUSED:
+            raise RuntimeError(f"a request on a connection that is {self._state.value}")
+        self._state, self._has_body = State.WAITING, has_body
+        waiting = self._waiting = Deferred(lambda _: self.abort())
         self._transport.write(request)
         return waiting
 
@@ -63,51 +78,40 @@ class Connection(Protocol):
     def _transport(self) -> Any:
         return self.transport
 
-    def _give_up(self, _: Deferred[Answer]) -> None:
-        self._waiting = None
-        self.abort()
-
     def dataReceived(self, data: bytes) -> None:
-        if self._aborted:
+        if self._state is State.CLOSED:
             return
-        if self._waiting is None and self._unfinished is None:
-            self._lost(self)  # nobody asked for this, or nobody wants it any more
-            self.abort()
+        if self._state is State.UNUSED:
+            self.abort()  # nobody asked for this
             return
-        self._heard = True
         try:
             self._reader.feed(data)
         except Malformed:
             self._fail(Failure())
             self.abort()
             return
-        if self._waiting is not None:
-            if self._reader.has_head:
-                self._head_arrived(self._waiting)
+        if self._waiting is not None and self._reader.has_head:
+            self._head_arrived(self._waiting)
         elif self._unfinished is not None:
             self._body_arrived(self._unfinished)
 
     def _head_arrived(self, waiting: Deferred[Answer]) -> None:
-        """The head is here."""
-        reader = self._reader
+        reader, self._waiting = self._reader, None
         length: Any = UNKNOWN_LENGTH if reader.length is None else reader.length
         if not self._has_body:
-            length, reader.parts, reader.complete, reader.surplus = 0, [], True, True
-        answer = Answer(
-            reader.code, reader.headers, phrase=reader.phrase, length=length, parts=reader.parts, connection=self
-        )
-        self._waiting = None
+            length, reader.parts, reader.complete, reader.keeps_open = 0, [], True, False
+        parts, reader.parts = reader.parts, []
+        answer = Answer(reader.code, reader.headers, phrase=reader.phrase, length=length, parts=parts, connection=self)
         if reader.complete:
-            answer.end(DONE)
             self._release()
+            answer.end(DONE)
             waiting.callback(answer)
-            return
-        reader.parts, self._unfinished = [], answer
-        waiting.callback(answer)
-        answer.arrived([])
+        else:
+            self._state, self._unfinished = State.READING, answer
+            waiting.callback(answer)
+            answer.arrived([])
 
     def _body_arrived(self, answer: Answer) -> None:
-        """More of the body is here."""
         parts, self._reader.parts = self._reader.parts, []
         complete = self._reader.complete
         answer.arrived(parts)
@@ -118,49 +122,36 @@ class Connection(Protocol):
 
     def _release(self) -> None:
         """The answer is complete: let the next request be sent, or close the connection."""
-        if self._aborted:
+        if self._state is State.CLOSED:
             return
         if self._reader.surplus or not self._reader.keeps_open:
-            self.close()
+            self.abort()
             return
         self._reader.next()
-        self._used = True
+        self._state, self._used_before = State.UNUSED, True
         self.resume()
         self._kept(self)
 
     def _fail(self, reason: Failure) -> None:
-        """Whoever waits for an answer, or for the rest of one, gets no more."""
+        """The answer that is expected will not come, or not all of it."""
         waiting, self._waiting = self._waiting, None
         answer, self._unfinished = self._unfinished, None
         if waiting is not None:
-            if self._heard:
+            if self._reader.has_begun:
                 waiting.errback(ResponseFailed([reason]))
             else:
-                waiting.errback((StaleConnection if self._used else ResponseNeverReceived)([reason]))
+                waiting.errback((StaleConnection if self._used_before else ResponseNeverReceived)([reason]))
         elif answer is not None:
             until_closed = self._reader.length is None and not self._reader.coding
             whole = until_closed and reason.check(ConnectionDone)
             answer.end(Failure(PotentialDataLoss() if whole else ResponseFailed([reason], answer)))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._state = State.CLOSED
+        self._lost(self)
         self._fail(reason)
         self._reader.close()
-        self._lost(self)
-        self._open = False
-        if self._closed is not None:
-            self._closed.callback(None)
-
-    def close(self) -> None:
-        """Close the connection when everything is sent."""
-        self._transport.loseConnection()
-
-    def closed(self) -> Deferred[None]:
-        """Fires when the connection is closed."""
-        if not self._open:
-            return succeed(None)
-        if self._closed is None:
-            self._closed = Deferred()
-        return self._closed
+        self.closed.callback(None)
 
     def pause(self) -> None:
         self._transport.pauseProducing()
@@ -169,6 +160,8 @@ class Connection(Protocol):
         self._transport.resumeProducing()
 
     def abort(self) -> None:
-        """Close the connection at once, whatever was to be sent or read."""
-        self._aborted = True
+        """Close the connection at once, without waiting for the other end: nothing that could still be sent or read is
+        wanted."""
+        self._state, self._waiting = State.CLOSED, None
+        self._lost(self)
         self._transport.abortConnection()

@@ -30,6 +30,7 @@ class ConnectionPool:
     _reactor: Any
     _at_most: int = IDLE_CONNECTIONS
     _unused: dict[Address, list[Connection]] = field(init=False, factory=dict)
+    _closed: bool = field(init=False, default=False)
     _expiring: IDelayedCall | None = field(init=False, default=None)
 
     def take(self, address: Address) -> Connection | None:
@@ -40,8 +41,8 @@ class ConnectionPool:
     def keep(self, address: Address, connection: Connection) -> None:
         """Take back a connection that can be used again."""
         unused = self._unused.setdefault(address, [])
-        if len(unused) >= self._at_most:
-            connection.close()
+        if self._closed or len(unused) >= self._at_most:
+            connection.abort()
             return
         connection.unused_since = self._reactor.seconds()
         unused.append(connection)
@@ -60,19 +61,20 @@ class ConnectionPool:
         now = self._reactor.seconds()
         for unused in self._unused.values():
             while unused and unused[0].unused_since + IDLE_TIMEOUT <= now:
-                unused.pop(0).close()
+                unused[0].abort()
         oldest = min((unused[0].unused_since for unused in self._unused.values() if unused), default=None)
         if oldest is not None:
             self._expiring = self._reactor.callLater(oldest + IDLE_TIMEOUT - now, self._expire)
 
-    async def close_unused(self) -> None:
-        """Close all unused connections, and wait until they are closed."""
+    async def close(self) -> None:
+        """Close all unused connections, and wait until they are closed. Those that are in use are closed after their
+        answer."""
+        self._closed = True
         if self._expiring is not None:
             self._expiring.cancel()
             self._expiring = None
         closing = [connection for unused in self._unused.values() for connection in unused]
-        self._unused.clear()
         for connection in closing:
-            connection.close()
+            connection.abort()
         for connection in closing:
-            await connection.closed()
+            await connection.closed

@@ -224,7 +224,7 @@ class CallChanges:
         self.lost_rooms.was_away()
         await self._livekit.probe()  # closes its circuit
         await self.reconcile()
-        await self.lost_rooms.created()
+        await self.lost_rooms.wait_until_created()
 
     def stop(self) -> None:
         """Leave everything as it is now."""

@@ -68,7 +68,7 @@ class LostRooms:
         self._asker = KeyedWorker(self._ask_book, 1, _not_asked)
         self._creator = KeyedWorker(self._create, AT_ONCE, _failed)
 
-    async def created(self) -> None:
+    async def wait_until_created(self) -> None:
         """Wait until the rooms are created. :raises DependencyFailed: LiveKit did not create one."""
         await self.idle()
         if self._not_created:

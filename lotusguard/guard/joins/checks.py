@@ -213,10 +213,17 @@ class EntryChecks:
             join.known = await self._policies.get(join.room_id, join.lookups, join.arrived)
 
     async def see_policy_after_wait(self, join: Join) -> None:
-        """Go on with the policy as it is known now: it may have changed while the join waited for somebody else."""
+        """Go on with the policy as it is known now: it may have changed while the join waited for somebody else.
+
+        :raises JoinRefused: by that policy the user may not join.
+        :raises MustWait: by that policy a moderator has to admit the user first.
+        """
         known = await self._policies.get(join.room_id, join.lookups)
-        if known.freshness is not Freshness.UNKNOWN:
-            join.known = known
+        if known.freshness is Freshness.UNKNOWN:
+            return
+        before, join.known = join.policy, known
+        if known.policy != before:
+            await self.may_join(join)
 
     def restricts_start(self, policy: Policy) -> bool:
         """Whether not everybody may start a call in a room with this policy."""

@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.guard.joins.checks import EntryChecks
+from lotusguard.guard.joins.checks import EntryChecks, MustWait
 from lotusguard.guard.joins.decisions import Stage
 from lotusguard.guard.joins.join import Join
 from lotusguard.guard.seats.book import SeatBook
@@ -56,7 +56,7 @@ class Seating:
     async def _failing_open(self, join: Join) -> str | None:
         try:
             return await self._find(join)
-        except (JoinRefused, CancelledError):
+        except (JoinRefused, MustWait, CancelledError):
             raise
         except TimeoutError:
             join.unenforced("limit", "timeout")

@@ -70,10 +70,10 @@ class Sharing:
         self.rebuilding.on_data_set.append(registry.data_set_changed)
         return registry
 
-    def when_shared(self, told: Callable[[], None]) -> None:
-        """Let this be told each time after which it is known again who holds the seats of all rooms."""
-        self.rebuilding.on_complete.append(told)
-        self.book.on_shared.append(lambda: told() if self.rebuilding.complete else None)
+    def when_shared(self, callback: Callable[[], None]) -> None:
+        """Register a callback for the moments at which it is known again who holds the seats of all rooms."""
+        self.rebuilding.on_complete.append(callback)
+        self.book.on_shared.append(lambda: callback() if self.rebuilding.complete else None)
 
     def start(self) -> None:
         self.redis.start()

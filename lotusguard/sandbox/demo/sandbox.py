@@ -105,7 +105,7 @@ class Sandbox:
         """Stop the stand-ins."""
         for standin in (self.upstream, self.livekit, self.homeserver):
             await standin.stop()
-        await self._pool.close_unused()
+        await self._pool.close()
 
     # -- clients and operators ---------------------------------------------------------------------------
 
