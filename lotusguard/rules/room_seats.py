@@ -150,6 +150,7 @@ class RoomSeats(RoomHolds):
         self.touched = now
         at, key = Session(alias, sid), IdentityKey(alias, identity)
         self._ended[at] = now
+        self._forget_ended(now)
         reserved = self.reserved.get(key)
         hold = self.sessions.get(at)
         known = hold or reserved

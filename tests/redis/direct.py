@@ -119,6 +119,8 @@ class DirectClient:
     """The part of `RedisClient` that seat books use.
 
     :ivar crash: what happens to the command after so many others. :ivar dead: whether its guard has died.
+    :ivar rejects: whether every command fails, as writes do on a server without memory.
+    :ivar answers_late: answers to scripts arrive when this fires.
     """
 
     server: Server
@@ -130,6 +132,8 @@ class DirectClient:
     on_server: list[Callable[[ServerInfo], None]] = field(factory=list)
     on_subscribed: list[Callable[[], None]] = field(factory=list)
     fault: str = "connection_lost"
+    rejects: bool = False
+    answers_late: Deferred[None] | None = None
 
     @property
     def available(self) -> bool:
@@ -160,7 +164,10 @@ class DirectClient:
         return None
 
     async def run(self, script: Script, keys: Sequence[str], *arguments: str) -> Any:
+        late = self.answers_late
         answer = await self._do(lambda: self.server.run(script, keys, arguments))
+        if late is not None:
+            await late
         self.clock.advance(0)  # what is sent at the end of a turn of the reactor
         return answer
 
@@ -174,6 +181,8 @@ class DirectClient:
             await Deferred()  # a process that has ended learns nothing
         if not self.available:
             raise DependencyFailed("redis", "connection_lost" if self.server.up else "unreachable")
+        if self.rejects:
+            raise DependencyFailed("redis", "out_of_memory")
         crash = self._crash_now()
         if crash is Crash.BEFORE:
             self.connected = False

@@ -28,7 +28,7 @@ class ModelSeats(RoomSeats):
     def seat_sessions(self, key: IdentityKey, user: str) -> None:
         """A guard gives back a hold whose user is in the call."""
         self.rename(key, user)
-        for hold in self._sessions_of.get(key, ()):
+        for hold in list(self._sessions_of.get(key, ())):
             if hold.state is HoldState.UNSEATED:
                 self._move(hold, HoldEvent.SEAT)
 

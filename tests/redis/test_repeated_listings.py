@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from attrs import define, field
+from twisted.internet.defer import Deferred
 
 from lotusguard.rules.seats import Arrival
 
@@ -129,6 +130,66 @@ def test_a_listing_is_applied_after_the_data_were_lost(world: World, same_server
             guard.client.connected = False
     world.list("a")
     assert world.applied == 3
+    assert world.present == ["a"]
+
+
+@define(eq=False)
+class Lister:
+    """A guard that lists the call and remembers the last listing that it applied, as `Roster` does."""
+
+    world: World
+    applied: tuple[str, ...] = ()
+
+    def list(self, *users: str) -> None:
+        self.world.pass_time(1.0)
+        book, since = self.world.guards[0].book, self.world.guards[0].clock.seconds()
+
+        async def apply() -> None:
+            who = [Arrival(f"PA_{user}", user, user) for user in users]
+            await book.apply_listing(ROOM, ALIAS, who, LIMIT, since)
+            self.applied = users
+
+        async def work() -> None:
+            if self.applied != users or not await book.listed_again(ROOM, ALIAS, LIMIT, since, apply):
+                await apply()
+
+        outcome_of(work())
+        self.world.guards[0].clock.advance(0)  # the end of the turn, when it is sent
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["connection lost", "writes rejected"])
+def test_what_was_listed_while_a_guard_was_alone_reaches_the_others(world: World, lost: bool) -> None:
+    lister, guard = Lister(world), world.guards[0]
+    for _ in range(3):
+        lister.list("a", "b")
+    if lost:
+        world.server.up = guard.client.connected = False
+    else:
+        guard.client.rejects = True
+        outcome_of(guard.book.owns_seat("!another", "x"))  # this guard is alone from here on
+    for _ in range(2):
+        lister.list("a")
+    world.server.up, guard.client.rejects = True, False
+    world.pass_time(3.0)
+    assert not guard.book.unshared
+    outcome_of(guard.book.is_started(ROOM))  # an answer that tells the version, which is the old one
+    lister.list("a")
+    world.pass_time(1.0)
+    assert world.present == ["a"]
+
+
+def test_a_late_answer_about_an_older_listing_settles_nothing(world: World) -> None:
+    lister, client = Lister(world), world.guards[0].client
+    lister.list("a", "b")
+    late: Deferred[None] = Deferred()
+    client.answers_late = late
+    lister.list("a", "b")
+    client.answers_late, client.rejects = None, True
+    lister.list("a")
+    client.rejects = False
+    late.callback(None)
+    lister.list("a")
+    world.pass_time(1.0)
     assert world.present == ["a"]
 
 

@@ -211,6 +211,7 @@ class FailoverSeatBook:
         alone, self._alone = self._alone, None
         if alone is None:
             return
+        self._shared.forget_settled()
         log.info("seats are shared with the other guards again", event_name="seats_shared")
         waited_in, self._waited_in = self._waited_in, set()
         for room_id in waited_in:

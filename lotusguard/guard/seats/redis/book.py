@@ -296,6 +296,10 @@ class RedisSeatBook:
 
         await gather_in_turns(ROOMS_AT_ONCE, restore, list(rooms))
 
+    def forget_settled(self) -> None:
+        """Apply the next listing of every SFU room as a whole: the last ones were applied to another book."""
+        self._steps.notes.forget_settled()
+
     def stop(self) -> None:
         self._waiting.stop()
 

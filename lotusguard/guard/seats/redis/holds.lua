@@ -105,7 +105,7 @@ local function take_out(hold)
     due.drop(name)
     return
   end
-  if hold.id ~= hold.sid then issued[hold.id] = nil end
+  issued[hold.id] = nil
   if rules.moves.expire ~= nil then due.drop(name) end
   if rules.unconfirmed then unconfirmed.drop(name) end
   if hold.state == 'unseated' or hold.state == 'issued_unseated' then seatless.drop(name) end

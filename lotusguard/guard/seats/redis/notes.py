@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from attrs import define, evolve, field, frozen
@@ -48,6 +49,18 @@ class Full:
     has_strangers: bool
 
 
+@frozen
+class Settled:
+    """What became of the last listing of an SFU room that this guard applied as a whole.
+
+    :ivar listing: its number.
+    :ivar version: of the room's holds, if the listing told nothing new; "" if it did, or while there is no answer.
+    """
+
+    listing: int
+    version: str = ""
+
+
 @define(eq=False)
 class RoomNotes:
     """Notes about the rooms that steps were made on last."""
@@ -55,7 +68,8 @@ class RoomNotes:
     _clock: IReactorTime
     _listed: OrderedDict[str, Listed] = field(init=False, factory=OrderedDict)
     _full: OrderedDict[str, Full] = field(init=False, factory=OrderedDict)
-    _settled: OrderedDict[tuple[str, str], str] = field(init=False, factory=OrderedDict)
+    _settled: OrderedDict[tuple[str, str], Settled] = field(init=False, factory=OrderedDict)
+    _listings: Iterator[int] = field(init=False, factory=count)
 
     def forget_times(self) -> None:
         """The server may be another one, with another clock."""
@@ -87,15 +101,35 @@ class RoomNotes:
     def settled(self, room_id: str, alias: str) -> str | None:
         """The version of a room's holds at which this guard's last listing of an SFU room told nothing new; ``None`` if
         it did, or if the holds have changed since as far as this guard knows."""
-        known, version = self._listed.get(room_id), self._settled.get((room_id, alias))
-        return version if known is not None and known.version == version else None
+        known, settled = self._listed.get(room_id), self._settled.get((room_id, alias))
+        if known is None or settled is None or not settled.version:
+            return None
+        return settled.version if known.version == settled.version else None
 
-    def note_settled(self, room_id: str, alias: str, version: str) -> None:
-        """:param version: of the holds; "" if the listing of this SFU room told anything new, or is not applied yet."""
+    def applying(self, room_id: str, alias: str) -> int:
+        """A listing of an SFU room is about to be applied. :return: its number, for `note_settled`."""
+        number = next(self._listings)
+        self._settled[room_id, alias] = Settled(number)
+        self._settled.move_to_end((room_id, alias))
+        _shorten(self._settled, ROOMS_NOTED)
+        return number
+
+    def note_settled(self, room_id: str, alias: str, listing: int, version: str) -> None:
+        """A listing was applied. Says nothing if a later one was to be applied since: that may have failed.
+
+        :param version: of the holds; "" if it told anything new.
+        """
+        settled = self._settled.get((room_id, alias))
+        if settled is not None and settled.listing == listing:
+            self._settled[room_id, alias] = Settled(listing, version)
+
+    def forget_settled(self) -> None:
+        """Listings were applied elsewhere meanwhile."""
+        self._settled.clear()
+
+    def not_settled(self, room_id: str, alias: str) -> None:
+        """The holds have changed since the last listing."""
         self._settled.pop((room_id, alias), None)
-        if version:
-            self._settled[room_id, alias] = version
-            _shorten(self._settled, ROOMS_NOTED)
 
     # -- full rooms --------------------------------------------------------------------------------------
 

@@ -170,19 +170,20 @@ local function end_unused(user, alias, identity, left_by, now)
   end
 end
 
+local function forget_ended(now)
+  for _, found in ipairs(ended.up_to(now - ENDED_SESSIONS_KEPT)) do ended.drop(found[1]) end
+end
+
 function Seats.leave(now, alias, sid, identity, left_by, by_choice)
   room.touched = now
   local at, key = key_of(alias, sid), key_of(alias, identity)
   ended.put(at, now)
+  forget_ended(now)
   local token, hold = reserved[key], sessions[at]
   local of = hold or token
   if by_choice and of then end_unused(of.user, alias, identity, left_by, now) end
   if by_choice and token and (token.began <= left_by or sid ~= '' and token.sid == sid) then move(token, 'leave', now) end
   if hold then move(hold, by_choice and 'leave' or 'vanish', now) end
-end
-
-local function forget_ended(now)
-  for _, found in ipairs(ended.up_to(now - ENDED_SESSIONS_KEPT)) do ended.drop(found[1]) end
 end
 
 -- Tokens that were issued while the roster was unknown get the seats that are free, first come first served.
@@ -262,11 +263,12 @@ local function end_missing(alias, there, since, now)
     if Store.has('s' .. at) then found = found + 1 end
   end
   if found == (room.in_call[alias] or 0) then return end
-  local missing = {}
-  for _, hold in ipairs(in_call()) do
-    if hold.alias == alias and hold.began < since and not there[key_of(alias, hold.sid)] then
-      missing[#missing + 1] = hold
-    end
+  local names, missing = {}, {}
+  for _, name in ipairs(Store.names('s')) do
+    if not there[name:sub(2)] then names[#names + 1] = name end
+  end
+  for _, hold in ipairs(in_order(read_all(names))) do
+    if hold.alias == alias and hold.began < since then missing[#missing + 1] = hold end
   end
   read_users(alias, missing)
   for _, hold in ipairs(missing) do move(hold, 'vanish', now) end

@@ -36,10 +36,12 @@ was lost while the step was made."""
 class _Queued:
     """What the next step on a room begins with.
 
+    :ivar listing: the number of the listing that it applies as a whole, if it does.
     :ivar otherwise: applies the whole listing if this one was taken for one that tells nothing new, and is not.
     """
 
     operation: Operation
+    listing: int | None = None
     otherwise: Callable[[], Awaitable[None]] | None = None
 
 
@@ -98,9 +100,9 @@ class RoomSteps:
                 if failed.reason != CHANGED:
                     raise
             before = await self._with_whole_listings(room_id, before)
-        for operation, result in zip(queued, results, strict=False):
-            if operation[0] == "apply_listing":
-                self.notes.note_settled(room_id, operation[1], result or "")
+        for one, result in zip(before, results, strict=False):
+            if one.listing is not None:
+                self.notes.note_settled(room_id, one.operation[1], one.listing, result or "")
         return results[len(queued) :]
 
     async def _with_whole_listings(self, room_id: str, queued: Sequence[_Queued]) -> list[_Queued]:
@@ -168,8 +170,7 @@ class RoomSteps:
 
         :param since: when the listing of this SFU room began, on the server's clock.
         """
-        self.notes.note_settled(room_id, alias, "")
-        self._queue_listing(room_id, alias, since, _Queued(operation))
+        self._queue_listing(room_id, alias, since, _Queued(operation, self.notes.applying(room_id, alias)))
 
     def listed_again(
         self, room_id: str, alias: str, since: float, operation: Operation, otherwise: Callable[[], Awaitable[None]]
@@ -180,10 +181,10 @@ class RoomSteps:
         """
 
         async def apply() -> None:
-            self.notes.note_settled(room_id, alias, "")
+            self.notes.not_settled(room_id, alias)
             await otherwise()
 
-        self._queue_listing(room_id, alias, since, _Queued(operation, apply))
+        self._queue_listing(room_id, alias, since, _Queued(operation, otherwise=apply))
 
     def _queue_listing(self, room_id: str, alias: str, since: float, queued: _Queued) -> None:
         self._queue(room_id, queued)
