@@ -254,7 +254,7 @@ async def test_only_joins_are_held_while_upstream_is_down(start_sandbox: StartSa
 
 @pytest_twisted.ensureDeferred
 async def test_two_hanging_dependencies_cost_one_lookup_timeout(start_sandbox: StartSandbox) -> None:
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=1, guard_policy_ttl=0.01)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=1, guard_policy_ttl=0.0001)
     room_id = room_of(sandbox, 3)
     await sandbox.enter(ALICE, room_id)
     break_synapse(sandbox, Fault.hang())

@@ -57,7 +57,7 @@ async def test_the_limit_of_a_room_holds_on_both_routes(guarded: Guarded, room_v
 
 @pytest_twisted.ensureDeferred
 async def test_a_raised_limit_admits_the_next_user(set_guarded: MakeGuarded) -> None:
-    guarded = await set_guarded(guard_policy_ttl=0.01)
+    guarded = await set_guarded(guard_policy_ttl=0.0001)
     alice, bob, _ = await users_of(guarded.synapse)
     room_id = await guarded.synapse.room_of(alice, bob)
     await guarded.synapse.set_state(alice, room_id, VOICE_LIMIT, {"max_users": 1})

@@ -288,7 +288,7 @@ async def test_a_removed_person_is_removed_again_where_nothing_else_is_checked(s
 async def test_a_person_whom_nobody_admitted_is_not_accepted_because_the_policy_was_out_of_date(
     start_sandbox: StartSandbox,
 ) -> None:
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.01)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.0001)
     room_id = lobby_room(sandbox)
     await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)

@@ -60,7 +60,7 @@ async def test_a_guard_that_knew_no_limit_gives_nobody_a_seat_when_a_moderator_a
     start_sandbox: StartSandbox,
 ) -> None:
     """One of several guards may not have read the policy of a room for a long time: another one enforces it."""
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.01)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.0001)
     room_id = room_of(sandbox)
     await sandbox.enter(ALICE, room_id)
     await at_rest(sandbox)

@@ -121,7 +121,7 @@ async def test_a_member_who_left_unseen_is_removed_when_the_membership_is_due(st
 
 @pytest_twisted.ensureDeferred
 async def test_a_departure_that_a_join_finds_out_is_acted_on_in_the_next_round(start_sandbox: StartSandbox) -> None:
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.01)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=0.0001)
     room_id, (alice, bob) = await settled(sandbox, ALICE, BOB)
     sandbox.homeserver.leave(room_id, BOB)
     assert (await sandbox.ask_token(BOB, room_id)).code == 403
