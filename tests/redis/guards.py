@@ -21,6 +21,7 @@ from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.own import OwnHolds
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import parse_address
+from tests.conftest import until
 
 reactor: Any = default_reactor
 LEASE, REBUILD = 2.5, 1.0
@@ -83,3 +84,15 @@ async def guards(url: str, count: int, seat_ttl: float = 30.0) -> AsyncIterator[
         for guard in started:
             guard.kill()
         await deferLater(reactor, 0.02)  # the connections are closed
+
+
+async def share_again(*started: GuardSeats) -> None:
+    """Wait until guards that had lost their connection all share their seats in a complete data set.
+
+    Each of them must be connected: until then, what it says of the data set is about the one before.
+    """
+
+    def shares(guard: GuardSeats) -> bool:
+        return guard.client.available and not guard.book.unshared and guard.rebuilding.complete
+
+    await until(lambda: all(shares(guard) for guard in started), 30)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest_twisted
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import Deferred
 
 from lotusguard.guard.seats.book import Issued
 from lotusguard.rules.refusals import Refusal
@@ -13,7 +13,7 @@ from tests.calls import logged, named
 from tests.conftest import until
 
 from .conftest import OwnServer
-from .guards import GuardSeats, guards, reactor
+from .guards import GuardSeats, guards, reactor, share_again
 from .test_seat_book import ALIAS, issue, listed
 
 
@@ -59,8 +59,7 @@ async def test_a_redis_that_comes_back_empty_gets_what_every_guard_issued(own_se
         await listed(first, room, 3)
         await issue(first, room, "alone", 3)
         own_server.start_again()
-        await until(lambda: not first.book.unshared and not second.book.unshared, 30)
-        await gatherResults([Deferred.fromCoroutine(guard.rebuilding.wait()) for guard in (first, second)])
+        await share_again(first, second)
         assert await second.book.listed_since(room, [ALIAS]) is None, "a listing from before is trusted"
         await listed(second, room, 3)
         for user in ("before", "other", "alone"):
@@ -105,8 +104,7 @@ async def test_who_got_in_while_the_guards_were_alone_is_over_the_limit_afterwar
             await listed(guard, room, 1)
             await issue(guard, room, user)
         own_server.start_again()
-        await until(lambda: not first.book.unshared and not second.book.unshared, 30)
-        await first.rebuilding.wait()
+        await share_again(first, second)
         who = [Arrival(f"PA_{user}", user, user, reactor.seconds()) for user in ("a", "b")]
         await first.book.apply_listing(room, ALIAS, who, 1, reactor.seconds() + 0.001)
         await first.book.is_started(room)  # a listing is applied with the next step
