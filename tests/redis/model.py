@@ -138,8 +138,9 @@ class RoomModel:
         known: Any,
     ) -> None:  # fmt: skip
         seats = self._now.seats
-        if limit is not None:
-            seats.seat_failed_open(limit)
+        to_give = self._seats_to_give(limit)
+        if to_give is not None:
+            seats.seat_failed_open(to_give)
         known = hold_id in seats.pending or any(
             hold.id == hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())
         )

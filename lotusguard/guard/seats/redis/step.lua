@@ -76,7 +76,7 @@ end
 -- The answer is a list: the refusal, or ''; and for a room that is full what full() tells.
 function Writing.take(hold_id, user, limit, alias, exempt, slots, lease, known)
   -- a guard that was alone has issued tokens: they come before somebody new
-  if given(limit) and next(room.listed) then Seats.seat_failed_open(now, limit) end
+  if given(limit) and next(room.listed) then Seats.seat_failed_open(now, seats_to_give(limit)) end
   local refusal = Seats.take(now, hold_id, user, given(limit), alias, exempt, given(slots), now + lease)
   if refusal == 'seat_pending' then room.waited_until = now + WAIT_LONGEST end
   return {refusal or '', refusal == 'full' and full(known) or false}
