@@ -55,12 +55,14 @@ class LiveKitLink(Service):
     :param returned: called when there is a connection again after an attempt failed. A connection that was only closed,
         as proxies do with idle ones, says nothing about LiveKit.
     :param failed: called with the Failure of ``returned``.
+    :ivar attempts: to connect that failed since there was a connection.
     """
 
     _reactor: Any
     _url: str
     _returned: Callable[[], Awaitable[None]]
     _failed: Callable[[Failure], None]
+    attempts: int = field(default=0, init=False)
     _kept: Deferred[None] | None = field(default=None, init=False)
     _telling: Deferred[object] | None = field(default=None, init=False)
 
@@ -83,19 +85,19 @@ class LiveKitLink(Service):
         )
         factory = Factory.forProtocol(_Idle)
         factory.noisy = False  # it would log each attempt
-        seen, attempts = False, 0
+        seen = False
         while True:
             try:
                 idle = cast(_Idle, await endpoint.connect(factory))
             except (ConnectError, DNSLookupError, OSError):
-                attempts += 1
-                await deferLater(self._reactor, SOON if seen and attempts <= ATTEMPTS_SOON else LATER)
+                self.attempts += 1
+                await deferLater(self._reactor, SOON if seen and self.attempts <= ATTEMPTS_SOON else LATER)
                 continue
-            if seen and attempts:
+            if seen and self.attempts:
                 if self._telling is not None:
                     self._telling.cancel()
                 self._telling = run_in_background(self._tell(), self._failed)
-            seen, attempts, began = True, 0, self._reactor.seconds()
+            seen, self.attempts, began = True, 0, self._reactor.seconds()
             try:
                 await idle.lost
             finally:

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import pytest_twisted
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 
 from lotusguard.clients import livekit_link
 from lotusguard.clients.dependency import DependencyFailed
@@ -182,18 +179,12 @@ async def test_a_lost_room_that_was_listed_before_the_round_is_created_again(san
 async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, not_ready: str | None
 ) -> None:
-    pauses: list[float] = []
-
-    def pause(clock: IReactorTime, seconds: float) -> Deferred[None]:
-        pauses.append(seconds)
-        return deferLater(clock, seconds)
-
     monkeypatch.setattr(livekit_link, "SHORT_LIVED", 0.0)
-    monkeypatch.setattr(livekit_link, "deferLater", pause)
+    (link,) = (service for service in sandbox.guard if isinstance(service, livekit_link.LiveKitLink))
     alias = await call_of_two(sandbox)
     await sandbox.livekit.stop_listening()
     sandbox.livekit.restart()
-    await until(lambda: livekit_link.SOON in pauses)  # an attempt was refused
+    await until(lambda: link.attempts)
     if not_ready:  # it accepts connections, and does not answer yet
         sandbox.livekit.faults[not_ready] = Fault.status(503, times=2)
     await sandbox.livekit.listen()
