@@ -14,7 +14,7 @@ from attrs import define, field
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint
-from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
@@ -89,7 +89,11 @@ class LiveKitLink(Service):
         while True:
             try:
                 idle = cast(_Idle, await endpoint.connect(factory))
+            except ConnectingCancelledError:
+                return
             except (ConnectError, DNSLookupError, OSError):
+                if not self.running:  # it was stopped while this attempt was failing, which hides that it was cancelled
+                    return
                 self.attempts += 1
                 await deferLater(self._reactor, SOON if seen and self.attempts <= ATTEMPTS_SOON else LATER)
                 continue

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectingCancelledError, ConnectionRefusedError
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 
 from lotusguard.clients import livekit_link
 from lotusguard.clients.dependency import DependencyFailed
@@ -189,6 +194,27 @@ async def test_what_livekit_lost_is_created_as_soon_as_it_is_back(
         sandbox.livekit.faults[not_ready] = Fault.status(503, times=2)
     await sandbox.livekit.listen()
     await until(lambda: alias in sandbox.livekit.rooms)
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(), ConnectingCancelledError(None)])
+def test_a_link_that_is_stopped_while_it_connects_tries_no_more(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Twisted's endpoint tells of a refused connection if it is cancelled while that is being handled."""
+
+    class Endpoint:
+        def __init__(self, *arguments: object, **options: object) -> None: ...
+
+        def connect(self, factory: object) -> Deferred[None]:
+            return Deferred(lambda connecting: connecting.errback(error))
+
+    monkeypatch.setattr(livekit_link, "HostnameEndpoint", Endpoint)
+    clock, failures = Clock(), list[Failure]()
+    link = livekit_link.LiveKitLink(clock, "http://livekit", AsyncMock(), failures.append)
+    link.startService()
+    link.stopService()
+    assert not clock.getDelayedCalls()
+    assert failures == []
 
 
 @pytest_twisted.ensureDeferred
