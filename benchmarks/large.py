@@ -180,7 +180,7 @@ def big_event(bench: Bench, seconds: float) -> None:
     share = bench.figure(f"{name}, {A_MINUTE} joins and departures a minute: share of a core", "%", 40.0, digits=1)
     p99 = bench.figure(f"{name}: p99 of joins", "ms", 50.0, digits=1)
     last = bench.figure(f"{name}: policy change to the last of all revocations", "s", 5.0)
-    meanwhile = bench.figure(f"{name}: p99 of {BURST:.0f} joins/s until then", "ms", 100.0, digits=1)
+    delays = bench.figure(f"{name}: p99 of {BURST:.0f} joins/s until then", "ms", 100.0, digits=1)
     stranger = 10_000
     for _ in range(max(1, bench.rounds // 2)):
         bench.dependencies.ask({"rooms": 1, "participants": 0, "cap": PEOPLE + 1_000, "forbid": []})
@@ -202,10 +202,10 @@ def big_event(bench: Bench, seconds: float) -> None:
                 joins = pool.submit(join, BURST, 6.0)
                 time.sleep(0.5)
                 last.guard.append(_forbid_sharing(bench, guard))
-                meanwhile.guard.append(percentile(joins.result().latencies, 0.99) * MS)
+                delays.guard.append(percentile(joins.result().latencies, 0.99) * MS)
         bench.dependencies.ask({"event": {}})
         bench.say(f"{name}: {share.guard[-1]:.0f} % of a core, p99 {p99.guard[-1]:.0f} ms; all revoked after "
-                  f"{last.guard[-1]:.1f} s, p99 {meanwhile.guard[-1]:.0f} ms until then")  # fmt: skip
+                  f"{last.guard[-1]:.1f} s, p99 {delays.guard[-1]:.0f} ms until then")  # fmt: skip
     bench.dependencies.ask({"rooms": 50, "participants": 20, "cap": 50, "forbid": ["allow_screenshare"]})
 
 

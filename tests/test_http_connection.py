@@ -164,7 +164,8 @@ def test_a_connection_takes_one_request_at_a_time(setting: Setting) -> None:
 
 def test_headers_that_the_dependency_meant_for_us_only_are_left_out(setting: Setting) -> None:
     asked = setting.ask()
-    setting.send(OK + b"Connection: X-Internal , keep-alive\r\nX-Internal: 1\r\nX-A: 2\r\nContent-Length: 0\r\n\r\n")
+    setting.send(OK + b"Connection: X-Internal , keep-alive\r\nConnection: X-Also\r\nX-Internal: 1\r\nX-Also: 1\r\n")
+    setting.send(b"X-A: 2\r\nContent-Length: 0\r\n\r\n")
     assert list(result(asked).headers.getAllRawHeaders()) == [(b"X-A", [b"2"])]
 
 

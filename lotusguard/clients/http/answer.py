@@ -57,7 +57,7 @@ class Answer:
     def headers(self) -> Headers:
         """The headers, without those of the connection."""
         if self._headers is None:
-            options = self.header(b"connection").lower()
+            options = b",".join(value for name, value in self.raw_headers if name.lower() == b"connection").lower()
             left_out = _OF_THE_CONNECTION.union(option.strip() for option in options.split(b","))
             self._headers = Headers()
             for name, value in self.raw_headers:

@@ -43,7 +43,7 @@ class Connection(Protocol):
 
     :param kept: called when an answer is complete and the next request can be sent.
     :param lost: called when no request can be sent any more.
-    :ivar unused_since: when its last answer was complete, on the clock of whoever keeps it.
+    :ivar unused_since: when its last answer was complete, on the clock of the pool.
     :ivar closed: fires when the connection is closed.
     """
 

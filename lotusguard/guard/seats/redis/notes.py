@@ -124,7 +124,7 @@ class RoomNotes:
             self._settled[room_id, alias] = Settled(listing, version)
 
     def forget_settled(self) -> None:
-        """Listings were applied elsewhere meanwhile."""
+        """The last listings were applied to another book."""
         self._settled.clear()
 
     def not_settled(self, room_id: str, alias: str) -> None:
