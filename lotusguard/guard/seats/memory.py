@@ -66,12 +66,12 @@ class MemorySeatBook:
             left = min(hold.expires - self._wall(), self._seat_ttl)
             if not hold.present and left <= 0:
                 continue
-            key = IdentityKey(hold.alias, hold.identity)
-            expires = ended if hold.present else now + left
-            room.seats.restore(
-                token_hex(8), hold.user, key, present=hold.present, now=now, expires=expires, device=hold.device
-            )
-            room.started = room.started or hold.present
+            hold_id, key = token_hex(8), IdentityKey(hold.alias, hold.identity)
+            if hold.present:
+                room.seats.restore_present(hold_id, hold.user, key, now, ended, hold.device)
+                room.started = True
+            else:
+                room.seats.restore_issued(hold_id, hold.user, key, now, now + left, hold.device)
 
     # -- joins -------------------------------------------------------------------------------------------
 

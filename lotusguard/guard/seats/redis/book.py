@@ -169,7 +169,7 @@ class RedisSeatBook:
     ) -> None:
         await self._steps.know_time()
         arrivals, since = [self._arrival(who) for who in present], self._steps.clock.to_server(since)
-        operation = ("apply_listing", alias, arrivals, limit, since, self._seat_ttl)
+        operation = ("apply_listing", alias, arrivals, limit, since)
         self._steps.apply_listing(room_id, alias, since, operation)
 
     async def listed_again(

@@ -17,13 +17,14 @@
 local COLUMNS = {
   hold = {'state', 'id', 'user', 'alias', 'identity', 'sid', 'began', 'expires', 'place', 'lease', 'device'},
   user = {'holds', 'takes_seat', 'full', 'owns_seat', 'removes', 'occupies', 'exempt', 'reserved'},
-  chain = {'expires', 'asked'},
+  time_to_arrive = {'expires', 'asked'},
 }
-local ROWS = {p = COLUMNS.hold, s = COLUMNS.hold, r = COLUMNS.hold, u = COLUMNS.user, c = COLUMNS.chain}
+local ROWS = {p = COLUMNS.hold, s = COLUMNS.hold, r = COLUMNS.hold, u = COLUMNS.user, c = COLUMNS.time_to_arrive}
 local AT_ONCE = 2000  -- arguments of one command
 local HASH = KEYS[1]
 
 local Store = {}
+local now                        -- the time of this step
 local room                       -- the field "ROOM"
 local is_new = false             -- whether Redis has no such room: sorted sets that outlived it do not count
 local texts = {}                 -- name of a field → what Redis has, false if it has none
