@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.ended_sessions import ENDED_SESSIONS_KEPT
+from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_seats import UNCONFIRMED_KEPT, RoomSeats
 from lotusguard.rules.seats import Arrival, HoldState, IdentityKey, Session
 from tests.rules.seat_rooms import (

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.listings import OVERTAKEN_BY
+from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_holds import RECONNECT_WINDOW, RESERVED_PER_USER
 from lotusguard.rules.room_seats import UNCONFIRMED_KEPT, RoomSeats
 from lotusguard.rules.seats import TABLE, Arrival, HoldEvent, HoldState, IdentityKey

@@ -22,7 +22,6 @@ from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
 from lotusguard.guard.seats.redis.scripts import OCCUPIED_ROOM, WAKE_CHANNEL, room_key
 from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
-from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seats import Arrival, HoldState
 
@@ -49,7 +48,6 @@ class RedisSeatBook:
 
     _redis: RedisClient
     _reactor: Any
-    _metrics: Metrics
     _seat_ttl: float
     _guarding_since: float
     _rebuilding: Rebuilding
