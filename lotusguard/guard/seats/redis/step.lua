@@ -23,6 +23,9 @@ local function seats_to_give(limit)
   return limit and not request.complete and 0 or limit
 end
 
+-- When a listing began. A guard that has not noticed that this clock was set back would name a time to come.
+local function begun(since) return math.min(since, now) end
+
 local function text(at) return at and string.format('%.6f', at) or false end
 
 local function arrival(from)
@@ -42,7 +45,7 @@ end
 
 for _, operation in ipairs(request.operations) do
   local name, alias, _, since, version = unpack(operation)
-  if name == 'listed_again' and not Seats.is_same(alias, math.min(since, now), tonumber(version)) then
+  if name == 'listed_again' and not Seats.is_same(alias, begun(since), tonumber(version)) then
     return cjson.encode({'changed'})
   end
 end
@@ -147,14 +150,13 @@ function Writing.apply_listing(alias, present, limit, since)
       room.started = true  -- the call is older than our memory of it, and somebody must have started it
     end
   end
-  -- a guard that has not noticed that this clock was set back would name a time to come
-  local settled = Seats.apply_listing(alias, arrivals, seats_to_give(limit), math.min(since, now))
+  local settled = Seats.apply_listing(alias, arrivals, seats_to_give(limit), begun(since))
   Seats.forget_old(LISTING_KEPT)
   return settled and digits(room.version)
 end
 
 function Writing.listed_again(alias, limit, since)
-  Seats.listed_again(alias, given(limit), math.min(since, now))
+  Seats.listed_again(alias, given(limit), begun(since))
   return true
 end
 

@@ -80,6 +80,11 @@ local function in_parts(values, call)
   for first = 1, #values, AT_ONCE do call(first, math.min(first + AT_ONCE - 1, #values)) end
 end
 
+-- Send a command with these values, in as many parts as it takes.
+local function send(command, key, values)
+  in_parts(values, function(first, last) redis.call(command, key, unpack(values, first, last)) end)
+end
+
 -- Read many fields at once, because they are going to be used.
 function Store.fetch(names)
   if is_new then return end
@@ -213,8 +218,8 @@ local function order(key)
         dropped[#dropped + 1] = member
       end
     end
-    in_parts(put, function(first, last) redis.call('ZADD', key, unpack(put, first, last)) end)
-    in_parts(dropped, function(first, last) redis.call('ZREM', key, unpack(dropped, first, last)) end)
+    send('ZADD', key, put)
+    send('ZREM', key, dropped)
     news, old = {}, nil
   end
 
@@ -243,8 +248,8 @@ function Store.write(seconds)
     end
   end
   -- first what a server without memory rejects: then nothing was written
-  in_parts(put, function(first, last) redis.call('HSET', HASH, unpack(put, first, last)) end)
-  in_parts(dropped, function(first, last) redis.call('HDEL', HASH, unpack(dropped, first, last)) end)
+  send('HSET', HASH, put)
+  send('HDEL', HASH, dropped)
   changed = {}
   if is_new then redis.call('DEL', unpack(KEYS, 2)) end
   for _, one in ipairs(orders) do one.write() end
