@@ -235,8 +235,6 @@ class RoomModel:
 READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
 _SHOW = with_rules("""
 local shown = {}
-for _, letter in ipairs({'p', 'r', 's'}) do
-  for _, hold in ipairs(Store.all(letter)) do shown[#shown + 1] = {hold.user, hold.state} end
-end
+for place, hold in ipairs(all_holds()) do shown[place] = {hold.user, hold.state} end
 return #shown > 0 and cjson.encode(shown) or '[]'
 """)

@@ -48,13 +48,10 @@ local function precise(value)
   for key, item in pairs(value) do copy[key] = precise(item) end
   return copy
 end
-local holds = {}
-for _, letter in ipairs({'p', 'r', 's'}) do
-  for _, hold in ipairs(Store.all(letter)) do holds[#holds + 1] = hold end
-end
+local holds = in_order(all_holds())
 Seats.close(600)
 if answer == nil then answer = cjson.null end
-return cjson.encode({answer = precise(answer), holds = precise(in_order(holds)), listed = precise(room.listed),
+return cjson.encode({answer = precise(answer), holds = precise(holds), listed = precise(room.listed),
                       vacated = precise(room.vacated), version = room.version})
 """
 RUN = with_rules(_RUN)

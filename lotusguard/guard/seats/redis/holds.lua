@@ -163,6 +163,14 @@ local function sessions_with(alias, identity)
   return holds
 end
 
+local function all_holds()
+  local holds = {}
+  for _, letter in ipairs({'p', 's', 'r'}) do
+    for _, hold in ipairs(Store.all(letter)) do holds[#holds + 1] = hold end
+  end
+  return holds
+end
+
 -- Read many holds, and their users.
 local function read_all(names)
   Store.fetch(names)

@@ -53,12 +53,10 @@ function Seats.shift(by)
   room.unlimited_at, room.vacated = room.unlimited_at + by, room.vacated + by
   if room.waited_until then room.waited_until = room.waited_until + by end
   for alias, since in pairs(room.listed) do room.listed[alias] = since + by end
-  for _, letter in ipairs({'p', 's', 'r'}) do
-    for _, hold in ipairs(Store.all(letter)) do
-      hold.began, hold.expires = hold.began + by, hold.expires + by
-      if hold.lease then hold.lease = hold.lease + by end
-      write(field_of(hold), hold)
-    end
+  for _, hold in ipairs(all_holds()) do
+    hold.began, hold.expires = hold.began + by, hold.expires + by
+    if hold.lease then hold.lease = hold.lease + by end
+    write(field_of(hold), hold)
   end
   for _, name in ipairs(Store.names('c')) do
     local times = read(name)
