@@ -286,7 +286,7 @@ async def test_rows_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path) 
 @pytest_twisted.ensureDeferred
 async def test_every_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     directory = tmp_path / "var" / "state"
-    async with opened(directory) as store:
+    async with opened(directory, stopped_clock()) as store:
         assert await store.put_hold(hold("@alice:s"))
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         names = ("lotusguard.sqlite3", "lotusguard.sqlite3-wal", "lotusguard.sqlite3-shm")
