@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
-from twisted.internet.task import Clock
 
 from lotusguard.guard.seats.store import PATIENCE, StateStore, StoredHold, StoredIdentity, open_state_store
 from lotusguard.guard.seats.writer import RETRY
 from lotusguard.metrics import Metrics
-from tests.conftest import until
+from tests.conftest import stopped_clock, until
 
 NOW = 1_800_000_000.0
 """The wall clock of these tests."""
@@ -66,13 +65,6 @@ async def opened(
         yield store
     finally:
         await store.close()
-
-
-def stopped_clock() -> Any:
-    """A clock for the store, whose thread reports to the real reactor."""
-    clock: Any = Clock()
-    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
-    return clock
 
 
 @contextmanager
