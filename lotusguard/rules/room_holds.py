@@ -10,7 +10,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from typing import TypeVar
 
-from attrs import Factory, define, field
+from attrs import define, field
 
 from lotusguard.rules.seat_count import SeatCount
 from lotusguard.rules.seats import TABLE, Hold, HoldEvent, HoldState, IdentityKey, Session
@@ -42,7 +42,7 @@ class RoomHolds:
     """ISSUED…, RECONNECTING and LEFT holds"""
     pending: dict[str, Hold] = field(factory=dict, init=False)
     """PENDING holds by ID"""
-    changed: set[IdentityKey] = field(default=Factory(set), init=False)
+    changed: set[IdentityKey] = field(factory=set, init=False)
     _by_alias: dict[str, dict[Session, Hold]] = field(factory=dict, init=False)
     _sessions_of: dict[IdentityKey, list[Hold]] = field(factory=dict, init=False)
     _reserved_for: dict[str, dict[IdentityKey, Hold]] = field(factory=dict, init=False)

@@ -234,6 +234,15 @@ class RoomSeats(RoomHolds):
                 self._count(hold)
                 self._counted.forget(nobody)
 
+    def forget_old(self, now: float, ttl: float) -> None:
+        """Drop what no delayed event can refer to any more."""
+        self._advance(now)
+        self._ended.forget_old(now)
+        for hold in [hold for hold in self._unconfirmed.values() if hold.expires + UNCONFIRMED_KEPT <= now]:
+            self._move(hold, HoldEvent.CONFIRM)
+        self._arrival_times.forget_old(now, ttl)
+        self._listings.forget_others(self._aliases)
+
     # -- an earlier run of the guard ---------------------------------------------------------------------
 
     def restore_issued(
@@ -336,15 +345,6 @@ class RoomSeats(RoomHolds):
         for hold in list(self._failed_open.values()):
             if self.owns_seat(hold.user) or self._counted.total.owns_seat < limit:
                 self._move(hold, HoldEvent.SEAT)
-
-    def forget_old(self, now: float, ttl: float) -> None:
-        """Drop what no delayed event can refer to any more."""
-        self._advance(now)
-        self._ended.forget_old(now)
-        for hold in [hold for hold in self._unconfirmed.values() if hold.expires + UNCONFIRMED_KEPT <= now]:
-            self._move(hold, HoldEvent.CONFIRM)
-        self._arrival_times.forget_old(now, ttl)
-        self._listings.forget_others(self._aliases)
 
 
 def _key(alias: str, identity: str, hold_id: str) -> IdentityKey:

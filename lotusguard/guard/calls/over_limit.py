@@ -34,7 +34,8 @@ class LimitEnforcer:
     eject: bool
 
     async def enforce(self, slot: Slot, known: KnownPolicy, since: float) -> None:
-        """
+        """Remove them. While the room's policy is unknown, everybody in the call gets a seat instead.
+
         :param since: when the listing began that brought us here. In the room's other slots somebody may have left
             before: while that is unknown, nobody is removed.
         :raises DependencyFailed: another slot of the room could not be listed. :raises TimeoutError: not in time.
