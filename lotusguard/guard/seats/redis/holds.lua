@@ -11,6 +11,7 @@ local due = order(KEYS[2])          -- what time ends: holds, requests in flight
 local unconfirmed = order(KEYS[3])  -- holds that a listing has to confirm, by the time they ended
 local seatless = order(KEYS[4])     -- holds without a seat, by their place
 local ended = order(KEYS[5])        -- ended sessions, by the time they ended
+local now                           -- the time of this step
 
 local function key_of(alias, name) return alias .. '\0' .. name end
 

@@ -24,7 +24,6 @@ local AT_ONCE = 2000  -- arguments of one command
 local HASH = KEYS[1]
 
 local Store = {}
-local now                        -- the time of this step
 local room                       -- the field "ROOM"
 local is_new = false             -- whether Redis has no such room: sorted sets that outlived it do not count
 local texts = {}                 -- name of a field → what Redis has, false if it has none
@@ -75,14 +74,11 @@ local function fields(letter)
   })
 end
 
--- Call a function with so many values at once as a command may have.
-local function in_parts(values, call)
-  for first = 1, #values, AT_ONCE do call(first, math.min(first + AT_ONCE - 1, #values)) end
-end
-
 -- Send a command with these values, in as many parts as it takes.
 local function send(command, key, values)
-  in_parts(values, function(first, last) redis.call(command, key, unpack(values, first, last)) end)
+  for first = 1, #values, AT_ONCE do
+    redis.call(command, key, unpack(values, first, math.min(first + AT_ONCE - 1, #values)))
+  end
 end
 
 -- Read many fields at once, because they are going to be used.
@@ -92,10 +88,10 @@ function Store.fetch(names)
   for i = 1, #names do
     if known[names[i]] == nil and texts[names[i]] == nil then missing[#missing + 1] = names[i] end
   end
-  in_parts(missing, function(first, last)
-    local found = redis.call('HMGET', HASH, unpack(missing, first, last))
+  for first = 1, #missing, AT_ONCE do
+    local found = redis.call('HMGET', HASH, unpack(missing, first, math.min(first + AT_ONCE - 1, #missing)))
     for i = 1, #found do texts[missing[first + i - 1]] = found[i] end
-  end)
+  end
 end
 
 -- Whether there is a field.
