@@ -32,7 +32,7 @@ OTHER_SECRET = "another-secret-of-the-same-length-1"
 
 
 async def checked(
-    sandbox: Sandbox, *, patience: float = 20.0, longest: Any = 60.0, ahead: Any = 0.0, **settings: Any
+    sandbox: Sandbox, *, patience: Any = 20.0, longest: Any = 60.0, ahead: Any = 0.0, **settings: Any
 ) -> Report:
     """Check with the settings of the sandbox's guard and these changes. :param ahead: seconds our clock is ahead."""
     assert sandbox.guard.public.port is not None
