@@ -23,7 +23,7 @@ from benchmarks.scenarios import Bench
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
-LIBRARIES = ("twisted", "klein", "treq", "pyjwt", "protobuf", "livekit-protocol", "prometheus-client")
+LIBRARIES = ("twisted", "klein", "treq", "protobuf", "livekit-protocol", "prometheus-client")
 
 
 def main() -> None:
