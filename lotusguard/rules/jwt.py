@@ -48,8 +48,10 @@ class SfuKey:
         The payload is ASCII without ``> ? ~``. Element Call decodes it with ``atob``, which does not know
         base64url's ``-`` and ``_``; only those characters lead to them.
         """
-        payload = compact(claims).translate(_ATOB_SAFE).encode("ascii")
-        signed = _HEAD + b"." + _encoded(payload)
+        payload = compact(claims)
+        for character, escape in _ATOB_SAFE.items():
+            payload = payload.replace(character, escape)
+        signed = _HEAD + b"." + _encoded(payload.encode("ascii"))
         return (signed + b"." + self._signature(signed)).decode("ascii")
 
     def read(self, token: str) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def _is_plain_hs256(header: object) -> bool:
     return isinstance(header, dict) and header.get("alg") == "HS256" and "crit" not in header
 
 
-_ATOB_SAFE = {ord(character): f"\\u{ord(character):04x}" for character in ">?~\x7f"}
+_ATOB_SAFE = {character: f"\\u{ord(character):04x}" for character in ">?~\x7f"}
 
 
 def read_unverified(token: str) -> dict[str, Any] | None:

@@ -166,16 +166,18 @@ class DecisionLog:
         """A join is over. Clients that poll come back every second: for them there is a count, and no line."""
         if decision.verdict is Verdict.ERROR:
             decision.reason = "internal_error"
-        total = decision.stages[Stage.TOTAL] = self._clock.seconds() - decision.began
+        total = self._clock.seconds() - decision.began
         self._metrics.joins.labels(decision.verdict, decision.reason).inc()
-        waited = decision.stages.get(Stage.LOBBY, 0.0)
-        for name, seconds in decision.stages.items():
-            # An alert on slow joins must not fire because somebody waits for a moderator.
-            self._metrics.join_seconds.labels(name).observe(seconds - waited if name == Stage.TOTAL else seconds)
+        for stage, seconds in decision.stages.items():
+            self._metrics.join_seconds.labels(stage).observe(seconds)
+        # An alert on slow joins must not fire because somebody waits for a moderator.
+        undelayed = total - decision.stages.get(Stage.LOBBY, 0.0)
+        self._metrics.join_seconds.labels(Stage.TOTAL).observe(undelayed)
+        decision.stages[Stage.TOTAL] = total
         if decision.verdict is Verdict.WAITING:
             return
         self.decisions.append(decision)
-        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total - waited)
+        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=undelayed)
         self._keep(decision)
         line = "{verdict} {user} in {room_id}: {reason}, {seconds:.3f} s [{request_id}]"
         if decision.seats:
@@ -185,10 +187,10 @@ class DecisionLog:
         log.info(
             line,
             verdict=decision.verdict, user=_user(decision), room_id=_room(decision),
-            reason=decision.reason, seconds=round(total, 6), passed=", ".join(decision.unenforced),
+            reason=decision.reason, seconds=total, passed=", ".join(decision.unenforced),
             request_id=decision.request_id, route=decision.route,
             unenforced=decision.unenforced, seats=decision.seats,
-            stages={name: round(seconds, 6) for name, seconds in decision.stages.items()}, event_name="join",
+            stages=decision.stages, event_name="join",
         )  # fmt: skip
         if decision.holders:
             log.debug(
