@@ -12,7 +12,7 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
+from twisted.internet.task import Clock, deferLater
 
 from lotusguard import upkeep
 from lotusguard.config import Settings
@@ -82,3 +82,10 @@ def until(condition: Callable[[], Any], seconds: float = 15.0) -> Deferred[None]
             await deferLater(reactor, 0.005)
 
     return Deferred.fromCoroutine(wait())
+
+
+def stopped_clock() -> Any:
+    """A clock for a state store, whose thread reports to the real reactor: no write takes too long."""
+    clock: Any = Clock()
+    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
+    return clock

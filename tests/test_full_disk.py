@@ -78,7 +78,7 @@ async def test_people_join_while_the_disk_is_full_and_everything_is_written_afte
         room_id = room_of(sandbox, 1000)
         filler = fill(disk)
         await join(sandbox, room_id, 0, JOINS)
-        await until(lambda: "lotusguard.sqlite3 cannot be written" in sandbox.process.output)
+        await until(lambda: sandbox.process.output.count(".sqlite3 cannot be written") == 2)
         told = await report(sandbox)
         assert any("the state directory cannot be written" in reason for reason in told["reasons"])
         assert told["state"]["waiting_writes"] > 0

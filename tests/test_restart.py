@@ -22,7 +22,7 @@ from lotusguard.clients.http import Answer
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, room_of
 from tests.conftest import until
-from tests.guardprocess import TWIST, ProcessSandbox
+from tests.guardprocess import PATIENT, TWIST, ProcessSandbox
 
 
 @pytest_twisted.async_yield_fixture
@@ -206,7 +206,7 @@ async def test_twist_runs_the_service_with_the_configured_log(tmp_path: Path) ->
     sandbox = ProcessSandbox(
         reactor, guard_state_dir=tmp_path / "state", guard_log_format="json", guard_log_level="debug"
     )
-    sandbox.program, sandbox.twistd = TWIST, ()
+    sandbox.program, sandbox.twistd = PATIENT + TWIST, ()
     await sandbox.start()
     try:
         room_id = room_of(sandbox, 1)

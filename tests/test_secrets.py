@@ -9,7 +9,6 @@ from __future__ import annotations
 import hmac
 import io
 import json
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,10 @@ from typing import Any
 
 import pytest
 import pytest_twisted
-from twisted.internet import reactor
 from twisted.logger import ILogObserver, globalLogPublisher
 
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
-from lotusguard.guard.seats.lease import StateLease
-from lotusguard.guard.seats.store import StoredHold, open_state_store
 from lotusguard.logs import observer_for
-from lotusguard.metrics import Metrics
 from lotusguard.rules.jwt import SfuKey
 from lotusguard.rules.requests import OpenID
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, KEY, SECRET, SERVER_NAME, Sandbox
@@ -222,24 +217,6 @@ def test_configuration_file_open_to_others_is_warned_about(
     path.chmod(0o644 if loose else 0o640)
     monkeypatch.setenv("GUARD_CONFIG", str(path))
     assert any("GUARD_CONFIG" in text for text in suspicions(read_settings())) is loose
-
-
-@pytest_twisted.ensureDeferred
-async def test_the_state_directory_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    directory = tmp_path / "state"
-    store = open_state_store(directory, reactor, Metrics())
-    lease = StateLease(directory)
-    try:
-        store.put_alias("alias", "!r:s", "slot", 0.0)
-        assert await store.put_hold(StoredHold("!r:s", "@a:s", "alias", "i", "D", False, 4e9))
-        assert lease.renew()
-        files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
-        names = ("lotusguard.sqlite3", "lotusguard.sqlite3-wal", "lotusguard.sqlite3-shm", "lock")
-        assert files == dict.fromkeys(names, 0o600)
-        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    finally:
-        lease.release()
-        await store.close()
 
 
 # -- the operators' listener ---------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
-from twisted.internet.task import Clock
 
 from lotusguard.guard.seats.store import PATIENCE, StateStore, StoredHold, StoredIdentity, open_state_store
 from lotusguard.guard.seats.writer import RETRY
 from lotusguard.metrics import Metrics
-from tests.conftest import until
+from tests.conftest import stopped_clock, until
 
 NOW = 1_800_000_000.0
 """The wall clock of these tests."""
@@ -66,13 +65,6 @@ async def opened(
         yield store
     finally:
         await store.close()
-
-
-def stopped_clock() -> Any:
-    """A clock for the store, whose thread reports to the real reactor."""
-    clock: Any = Clock()
-    clock.callFromThread = reactor.callFromThread  # type: ignore[attr-defined]
-    return clock
 
 
 @contextmanager
@@ -286,7 +278,7 @@ async def test_rows_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path) 
 @pytest_twisted.ensureDeferred
 async def test_every_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     directory = tmp_path / "var" / "state"
-    async with opened(directory) as store:
+    async with opened(directory, stopped_clock()) as store:
         assert await store.put_hold(hold("@alice:s"))
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         names = ("lotusguard.sqlite3", "lotusguard.sqlite3-wal", "lotusguard.sqlite3-shm")

@@ -20,6 +20,7 @@ from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_seats import CALL_ENDED_AFTER, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
 from lotusguard.rules.seats import Arrival
+from tests.conftest import stopped_clock
 
 ROOM, ALIAS = "!room", "alias"
 SEAT_TTL = 30.0
@@ -296,7 +297,7 @@ def test_one_user_has_a_bounded_number_of_holds_in_a_room_and_keeps_the_seat(
 @pytest_twisted.ensureDeferred
 async def test_holds_of_a_forgotten_room_are_not_read_after_a_restart(tmp_path: Path, clock: Clock) -> None:
     metrics = Metrics()
-    store = open_state_store(tmp_path, reactor, metrics, clock.seconds)
+    store = open_state_store(tmp_path, stopped_clock(), metrics, clock.seconds)
     book = MemorySeatBook(store, clock, clock.seconds, metrics, SEAT_TTL, clock.seconds())
     for number in range(ROOMS_PER_CALLER + 1):
         issue(book, "flooder", room_id=f"!flood{number}")
@@ -316,7 +317,7 @@ def issue_durably(book: MemorySeatBook, user: str) -> Deferred[None]:
 @pytest_twisted.ensureDeferred
 async def test_a_repeated_token_whose_hold_is_on_disk_does_not_wait_for_the_disk(tmp_path: Path, clock: Clock) -> None:
     metrics = Metrics()
-    store = open_state_store(tmp_path, reactor, metrics, clock.seconds)
+    store = open_state_store(tmp_path, stopped_clock(), metrics, clock.seconds)
     book = MemorySeatBook(store, clock, clock.seconds, metrics, SEAT_TTL, clock.seconds())
     expires = clock.seconds() + SEAT_TTL
     first = issue_durably(book, "a")
@@ -335,7 +336,7 @@ async def test_a_repeated_token_whose_hold_is_on_disk_does_not_wait_for_the_disk
 @pytest_twisted.ensureDeferred
 async def test_a_token_after_an_arrival_waits_until_its_hold_is_on_disk(tmp_path: Path, clock: Clock) -> None:
     metrics = Metrics()
-    store = open_state_store(tmp_path, reactor, metrics, clock.seconds)
+    store = open_state_store(tmp_path, stopped_clock(), metrics, clock.seconds)
     book = MemorySeatBook(store, clock, clock.seconds, metrics, SEAT_TTL, clock.seconds())
     await issue_durably(book, "a")
     clock.advance(1)
