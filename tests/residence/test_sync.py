@@ -332,6 +332,19 @@ def test_member_list_that_was_too_long_is_read_when_there_is_room(monkeypatch: p
     assert guard.residence.is_joined(ROOM, ALICE)
 
 
+def test_members_who_are_heard_to_join_are_kept_no_longer_than_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MEMBERS_KEPT", 6)
+    joins = [
+        event("m.room.member", {"membership": "join"}, state_key=f"@{number}:here", event_id=f"${number}")
+        for number in range(5)
+    ]
+    guard = Listening(created([ROOM, "!small:here"]), answer("s2", {ROOM: joins[:2]}), answer("s3", {ROOM: joins}))
+    guard.wait(5)
+    assert not guard.residence.is_joined(ROOM, ALICE)  # looked up from now on
+    assert guard.residence.is_joined("!small:here", ALICE)
+    assert guard.residence.has_room_for(4)
+
+
 def test_member_list_is_read_as_soon_as_the_homeserver_answers_again() -> None:
     guard = Listening(created([ROOM]), *[failure("unreachable")] * 200, answer("s2"), members=failure("unreachable"))
     guard.wait(190)
