@@ -22,7 +22,7 @@ from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
 from lotusguard.guard.health import Health
-from lotusguard.guard.joins.decision_store import Question, RecordKind
+from lotusguard.guard.joins.decision_store import HistoryUnavailable, Question, RecordKind
 from lotusguard.guard.joins.decisions import Decision, DecisionLog
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
@@ -39,6 +39,7 @@ from lotusguard.web.answers import (
     NOT_MODERATED,
     OPERATORS_ONLY,
     Rejected,
+    Reply,
     answer_body,
     answer_failure,
     answer_json,
@@ -130,7 +131,10 @@ class OperatorApi:
     @for_operators
     async def decisions(self, request: GuardRequest) -> None:
         """What became of joins, and who was removed: ``?user=&room=&kind=&since=&until=``, oldest first."""
-        found = await self._decision_log.kept.find(_question(request))
+        try:
+            found = await self._decision_log.kept.find(_question(request))
+        except HistoryUnavailable as unavailable:
+            raise Rejected(Reply(503, "M_UNKNOWN", f"Decisions cannot be read: {unavailable}.")) from None
         answer_json(request, 200, {"decisions": [record.as_json() for record in found]})
 
     @app.route("/policy-changed", methods=["POST"])
