@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,6 +17,7 @@ from twisted.python.failure import Failure
 
 from lotusguard import __version__
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.json_answers import parse_json
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
@@ -142,9 +142,9 @@ class OperatorApi:
     async def policy_changed(self, request: GuardRequest) -> None:
         """A room's state or memberships changed, says the homeserver's module: 202, and it is enforced at once."""
         try:
-            content = json.loads(request.body())
+            content = parse_json(request.body())
             room_id, user = content["room_id"], content.get("user", "")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             room_id = user = None
         if not isinstance(room_id, str) or not room_id.startswith("!") or not isinstance(user, str):
             raise Rejected(BAD_ROOM)
@@ -167,9 +167,9 @@ class OperatorApi:
     async def moderate(self, request: GuardRequest) -> None:
         """Admit, deny, remove or mute somebody."""
         try:
-            content = json.loads(request.body())
+            content = parse_json(request.body())
             room_id, user, action = content["room_id"], content["user"], ModerationAction(content["action"])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise Rejected(BAD_MODERATION) from None
         if not (
             isinstance(room_id, str) and isinstance(user, str) and room_id.startswith("!") and user.startswith("@")
