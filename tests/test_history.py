@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -150,7 +150,7 @@ class HangingDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.goes_on = Event()
-        opened = sqlite3.connect
+        opened: Callable[..., sqlite3.Connection] = sqlite3.connect
 
         def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
             assert self.goes_on.wait(60)
