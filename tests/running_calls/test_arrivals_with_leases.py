@@ -41,8 +41,7 @@ class Registry:
 def enforcement_of(leases: Lost) -> Enforcement:
     nothing = cast(Any, SimpleNamespace(forget=lambda alias: None, failing=FailingCalls(Clock(), remembered=60.0)))
     return Enforcement(
-        nothing, nothing, nothing, cast(Any, Registry()), nothing, nothing, Clock(), Metrics(), 1.0,
-        eject=True, leases=leases,
+        nothing, nothing, cast(Any, Registry()), nothing, nothing, nothing, nothing, Clock(), Metrics(), 1.0, leases
     )  # fmt: skip
 
 
