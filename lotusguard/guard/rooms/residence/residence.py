@@ -178,9 +178,12 @@ class Residence:
     def _keep_within_bounds(self) -> None:
         """Forget the state of the largest rooms, if all states are too large, and who is joined to the largest, if too
         many were heard to join. Both are looked up from now on."""
-        while self._members > MEMBERS_KEPT:
-            self.members_unknown(max(self._rooms, key=lambda each: len(self._rooms[each].joined or ())))
-            self._metrics.residence_overflow.labels("members").inc()
+        if self._members > MEMBERS_KEPT:
+            for room_id in sorted(self._rooms, key=lambda each: -len(self._rooms[each].joined or ())):
+                self.members_unknown(room_id)
+                self._metrics.residence_overflow.labels("members").inc()
+                if self._members <= MEMBERS_KEPT:
+                    break
         while self._size > STATE_KEPT:
             room_id = max(self._rooms, key=lambda each: self._rooms[each].size)
             room = self._rooms[room_id]
