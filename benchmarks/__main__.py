@@ -24,7 +24,7 @@ from benchmarks.processes import Callers, Dependencies, cores, raise_file_limit
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
-LIBRARIES = ("twisted", "klein", "treq", "pyjwt", "protobuf", "livekit-protocol", "prometheus-client")
+LIBRARIES = ("twisted", "klein", "treq", "protobuf", "livekit-protocol", "prometheus-client")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ NOT_FOR_A_PLAIN_GUARD = (
     "twisted.conch", "twisted.mail", "twisted.names", "twisted.trial", "twisted.web.wsgi", "twisted.words",
 )  # fmt: skip
 LIBRARIES = {
-    "attr", "attrs", "cachetools", "google", "httptools", "jwt", "klein", "livekit", "prometheus_client", "pydantic",
+    "attr", "attrs", "cachetools", "google", "httptools", "klein", "livekit", "prometheus_client", "pydantic",
     "treq", "twisted",
     # what these import themselves
     "OpenSSL", "annotated_types", "automat", "bcrypt", "constantly", "cryptography", "cython_runtime", "hyperlink",
