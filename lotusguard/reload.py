@@ -79,9 +79,7 @@ class Reloader:
         self._joins.issuer.key = self._webhooks.key = key
 
     def _matrix_token(self, new: Settings) -> None:
-        token = new.matrix_token.get_secret_value()
-        for client in (self._clients.homeserver, self._clients.discovery):
-            client.use_token(token)
+        self._clients.token.use(new.matrix_token.get_secret_value())
 
     def _admin_token(self, new: Settings) -> None:
         if self.operators is not None:

@@ -16,10 +16,12 @@ from twisted.internet import reactor
 from lotusguard.config import Settings, read_settings
 from lotusguard.reload import APPLY
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.state import VOICE_LIMIT as LIMIT
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from tests.calls import ALICE, BOB, logged, named, room_of
 from tests.conftest import StartSandbox, until
 from tests.guardprocess import GuardProcess, ProcessSandbox
+from tests.residence.helpers import GUARD, invited_room, readiness, resident_sandbox
 
 
 def changed(sandbox: Sandbox, **settings: object) -> Settings:
@@ -47,6 +49,26 @@ async def test_secrets_are_replaced_and_seats_are_kept(sandbox: Sandbox) -> None
     used = {asked.header("Authorization") for asked in list(sandbox.homeserver.seen)[before:]}
     assert f"Bearer {new}" in used
     assert f"Bearer {old}" not in used
+
+
+@pytest_twisted.ensureDeferred
+async def test_new_matrix_token_reaches_the_guards_account(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox, 3)
+    logins = sandbox.homeserver.logins
+    old = next(token for token, login in logins.items() if login.user_id == GUARD)
+    new = sandbox.homeserver.add_user("guard")
+    sandbox.guard.reload(changed(sandbox, matrix_token=new))
+    del logins[old]
+    await sandbox.homeserver.drop_connections()
+
+    def limit() -> object:
+        pushed = sandbox.guard.residence.state_of(room_id)
+        return pushed is not None and pushed.live and pushed.events[LIMIT].mapping.get("max_users")
+
+    sandbox.homeserver.set_state(room_id, LIMIT, {"max_users": 7})
+    await until(lambda: limit() == 7)
+    assert (await readiness(sandbox))[1]["rooms"]["sync"] == "alive"
 
 
 @pytest_twisted.ensureDeferred
