@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lotusguard.config import ConfigurationError, read_settings, suspicions
+from lotusguard.config.settings import FROM_FILE
 
 WRONG = [
     ("GUARD_BIND_PORT", "http", "port number"),
@@ -166,7 +167,19 @@ def test_secrets_come_from_files_as_lk_jwt_service_reads_them(monkeypatch: pytes
     assert (key.key, key.secret) == ("both-key", "both-secret")
 
 
-@pytest.mark.parametrize("text", ["only-a-key", "a: b: c", ""])
+@pytest.mark.parametrize("name", FROM_FILE)
+@pytest.mark.parametrize("text", ["", " \r\n"])
+def test_an_empty_file_is_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "empty").write_text(text)
+    monkeypatch.setenv(f"{name}_from_file".upper(), str(tmp_path / "empty"))
+    with pytest.raises(ConfigurationError) as error:
+        read_settings()
+    assert str(error.value) == (
+        f"{name.upper()}_FROM_FILE: '{tmp_path}/empty' is empty; expected a file with {name.upper()}"
+    )
+
+
+@pytest.mark.parametrize("text", ["only-a-key", "a: b: c", "", "key: ", ": secret"])
 def test_key_file_without_a_pair_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
     (tmp_path / "both").write_text(text)
     monkeypatch.setenv("LIVEKIT_KEY_FILE", str(tmp_path / "both"))

@@ -16,6 +16,7 @@ from twisted.internet import reactor
 from lotusguard.config import Settings, read_settings
 from lotusguard.reload import APPLY
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.state import LOBBY
 from lotusguard.rules.state import VOICE_LIMIT as LIMIT
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from tests.calls import ALICE, BOB, logged, named, room_of
@@ -94,6 +95,43 @@ async def test_settings_that_need_a_restart_are_named_and_not_applied(sandbox: S
     assert line.endswith("restart it: GUARD_SEAT_TTL, LIVEKIT_SECRET")
 
 
+@pytest.mark.parametrize("name", ["guard_appservice_token", "guard_admin_token"])
+@pytest_twisted.ensureDeferred
+async def test_listener_is_not_opened_by_a_token_that_is_gone(start_sandbox: StartSandbox, name: str) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0, guard_appservice_token="hs")
+    with logged() as events:
+        sandbox.guard.reload(changed(sandbox, **{name: ""}))
+    (line,) = named(events, "reload_incomplete")
+    assert line.endswith(f"restart it: {name.upper()}")
+    proxied = await sandbox.request("POST", sandbox.appservice_url + "/_matrix/client/v1/rtc/livekit/get_token", b"{}")
+    assert proxied.code == 401
+    assert await operator_code(sandbox, "sandbox-operators") == 200
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "new-operators"), ("sandbox-operators", "")])
+@pytest_twisted.ensureDeferred
+async def test_operators_token_counts_everywhere_or_nowhere(
+    start_sandbox: StartSandbox, before: str, after: str
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_admin_token=before, guard_invites="off")
+    room_id = room_of(sandbox)
+    sandbox.homeserver.set_state(room_id, LOBBY, {"enabled": True})
+    sandbox.guard.reload(changed(sandbox, guard_admin_token=after))
+    openid = sandbox.homeserver.openid_token(BOB)
+    body = json.dumps({"room": room_id, "device_id": "X", "openid_token": openid}).encode()
+    asked = await sandbox.request("POST", f"{sandbox.url}/sfu/get?lobby=poll", body)
+    lobby_is_on = asked.code == 202
+    assert lobby_is_on is (await operator_code(sandbox, before or after) == 200) is bool(before)
+
+
+@pytest_twisted.ensureDeferred
+async def test_app_service_token_that_is_new_counts_at_once(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0)
+    sandbox.guard.reload(changed(sandbox, guard_appservice_token="hs"))
+    proxied = await sandbox.request("POST", sandbox.appservice_url + "/_matrix/client/v1/rtc/livekit/get_token", b"{}")
+    assert proxied.code == 401
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_new_livekit_secret_signs_what_is_issued(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_reconcile_interval=3600, livekit_secret="an-older-secret-of-our-own-00000")
@@ -131,6 +169,9 @@ async def process(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
 
 @pytest_twisted.ensureDeferred
 async def test_sighup_reads_files_again_all_or_nothing(process: ProcessSandbox, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("")
+    process.process.signal("HUP")
+    await until(lambda: "nothing was reloaded: GUARD_ADMIN_TOKEN_FROM_FILE" in process.process.output)
     (tmp_path / "token").write_text("second")
     (tmp_path / "lotusguard.yaml").write_text("guard_token_ttl: never\n")
     process.process.signal("HUP")

@@ -85,14 +85,16 @@ class Settings(BaseModel):
             path = values.get(f"{name}_from_file")
             if path:
                 values[name] = _contents(f"{name}_from_file", path)
+                if not values[name]:  # it was truncated: an empty token would turn a check off
+                    raise WrongSettingError(f"{name}_from_file", f"{str(path)!r} is empty", f"a file with {name.upper()}")
             elif isinstance(values.get(name), str):
                 values[name] = values[name].strip(" \r\n")
         if values.get("livekit_key_file"):
-            parts = _contents("livekit_key_file", values["livekit_key_file"]).split(":")
-            if len(parts) != 2:
+            parts = [part.strip(" \r\n") for part in _contents("livekit_key_file", values["livekit_key_file"]).split(":")]
+            if len(parts) != 2 or not all(parts):
                 problem = "does not hold one key and one secret"
                 raise WrongSettingError("livekit_key_file", problem, "a line `key: secret`")
-            values["livekit_key"], values["livekit_secret"] = (part.strip(" \r\n") for part in parts)
+            values["livekit_key"], values["livekit_secret"] = parts
         for name in [name for name in values if name.endswith(("_file", "_dir")) and values[name] == ""]:
             del values[name]
         return values
