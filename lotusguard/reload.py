@@ -138,7 +138,7 @@ _WIRED = ("livekit_key", "livekit_secret", "matrix_token", "guard_admin_token")
 
 
 def _needs_restart(name: str, old: Settings, new: Settings) -> bool:
-    """Whether a credential is set that was not, or is not set any more: a lost line or file must not open a listener."""
+    """Whether a credential is set that was not, or is not set any more: a lost line must not open a listener."""
     begins, ends = not _text(getattr(old, name)), not _text(getattr(new, name))
     return (name in _WIRED and (begins or ends)) or (name == "guard_appservice_token" and ends)
 

@@ -86,11 +86,13 @@ class Settings(BaseModel):
             if path:
                 values[name] = _contents(f"{name}_from_file", path)
                 if not values[name]:  # it was truncated: an empty token would turn a check off
-                    raise WrongSettingError(f"{name}_from_file", f"{str(path)!r} is empty", f"a file with {name.upper()}")
+                    problem = f"{str(path)!r} is empty"
+                    raise WrongSettingError(f"{name}_from_file", problem, f"a file with {name.upper()}")
             elif isinstance(values.get(name), str):
                 values[name] = values[name].strip(" \r\n")
         if values.get("livekit_key_file"):
-            parts = [part.strip(" \r\n") for part in _contents("livekit_key_file", values["livekit_key_file"]).split(":")]
+            content = _contents("livekit_key_file", values["livekit_key_file"])
+            parts = [part.strip(" \r\n") for part in content.split(":")]
             if len(parts) != 2 or not all(parts):
                 problem = "does not hold one key and one secret"
                 raise WrongSettingError("livekit_key_file", problem, "a line `key: secret`")
