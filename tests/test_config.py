@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lotusguard.config import ConfigurationError, read_settings, suspicions
+from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
 from lotusguard.config.settings import FROM_FILE
 
 WRONG = [
@@ -202,6 +202,10 @@ def test_environment_overrides_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("guard_bind_port: x", "GUARD_BIND_PORT: 'x' is not valid"),
         ("a: [", "GUARD_CONFIG: "),
         ("- 1", "GUARD_CONFIG: "),
+        ("", "GUARD_CONFIG: "),
+        (" \n", "GUARD_CONFIG: "),
+        ("# guard_dry_run: true\n", "GUARD_CONFIG: "),
+        ("guard_dry_run", "GUARD_CONFIG: "),
     ],
 )
 def test_wrong_file_is_reported_in_one_line(
@@ -213,6 +217,12 @@ def test_wrong_file_is_reported_in_one_line(
         read_settings()
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
+
+
+def test_file_that_says_that_it_holds_no_setting_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "guard.yaml").write_text("{}  # nothing yet\n")
+    monkeypatch.setenv("GUARD_CONFIG", str(tmp_path / "guard.yaml"))
+    assert read_settings() == Settings()
 
 
 def test_empty_admin_port_disables_the_operators_listener(monkeypatch: pytest.MonkeyPatch) -> None:

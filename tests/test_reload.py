@@ -177,6 +177,9 @@ async def test_sighup_reads_files_again_all_or_nothing(process: ProcessSandbox, 
     process.process.signal("HUP")
     await until(lambda: "nothing was reloaded: GUARD_TOKEN_TTL" in process.process.output)
     assert await operator_code(process, "first") == 200
+    (tmp_path / "lotusguard.yaml").write_text("")
+    process.process.signal("HUP")
+    await until(lambda: "nothing was reloaded: GUARD_CONFIG" in process.process.output)
     (tmp_path / "lotusguard.yaml").write_text("guard_token_ttl: 50\n")
     process.process.signal("HUP")
     await until(lambda: "changed: GUARD_ADMIN_TOKEN, GUARD_TOKEN_TTL" in process.process.output)

@@ -53,7 +53,7 @@ def _from_environment() -> dict[str, str]:
 def _from_file() -> dict[str, Any]:
     """The settings in the file that ``GUARD_CONFIG`` names; none without one.
 
-    :raises ConfigurationError: it cannot be read.
+    :raises ConfigurationError: it cannot be read, or is empty.
     """
     path = os.environ.get("GUARD_CONFIG")
     if not path:
@@ -71,9 +71,13 @@ def _from_file() -> dict[str, Any]:
         raise ConfigurationError(f"GUARD_CONFIG: {path!r} is not YAML{where}; expected `name: value` lines") from None
     except OSError:
         content = path
-    if not isinstance(content, dict | None) or not all(isinstance(name, str) for name in content or ()):
+    if content is None:  # it was truncated, perhaps while it is written: defaults are not meant
+        raise ConfigurationError(
+            f"GUARD_CONFIG: {path!r} holds no setting; expected `name: value` lines, or {{}} for none"
+        )
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ConfigurationError(f"GUARD_CONFIG: {path!r} cannot be read; expected a file of `name: value` lines")
-    return content or {}
+    return content
 
 
 def suspicions(settings: Settings) -> list[str]:
