@@ -19,6 +19,12 @@ WRONG = [
     ("GUARD_BIND_HOST", "not a host", "one such as 0.0.0.0"),
     ("GUARD_APPSERVICE_HOST", "http://127.0.0.1", "one such as 0.0.0.0"),
     ("GUARD_ADMIN_HOST", "a,b", "one such as 0.0.0.0"),
+    ("GUARD_ADMIN_HOST", "", "an address"),
+    ("GUARD_ADMIN_HOST", "127.0.0.1:8072", "an address"),
+    ("GUARD_SERVER_NAME", "https://example.org", "a name such as example.org"),
+    ("GUARD_SERVER_NAME", "exa mple.org", "a name such as example.org"),
+    ("GUARD_SERVER_NAME", "example.org:port", "a name such as example.org"),
+    ("GUARD_SERVER_NAME", "a" * 256, "a name such as example.org"),
     ("GUARD_ADMIN_PORT", "-1", "port number"),
     ("GUARD_UPSTREAM", "127.0.0.1:8071", "URL"),
     ("GUARD_UPSTREAM", "ftp://127.0.0.1", "URL"),
@@ -276,6 +282,17 @@ def test_suspicious_settings_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         read_settings().guard_bind_port = 1
+
+
+@pytest.mark.parametrize(
+    "name", ["", "example.org", "Example.org", "example.org:8448", "[2001:db8::1]:8448", "10.0.0.1"]
+)
+def test_names_of_homeservers_are_taken(name: str) -> None:
+    assert read_settings(guard_server_name=f" {name} ").guard_server_name == name
+
+
+def test_spaces_around_an_address_are_ignored() -> None:
+    assert read_settings(guard_admin_host=" 127.0.0.1 ").guard_admin_host == "127.0.0.1"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::1]", "::1", "fe80::1%eth0", "localhost", "lotusguard"])

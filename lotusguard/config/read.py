@@ -17,6 +17,7 @@ from lotusguard.config.settings import Settings
 
 _NAMES = "comma-separated names or globs of homeservers, such as example.org,*.example.org"
 _EXPECTED = {
+    "guard_server_name": "a name such as example.org, as it is in user IDs, or nothing to ask the homeserver",
     "guard_admin_port": "a port number from 0 to 65535, or nothing for no listener",
     "guard_appservice_port": "a port number from 0 to 65535, or nothing for no listener",
     "guard_max_body": "a number of bytes, at least 1024",
@@ -146,6 +147,8 @@ def _problem(first: Mapping[str, Any], cause: object) -> str:
 def _expectation(name: str) -> str:
     if name in _EXPECTED:
         return _EXPECTED[name]
+    if name.endswith("_host"):
+        return "an address, one such as 0.0.0.0 or 127.0.0.1"
     if name.endswith("_port"):
         return "a port number from 0 to 65535"
     if name in _URLS:
