@@ -103,7 +103,8 @@ class Reloader:
 
     def _policies(self, new: Settings) -> None:
         policies = self._rooms.policies
-        policies.ttl, policies.stale = new.guard_policy_ttl, new.guard_policy_stale
+        policies.ttl = self._rooms.members.ttl = new.guard_policy_ttl
+        policies.stale = new.guard_policy_stale
         policies.remembered.default_limit = new.guard_default_max_users
 
     def _enforcement(self, new: Settings) -> None:

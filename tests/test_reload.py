@@ -87,6 +87,17 @@ async def test_dry_run_can_be_switched_at_run_time(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_shorter_time_to_believe_counts_for_memberships_too(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=3600)
+    room_id = room_of(sandbox)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    sandbox.homeserver.kick(room_id, BOB, sender=ALICE)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    sandbox.guard.reload(changed(sandbox, guard_policy_ttl=0.001))
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
 async def test_settings_that_need_a_restart_are_named_and_not_applied(sandbox: Sandbox) -> None:
     with logged() as events:
         sandbox.guard.reload(changed(sandbox, guard_seat_ttl=7, guard_token_ttl=60, livekit_secret=""))
