@@ -58,7 +58,7 @@ class Reloader:
         """Apply what can be applied, and name what takes a restart."""
         changed = {name for name in Settings.model_fields if getattr(new, name) != getattr(self.settings, name)}
         changed = {name for name in changed if not name.endswith("_file")}  # what is in the file counts
-        applied = {name for name in changed if name in APPLY and not _begins_or_ends(name, self.settings, new)}
+        applied = {name for name in changed if name in APPLY and not _needs_restart(name, self.settings, new)}
         for name in sorted(applied):
             APPLY[name](self, new)
         self.settings = self.settings.model_copy(update={name: getattr(new, name) for name in applied})
@@ -79,9 +79,7 @@ class Reloader:
         self._joins.issuer.key = self._webhooks.key = key
 
     def _matrix_token(self, new: Settings) -> None:
-        token = new.matrix_token.get_secret_value()
-        for client in (self._clients.homeserver, self._clients.discovery):
-            client.use_token(token)
+        self._clients.token.use(new.matrix_token.get_secret_value())
 
     def _admin_token(self, new: Settings) -> None:
         if self.operators is not None:
@@ -105,7 +103,8 @@ class Reloader:
 
     def _policies(self, new: Settings) -> None:
         policies = self._rooms.policies
-        policies.ttl, policies.stale = new.guard_policy_ttl, new.guard_policy_stale
+        policies.ttl = self._rooms.members.ttl = new.guard_policy_ttl
+        policies.stale = new.guard_policy_stale
         policies.remembered.default_limit = new.guard_default_max_users
 
     def _enforcement(self, new: Settings) -> None:
@@ -135,12 +134,14 @@ APPLY: dict[str, Apply] = {
     "guard_log_level": Reloader._level,
 }
 """What can be changed while the guard runs, and how. ``docs/configuration.md`` lists it."""
-_CREDENTIALS = ("livekit_key", "livekit_secret", "matrix_token")
+_WIRED = ("livekit_key", "livekit_secret", "matrix_token", "guard_admin_token")
+"""Credentials without which other parts are wired."""
 
 
-def _begins_or_ends(name: str, old: Settings, new: Settings) -> bool:
-    """Whether credentials are set that were not, or the other way round: other parts are then wired."""
-    return name in _CREDENTIALS and (not _text(getattr(old, name)) or not _text(getattr(new, name)))
+def _needs_restart(name: str, old: Settings, new: Settings) -> bool:
+    """Whether a credential is set that was not, or is not set any more: a lost line must not open a listener."""
+    begins, ends = not _text(getattr(old, name)), not _text(getattr(new, name))
+    return (name in _WIRED and (begins or ends)) or (name == "guard_appservice_token" and ends)
 
 
 def _text(value: Any) -> str:

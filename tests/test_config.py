@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lotusguard.config import ConfigurationError, read_settings, suspicions
+from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
+from lotusguard.config.settings import FROM_FILE
 
 WRONG = [
     ("GUARD_BIND_PORT", "http", "port number"),
@@ -18,6 +19,12 @@ WRONG = [
     ("GUARD_BIND_HOST", "not a host", "one such as 0.0.0.0"),
     ("GUARD_APPSERVICE_HOST", "http://127.0.0.1", "one such as 0.0.0.0"),
     ("GUARD_ADMIN_HOST", "a,b", "one such as 0.0.0.0"),
+    ("GUARD_ADMIN_HOST", "", "an address"),
+    ("GUARD_ADMIN_HOST", "127.0.0.1:8072", "an address"),
+    ("GUARD_SERVER_NAME", "https://example.org", "a name such as example.org"),
+    ("GUARD_SERVER_NAME", "exa mple.org", "a name such as example.org"),
+    ("GUARD_SERVER_NAME", "example.org:port", "a name such as example.org"),
+    ("GUARD_SERVER_NAME", "a" * 256, "a name such as example.org"),
     ("GUARD_ADMIN_PORT", "-1", "port number"),
     ("GUARD_UPSTREAM", "127.0.0.1:8071", "URL"),
     ("GUARD_UPSTREAM", "ftp://127.0.0.1", "URL"),
@@ -166,7 +173,19 @@ def test_secrets_come_from_files_as_lk_jwt_service_reads_them(monkeypatch: pytes
     assert (key.key, key.secret) == ("both-key", "both-secret")
 
 
-@pytest.mark.parametrize("text", ["only-a-key", "a: b: c", ""])
+@pytest.mark.parametrize("name", FROM_FILE)
+@pytest.mark.parametrize("text", ["", " \r\n"])
+def test_an_empty_file_is_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "empty").write_text(text)
+    monkeypatch.setenv(f"{name}_from_file".upper(), str(tmp_path / "empty"))
+    with pytest.raises(ConfigurationError) as error:
+        read_settings()
+    assert str(error.value) == (
+        f"{name.upper()}_FROM_FILE: '{tmp_path}/empty' is empty; expected a file with {name.upper()}"
+    )
+
+
+@pytest.mark.parametrize("text", ["only-a-key", "a: b: c", "", "key: ", ": secret"])
 def test_key_file_without_a_pair_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
     (tmp_path / "both").write_text(text)
     monkeypatch.setenv("LIVEKIT_KEY_FILE", str(tmp_path / "both"))
@@ -189,6 +208,10 @@ def test_environment_overrides_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("guard_bind_port: x", "GUARD_BIND_PORT: 'x' is not valid"),
         ("a: [", "GUARD_CONFIG: "),
         ("- 1", "GUARD_CONFIG: "),
+        ("", "GUARD_CONFIG: "),
+        (" \n", "GUARD_CONFIG: "),
+        ("# guard_dry_run: true\n", "GUARD_CONFIG: "),
+        ("guard_dry_run", "GUARD_CONFIG: "),
     ],
 )
 def test_wrong_file_is_reported_in_one_line(
@@ -200,6 +223,12 @@ def test_wrong_file_is_reported_in_one_line(
         read_settings()
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
+
+
+def test_file_that_says_that_it_holds_no_setting_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "guard.yaml").write_text("{}  # nothing yet\n")
+    monkeypatch.setenv("GUARD_CONFIG", str(tmp_path / "guard.yaml"))
+    assert read_settings() == Settings()
 
 
 def test_empty_admin_port_disables_the_operators_listener(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +282,17 @@ def test_suspicious_settings_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         read_settings().guard_bind_port = 1
+
+
+@pytest.mark.parametrize(
+    "name", ["", "example.org", "Example.org", "example.org:8448", "[2001:db8::1]:8448", "10.0.0.1"]
+)
+def test_names_of_homeservers_are_taken(name: str) -> None:
+    assert read_settings(guard_server_name=f" {name} ").guard_server_name == name
+
+
+def test_spaces_around_an_address_are_ignored() -> None:
+    assert read_settings(guard_admin_host=" 127.0.0.1 ").guard_admin_host == "127.0.0.1"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::1]", "::1", "fe80::1%eth0", "localhost", "lotusguard"])

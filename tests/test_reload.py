@@ -16,10 +16,13 @@ from twisted.internet import reactor
 from lotusguard.config import Settings, read_settings
 from lotusguard.reload import APPLY
 from lotusguard.rules.jwt import SfuKey
+from lotusguard.rules.state import LOBBY
+from lotusguard.rules.state import VOICE_LIMIT as LIMIT
 from lotusguard.sandbox.demo.sandbox import KEY, SECRET, Sandbox
 from tests.calls import ALICE, BOB, logged, named, room_of
 from tests.conftest import StartSandbox, until
 from tests.guardprocess import GuardProcess, ProcessSandbox
+from tests.residence.helpers import GUARD, invited_room, readiness, resident_sandbox
 
 
 def changed(sandbox: Sandbox, **settings: object) -> Settings:
@@ -50,6 +53,26 @@ async def test_secrets_are_replaced_and_seats_are_kept(sandbox: Sandbox) -> None
 
 
 @pytest_twisted.ensureDeferred
+async def test_new_matrix_token_reaches_the_guards_account(start_sandbox: StartSandbox) -> None:
+    sandbox = await resident_sandbox(start_sandbox)
+    room_id = await invited_room(sandbox, 3)
+    logins = sandbox.homeserver.logins
+    old = next(token for token, login in logins.items() if login.user_id == GUARD)
+    new = sandbox.homeserver.add_user("guard")
+    sandbox.guard.reload(changed(sandbox, matrix_token=new))
+    del logins[old]
+    await sandbox.homeserver.drop_connections()
+
+    def limit() -> object:
+        pushed = sandbox.guard.residence.state_of(room_id)
+        return pushed is not None and pushed.live and pushed.events[LIMIT].mapping.get("max_users")
+
+    sandbox.homeserver.set_state(room_id, LIMIT, {"max_users": 7})
+    await until(lambda: limit() == 7)
+    assert (await readiness(sandbox))[1]["rooms"]["sync"] == "alive"
+
+
+@pytest_twisted.ensureDeferred
 async def test_dry_run_can_be_switched_at_run_time(sandbox: Sandbox) -> None:
     room_id = room_of(sandbox, 1)
     await sandbox.enter(ALICE, room_id)
@@ -64,12 +87,60 @@ async def test_dry_run_can_be_switched_at_run_time(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_shorter_time_to_believe_counts_for_memberships_too(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_policy_ttl=3600)
+    room_id = room_of(sandbox)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    sandbox.homeserver.kick(room_id, BOB, sender=ALICE)
+    assert (await sandbox.ask_token(BOB, room_id)).code == 200
+    sandbox.guard.reload(changed(sandbox, guard_policy_ttl=0.001))
+    assert (await sandbox.ask_token(BOB, room_id)).code == 403
+
+
+@pytest_twisted.ensureDeferred
 async def test_settings_that_need_a_restart_are_named_and_not_applied(sandbox: Sandbox) -> None:
     with logged() as events:
         sandbox.guard.reload(changed(sandbox, guard_seat_ttl=7, guard_token_ttl=60, livekit_secret=""))
     assert named(events, "reloaded") == ["settings were read again; changed: GUARD_TOKEN_TTL"]
     (line,) = named(events, "reload_incomplete")
     assert line.endswith("restart it: GUARD_SEAT_TTL, LIVEKIT_SECRET")
+
+
+@pytest.mark.parametrize("name", ["guard_appservice_token", "guard_admin_token"])
+@pytest_twisted.ensureDeferred
+async def test_listener_is_not_opened_by_a_token_that_is_gone(start_sandbox: StartSandbox, name: str) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0, guard_appservice_token="hs")
+    with logged() as events:
+        sandbox.guard.reload(changed(sandbox, **{name: ""}))
+    (line,) = named(events, "reload_incomplete")
+    assert line.endswith(f"restart it: {name.upper()}")
+    proxied = await sandbox.request("POST", sandbox.appservice_url + "/_matrix/client/v1/rtc/livekit/get_token", b"{}")
+    assert proxied.code == 401
+    assert await operator_code(sandbox, "sandbox-operators") == 200
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "new-operators"), ("sandbox-operators", "")])
+@pytest_twisted.ensureDeferred
+async def test_operators_token_counts_everywhere_or_nowhere(
+    start_sandbox: StartSandbox, before: str, after: str
+) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_admin_token=before, guard_invites="off")
+    room_id = room_of(sandbox)
+    sandbox.homeserver.set_state(room_id, LOBBY, {"enabled": True})
+    sandbox.guard.reload(changed(sandbox, guard_admin_token=after))
+    openid = sandbox.homeserver.openid_token(BOB)
+    body = json.dumps({"room": room_id, "device_id": "X", "openid_token": openid}).encode()
+    asked = await sandbox.request("POST", f"{sandbox.url}/sfu/get?lobby=poll", body)
+    lobby_is_on = asked.code == 202
+    assert lobby_is_on is (await operator_code(sandbox, before or after) == 200) is bool(before)
+
+
+@pytest_twisted.ensureDeferred
+async def test_app_service_token_that_is_new_counts_at_once(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_appservice_port=0)
+    sandbox.guard.reload(changed(sandbox, guard_appservice_token="hs"))
+    proxied = await sandbox.request("POST", sandbox.appservice_url + "/_matrix/client/v1/rtc/livekit/get_token", b"{}")
+    assert proxied.code == 401
 
 
 @pytest_twisted.ensureDeferred
@@ -109,11 +180,17 @@ async def process(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
 
 @pytest_twisted.ensureDeferred
 async def test_sighup_reads_files_again_all_or_nothing(process: ProcessSandbox, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("")
+    process.process.signal("HUP")
+    await until(lambda: "nothing was reloaded: GUARD_ADMIN_TOKEN_FROM_FILE" in process.process.output)
     (tmp_path / "token").write_text("second")
     (tmp_path / "lotusguard.yaml").write_text("guard_token_ttl: never\n")
     process.process.signal("HUP")
     await until(lambda: "nothing was reloaded: GUARD_TOKEN_TTL" in process.process.output)
     assert await operator_code(process, "first") == 200
+    (tmp_path / "lotusguard.yaml").write_text("")
+    process.process.signal("HUP")
+    await until(lambda: "nothing was reloaded: GUARD_CONFIG" in process.process.output)
     (tmp_path / "lotusguard.yaml").write_text("guard_token_ttl: 50\n")
     process.process.signal("HUP")
     await until(lambda: "changed: GUARD_ADMIN_TOKEN, GUARD_TOKEN_TTL" in process.process.output)

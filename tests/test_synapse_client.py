@@ -17,7 +17,7 @@ from twisted.internet.task import Clock
 from lotusguard.clients.circuit_breaker import FAILURES_TO_OPEN
 from lotusguard.clients.dependency import Dependency, DependencyFailed
 from lotusguard.clients.http import Answer, ConnectionPool, FixedAgent
-from lotusguard.clients.synapse import ROOMS_A_PAGE, OpenIDClient, SynapseClient
+from lotusguard.clients.synapse import ROOMS_A_PAGE, AccessToken, OpenIDClient, SynapseClient
 from lotusguard.clients.synapse.client import MISSING_FOR
 from lotusguard.metrics import Metrics
 from lotusguard.rules.membership import Membership
@@ -84,7 +84,7 @@ def dependency(homeserver: Homeserver, clock: Clock) -> Dependency:
 
 @pytest.fixture
 def client(dependency: Dependency) -> SynapseClient:
-    return SynapseClient(dependency, "secret", "example.org")
+    return SynapseClient(dependency, AccessToken("secret"), "example.org")
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_tokens_of_other_servers_and_impossible_tokens_are_not_looked_up(
 
 
 def test_the_server_name_is_asked_for_once(dependency: Dependency, homeserver: Homeserver) -> None:
-    client = OpenIDClient(dependency, SynapseClient(dependency, "secret"))
+    client = OpenIDClient(dependency, SynapseClient(dependency, AccessToken("secret")))
     assert not client.is_local(openid())
     homeserver.answers["/_matrix/client/v3/account/whoami"] = (200, {"user_id": "@guard:example.org"})
     for _ in range(2):
@@ -392,7 +392,7 @@ async def real(synapse: Synapse) -> AsyncIterator[SynapseClient]:
     admin = await synapse.user("admin", admin=True)
     pool = ConnectionPool(reactor)
     dependency = Dependency("synapse", FixedAgent(reactor, synapse.url, pool), reactor, Metrics(), timeout=30)
-    yield SynapseClient(dependency, admin.token)
+    yield SynapseClient(dependency, AccessToken(admin.token))
     await pool.close()
 
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from lotusguard.rules.identity import LONGEST_NAME
 from lotusguard.rules.redis_address import parse_address
 
 
@@ -23,6 +25,32 @@ def _base_url(url: str) -> str:
     if not plain or parts.query or parts.fragment or parts.username or " " in url:
         raise ValueError("is not an http(s) URL of a service")
     return url.rstrip("/")
+
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def _host(host: str) -> str:
+    host = host.strip()
+    if not host:
+        raise ValueError("is empty, which would be all addresses")
+    if not _HOST_NAME.fullmatch(host):
+        try:
+            ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            raise ValueError("is not an address") from None
+    return host
+
+
+_SERVER_NAME = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+"""As Matrix' appendices define it."""
+
+
+def _server_name(name: str) -> str:
+    name = name.strip()
+    if name and not (_SERVER_NAME.fullmatch(name) and len(name) <= LONGEST_NAME):
+        raise ValueError("is not the name of a homeserver")
+    return name
 
 
 def _redis_url(secret: SecretStr) -> SecretStr:
@@ -70,6 +98,8 @@ def _none_if_empty(value: Any) -> Any:
     return None if value == "" else value
 
 
+Host = Annotated[str, AfterValidator(_host)]
+ServerName = Annotated[str, AfterValidator(_server_name)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

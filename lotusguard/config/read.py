@@ -17,6 +17,7 @@ from lotusguard.config.settings import Settings
 
 _NAMES = "comma-separated names or globs of homeservers, such as example.org,*.example.org"
 _EXPECTED = {
+    "guard_server_name": "a name such as example.org, as it is in user IDs, or nothing to ask the homeserver",
     "guard_admin_port": "a port number from 0 to 65535, or nothing for no listener",
     "guard_appservice_port": "a port number from 0 to 65535, or nothing for no listener",
     "guard_max_body": "a number of bytes, at least 1024",
@@ -53,7 +54,7 @@ def _from_environment() -> dict[str, str]:
 def _from_file() -> dict[str, Any]:
     """The settings in the file that ``GUARD_CONFIG`` names; none without one.
 
-    :raises ConfigurationError: it cannot be read.
+    :raises ConfigurationError: it cannot be read, or is empty.
     """
     path = os.environ.get("GUARD_CONFIG")
     if not path:
@@ -71,9 +72,13 @@ def _from_file() -> dict[str, Any]:
         raise ConfigurationError(f"GUARD_CONFIG: {path!r} is not YAML{where}; expected `name: value` lines") from None
     except OSError:
         content = path
-    if not isinstance(content, dict | None) or not all(isinstance(name, str) for name in content or ()):
+    if content is None:  # it was truncated, perhaps while it is written: defaults are not meant
+        raise ConfigurationError(
+            f"GUARD_CONFIG: {path!r} holds no setting; expected `name: value` lines, or {{}} for none"
+        )
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ConfigurationError(f"GUARD_CONFIG: {path!r} cannot be read; expected a file of `name: value` lines")
-    return content or {}
+    return content
 
 
 def suspicions(settings: Settings) -> list[str]:
@@ -142,6 +147,8 @@ def _problem(first: Mapping[str, Any], cause: object) -> str:
 def _expectation(name: str) -> str:
     if name in _EXPECTED:
         return _EXPECTED[name]
+    if name.endswith("_host"):
+        return "an address, one such as 0.0.0.0 or 127.0.0.1"
     if name.endswith("_port"):
         return "a port number from 0 to 65535"
     if name in _URLS:

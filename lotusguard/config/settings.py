@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, SecretStr, model_validator
 
 from lotusguard.config import kinds
 from lotusguard.config.errors import WrongSettingError
 from lotusguard.config.kinds import Seconds
 from lotusguard.rules.jwt import SfuKey
 
-_HOST = re.compile(r"[A-Za-z0-9._-]*|\[?[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]?")
-"""The name of a host, or an IP address."""
 NO_SECRET = SecretStr("")
 FROM_FILE = (
     "livekit_key", "livekit_secret", "matrix_token", "guard_admin_token", "guard_redis_url", "guard_appservice_token",
@@ -29,7 +26,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    guard_bind_host: str = "0.0.0.0"
+    guard_bind_host: kinds.Host = "0.0.0.0"
     guard_bind_port: kinds.Port = 8070
     guard_upstream: kinds.BaseUrl = "http://127.0.0.1:8071"
     livekit_api: kinds.BaseUrl = "http://127.0.0.1:7880"
@@ -41,7 +38,7 @@ class Settings(BaseModel):
     synapse_api: kinds.BaseUrl = "http://127.0.0.1:8008"
     matrix_token: SecretStr = NO_SECRET
     matrix_token_from_file: Path | None = None
-    guard_server_name: Annotated[str, AfterValidator(str.strip)] = ""
+    guard_server_name: kinds.ServerName = ""
     guard_members_only: kinds.MembersOnly = "on"
     guard_homeservers: kinds.ServerNames = ("*",)
     guard_start_homeservers: kinds.ServerNames = ("*",)
@@ -52,11 +49,11 @@ class Settings(BaseModel):
     guard_lobby_wait: Seconds = 600.0
     guard_redis_url: kinds.RedisUrl = NO_SECRET
     guard_redis_url_from_file: Path | None = None
-    guard_appservice_host: str = "127.0.0.1"
+    guard_appservice_host: kinds.Host = "127.0.0.1"
     guard_appservice_port: kinds.OptionalPort = None
     guard_appservice_token: SecretStr = NO_SECRET
     guard_appservice_token_from_file: Path | None = None
-    guard_admin_host: str = "127.0.0.1"
+    guard_admin_host: kinds.Host = "127.0.0.1"
     guard_admin_port: kinds.OptionalPort = 8072
     guard_admin_token: SecretStr = NO_SECRET
     guard_admin_token_from_file: Path | None = None
@@ -85,27 +82,21 @@ class Settings(BaseModel):
             path = values.get(f"{name}_from_file")
             if path:
                 values[name] = _contents(f"{name}_from_file", path)
+                if not values[name]:  # it was truncated: an empty token would turn a check off
+                    problem = f"{str(path)!r} is empty"
+                    raise WrongSettingError(f"{name}_from_file", problem, f"a file with {name.upper()}")
             elif isinstance(values.get(name), str):
                 values[name] = values[name].strip(" \r\n")
         if values.get("livekit_key_file"):
-            parts = _contents("livekit_key_file", values["livekit_key_file"]).split(":")
-            if len(parts) != 2:
+            content = _contents("livekit_key_file", values["livekit_key_file"])
+            parts = [part.strip(" \r\n") for part in content.split(":")]
+            if len(parts) != 2 or not all(parts):
                 problem = "does not hold one key and one secret"
                 raise WrongSettingError("livekit_key_file", problem, "a line `key: secret`")
-            values["livekit_key"], values["livekit_secret"] = (part.strip(" \r\n") for part in parts)
+            values["livekit_key"], values["livekit_secret"] = parts
         for name in [name for name in values if name.endswith(("_file", "_dir")) and values[name] == ""]:
             del values[name]
         return values
-
-    @model_validator(mode="after")
-    def _hosts_are_given(self) -> Self:
-        for name in ("guard_bind_host", "guard_appservice_host", "guard_admin_host"):
-            host = getattr(self, name).strip()
-            if not host and name != "guard_admin_host":
-                raise WrongSettingError(name, "is empty", "an address such as 0.0.0.0 or 127.0.0.1")
-            if not _HOST.fullmatch(host):
-                raise WrongSettingError(name, f"{host!r} is not an address", "one such as 0.0.0.0 or 127.0.0.1")
-        return self
 
     @property
     def sfu_key(self) -> SfuKey | None:

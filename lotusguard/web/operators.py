@@ -30,6 +30,7 @@ from lotusguard.guard.rooms.sources import RoomSources
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
+from lotusguard.rules.identity import is_short_name
 from lotusguard.web.answers import (
     BAD_MODERATION,
     BAD_QUESTION,
@@ -146,7 +147,7 @@ class OperatorApi:
             room_id, user = content["room_id"], content.get("user", "")
         except (ValueError, TypeError, KeyError, AttributeError):
             room_id = user = None
-        if not isinstance(room_id, str) or not room_id.startswith("!") or not isinstance(user, str):
+        if not _is_id(room_id, "!") or not (user == "" or _is_id(user, "@")):
             raise Rejected(BAD_ROOM)
         await self._changes.room_changed(room_id, user)
         answer_json(request, 202, {})
@@ -171,9 +172,7 @@ class OperatorApi:
             room_id, user, action = content["room_id"], content["user"], ModerationAction(content["action"])
         except (ValueError, TypeError, KeyError, AttributeError):
             raise Rejected(BAD_MODERATION) from None
-        if not (
-            isinstance(room_id, str) and isinstance(user, str) and room_id.startswith("!") and user.startswith("@")
-        ):
+        if not _is_id(room_id, "!") or not _is_id(user, "@"):
             raise Rejected(BAD_MODERATION)
         try:
             done = await self._moderation.act(room_id, user, action, by="an operator")
@@ -193,7 +192,9 @@ class OperatorApi:
 
     @app.route("/console", branch=True)
     def console(self, request: GuardRequest) -> Any:
-        """See ``web/console/``."""
+        """See ``web/console/``. Its users sign in with the operators' token: without one, there is nothing."""
+        if not self.token:
+            raise Rejected(OPERATORS_ONLY)
         return self._console.app.resource()
 
     @app.route("/", branch=True)
@@ -205,6 +206,13 @@ class OperatorApi:
     def failed(self, request: GuardRequest, failure: Failure) -> None:
         """See ``web/answers.py``."""
         answer_failure(request, failure)
+
+
+def _is_id(given: object, sigil: str) -> bool:
+    """Whether this can be the ID of a room or a user. A lone surrogate cannot be sent to the homeserver."""
+    if not isinstance(given, str) or not given.startswith(sigil) or not is_short_name(given):
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in given)
 
 
 def _question(request: GuardRequest) -> Question:

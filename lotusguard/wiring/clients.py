@@ -13,7 +13,7 @@ from lotusguard.clients.dependency import Dependency
 from lotusguard.clients.http import ConnectionPool, FixedAgent
 from lotusguard.clients.livekit import LiveKitClient
 from lotusguard.clients.lk_jwt_service import LkJwtService
-from lotusguard.clients.synapse import MatrixClient, OpenIDClient, SynapseClient
+from lotusguard.clients.synapse import AccessToken, MatrixClient, OpenIDClient, SynapseClient
 from lotusguard.clients.synapse.matrix import FIRST_SYNC, LARGEST_SYNC
 from lotusguard.clients.synapse.openid import CALLS_AT_ONCE as OPENID_AT_ONCE
 from lotusguard.clients.unconfigured import UnconfiguredDependency
@@ -31,12 +31,14 @@ MATRIX_TIMEOUT = 10.0
 class Clients:
     """The services that the guard relies on. ``all`` are to be stopped, ``pools`` to be closed at the end.
 
+    :ivar token: the access token of the guard's account, which the clients of the homeserver share.
     :ivar discovery: lists the homeserver's rooms, which may be slow.
     :ivar openid: verifies tokens that anybody can send.
     :ivar matrix: the calls of the guard's account as a member of rooms, over connections of their own.
     """
 
     pools: tuple[ConnectionPool, ...]
+    token: AccessToken
     livekit: LiveKitClient
     homeserver: SynapseClient
     discovery: SynapseClient
@@ -49,7 +51,7 @@ class Clients:
 def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[], float]) -> Clients:
     """The clients. Nothing is connected to yet."""
     pool, matrix_pool = ConnectionPool(reactor), ConnectionPool(reactor)
-    token = settings.matrix_token.get_secret_value()
+    token = AccessToken(settings.matrix_token.get_secret_value())
     key = settings.sfu_key
 
     def dependency(
@@ -63,7 +65,7 @@ def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[
         return Dependency(name, agent, reactor, metrics, timeout=timeout, wall_clock=wall, **more)
 
     timeout = settings.guard_lookup_timeout
-    no_token = "" if token else "no_matrix_token"
+    no_token = "" if token.value else "no_matrix_token"
     livekit = dependency("livekit", settings.livekit_api, timeout, "" if key else "no_livekit_key")
     synapse = dependency("synapse", settings.synapse_api, timeout, no_token)
     verifying = dependency("synapse_openid", settings.synapse_api, timeout, no_token, at_once=OPENID_AT_ONCE)
@@ -77,6 +79,7 @@ def connect(settings: Settings, reactor: Any, metrics: Metrics, wall: Callable[[
     homeserver = SynapseClient(synapse, token, settings.guard_server_name)
     return Clients(
         (pool, matrix_pool),
+        token,
         LiveKitClient(livekit, key or SfuKey("unconfigured", token_hex()), wall),
         homeserver,
         SynapseClient(listing_rooms, token, settings.guard_server_name),

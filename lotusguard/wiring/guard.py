@@ -196,7 +196,7 @@ def calls(
     lease = state.lease
     memberships = CallMemberships(
         given.members, MembersOnly(settings.guard_members_only), lambda: clients.homeserver.server_name, reactor,
-        metrics, settings.guard_lookup_timeout, settings.guard_membership_interval, settings.guard_policy_ttl,
+        metrics, settings.guard_lookup_timeout, settings.guard_membership_interval,
     )  # fmt: skip
     entitlement = Entitlement(
         memberships, state.registry, waiting.lobby, waiting.switch, homeserver_list(settings.guard_homeservers),

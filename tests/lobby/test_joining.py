@@ -314,6 +314,9 @@ async def test_moderating_somebody_who_is_not_there_is_404_and_an_unknown_action
         assert await moderate(sandbox, room_id, BOB, action) == 404
     assert await moderate(sandbox, room_id, BOB, "kick") == 400
     assert (await sandbox.operator("POST", "/moderate", b"[]")).code == 400
+    for impossible in ("\ud800", "x" * 255):
+        assert await moderate(sandbox, "!" + impossible, BOB, "remove") == 400
+        assert await moderate(sandbox, room_id, "@" + impossible, "remove") == 400
 
 
 @pytest_twisted.ensureDeferred

@@ -132,6 +132,14 @@ async def test_room_without_the_guard_passes_and_readiness_says_so(start_sandbox
 
 
 @pytest_twisted.ensureDeferred
+async def test_readiness_names_the_homeserver_if_it_is_not_the_configured_one(start_sandbox: StartSandbox) -> None:
+    sandbox = await start_sandbox(guard_server_name="Sandbox.local", guard_reconcile_interval=3600)
+    await until(lambda: sandbox.guard.residence.status.value == "off")  # the account is known
+    reasons = (await readiness(sandbox))[1]["reasons"]
+    assert any(one.startswith("GUARD_SERVER_NAME is Sandbox.local, the homeserver is sandbox.local") for one in reasons)
+
+
+@pytest_twisted.ensureDeferred
 async def test_removed_guard_enforces_nothing_more_and_forgets_the_room(start_sandbox: StartSandbox) -> None:
     sandbox = await resident_sandbox(start_sandbox)
     room_id = await invited_room(sandbox, 1)

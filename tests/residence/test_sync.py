@@ -13,10 +13,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.dependency import DependencyFailed, DependencyRefused
+from lotusguard.clients.synapse import AccessToken
 from lotusguard.clients.synapse.matrix import FIRST_SYNC, SINCE_UNKNOWN, Whoami
 from lotusguard.clients.synapse.sync_answer import RoomEvent, SyncAnswer, read_sync
 from lotusguard.guard.rooms.residence import residence as bounds
-from lotusguard.guard.rooms.residence.account import GuardAccount, Invites
+from lotusguard.guard.rooms.residence.account import ANOTHER_ACCOUNT, GuardAccount, Invites
 from lotusguard.guard.rooms.residence.events import RoomEvents
 from lotusguard.guard.rooms.residence.invites import InviteHandler
 from lotusguard.guard.rooms.residence.residence import Residence
@@ -66,6 +67,8 @@ class ScriptedHomeserver:
 
     clock: Clock
     script: list[Script]
+    user_id: str = GUARD
+    token: AccessToken = Factory(lambda: AccessToken("first"))
     rooms: list[str] = Factory(list)
     members: frozenset[str] | DependencyFailed = frozenset({GUARD, ALICE})
     state: Mapping[str, StateEvent] | DependencyFailed = Factory(dict)
@@ -74,7 +77,7 @@ class ScriptedHomeserver:
     calls: list[str] = Factory(list)
 
     async def whoami(self) -> Whoami:
-        return Whoami(GUARD, "DEVICE")
+        return Whoami(self.user_id, "DEVICE")
 
     async def probe(self) -> None:
         """The account is not an admin's."""
@@ -435,3 +438,32 @@ def test_state_heard_after_a_redaction_is_not_replaced_by_what_is_read_late() ->
     guard.homeserver.state = {}
     guard.wait(60)
     assert guard.limit() == 7
+
+
+# -- another access token ----------------------------------------------------------------------------------------
+
+
+def test_another_token_of_the_account_continues_where_the_first_one_was() -> None:
+    guard = Listening(created([ROOM]))
+    guard.wait(5)
+    guard.homeserver.token.use("second")
+    guard.wait(30)
+    assert guard.residence.alive
+    assert [one.since for one in guard.homeserver.syncs].count("") == 1
+
+
+def test_token_of_another_account_is_not_listened_with_until_it_is_replaced() -> None:
+    guard = Listening(created([ROOM]))
+    guard.wait(5)
+    guard.homeserver.token.use("stranger's")
+    guard.homeserver.user_id = MALLORY
+    guard.wait(30)
+    asked = len(guard.homeserver.syncs)
+    guard.wait(30)
+    assert (guard.residence.alive, guard.residence.reason) == (False, ANOTHER_ACCOUNT)
+    assert len(guard.homeserver.syncs) == asked
+    assert guard.residence.is_resident(ROOM)
+    guard.homeserver.token.use("second")
+    guard.homeserver.user_id = GUARD
+    guard.wait(30)
+    assert guard.residence.alive

@@ -373,9 +373,17 @@ async def test_a_change_reaches_every_slot_of_the_room_and_no_other_room(sandbox
     assert may_publish(bob) == set(EVERYTHING)
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b'{"room_id": 7}', b'{"room": "!x"}', b'{"room_id": "x"}', b"\xff"])
+LONG = b"x" * 255
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b'{"room_id": 7}', b'{"room": "!x"}', b'{"room_id": "x"}', b"\xff", b'{"room_id": "!\\ud800"}',
+     b'{"room_id": "!%b"}' % LONG, b'{"room_id": "!x", "user": "@\\ud800"}',
+     b'{"room_id": "!x", "user": "@%b"}' % LONG],
+)  # fmt: skip
 @pytest_twisted.ensureDeferred
-async def test_a_push_without_a_room_is_refused(sandbox: Sandbox, body: bytes) -> None:
+async def test_a_push_that_names_no_possible_room_or_user_is_refused(sandbox: Sandbox, body: bytes) -> None:
     assert (await sandbox.operator("POST", "/policy-changed", body)).code == 400
 
 

@@ -97,7 +97,7 @@ class Call:
         lobby = self.lobby = lobby_on(self.clock, self.metrics)
         switch: Any = NoLobby()
         memberships = CallMemberships(
-            self.members, members_only, lambda: name, self.clock, self.metrics, TIMEOUT, INTERVAL, TTL
+            self.members, members_only, lambda: name, self.clock, self.metrics, TIMEOUT, INTERVAL
         )
         self.entitlement = Entitlement(
             memberships, registry, lobby, switch, HomeserverList.parse(homeservers), self.clock, self.metrics

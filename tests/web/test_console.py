@@ -75,7 +75,8 @@ async def test_without_a_session_only_the_sign_in_form_is_shown(sandbox: Sandbox
 @pytest_twisted.ensureDeferred
 async def test_the_console_is_off_without_an_operators_token(start_sandbox: StartSandbox) -> None:
     sandbox = await start_sandbox(guard_admin_token="")
-    assert (await get(sandbox, "/")).code == 403
+    for path in ("/", "/console/rooms", "/console/style.css", "/console/nothing"):
+        assert (await get(sandbox, path)).code == 403, path
     assert (await post(sandbox, "/console/sign-in", {"token": ""})).code == 403
 
 

@@ -9,11 +9,11 @@ from urllib.parse import quote
 
 from attrs import define, field, frozen
 from twisted.logger import Logger
-from twisted.web.http_headers import Headers
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.dependency_client import DependencyClient
 from lotusguard.clients.http import Answer
+from lotusguard.clients.synapse.access_token import AccessToken
 from lotusguard.clients.synapse.answers import (
     joined_rooms,
     lacks_endpoint,
@@ -54,19 +54,15 @@ class _Missing(Exception):
     """The homeserver does not have this endpoint."""
 
 
-def _headers(token: str) -> Headers:
-    return Headers({b"Authorization": [b"Bearer " + token.encode("utf-8")]})
-
-
 @define(eq=False)
 class SynapseClient(DependencyClient):
     """The requests of the guard to Synapse. Every method raises `DependencyFailed` if there is no usable answer.
 
-    :param token: an admin's access token.
+    :param token: an admin's.
     :ivar server_name: the homeserver's name; ``""`` until `whoami` has answered, if it was not configured.
     """
 
-    _headers: Headers = field(alias="token", converter=_headers, repr=False)
+    _token: AccessToken
     server_name: str = ""
     _ignores_type: bool = field(init=False, default=False)
     _list_reported: bool = field(init=False, default=False)
@@ -216,14 +212,10 @@ class SynapseClient(DependencyClient):
 
     # -- ourselves -----------------------------------------------------------------------------------------
 
-    def use_token(self, token: str) -> None:
-        """Use another access token from now on."""
-        self._headers = token  # type: ignore[assignment]  # attrs' converter makes headers of it
-
     async def whoami(self) -> str:
         """The user whose access token we have; its server part is the server's name."""
         user = await self._dependency.call(
-            b"GET", _WHOAMI, self._headers, read=lambda answer: read_user_id(ok(answer)["user_id"])
+            b"GET", _WHOAMI, self._token.headers, read=lambda answer: read_user_id(ok(answer)["user_id"])
         )
         self.server_name = self.server_name or server_of(user)
         return user
@@ -240,13 +232,13 @@ class SynapseClient(DependencyClient):
         for path, expected in ((_state_path(NO_ROOM, VOICE_LIMIT), (500,)), (_members_path(NO_ROOM), ())):
             path_bytes = path.encode("ascii")
             if await self._dependency.call(
-                b"GET", path_bytes, self._headers, read=read, expected=expected, is_probe=True
+                b"GET", path_bytes, self._token.headers, read=read, expected=expected, is_probe=True
             ):
                 return  # Tuwunel answers 500 for the state of an unknown room, and then 404 for its members
 
     async def _get(self, path: str, read: Callable[[Answer], T], turn: str, expected: Collection[int] = ()) -> T:
         return await self._dependency.call(
-            b"GET", path.encode("ascii"), self._headers, read=read, turn=turn, expected=expected
+            b"GET", path.encode("ascii"), self._token.headers, read=read, turn=turn, expected=expected
         )
 
 

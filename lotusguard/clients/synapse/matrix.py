@@ -12,11 +12,11 @@ from secrets import token_hex
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
-from attrs import define, field, frozen
-from twisted.web.http_headers import Headers
+from attrs import define, frozen
 
 from lotusguard.clients.dependency import Dependency, DependencyRefused
 from lotusguard.clients.http import Answer, json_object
+from lotusguard.clients.synapse.access_token import AccessToken
 from lotusguard.clients.synapse.answers import answered_at, joined_rooms, ok, read_user_id
 from lotusguard.clients.synapse.sync_answer import MEMBER, SyncAnswer, read_sync
 from lotusguard.clients.waiting import gather
@@ -80,22 +80,18 @@ def sync_filter(
     )
 
 
-def _headers(token: str) -> Headers:
-    return Headers({b"Authorization": [b"Bearer " + token.encode("utf-8")], b"Content-Type": [b"application/json"]})
-
-
 @define(eq=False)
 class MatrixClient:
     """The account's own calls. Every method raises `DependencyFailed` if there is no usable answer.
 
     :param calls: for everything but ``/sync``.
     :param long_polls: for ``/sync``; its timeout must be longer than `FIRST_SYNC`.
-    :param token: the account's access token; it need not be an admin's.
+    :param token: the account's; it need not be an admin's.
     """
 
     _calls: Dependency
     _long_polls: Dependency
-    _headers: Headers = field(alias="token", converter=_headers, repr=False)
+    token: AccessToken
 
     def __attrs_post_init__(self) -> None:
         self._calls.probe = lambda: self._whoami(self._calls)
@@ -119,7 +115,7 @@ class MatrixClient:
             return Whoami(read_user_id(content["user_id"]), device if isinstance(device, str) else "")
 
         path = f"{_CLIENT}/account/whoami".encode("ascii")
-        return await dependency.call(b"GET", path, self._headers, read=read, is_probe=True)
+        return await dependency.call(b"GET", path, self.token.headers, read=read, is_probe=True)
 
     async def devices(self) -> int:
         """How many devices the account has; 0 if the homeserver does not let it ask (an app-service's account)."""
@@ -151,7 +147,7 @@ class MatrixClient:
             return read_sync(ok(answer), user_id, answered_at(answer))
 
         path = f"{_CLIENT}/sync?{urlencode(query)}".encode("ascii")
-        answered = await self._long_polls.call(b"GET", path, self._headers, read=read)
+        answered = await self._long_polls.call(b"GET", path, self.token.headers, read=read)
         if answered is None:
             raise DependencyRefused(self._long_polls.name, SINCE_UNKNOWN)
         return answered
@@ -239,9 +235,11 @@ class MatrixClient:
         expected: Collection[int] = (),
     ) -> T:  # fmt: skip
         """403 says that the account may not do this in this room; it says nothing about our access token."""
-        body = None if content is None else json.dumps(content).encode("utf-8")
+        body, headers = None, self.token.headers
+        if content is not None:
+            body, headers = json.dumps(content).encode("utf-8"), self.token.json_headers
         return await self._calls.call(
-            method.encode("ascii"), path.encode("ascii"), self._headers, body, read=read, turn=turn,
+            method.encode("ascii"), path.encode("ascii"), headers, body, read=read, turn=turn,
             expected=(403, *expected),
         )  # fmt: skip
 

@@ -68,8 +68,8 @@ class Check:
 class CallMemberships:
     """Finds participants who are certainly not members.
 
-    :param interval: seconds for which the membership of somebody in the call is believed.
-    :param arrival_age: the same for somebody who has just arrived.
+    :param interval: seconds for which the membership of somebody in the call is believed; of somebody who has just
+        arrived it is as long as `Members.ttl`.
     """
 
     _members: Members
@@ -79,7 +79,6 @@ class CallMemberships:
     _metrics: Metrics
     lookup_timeout: float
     interval: float
-    _arrival_age: float
     _pushed_at: float | None = field(default=None, init=False)
     _checked: LRUCache[tuple[str, str], None] = field(factory=lambda: LRUCache(SESSIONS_KEPT), init=False)
     _reported: LRUCache[tuple[str, str], None] = field(factory=lambda: LRUCache(SESSIONS_KEPT), init=False)
@@ -165,7 +164,7 @@ class CallMemberships:
         return known.began + max_age if self._members.is_fresh(check.room_id, user, known, max_age) else None
 
     def _max_age(self, room_id: str, sid: str) -> float:
-        return self.believed_for() if (room_id, sid) in self._checked else self._arrival_age
+        return self.believed_for() if (room_id, sid) in self._checked else self._members.ttl
 
     def believed_for(self) -> float:
         """Seconds for which a membership is believed."""

@@ -58,7 +58,7 @@ class Members:
     _source: RoomStateSource
     _clock: IReactorTime
     _metrics: Metrics
-    _ttl: float
+    ttl: float
     _pushed: PushedRooms = NOTHING_PUSHED
     _known: LRUCache[_Key, KnownMembership] = field(init=False)
     _changed: LRUCache[tuple[str, str], float] = field(factory=lambda: LRUCache(50_000), init=False)
@@ -87,7 +87,7 @@ class Members:
         if since is None and self._pushed.is_joined(room_id, user):
             return KnownMembership(Membership.JOIN, self._clock.seconds())
         key = _Key(room_id, user)
-        needed = max(self._oldest(key, self._ttl if max_age is None else max_age), since or 0.0, not_before)
+        needed = max(self._oldest(key, self.ttl if max_age is None else max_age), since or 0.0, not_before)
         known = self._known.get(key)
         if known is not None and known.began >= needed:
             return known

@@ -145,6 +145,11 @@ class RoomSources:
         """What is not known, in words."""
         found = []
         resident = len(self._residence)
+        ours, theirs = self._admin_api.server_name, self._account.server_name
+        if ours and theirs and ours != theirs:
+            found.append(
+                f"GUARD_SERVER_NAME is {ours}, the homeserver is {theirs}: callers are not verified before a refusal"
+            )
         if self._account.admin is AdminAccess.NO:
             found.append(
                 f"MATRIX_TOKEN is not an admin's: only the rooms that its account is in ({resident}) are enforced"

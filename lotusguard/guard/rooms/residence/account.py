@@ -11,6 +11,9 @@ from lotusguard.clients.dependency import DependencyRefused
 from lotusguard.clients.synapse import MatrixClient, SynapseClient
 from lotusguard.rules.identity import server_of
 
+ANOTHER_ACCOUNT = "another_account"
+"""Why the rooms are not listened to: the access token that is used by now is not this account's."""
+
 
 class AdminAccess(Enum):
     """Whether the access token can use the admin API."""
@@ -43,6 +46,7 @@ class GuardAccount:
     user_id: str = field(default="", init=False)
     other_devices: bool = field(default=False, init=False)
     admin: AdminAccess = field(default=AdminAccess.UNKNOWN, init=False)
+    _verified_token: str = field(default="", init=False, repr=False)
 
     @property
     def server_name(self) -> str:
@@ -73,9 +77,23 @@ class GuardAccount:
 
         :raises DependencyFailed: it does not answer, or does not accept the token.
         """
+        token = self._client.token.value
         self.user_id = (await self._client.whoami()).user_id
         await self.probe()
         self.other_devices = await self._client.devices() > 1
+        self._verified_token = token
+
+    async def verify_token(self) -> None:
+        """Make sure that the access token is this account's: another one may be used since `learn`.
+
+        Devices are not counted again: the old token's device is still there while tokens are exchanged.
+
+        :raises DependencyFailed: the homeserver does not tell, or it is the token of `ANOTHER_ACCOUNT`.
+        """
+        while (token := self._client.token.value) != self._verified_token:
+            if (await self._client.whoami()).user_id != self.user_id:
+                raise DependencyRefused("matrix", ANOTHER_ACCOUNT)
+            self._verified_token = token
 
     async def probe(self) -> None:
         """Ask whether the homeserver answers and accepts the token, and whether as an admin's.

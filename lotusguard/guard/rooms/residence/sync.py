@@ -175,6 +175,7 @@ class SyncService(Service):
 
     async def _sync(self) -> None:
         """One answer, or all that a full sync takes."""
+        await self._account.verify_token()
         since = self._residence.since
         if not since:
             await (self._sync_in_parts() if self._in_parts else self._sync_fully())
