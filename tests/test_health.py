@@ -17,7 +17,7 @@ from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.calls import failing
 from lotusguard.guard.calls.entitlement import Entitlement
 from lotusguard.guard.calls.failing import FailingCalls
-from lotusguard.guard.health import ANSWERS_KEPT, WATCH_INTERVAL, Health
+from lotusguard.guard.health import WATCH_INTERVAL, Health
 from lotusguard.metrics import Metrics
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
@@ -132,24 +132,6 @@ def test_failing_dependency_is_reported_with_the_rules_it_disables(service: str,
     assert not report["ready"]
     assert {rule for rule, on in report["enforcing"].items() if not on} == off
     assert len(report["reasons"]) == 1
-
-
-def test_dependencies_are_asked_once_however_often_somebody_asks() -> None:
-    guard = Guard()
-    for _ in range(10):
-        assert guard.report()["ready"]
-        guard.clock.advance(ANSWERS_KEPT / 10)
-    assert guard.livekit.probes == guard.homeserver.probes == guard.openid.probes == guard.upstream.probes == 1
-    guard.livekit.fault = "timeout"
-    guard.clock.advance(ANSWERS_KEPT)
-    assert not guard.report()["ready"]
-
-
-def test_what_the_guard_knows_itself_is_reported_at_once() -> None:
-    guard = Guard()
-    assert guard.report()["ready"]
-    guard.decisions.secret_mismatch_at = guard.clock.seconds()
-    assert not guard.report()["ready"]
 
 
 def test_a_homeserver_that_verifies_no_openid_tokens_is_named_and_every_rule_is_still_enforced() -> None:

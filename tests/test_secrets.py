@@ -19,7 +19,6 @@ import pytest_twisted
 from twisted.logger import ILogObserver, globalLogPublisher
 
 from lotusguard.config import ConfigurationError, Settings, read_settings, suspicions
-from lotusguard.guard import health
 from lotusguard.logs import observer_for
 from lotusguard.rules.jwt import SfuKey
 from lotusguard.rules.requests import OpenID
@@ -115,9 +114,8 @@ def nothing_of(secrets: dict[str, str], text: str) -> None:
 @pytest.mark.parametrize("format_", ["text", "json"])
 @pytest_twisted.ensureDeferred
 async def test_logs_and_answers_contain_no_secret_when_everything_fails(
-    start_sandbox: StartSandbox, format_: str, monkeypatch: pytest.MonkeyPatch
+    start_sandbox: StartSandbox, format_: str
 ) -> None:
-    monkeypatch.setattr(health, "ANSWERS_KEPT", 0.0)
     with logged(format_) as log:
         sandbox = await start_sandbox(guard_log_level="debug", guard_reconcile_interval=0.2)
         answers = await every_failure(sandbox)

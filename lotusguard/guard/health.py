@@ -30,8 +30,6 @@ log = Logger()
 
 WATCH_INTERVAL = 30.0
 """Seconds between reports that nobody asks for, while nothing is known to have changed."""
-ANSWERS_KEPT = 1.0
-"""Seconds for which the answers of the dependencies serve every report: anybody may ask for one."""
 REMEMBERED = 600.0
 """Seconds for which a wrong secret or an internal error keeps the guard from calling itself ready."""
 CLOCK_TOLERANCE = 30.0
@@ -76,8 +74,6 @@ class Health:
     _redis_fault: Callable[[], str] | None = None
     exposed: str = ""
     _reports: SharedLookups[str, dict[str, Any]] = field(init=False)
-    _answers: list[str | None] = field(factory=list, init=False)
-    _answered_at: float = field(default=0.0, init=False)
     _began: float = field(init=False)
     _enforced: dict[str, bool] = field(factory=dict, init=False)
     _watched: tuple[object, ...] = field(init=False)
@@ -90,7 +86,7 @@ class Health:
         self._metrics.dry_run.set(1 if self.dry_run else 0)
 
     def report(self) -> Deferred[dict[str, Any]]:
-        """The report, as JSON. However many ask, the dependencies are asked once in `ANSWERS_KEPT`."""
+        """The report, as JSON. However many ask at once, the dependencies are asked once."""
         return self._reports.get("")
 
     async def watch(self) -> None:
@@ -102,7 +98,6 @@ class Health:
         now, seen = self._clock.seconds(), self._seen()
         if seen != self._watched or now - self._watched_at >= WATCH_INTERVAL:
             self._watched_at = now
-            self._answers = []  # they may be older than what has changed
             await self.report()
         self._watched = self._seen()
 
@@ -124,8 +119,10 @@ class Health:
         return [f"{', '.join(off)} ({'; '.join(report['reasons']) or 'switched off'})"]
 
     async def _report(self, _: str) -> dict[str, Any]:
-        livekit, synapse, openid, upstream = await self._ask()
         now = self._clock.seconds()
+        livekit, synapse, openid, upstream = await gather(
+            _fault(asked.probe) for asked in (self._livekit, self._sources, self._openid, self._upstream)
+        )
         mismatch = self._lately(self._decision_log.secret_mismatch_at)
         errors = self._lately(self._decision_log.error_at)
         round_at = self._changes.round_at
@@ -170,14 +167,6 @@ class Health:
             },
             "dry_run": self.dry_run,
         }
-
-    async def _ask(self) -> list[str | None]:
-        """Why LiveKit, the homeserver twice, and upstream give no usable answer; ``None`` for one that does."""
-        if not self._answers or self._clock.seconds() - self._answered_at >= ANSWERS_KEPT:
-            asked = (self._livekit, self._sources, self._openid, self._upstream)
-            self._answers = await gather(_fault(one.probe) for one in asked)
-            self._answered_at = self._clock.seconds()
-        return self._answers
 
     def _dependencies(self, faults: dict[str, str | None]) -> dict[str, Any]:
         available = {
