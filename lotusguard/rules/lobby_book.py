@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lobby entries of all rooms, by the table in `lotusguard.rules.lobby`, and bounded per room and in all."""
+"""The lobby entries of all rooms, by the table in `lotusguard.rules.lobby`. Waiting is bounded per room, per user, per
+homeserver and in all, so that nobody can fill the lobbies of others."""
 
 from __future__ import annotations
 
@@ -8,10 +9,16 @@ from collections.abc import Iterator
 
 from attrs import define, field, frozen
 
+from lotusguard.rules.identity import server_of
 from lotusguard.rules.lobby import BEGINS, DROPPED_FIRST, TABLE, LobbyEntry, LobbyEvent, LobbyState
 
 WAITING_PER_ROOM = 100
+WAITING_PER_USER = 16
+"""Rooms in which one user may wait at the same time."""
 WAITING_IN_ALL = 5_000
+WAITING_FOR_OTHER_SERVERS = 2_500
+"""While so many people wait in all, only users of our own homeserver begin to. Of any other homeserver, no more begin
+than are left of this number then, however many of its rooms and users there are: none can take the places of all."""
 ENTRIES_KEPT = 50_000
 """Entries in any state. Beyond it some are dropped, in the order of `DROPPED_FIRST`; of one state those that expire
 first."""
@@ -60,7 +67,7 @@ class LobbyBook:
     longest_wait: float
     changes: list[Change] = field(factory=list, init=False)
     _rooms: dict[str, dict[str, LobbyEntry]] = field(factory=dict, init=False)
-    _waiting: Counter[str] = field(factory=Counter, init=False)
+    _waiting: Counter[tuple[str, str]] = field(factory=Counter, init=False)
     _waiting_in_all: int = field(default=0, init=False)
     _entries: int = field(default=0, init=False)
 
@@ -70,10 +77,13 @@ class LobbyBook:
 
     # -- events ------------------------------------------------------------------------------------------
 
-    def happen(self, event: LobbyEvent, room_id: str, user: str, entry_id: str, now: float) -> Answer:
+    def happen(
+        self, event: LobbyEvent, room_id: str, user: str, entry_id: str, now: float, *, local: bool = False
+    ) -> Answer:
         """Something happens to a user's entry, or begins one. Asking never changes a decision.
 
         :param entry_id: the name of the entry, if it is a new one.
+        :param local: whether the user is known to be one of our own homeserver's.
         """
         entry = self.find(room_id, user, now)
         begins = BEGINS.get(event)
@@ -81,7 +91,7 @@ class LobbyBook:
             return Answer(applied=False, entry=None)
         if entry is None:
             assert begins is not None
-            if begins is LobbyState.WAITING and self._is_full(room_id):
+            if begins is LobbyState.WAITING and self._is_full(room_id, user, local=local):
                 return Answer(applied=False, entry=None, full=True)
             return Answer(applied=True, entry=self._begin(room_id, user, entry_id, begins, event, now))
         applied = self._apply(room_id, entry, event, now)
@@ -157,7 +167,7 @@ class LobbyBook:
             self._put(room_id, told)
             entry = told
         else:
-            self._count(room_id, entry.state, told.state)
+            self._count(room_id, entry.user, entry.state, told.state)
             entry.id, entry.state, entry.notice, entry.version = told.id, told.state, told.notice, told.version
             entry.began, entry.expires = told.began, told.expires
         return Change(room_id, entry, event, before, told.state)
@@ -179,7 +189,7 @@ class LobbyBook:
         if after is None:
             self._discard(room_id, entry)
         else:
-            self._count(room_id, before, after)
+            self._count(room_id, entry.user, before, after)
             entry.state = after
             if after is not before:
                 entry.began = now
@@ -188,8 +198,13 @@ class LobbyBook:
             self.changes.append(Change(room_id, entry, event, before, after))
         return True
 
-    def _is_full(self, room_id: str) -> bool:
-        return self._waiting[room_id] >= WAITING_PER_ROOM or self._waiting_in_all >= WAITING_IN_ALL
+    def _is_full(self, room_id: str, user: str, *, local: bool) -> bool:
+        waiting, in_all = self._waiting, self._waiting_in_all
+        if waiting["room", room_id] >= WAITING_PER_ROOM or waiting["user", user] >= WAITING_PER_USER:
+            return True
+        if local:
+            return in_all >= WAITING_IN_ALL
+        return waiting["server", server_of(user)] >= WAITING_FOR_OTHER_SERVERS - in_all
 
     def _begin(
         self, room_id: str, user: str, entry_id: str, state: LobbyState, event: LobbyEvent, now: float
@@ -204,7 +219,7 @@ class LobbyBook:
     def _put(self, room_id: str, entry: LobbyEntry) -> None:
         self._rooms.setdefault(room_id, {})[entry.user] = entry
         self._entries += 1
-        self._count(room_id, None, entry.state)
+        self._count(room_id, entry.user, None, entry.state)
 
     def _discard(self, room_id: str, entry: LobbyEntry) -> None:
         entries = self._rooms[room_id]
@@ -212,15 +227,17 @@ class LobbyBook:
         if not entries:
             del self._rooms[room_id]
         self._entries -= 1
-        self._count(room_id, entry.state, None)
+        self._count(room_id, entry.user, entry.state, None)
 
-    def _count(self, room_id: str, before: LobbyState | None, after: LobbyState | None) -> None:
+    def _count(self, room_id: str, user: str, before: LobbyState | None, after: LobbyState | None) -> None:
         difference = (after is LobbyState.WAITING) - (before is LobbyState.WAITING)
-        if difference:
-            self._waiting_in_all += difference
-            self._waiting[room_id] += difference
-            if not self._waiting[room_id]:
-                del self._waiting[room_id]
+        if not difference:
+            return
+        self._waiting_in_all += difference
+        for counted in (("room", room_id), ("user", user), ("server", server_of(user))):
+            self._waiting[counted] += difference
+            if not self._waiting[counted]:
+                del self._waiting[counted]
 
     def _drop_some(self) -> None:
         others = [

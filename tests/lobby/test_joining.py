@@ -336,6 +336,17 @@ async def test_too_many_people_waiting_are_told_to_come_back(sandbox: Sandbox, m
 
 
 @pytest_twisted.ensureDeferred
+async def test_one_person_who_waits_in_many_rooms_keeps_nobody_out_of_other_lobbies(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby_book, "WAITING_PER_USER", 2)
+    monkeypatch.setattr(lobby_book, "WAITING_IN_ALL", 3)
+    rooms = [lobby_room(sandbox) for _ in range(3)]
+    assert [(await poll(sandbox, CAROL, room_id)).code for room_id in rooms] == [202, 202, 429]
+    assert (await poll(sandbox, BOB, rooms[2])).code == 202
+
+
+@pytest_twisted.ensureDeferred
 async def test_being_in_the_call_with_an_old_token_is_no_way_past_the_lobby(sandbox: Sandbox) -> None:
     room_id = lobby_room(sandbox)
     await sandbox.enter(ALICE, room_id)

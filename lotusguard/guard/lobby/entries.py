@@ -83,9 +83,13 @@ class Lobby:
         self._tell()
         return state
 
-    async def ask(self, room_id: str, user: str) -> LobbyEntry:
-        """Enter the lobby, or find out what was decided. :raises JoinRefused: the user may not wait."""
-        answer = await self._entries.happen(LobbyEvent.ASK, room_id, user)
+    async def ask(self, room_id: str, user: str, *, local: bool = False) -> LobbyEntry:
+        """Enter the lobby, or find out what was decided.
+
+        :param local: whether the user is known to be one of our own homeserver's.
+        :raises JoinRefused: the user may not wait.
+        """
+        answer = await self._entries.happen(LobbyEvent.ASK, room_id, user, local=local)
         self._tell()
         if answer.full or answer.entry is None:
             raise JoinRefused(Refusal.LOBBY_FULL, RETRY)
