@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby import Lobby, switching
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
 from lotusguard.rules.identity import room_alias
@@ -59,7 +59,7 @@ class Call:
         self.asked += 1
         if self.answers_when is not None:
             await self.answers_when
-        return self.users
+        return self.users if room_id == ROOM else set()
 
 
 def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby, LobbySwitch]:
@@ -101,6 +101,36 @@ async def test_people_in_a_call_are_accepted_when_its_lobby_is_switched_on_but_n
     assert not await switch.is_on(ROOM, OFF)
     assert await switch.is_on(ROOM, ON)
     assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_people_in_a_call_are_accepted_however_many_other_rooms_were_seen_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(switching, "ROOMS_REMEMBERED", 3)
+    clock, call = Clock(), Call()
+    call.users = {BOB}
+    lobby, switch = switched(clock, call)
+    assert not await switch.is_on(ROOM, OFF)
+    for number in range(20):
+        assert not await switch.is_on(f"!made-up-{number}:example.org", OFF)
+        clock.advance(2.0)
+        await switch.pass_time()
+    assert await switch.is_on(ROOM, ON)
+    assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_rooms_without_occupants_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switching, "ROOMS_REMEMBERED", 3)
+    call = Call()
+    call.users = {BOB}
+    _, switch = switched(Clock(), call, decidable=False)
+    for number in range(20):
+        await switch.is_on(f"!room-{number}:example.org", ON)
+    assert switch.undecidable_rooms == 20
+    await switch.pass_time()
+    assert switch.undecidable_rooms == 3
 
 
 @pytest_twisted.ensureDeferred
