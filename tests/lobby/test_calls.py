@@ -11,7 +11,7 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.waiting import Deadline
@@ -151,6 +151,24 @@ async def test_a_lobby_is_not_on_for_anybody_before_everybody_in_the_call_is_acc
     call.answers_when = None
     answers.callback(None)
     assert accepted == [True, True]
+
+
+@pytest_twisted.ensureDeferred
+async def test_lobbies_that_are_switched_off_are_noticed_soon_although_the_homeserver_is_slow() -> None:
+    clock = Clock()
+
+    class SlowRooms(Call):
+        async def get(self, room_id: str, deadline: Deadline) -> KnownPolicy:
+            await deferLater(clock, 0.5)
+            return OFF
+
+    lobby, switch = switched(clock, SlowRooms())
+    for number in range(64):
+        await lobby.ask(f"!{number}:example.org", f"@{number}:example.org")
+    passing = Deferred.fromCoroutine(switch.pass_time())
+    clock.pump([0.1] * 25)
+    assert passing.called
+    assert lobby.waiting() == []
 
 
 @pytest_twisted.ensureDeferred

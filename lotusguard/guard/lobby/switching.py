@@ -169,16 +169,17 @@ class LobbySwitch:
 
         To be called every few seconds.
         """
-        for room_id in self._lobby.rooms_with(LobbyState.WAITING):
-            deadline = Deadline.after(self._clock, self._lookup_timeout)
-            known = await self._policies.get(room_id, deadline)
-            if not await self.is_on(room_id, known):
-                continue
-            for user in self._lobby.waiting_in(room_id):
-                if known.policy.bypasses_lobby(user):
-                    await self._lobby.let_in(room_id, user)
+        await gather_in_turns(ROOMS_AT_ONCE, self._look_after, self._lobby.rooms_with(LobbyState.WAITING))
         await self._notice_ended_calls()
         await self._forget_some()
+
+    async def _look_after(self, room_id: str) -> None:
+        known = await self._policies.get(room_id, Deadline.after(self._clock, self._lookup_timeout))
+        if not await self.is_on(room_id, known):
+            return
+        for user in self._lobby.waiting_in(room_id):
+            if known.policy.bypasses_lobby(user):
+                await self._lobby.let_in(room_id, user)
 
     async def _notice_ended_calls(self) -> None:
         now = self._clock.seconds()
