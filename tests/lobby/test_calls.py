@@ -166,7 +166,7 @@ async def test_lobbies_that_are_switched_off_are_noticed_soon_although_the_homes
     for number in range(64):
         await lobby.ask(f"!{number}:example.org", f"@{number}:example.org")
     passing = Deferred.fromCoroutine(switch.pass_time())
-    clock.pump([0.1] * 25)
+    clock.pump([0.5] * 17)
     assert passing.called
     assert lobby.waiting() == []
 

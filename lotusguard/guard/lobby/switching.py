@@ -34,7 +34,10 @@ LET_IN_AT_ONCE = 32
 OCCUPANTS_ASKED_EVERY = 15.0
 """Seconds. With several guards this is a round trip for every room in which people were accepted."""
 ROOMS_AT_ONCE = 16
-"""Rooms that are asked about at the same time."""
+"""Rooms whose occupants are asked about at the same time."""
+LOOKUPS_AT_ONCE = 4
+"""Rooms whose policies are looked up at the same time. A lookup takes a call for each type of event; more lookups would
+wait for each other until they are too late."""
 
 
 class Seen(Enum):
@@ -169,7 +172,7 @@ class LobbySwitch:
 
         To be called every few seconds.
         """
-        await gather_in_turns(ROOMS_AT_ONCE, self._look_after, self._lobby.rooms_with(LobbyState.WAITING))
+        await gather_in_turns(LOOKUPS_AT_ONCE, self._look_after, self._lobby.rooms_with(LobbyState.WAITING))
         await self._notice_ended_calls()
         await self._forget_some()
 
