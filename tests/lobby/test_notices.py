@@ -269,6 +269,17 @@ def test_a_moderator_who_was_demoted_since_the_reaction_decides_nothing() -> Non
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
 
 
+def test_a_notice_that_fails_in_an_unexpected_way_is_sent_again() -> None:
+    asked = Asked()
+    asked.voice.unexpected = RuntimeError("not foreseen")
+    asked.ask(ROOM, BOB).held = 1
+    asked.wait(1)
+    asked.voice.unexpected = None
+    asked.wait(1)
+    asked.voice.hear(MOD, "✅")
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_reaction_admits_over_the_wire(start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     voice = FakeVoice()

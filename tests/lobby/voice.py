@@ -39,6 +39,7 @@ class FakeVoice:
 
     :ivar resident: whether the account is in every room. :ivar failing: whether the homeserver takes nothing.
     :ivar seconds: how long sending a notice takes, on the clock.
+    :ivar unexpected: raised instead of what the protocol allows.
     :ivar answers_lost: whether the homeserver takes notices, and its answers are lost.
     :ivar transactions: event IDs of notices: one that is sent again is the same event.
     """
@@ -51,6 +52,7 @@ class FakeVoice:
     listeners: list[Callable[[Reaction], None]] = field(factory=list)
     seconds: float = 0.0
     answers_lost: bool = False
+    unexpected: Exception | None = None
     transactions: dict[str, str] = field(factory=dict)
     clock: IReactorTime = field(factory=Clock)
 
@@ -89,5 +91,7 @@ class FakeVoice:
             listener(Reaction(room_id or given, sender, event_id or notice, key))
 
     def _fail(self) -> None:
+        if self.unexpected is not None:
+            raise self.unexpected
         if self.failing:
             raise DependencyFailed("synapse", "timeout")

@@ -143,17 +143,21 @@ class LobbyNotices:
     async def _send(self, notice: _Notice, entry: LobbyEntry) -> None:
         key = (notice.room_id, notice.user)
         try:
-            event_id = await self._turns.run(notice.room_id, lambda: self._say(notice, entry.id))
+            notice.event_id = event_id = await self._turns.run(notice.room_id, lambda: self._say(notice, entry.id))
         except CancelledError:  # it waited too long for its turn: tried again
-            self._notices.pop(key, None)
             self._last.pop(key, None)
             raise
         except (DependencyFailed, TimeoutError) as failed:
-            self._notices.pop(key, None)
             await self._failed(notice, getattr(failed, "reason", "timeout"))
             return
+        except Exception:
+            log.failure("asking {room_id} about {user} failed", room_id=notice.room_id, user=notice.user)
+            await self._failed(notice, "unexpected")
+            return
+        finally:
+            if not notice.event_id:  # nothing is being sent any more
+                self._notices.pop(key, None)
         self._failing.pop(key, None)
-        notice.event_id = event_id
         self._reactions.know(event_id, *key)
         state = self._lobby.state_of(*key)
         if state is not LobbyState.WAITING:
