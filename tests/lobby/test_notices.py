@@ -280,6 +280,19 @@ def test_a_notice_that_fails_in_an_unexpected_way_is_sent_again() -> None:
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
 
 
+@pytest.mark.parametrize(("seconds", "redacted"), [(1, True), (100, True), (200, False)])
+def test_a_redaction_that_fails_is_tried_again_for_two_minutes(seconds: int, redacted: bool) -> None:
+    asked = Asked()
+    asked.ask(ROOM, BOB)
+    asked.voice.failing = True
+    asked.voice.hear(MOD, "✅")
+    asked.wait(seconds)
+    asked.voice.failing = False
+    asked.wait(100)
+    assert asked.voice.redacted == ["$0"] * redacted
+    assert bool(asked.lobby.noticed()) is not redacted
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_reaction_admits_over_the_wire(start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     voice = FakeVoice()

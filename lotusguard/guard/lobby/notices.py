@@ -36,6 +36,9 @@ NOTICE_EVERY = 60.0
 """Seconds between two notices about the same person in the same room. A notice about somebody who stopped waiting stays
 for as long, in case they ask again."""
 SENT_AT_ONCE = 4
+REDACTION_ATTEMPTS = 7
+"""Attempts to redact a notice. The next one follows the first after 2 s, the second after 4 s, and so on: they take two
+minutes in all."""
 NOTICES_REMEMBERED = 20_000
 TURN_TIMEOUT = 5.0
 """Seconds that a notice may wait for its turn. Then it is tried again."""
@@ -45,12 +48,13 @@ _Key = tuple[str, str]
 
 @define(eq=False)
 class _Notice:
-    """:ivar event_id: "" while it is being sent."""
+    """:ivar event_id: "" while it is being sent. :ivar redactions: attempts to redact it."""
 
     room_id: str
     user: str
     sent: float
     event_id: str = ""
+    redactions: int = 0
 
 
 @define(eq=False)
@@ -69,6 +73,7 @@ class LobbyNotices:
     _notices: dict[_Key, _Notice] = field(factory=dict, init=False)
     _last: LRUCache[_Key, float] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
     _failing: LRUCache[_Key, float] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
+    _to_redact: LRUCache[str, tuple[float, _Notice]] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
     _turns: FairSemaphore = field(factory=lambda: FairSemaphore(SENT_AT_ONCE), init=False)
     _reactions: Reactions = field(init=False)
 
@@ -87,6 +92,10 @@ class LobbyNotices:
         for room_id, entry in self._lobby.without_notice():
             self._want(room_id, entry)
         now = self._clock.seconds()
+        for again_at, notice in list(self._to_redact.values()):
+            if now >= again_at:
+                del self._to_redact[notice.event_id]
+                self._in_background(self._redacted(notice), notice)
         for notice in list(self._notices.values()):
             state = self._lobby.state_of(notice.room_id, notice.user)
             if not notice.event_id or state is LobbyState.WAITING:
@@ -208,7 +217,15 @@ class LobbyNotices:
         self._reactions.forget(notice.event_id)
 
     async def _redacted(self, notice: _Notice) -> None:
-        await self._voice.redact(notice.room_id, notice.event_id)
+        notice.redactions += 1
+        redacting = Deferred.fromCoroutine(self._voice.redact(notice.room_id, notice.event_id))
+        try:
+            await Deadline.after(self._clock, self._send_timeout).wait(redacting)
+        except Exception:
+            if notice.redactions < REDACTION_ATTEMPTS:
+                again_at = self._clock.seconds() + 2.0**notice.redactions
+                self._to_redact[notice.event_id] = (again_at, notice)
+            raise
         await self._lobby.forget_notice(notice.room_id, notice.user, notice.event_id)
 
     def _in_background(self, work: Coroutine[Any, Any, None], notice: _Notice) -> None:
