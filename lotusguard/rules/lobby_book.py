@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice, takewhile
 
 from attrs import define, field, frozen
 
@@ -62,18 +63,22 @@ class LobbyBook:
 
     :param longest_wait: seconds that anybody may wait.
     :ivar changes: what has happened and nobody has taken yet; see `take_changes`.
+    :ivar _states: the entries of each state, by room and user. Those of one state last equally long, so they expire in
+        the order in which they were changed, and nothing has to look at all of them. (Entries that other guards changed
+        may be out of order. They are found out to have expired when somebody asks.)
     """
 
     longest_wait: float
     changes: list[Change] = field(factory=list, init=False)
     _rooms: dict[str, dict[str, LobbyEntry]] = field(factory=dict, init=False)
+    _states: dict[LobbyState, dict[tuple[str, str], LobbyEntry]] = field(
+        factory=lambda: {state: {} for state in LobbyState}, init=False
+    )
     _waiting: Counter[tuple[str, str]] = field(factory=Counter, init=False)
-    _waiting_in_all: int = field(default=0, init=False)
-    _entries: int = field(default=0, init=False)
 
     @property
     def waiting_in_all(self) -> int:
-        return self._waiting_in_all
+        return len(self._states[LobbyState.WAITING])
 
     # -- events ------------------------------------------------------------------------------------------
 
@@ -105,9 +110,13 @@ class LobbyBook:
 
     def pass_time(self, now: float) -> None:
         """Do what time does to all entries."""
-        for room_id, entry in list(self.entries()):
+        for room_id, entry in self.waiting():
             if entry.due(now, self.longest_wait) is not None:
                 self.find(room_id, entry.user, now)
+        for state in DROPPED_FIRST:
+            expired = takewhile(lambda one: now >= one[1].expires, self._states[state].items())
+            for (room_id, user), _ in list(expired):
+                self.find(room_id, user, now)
 
     def take_changes(self) -> list[Change]:
         """What has happened since this was called last."""
@@ -132,6 +141,10 @@ class LobbyBook:
         """All entries with their rooms."""
         return ((room_id, entry) for room_id, entries in self._rooms.items() for entry in entries.values())
 
+    def waiting(self) -> list[tuple[str, LobbyEntry]]:
+        """The entries that wait, with their rooms."""
+        return [(room_id, entry) for (room_id, _), entry in self._states[LobbyState.WAITING].items()]
+
     def entries_in(self, room_id: str) -> list[LobbyEntry]:
         """The entries of one room."""
         return list(self._rooms.get(room_id, {}).values())
@@ -146,17 +159,13 @@ class LobbyBook:
 
     def rooms_with(self, state: LobbyState) -> list[str]:
         """The rooms that have entries in this state."""
-        return [
-            room_id
-            for room_id, entries in self._rooms.items()
-            if any(entry.state is state for entry in entries.values())
-        ]
+        return list(dict.fromkeys(room_id for room_id, _ in self._states[state]))
 
     # -- entries that are kept elsewhere too -------------------------------------------------------------
 
     def restore(self, room_id: str, entry: LobbyEntry) -> None:
         """Put an entry of an earlier run back, unless it is over the limits."""
-        if self._entries < ENTRIES_KEPT:
+        if self._count() < ENTRIES_KEPT:
             self._put(room_id, entry)
 
     def learn(self, room_id: str, told: LobbyEntry, event: LobbyEvent | None) -> Change:
@@ -167,8 +176,8 @@ class LobbyBook:
             self._put(room_id, told)
             entry = told
         else:
-            self._count(room_id, entry.user, entry.state, told.state)
-            entry.id, entry.state, entry.notice, entry.version = told.id, told.state, told.notice, told.version
+            self._move(room_id, entry, told.state)
+            entry.id, entry.notice, entry.version = told.id, told.notice, told.version
             entry.began, entry.expires = told.began, told.expires
         return Change(room_id, entry, event, before, told.state)
 
@@ -189,8 +198,7 @@ class LobbyBook:
         if after is None:
             self._discard(room_id, entry)
         else:
-            self._count(room_id, entry.user, before, after)
-            entry.state = after
+            self._move(room_id, entry, after)
             if after is not before:
                 entry.began = now
             entry.expires = now + TABLE[after].lifetime
@@ -199,7 +207,7 @@ class LobbyBook:
         return True
 
     def _is_full(self, room_id: str, user: str, *, local: bool) -> bool:
-        waiting, in_all = self._waiting, self._waiting_in_all
+        waiting, in_all = self._waiting, self.waiting_in_all
         if waiting["room", room_id] >= WAITING_PER_ROOM or waiting["user", user] >= WAITING_PER_USER:
             return True
         if local:
@@ -209,7 +217,7 @@ class LobbyBook:
     def _begin(
         self, room_id: str, user: str, entry_id: str, state: LobbyState, event: LobbyEvent, now: float
     ) -> LobbyEntry:
-        if self._entries >= ENTRIES_KEPT:
+        if self._count() >= ENTRIES_KEPT:
             self._drop_some()
         entry = LobbyEntry(entry_id, user, state, now, now + TABLE[state].lifetime)
         self._put(room_id, entry)
@@ -218,33 +226,42 @@ class LobbyBook:
 
     def _put(self, room_id: str, entry: LobbyEntry) -> None:
         self._rooms.setdefault(room_id, {})[entry.user] = entry
-        self._entries += 1
-        self._count(room_id, entry.user, None, entry.state)
+        self._states[entry.state][room_id, entry.user] = entry
+        if entry.state is LobbyState.WAITING:
+            self._count_waiting(room_id, entry.user, 1)
 
     def _discard(self, room_id: str, entry: LobbyEntry) -> None:
         entries = self._rooms[room_id]
         del entries[entry.user]
         if not entries:
             del self._rooms[room_id]
-        self._entries -= 1
-        self._count(room_id, entry.user, entry.state, None)
+        del self._states[entry.state][room_id, entry.user]
+        if entry.state is LobbyState.WAITING:
+            self._count_waiting(room_id, entry.user, -1)
 
-    def _count(self, room_id: str, user: str, before: LobbyState | None, after: LobbyState | None) -> None:
-        difference = (after is LobbyState.WAITING) - (before is LobbyState.WAITING)
-        if not difference:
-            return
-        self._waiting_in_all += difference
+    def _move(self, room_id: str, entry: LobbyEntry, after: LobbyState) -> None:
+        """The entry is the last one to expire in its state now."""
+        difference = (after is LobbyState.WAITING) - (entry.state is LobbyState.WAITING)
+        del self._states[entry.state][room_id, entry.user]
+        entry.state = after
+        self._states[after][room_id, entry.user] = entry
+        self._count_waiting(room_id, entry.user, difference)
+
+    def _count(self) -> int:
+        return sum(map(len, self._states.values()))
+
+    def _count_waiting(self, room_id: str, user: str, difference: int) -> None:
         for counted in (("room", room_id), ("user", user), ("server", server_of(user))):
             self._waiting[counted] += difference
             if not self._waiting[counted]:
                 del self._waiting[counted]
 
     def _drop_some(self) -> None:
-        others = [
-            (DROPPED_FIRST.index(entry.state), entry.expires, room_id, entry)
-            for room_id, entry in self.entries()
-            if entry.state is not LobbyState.WAITING
-        ]
-        for _, _, room_id, entry in sorted(others, key=lambda other: other[:2])[:DROPPED_AT_ONCE]:
+        others = (
+            (room_id, entry)
+            for state in DROPPED_FIRST
+            for (room_id, _), entry in sorted(self._states[state].items(), key=lambda one: one[1].expires)
+        )
+        for room_id, entry in list(islice(others, DROPPED_AT_ONCE)):
             self._discard(room_id, entry)
             self.changes.append(Change(room_id, entry, LobbyEvent.EXPIRE, entry.state, None))

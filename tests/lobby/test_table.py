@@ -254,6 +254,7 @@ def test_the_rules_are_the_same_in_memory_and_in_valkey(steps: list[tuple[LobbyE
         if event is None:
             memory.pass_time(now)
             valkey.pass_time(now)
+            assert all(entry.due(now, LONGEST_WAIT) is None for _, entry in memory.entries())
         else:
             answers = [book.happen(event, ROOM, user, "id", now) for book in (memory, valkey)]
             assert answers[0].applied == answers[1].applied
@@ -265,6 +266,7 @@ def test_the_rules_are_the_same_in_memory_and_in_valkey(steps: list[tuple[LobbyE
                 assert entry.expires == pytest.approx(other.expires)
         waiting = [entry for _, entry in memory.entries() if entry.state is S.WAITING]
         assert memory.waiting_in_all == valkey.waiting_in_all == len(waiting)
+        assert {id(entry) for _, entry in memory.waiting()} == {id(entry) for entry in waiting}
         assert bool(memory.rooms_with(S.WAITING)) == bool(waiting)
 
 

@@ -88,7 +88,8 @@ class MemoryEntries:
     def load(self) -> None:
         """Take over the entries of an earlier run. People who waited stay in the lobby for a while without asking."""
         now, wall = self._clock.seconds(), self._wall()
-        for stored in self._store.lobby_entries() if self._store is not None else ():
+        stored_entries = self._store.lobby_entries() if self._store is not None else []
+        for stored in sorted(stored_entries, key=lambda one: one.expires):  # the book has them in this order
             try:
                 state = LobbyState(stored.state)
             except ValueError:

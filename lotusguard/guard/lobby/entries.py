@@ -26,12 +26,16 @@ POLL_AGAIN = 1.0
 
 @frozen
 class Waiting:
-    """Somebody who waits. :ivar since: seconds since the epoch. :ivar color: in CSS."""
+    """Somebody who waits. :ivar since: seconds since the epoch."""
 
     room_id: str
     user: str
     since: float
-    color: str
+
+    @property
+    def color(self) -> str:
+        """The user's colour in CSS."""
+        return colour_of(self.user)
 
 
 class LobbyStopped(Exception):
@@ -156,9 +160,9 @@ class Lobby:
         """Everybody who waits, the longest waiting first."""
         ahead = self._wall() - self._clock.seconds()
         found = [
-            Waiting(room_id, entry.user, entry.began + ahead, colour_of(entry.user))
-            for room_id, entry in self._entries.book.entries()
-            if entry.state is LobbyState.WAITING and self.state_of(room_id, entry.user) is LobbyState.WAITING
+            Waiting(room_id, entry.user, entry.began + ahead)
+            for room_id, entry in self._entries.book.waiting()
+            if self._waits(room_id, entry.user)
         ]
         return sorted(found, key=lambda one: one.since)
 
@@ -203,7 +207,7 @@ class Lobby:
         """Waiting entries without a notice, with their rooms."""
         return [
             (room_id, entry)
-            for room_id, entry in self._entries.book.entries()
+            for room_id, entry in self._entries.book.waiting()
             if not entry.notice and self._waits(room_id, entry.user)
         ]
 
