@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from lotusguard.clients.http import Answer
 from lotusguard.rules import lobby_book
 from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, counted, old_token, put_policy, room_of
 from tests.conftest import StartSandbox, until
 
@@ -279,6 +280,24 @@ async def test_a_removed_person_is_refused_until_they_are_admitted(sandbox: Sand
     await until(lambda: not again.connected)
     assert await moderate(sandbox, room_id, BOB, "admit") == 200
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
+
+
+@pytest_twisted.ensureDeferred
+async def test_somebody_who_waits_is_removed_although_livekit_does_not_answer(sandbox: Sandbox) -> None:
+    room_id = lobby_room(sandbox)
+    answer = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    sandbox.livekit.fault = Fault.status(503)
+    assert await moderate(sandbox, room_id, BOB, "remove") == 200
+    assert error_of(await answer) == (403, "You were removed from this call.")
+
+
+@pytest_twisted.ensureDeferred
+async def test_removing_somebody_in_the_call_is_502_while_livekit_does_not_answer(sandbox: Sandbox) -> None:
+    room_id = lobby_room(sandbox)
+    await sandbox.enter(ALICE, room_id)
+    sandbox.livekit.fault = Fault.status(503)
+    assert await moderate(sandbox, room_id, ALICE, "remove") == 502
 
 
 @pytest.mark.parametrize("action", ["remove", "mute"])
