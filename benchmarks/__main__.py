@@ -16,10 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import large, scenarios, several_guards
+from benchmarks.bench import Bench
 from benchmarks.chart import growth_chart, joins_chart
 from benchmarks.figures import Figure, markdown
+from benchmarks.joins import joins
 from benchmarks.processes import Callers, Dependencies, cores, raise_file_limit
-from benchmarks.scenarios import Bench
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
@@ -42,7 +43,7 @@ def main() -> None:
             dependencies, callers, rounds, 600 if quick else 2000,
             500 if quick else 4000, say, figures,
         )  # fmt: skip
-        scenarios.joins(bench)
+        joins(bench)
         scenarios.crowd(bench)
         scenarios.hung(bench)
         scenarios.big_room(bench)

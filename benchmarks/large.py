@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Self
 
+from benchmarks.bench import MS, Bench
 from benchmarks.figures import percentile
 from benchmarks.load import Outcome
 from benchmarks.prepared_answers import DEVICE, SERVER_NAME, USERS_A_ROOM, cached_alias, room_id
 from benchmarks.processes import GuardProcess
-from benchmarks.scenarios import MS, Bench
 from lotusguard.guard.seats.statefile import open_state_file
 
 SEATS = (10, 1_000, 10_000)
@@ -114,7 +114,7 @@ def quiet_call(bench: Bench, seconds: float) -> None:
     """Reconciling one call of 5,000 people in which nothing changes."""
     share = bench.figure(f"reconciling a call of {PEOPLE:,} in which nothing changes: share of a core", "%", digits=1)
     bench.dependencies.ask({"rooms": 1, "participants": PEOPLE, "cap": PEOPLE + 1_000})
-    for _ in range(max(1, bench.rounds // 2)):
+    for _ in range(bench.long_rounds):
         with GuardProcess(bench.dependencies) as guard:
             bench.load(guard, 8, 40, rooms=1)  # the guard knows the room
             time.sleep(8)
@@ -182,7 +182,7 @@ def big_event(bench: Bench, seconds: float) -> None:
     last = bench.figure(f"{name}: policy change to the last of all revocations", "s", 5.0)
     delays = bench.figure(f"{name}: p99 of {BURST:.0f} joins/s until then", "ms", 100.0, digits=1)
     stranger = 10_000
-    for _ in range(max(1, bench.rounds // 2)):
+    for _ in range(bench.long_rounds):
         bench.dependencies.ask({"rooms": 1, "participants": 0, "cap": PEOPLE + 1_000, "forbid": []})
         with GuardProcess(bench.dependencies) as guard:
             bench.dependencies.ask({"event": {"people": PEOPLE, "port": guard.port}})

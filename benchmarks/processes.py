@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from attrs import asdict
 
+from benchmarks.figures import Figure
 from benchmarks.load import Load, Outcome
 from benchmarks.prepared_answers import KEY, MATRIX_TOKEN, SECRET, SERVER_NAME
 
@@ -173,6 +174,10 @@ class Subject(Started):
     def command(self, twistd: list[str]) -> list[str]:
         raise NotImplementedError
 
+    def note(self, figure: Figure, value: float) -> None:
+        """Record a round of this process."""
+        raise NotImplementedError
+
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         self._directory.cleanup()
@@ -187,6 +192,9 @@ class GuardProcess(Subject):
     """lotusguard as in production: under ``twistd``, with a state directory."""
 
     name = "lotusguard"
+
+    def note(self, figure: Figure, value: float) -> None:
+        figure.guard.append(value)
 
     def console_session(self) -> str:
         """Sign in to the console. :return: the cookie."""
@@ -214,6 +222,9 @@ class PeerProcess(Subject):
 
     name = "peer"
 
+    def note(self, figure: Figure, value: float) -> None:
+        figure.peer.append(value)
+
     def command(self, twistd: list[str]) -> list[str]:
         return [sys.executable, "-m", "benchmarks.threaded_guard"]
 
@@ -222,6 +233,9 @@ class RelayProcess(Subject):
     """Twisted's HTTP alone (see `benchmarks.bare_relay`)."""
 
     name = "bare Twisted relay"
+
+    def note(self, figure: Figure, value: float) -> None:
+        figure.relay.append(value)
 
     def command(self, twistd: list[str]) -> list[str]:
         return [sys.executable, "-m", "benchmarks.bare_relay"]

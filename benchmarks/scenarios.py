@@ -1,139 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scenarios: each function measures one and records its figures."""
+"""Scenarios in which much happens at once, or dependencies fail, or the guard has just started. What joins cost is in
+`benchmarks.joins`, and large rooms are in `benchmarks.large`."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 from threading import Event, Thread
 
 from attrs import define
 
-from benchmarks.figures import Figure, percentile
+from benchmarks.bench import MS, Bench
+from benchmarks.figures import percentile
 from benchmarks.load import Load, Outcome
 from benchmarks.prepared_answers import BIG_ROOM, USERS_A_ROOM, cached_alias, room_id, user_id
-from benchmarks.processes import (
-    Callers,
-    Dependencies,
-    GuardProcess,
-    PeerProcess,
-    RelayProcess,
-    Subject,
-    compile_guard,
-)
-from lotusguard.rules.jwt import read_unverified
+from benchmarks.processes import GuardProcess, PeerProcess, Subject, compile_guard
 
-MS = 1000.0
-UPSTREAM_SECOND = 1.0
 CROWD_AIM = 1 / 20
-Say = Callable[[str], None]
-
-
-@define
-class Bench:
-    """One run of the benchmarks: its helper processes, how thorough it is, and the figures so far."""
-
-    dependencies: Dependencies
-    callers: Callers
-    rounds: int
-    joins: int
-    crowd: int
-    say: Say
-    figures: list[Figure]
-
-    def figure(self, name: str, unit: str, aim: float | None = None, digits: int = 2) -> Figure:
-        figure = Figure(name, unit, aim=aim, digits=digits)
-        self.figures.append(figure)
-        return figure
-
-    def load(self, subject: Subject, callers: int, requests: int, **how: object) -> Outcome:
-        """Make a load. :raises RuntimeError: not every caller got a token."""
-        outcome = self.callers.make(Load(subject.port, callers, requests, **how))  # type: ignore[arg-type]
-        if outcome.statuses != {"200": requests}:
-            raise RuntimeError(f"{subject.name}: {outcome.statuses}")
-        return outcome
-
-
-def sources_of(answer: str) -> list[str]:
-    """``canPublishSources`` of the token in an answer."""
-    claims = read_unverified(json.loads(answer)["jwt"])
-    return list(claims["video"].get("canPublishSources", ())) if claims else []
-
-
-CALLERS = (1, 32, 500)
-FIRST, FOLLOWING = "first joins", "following requests"
-
-
-def joins(bench: Bench) -> None:
-    """CPU per join and response times, with limit, sources and membership enforced.
-
-    In a *first join* nothing is known of the user: the guard asks who it is and whether they are a member. In a
-    *following request* both are in memory. The bare relay makes as many calls as the guard does.
-    """
-    rows = {
-        (kind, callers): (
-            bench.figure(f"CPU per join, {kind}, {callers} callers", "ms"),
-            bench.figure(f"p50, {kind}, {callers} callers", "ms", digits=1),
-            bench.figure(f"p99, {kind}, {callers} callers", "ms", digits=1),
-        )
-        for kind in (FOLLOWING, FIRST)
-        for callers in CALLERS
-    }
-    rows[FOLLOWING, 32][0].aim, rows[FIRST, 32][0].aim = 0.5, 1.0
-    rows[FOLLOWING, 32][0].relay_aim = rows[FIRST, 32][0].relay_aim = 1.6
-    bench.dependencies.ask({"cap": 1_000_000, "rooms": ROOMS_JOINED})
-    with (
-        GuardProcess(bench.dependencies) as guard,
-        PeerProcess(bench.dependencies) as peer,
-        RelayProcess(bench.dependencies, {"RELAY_LOOKUPS": "0"}) as relay,
-        RelayProcess(bench.dependencies, {"RELAY_LOOKUPS": "2"}) as relay_of_first,
-    ):
-        for subject in (guard, peer, relay, relay_of_first):
-            bench.load(subject, 32, bench.joins // 2, rooms=ROOMS_JOINED)
-        stranger = 1
-        for number in range(bench.rounds):
-            for callers in CALLERS:
-                requests = bench.joins // 4 if callers == 1 else bench.joins
-                for subject in (guard, peer, relay):
-                    figures = rows[FOLLOWING, callers]
-                    bench.load(subject, 32, ROOMS_JOINED * USERS_A_ROOM, rooms=ROOMS_JOINED)  # then all are known
-                    measured = _measured(bench, subject, callers, requests, strangers=0)
-                    _note(figures, subject, measured)
-                for subject in (guard, peer, relay_of_first):
-                    measured = _measured(bench, subject, callers, requests, strangers=stranger)
-                    stranger += requests
-                    _note(rows[FIRST, callers], subject, measured)
-            next_, first = rows[FOLLOWING, 32][0], rows[FIRST, 32][0]
-            bench.say(
-                f"round {number + 1}, CPU per join: following {next_.guard[-1]:.2f} ms, first {first.guard[-1]:.2f} "
-                f"ms; the peer {next_.peer[-1]:.2f} ms; relays {next_.relay[-1]:.2f} and {first.relay[-1]:.2f} ms"
-            )
-    bench.dependencies.ask({"cap": 50, "rooms": 50})
-
-
-ROOMS_JOINED = 10
-"""Rooms in `joins`: few, so that nearly every request is of the kind that is measured."""
-
-
-def _measured(bench: Bench, subject: Subject, callers: int, requests: int, strangers: int) -> tuple[float, ...]:
-    before = subject.cpu()
-    outcome = bench.load(subject, callers, requests, rooms=ROOMS_JOINED, strangers=strangers)
-    used = (subject.cpu() - before) / requests * MS
-    if isinstance(subject, GuardProcess) and "screen_share" in sources_of(outcome.sample):
-        raise RuntimeError("the guard did not enforce the sources")
-    return used, percentile(outcome.latencies, 0.5) * MS, percentile(outcome.latencies, 0.99) * MS
-
-
-def _note(figures: Sequence[Figure], subject: Subject, measured: Sequence[float]) -> None:
-    for figure, value in zip(figures, measured, strict=True):
-        if isinstance(subject, GuardProcess):
-            figure.guard.append(value)
-        elif isinstance(subject, PeerProcess):
-            figure.peer.append(value)
-        else:
-            figure.relay.append(value)
+"""Of the peer's time."""
 
 
 def crowd(bench: Bench) -> None:
@@ -148,8 +34,8 @@ def crowd(bench: Bench) -> None:
     each = bench.figure(f"{name}: memory for each", "kB", 10.0, digits=1)
     threads = bench.figure(f"{name}: threads", "", digits=0)
     rooms = bench.crowd // USERS_A_ROOM  # each caller is a user of their own
-    bench.dependencies.ask({"upstream_delay": UPSTREAM_SECOND, "rooms": rooms})
-    for _ in range(max(1, bench.rounds // 2)):
+    bench.dependencies.ask({"upstream_delay": 1.0, "rooms": rooms})
+    for _ in range(bench.long_rounds):
         for kind in (GuardProcess, PeerProcess):
             with kind(bench.dependencies) as subject:
                 bench.callers.make(Load(subject.port, 8, 50))  # the policies of the rooms are cached
@@ -165,20 +51,20 @@ def crowd(bench: Bench) -> None:
                     subject.status("VmHWM") / 1024,
                     watched.threads,
                 )
-                if kind is GuardProcess:
+                if isinstance(subject, GuardProcess):
                     each.guard.append((subject.status("VmHWM") - idle) / bench.crowd)
                 for figure, value in zip((succeeded, p99, memory, threads), values, strict=True):
-                    (figure.guard if kind is GuardProcess else figure.peer).append(value)
+                    subject.note(figure, value)
                 bench.say(f"{name}, {subject.name}: {outcome.statuses}, p99 {values[1]:.1f} s")
     bench.dependencies.ask({"upstream_delay": 0.0, "rooms": 50})
 
 
+@define
 class Watched:
-    """Counts the threads of a process while something is done to it."""
+    """Counts the threads of a process while something is done to it. :ivar threads: the most so far."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.threads = 0
+    subject: Subject
+    threads: int = 0
 
     def during(self, work: Callable[[], Outcome]) -> Outcome:
         done = Event()
@@ -198,11 +84,11 @@ class Watched:
 
 def hung(bench: Bench) -> None:
     """LiveKit and homeserver accept every request and answer none."""
-    first = bench.figure("dependencies hung: slowest of the first 20 joins", "s", None)
-    later = bench.figure("dependencies hung: later joins, p50", "ms", None, digits=1)
+    slowest = 1.6  # GUARD_LOOKUP_TIMEOUT, and what a join takes anyway
+    first = bench.figure("dependencies hung: slowest of the first 20 joins", "s", slowest)
+    later = bench.figure("dependencies hung: later joins, p50", "ms", digits=1)
     added = bench.figure("dependencies hung: later joins' p50 over normal", "ms", 50.0, digits=1)
-    first.aim = 1.6  # GUARD_LOOKUP_TIMEOUT, and what a join takes anyway
-    for _ in range(max(1, bench.rounds // 2)):
+    for _ in range(bench.long_rounds):
         with GuardProcess(bench.dependencies) as guard:
             bench.load(guard, 4, 200)
             normal = percentile(bench.load(guard, 1, 100).latencies, 0.5) * MS
@@ -235,8 +121,8 @@ def big_room(bench: Bench) -> None:
                     bench.dependencies.ask({"reset": True})
                     outcome = bench.load(subject, 1, 1, room=BIG_ROOM, first=number, rooms=1)
                     answer = bench.dependencies.ask({})
-                    (size.guard if kind is GuardProcess else size.peer).append(answer["bytes"]["synapse"] / 1000)
-                    (waited.guard if kind is GuardProcess else waited.peer).append(outcome.latencies[0] * MS)
+                    subject.note(size, answer["bytes"]["synapse"] / 1000)
+                    subject.note(waited, outcome.latencies[0] * MS)
         bench.say(
             f"{name}: {median(size.guard):.1f} kB, {median(waited.guard):.0f} ms (peer {median(waited.peer):.0f})"
         )
@@ -251,7 +137,7 @@ def reconciling(bench: Bench, seconds: float) -> None:
         for interval, label in (("3600", "without"), ("3", "while"))
     }
     bench.dependencies.ask({"rooms": 300})
-    for _ in range(max(1, bench.rounds // 2)):
+    for _ in range(bench.long_rounds):
         for interval, figure in p99.items():
             with GuardProcess(bench.dependencies, {"GUARD_RECONCILE_INTERVAL": interval}) as guard:
                 bench.load(guard, 8, 600, rooms=300)  # every room is known

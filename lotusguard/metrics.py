@@ -14,8 +14,8 @@ from lotusguard import __version__
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.sources import Source
 from lotusguard.rules.state import POLICY_TYPES
+from lotusguard.times import BOUNDS, LabelledTimes
 
-_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
 LOBBY_DECISIONS = ("admitted", "denied", "removed", "timed_out", "switched_off", "needs_no_decision", "left")
 _REFUSALS = [refusal.value for refusal in Refusal]
 _CHECKS = ("policy", "membership", "homeserver", "join_level", "start", "limit")
@@ -42,13 +42,6 @@ class Metrics:
         self._count_calls()
         self._count_internals()
 
-    def observe_stage(self, stage: str, seconds: float) -> None:
-        """A stage of a join took so long."""
-        observed = self._stages.get(stage)
-        if observed is None:  # `labels` takes a lock and looks for the child
-            observed = self._stages[stage] = self.join_seconds.labels(stage)
-        observed.observe(seconds)
-
     def _count_joins(self) -> None:
         self.joins = self._counter(
             "joins", "Token requests by verdict (allowed, refused, would_refuse, failed, error) and reason",
@@ -56,8 +49,7 @@ class Metrics:
             known=[*product(("refused", "would_refuse"), _REFUSALS), ("error", "internal_error"),
                    *product(("failed",), ("upstream_timeout", "upstream_unreachable", "caller_disconnected"))],
         )  # fmt: skip
-        self._stages: dict[str, Histogram] = {}
-        self.join_seconds = self._histogram("join_stage_seconds", "Time of a join by stage", "stage")
+        self.join_seconds = self._times("join_stage_seconds", "Time of a join by stage", "stage")
         self.fail_open = self._counter(
             "fail_open", "Checks that a join passed without being enforced", "check", "reason",
             known=[*product(_CHECKS, _UNKNOWN_BECAUSE), ("token", "secret_mismatch"), ("token", "internal_error")],
@@ -86,9 +78,7 @@ class Metrics:
             "dependency_calls", "Calls to dependencies", "dependency", "outcome",
             known=product(("livekit", "synapse", "upstream"), outcomes),
         )  # fmt: skip
-        self.dependency_seconds = self._histogram(
-            "dependency_call_seconds", "Time of calls to dependencies", "dependency"
-        )
+        self.dependency_seconds = self._times("dependency_call_seconds", "Time of calls to dependencies", "dependency")
         self.circuit_open = self._gauge("circuit_open", "1 while a dependency is not asked", "dependency")
         self.credentials_refused = self._gauge(
             "credentials_refused", "1 while a dependency refuses our credentials", "dependency"
@@ -152,7 +142,9 @@ class Metrics:
         self.enforcement_failures = self._counter(
             "enforcement_failures", "Enforcement in calls that did not succeed", "action", "reason"
         )
-        self.reconcile_seconds = self._histogram("reconcile_seconds", "Time of one reconciling round")
+        self.reconcile_seconds = Histogram(
+            "lotusguard_reconcile_seconds", "Time of one reconciling round", buckets=BOUNDS, registry=self.registry
+        )
 
     def _count_internals(self) -> None:
         self.cache_entries = self._gauge("cache_entries", "Entries of a cache", "cache")
@@ -183,5 +175,7 @@ class Metrics:
     def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
         return Gauge(f"lotusguard_{name}", meaning, labels, registry=self.registry)
 
-    def _histogram(self, name: str, meaning: str, *labels: str) -> Histogram:
-        return Histogram(f"lotusguard_{name}", meaning, labels, buckets=_BUCKETS, registry=self.registry)
+    def _times(self, name: str, meaning: str, label: str) -> LabelledTimes:
+        times = LabelledTimes(f"lotusguard_{name}", meaning, label)
+        self.registry.register(times)
+        return times

@@ -109,7 +109,7 @@ class Reloader:
         policies.remembered.default_limit = new.guard_default_max_users
 
     def _enforcement(self, new: Settings) -> None:
-        self._calls.enforcement.eject = new.guard_overflow == "eject"
+        self._calls.limits.eject = new.guard_overflow == "eject"
         self._calls.participants.restore = new.guard_restore
         self._calls.enforcement.settings_changed()
 

@@ -14,11 +14,11 @@ import pytest
 from benchmarks.__main__ import with_table
 from benchmarks.chart import GROWTH, JOINS, growth_chart, joins_chart
 from benchmarks.figures import Figure, markdown, percentile
+from benchmarks.joins import sources_of
 from benchmarks.load import Load
 from benchmarks.prepared_answers import SECRET, Scene, SfuRooms, cached_alias, issued_token, room_id, room_state
 from benchmarks.processes import Callers, Dependencies, GuardProcess, PeerProcess, Subject
 from benchmarks.profile import library_of, table
-from benchmarks.scenarios import sources_of
 
 
 def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed() -> None:

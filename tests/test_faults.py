@@ -90,7 +90,7 @@ async def test_five_failures_open_the_circuit_until_a_probe_succeeds(
     start_sandbox: StartSandbox,
 ) -> None:
     sandbox = await start_sandbox(
-        guard_reconcile_interval=3600, guard_lookup_timeout=1, guard_server_name="sandbox.local"
+        guard_reconcile_interval=3600, guard_lookup_timeout=3, guard_server_name="sandbox.local"
     )
     rooms = [room_of(sandbox, 1) for _ in range(8)]
     break_synapse(sandbox, Fault.hang())
@@ -99,7 +99,7 @@ async def test_five_failures_open_the_circuit_until_a_probe_succeeds(
     assert counted(sandbox, "circuit_open", dependency="synapse") == 1
     answer, seconds = await timed(sandbox.ask_token(ALICE, rooms[6]))
     assert answer.code == 200
-    assert seconds < 0.8
+    assert seconds < 2.5
     assert counted(sandbox, "fail_open_total", reason="circuit_open") >= 1
     break_synapse(sandbox, None)
     await until(lambda: counted(sandbox, "circuit_open", dependency="synapse") == 0, seconds=8)
@@ -254,7 +254,7 @@ async def test_only_joins_are_held_while_upstream_is_down(start_sandbox: StartSa
 
 @pytest_twisted.ensureDeferred
 async def test_two_hanging_dependencies_cost_one_lookup_timeout(start_sandbox: StartSandbox) -> None:
-    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=1, guard_policy_ttl=0.0001)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_lookup_timeout=3, guard_policy_ttl=0.0001)
     room_id = room_of(sandbox, 3)
     await sandbox.enter(ALICE, room_id)
     break_synapse(sandbox, Fault.hang())
@@ -262,7 +262,7 @@ async def test_two_hanging_dependencies_cost_one_lookup_timeout(start_sandbox: S
     sandbox.upstream.full_access = ["nobody"]
     answer, seconds = await timed(sandbox.ask_token(BOB, room_id))
     assert answer.code == 200
-    assert seconds < 1.9
+    assert seconds < 5.5
 
 
 @pytest_twisted.ensureDeferred

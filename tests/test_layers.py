@@ -14,7 +14,7 @@ import lotusguard
 ROOT = Path(lotusguard.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     # these import nothing of ours but the version
-    ("lotusguard", "synapse_module", "terminal", "log_limit", "process", "environment"),
+    ("lotusguard", "synapse_module", "terminal", "log_limit", "process", "environment", "times"),
     ("rules", "logs"),
     ("metrics", "config"),
     ("clients", "supervision"),

@@ -16,6 +16,7 @@ from prometheus_client import Metric
 
 from lotusguard.metrics import Metrics
 from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.times import LabelledTimes
 
 ROOT = Path(__file__).parent.parent
 ALERTS = ROOT / "deploy" / "monitoring" / "alerts.yaml"
@@ -40,7 +41,9 @@ def samples() -> dict[str, set[str]]:
     found = {}
     for family in families():
         collector = registry._names_to_collectors.get(family.name)
-        labels = set(getattr(collector, "_labelnames", ()))
+        labels = (
+            {collector.label} if isinstance(collector, LabelledTimes) else set(getattr(collector, "_labelnames", ()))
+        )
         for suffix in SUFFIXES[family.type]:
             found[family.name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
     return found

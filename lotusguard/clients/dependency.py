@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Container
 from typing import TypeVar
 
 from attrs import define, field
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 from twisted.internet.defer import CancelledError, TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -23,6 +23,7 @@ from lotusguard.clients.failures import CircuitOpen, DependencyFailed, Dependenc
 from lotusguard.clients.http import Agent, Answer, BodyTooLarge, fetch
 from lotusguard.clients.turns import FairSemaphore, QueueFull
 from lotusguard.metrics import Metrics
+from lotusguard.times import Times
 
 __all__ = ["CircuitOpen", "Dependency", "DependencyFailed", "DependencyRefused", "TooManyCalls"]
 
@@ -73,7 +74,7 @@ class Dependency:
     _turns: FairSemaphore = field(init=False)
     _credentials: Credentials = field(init=False)
     _prober: Prober = field(init=False)
-    _seconds: Histogram = field(init=False)
+    _seconds: Times = field(init=False)
     _outcomes: dict[str, Counter] = field(init=False)
     _last_date: bytes = field(init=False, default=b"")
 

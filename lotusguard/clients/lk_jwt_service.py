@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from attrs import define, field, frozen
@@ -61,10 +61,6 @@ class Forwarded:
     headers: Headers
     body: bytes | None
 
-    def with_body(self, body: bytes) -> Forwarded:
-        """The same request with another body."""
-        return Forwarded(self.method, self.target, self.headers, body)
-
 
 @define
 class LkJwtService:
@@ -89,22 +85,22 @@ class LkJwtService:
         self._answered = self._metrics.dependency_calls.labels("upstream", "ok")
         self._unanswered = self._metrics.dependency_calls.labels("upstream", "failed")
 
-    async def ask(self, request: Forwarded, deadline: float | None = None) -> Answer:
+    def ask(self, request: Forwarded, deadline: float | None = None) -> Coroutine[Any, Any, Answer]:
         """Forward a request and wait for the whole answer.
 
         :param deadline: the time on the clock at which all attempts end. Without one, each attempt may take
             ``timeout``, and the grace comes before that.
         :raises UpstreamFailed:
         """
-        return await self._attempted(request, self._whole, deadline, self._grace)
+        return self._attempted(request, self._whole, deadline, self._grace)
 
-    async def open(self, request: Forwarded, *, hold: bool = True) -> Answer:
+    def open(self, request: Forwarded, *, hold: bool = True) -> Coroutine[Any, Any, Answer]:
         """Forward a request and wait for the head of the answer; the caller reads its body.
 
         :param hold: the request, while connections are refused. Otherwise it fails at once.
         :raises UpstreamFailed:
         """
-        return await self._attempted(request, self._send, None, self._grace if hold else 0.0)
+        return self._attempted(request, self._send, None, self._grace if hold else 0.0)
 
     async def _attempted(
         self,

@@ -7,7 +7,7 @@ from attrs import define, field
 
 
 @define
-class _Chain:
+class _Times:
     """A user's time to arrive, from the first token that they did not use."""
 
     expires: float
@@ -18,20 +18,20 @@ class _Chain:
 class ArrivalTimes:
     """The time to arrive of each user of one room."""
 
-    _chains: dict[str, _Chain] = field(factory=dict, init=False)
+    _users: dict[str, _Times] = field(factory=dict, init=False)
 
     def issued(self, user: str, now: float, ttl: float) -> float:
         """A token is issued to a user. :return: when the user must have arrived."""
-        chain = self._chains.get(user)
-        if chain is None or chain.asked + ttl < now:
-            chain = self._chains[user] = _Chain(now + ttl, now)
-        chain.asked = now
-        return chain.expires
+        times = self._users.get(user)
+        if times is None or times.asked + ttl < now:
+            times = self._users[user] = _Times(now + ttl, now)
+        times.asked = now
+        return times.expires
 
     def arrived(self, user: str) -> None:
         """The user is in the call: a later token gets its own time."""
-        self._chains.pop(user, None)
+        self._users.pop(user, None)
 
     def forget_old(self, now: float, ttl: float) -> None:
         """Drop users who have not asked for the length of ``ttl``."""
-        self._chains = {user: chain for user, chain in self._chains.items() if chain.asked + ttl >= now}
+        self._users = {user: times for user, times in self._users.items() if times.asked + ttl >= now}

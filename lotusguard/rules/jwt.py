@@ -40,8 +40,10 @@ class SfuKey:
         The payload is ASCII without ``> ? ~``. Element Call decodes it with ``atob``, which does not know
         base64url's ``-`` and ``_``; only those characters lead to them.
         """
-        payload = compact(claims).translate(_ATOB_SAFE).encode("ascii")
-        signed = _HEAD + b"." + base64url_encode(payload)
+        payload = compact(claims)
+        for character, escape in _ATOB_SAFE.items():
+            payload = payload.replace(character, escape)
+        signed = _HEAD + b"." + base64url_encode(payload.encode("ascii"))
         return (signed + b"." + self._signature(signed)).decode("ascii")
 
     def read(self, token: str) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class SfuKey:
                 raise NotOurs("not signed with HS256")
             if not hmac.compare_digest(signature, self._signature(signed)):
                 raise NotOurs("signed with another secret")
-            claims = json.loads(base64url_decode(payload))
+            claims = json.loads(base64url_decode(payload).decode())
         except (ValueError, RecursionError) as error:
             raise NotOurs(f"not a token ({type(error).__name__})") from None
         if not isinstance(claims, dict):
@@ -88,7 +90,7 @@ def _is_plain_hs256(header: object) -> bool:
     return isinstance(header, dict) and header.get("alg") == "HS256" and "crit" not in header
 
 
-_ATOB_SAFE = {ord(character): f"\\u{ord(character):04x}" for character in ">?~\x7f"}
+_ATOB_SAFE = {character: f"\\u{ord(character):04x}" for character in ">?~\x7f"}
 
 
 def read_unverified(token: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 from attrs import field, frozen
@@ -16,7 +16,7 @@ LONGEST_MESSAGE = 500
 """Characters of a lobby's message that are kept."""
 
 
-class Action(Enum):
+class Action(StrEnum):
     """What a user may be permitted to do; the value is its key in the event."""
 
     JOIN = "join"
@@ -120,12 +120,12 @@ def read_permissions(content: object) -> tuple[CallPermissions, frozenset[str]]:
     needed: dict[Action, int] = {}
     malformed: set[str] = set()
     for action in Action:
-        if action.value in content:
-            level = content[action.value]
+        if action in content:
+            level = content[action]
             if isinstance(level, int) and not isinstance(level, bool):
                 needed[action] = level
             else:
-                malformed.add(action.value)
+                malformed.add(action)
     users, malformed_users = _read_exceptions(content.get("users", {}))
     return CallPermissions(needed, users), frozenset(malformed) | malformed_users
 
@@ -141,11 +141,11 @@ def _read_exceptions(content: object) -> tuple[dict[str, dict[Action, bool]], se
             continue
         exceptions: dict[Action, bool] = {}
         for action in Action:
-            value = entry.get(action.value, _ABSENT)
+            value = entry.get(action, _ABSENT)
             if isinstance(value, bool):
                 exceptions[action] = value
             elif value is not _ABSENT:
-                malformed.add(f"users.{user}.{action.value}")
+                malformed.add(f"users.{user}.{action}")
         if exceptions:
             users[user] = exceptions
     return users, malformed
@@ -159,10 +159,10 @@ def permissions_as_json(permissions: CallPermissions | None) -> dict[str, Any]:
     if permissions is None:
         return {}
     users = {
-        user: {action.value: allowed for action, allowed in exceptions.items()}
+        user: {str(action): allowed for action, allowed in exceptions.items()}
         for user, exceptions in permissions.users.items()
     }
-    needed = {action.value: level for action, level in permissions.needed.items()}
+    needed = {str(action): level for action, level in permissions.needed.items()}
     return {**needed, "users": users} if users else needed
 
 

@@ -56,7 +56,8 @@ class Policy:
         While the levels are unknown nothing is refused or withheld because of them; nor does anybody get past a
         limit, or power over others, because of them.
         """
-        return (self.permissions or _NO_PERMISSIONS).allows(action, user, self.levels)
+        permissions = _NO_PERMISSIONS if self.permissions is None else self.permissions
+        return permissions.allows(action, user, self.levels)
 
     def allowed_sources(self, user: str) -> frozenset[Source]:
         """The sources that a user may publish: what their permissions allow and nobody is forbidden."""

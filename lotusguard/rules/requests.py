@@ -84,16 +84,20 @@ class Proof(Enum):
     """A homeserver relays another one's request, which ``X-Matrix-Origin`` names; the user is in the body."""
 
 
+Path = tuple[str, ...]
+"""The keys that lead to a value in a body; ``()`` is nowhere."""
+
+
 @frozen
 class Shape:
-    """Where a body names the room, slot, user, device and member: dotted key paths; ``""`` is nowhere."""
+    """Where a body names the room (by which shapes are told apart), slot, user, device, member and OpenID token."""
 
     room: str
-    slot: str = ""
-    user: str = ""
-    device: str = ""
-    members: tuple[str, ...] = ()
-    openid: str = ""
+    slot: Path = ()
+    user: Path = ()
+    device: Path = ()
+    members: tuple[Path, ...] = ()
+    has_openid: bool = False
 
 
 @frozen
@@ -110,14 +114,14 @@ class TokenRoute:
     cors: bool = True
 
 
-LEGACY = Shape(room="room", device="device_id", openid="openid_token")
+LEGACY = Shape(room="room", device=("device_id",), has_openid=True)
 MSC4195 = Shape(
     room="room_id",
-    slot="slot_id",
-    user="member.claimed_user_id",
-    device="member.claimed_device_id",
-    members=("member.id", "member_id"),  # newer bodies have a flat member_id
-    openid="openid_token",
+    slot=("slot_id",),
+    user=("member", "claimed_user_id"),
+    device=("member", "claimed_device_id"),
+    members=(("member", "id"), ("member_id",)),  # newer bodies have a flat member_id
+    has_openid=True,
 )
 TOKEN_ROUTES = {
     route.path: route
@@ -129,13 +133,13 @@ TOKEN_ROUTES = {
 """The token routes of the public listener."""
 CLIENT_ROUTE = TokenRoute(
     "/_matrix/client/rtc/livekit/get_token",
-    (Shape(room="room_id", slot="slot_id", members=("member_id",)),),
+    (Shape(room="room_id", slot=("slot_id",), members=(("member_id",),)),),
     Proof.USER_HEADER,
     cors=False,
 )
 FEDERATION_ROUTE = TokenRoute(
     "/_matrix/federation/rtc/livekit/get_token",
-    (Shape(room="room_id", slot="slot_id", user="user_id", members=("member_id",)),),
+    (Shape(room="room_id", slot=("slot_id",), user=("user_id",), members=(("member_id",),)),),
     Proof.ORIGIN,
     cors=False,
 )
@@ -196,32 +200,31 @@ def read_request(
     if len(shapes) > 1:
         raise Unreadable("it names its room twice")
     shape = shapes[0] if shapes else route.shapes[0]
-    members = [member for path in shape.members if (member := _name(content, path))]
+    members = [member for path in shape.members if (member := _text(content, path))]
     if len(members) > 1:
         raise Unreadable("it names its member twice")
+    delay = [content[key] for key in _DELAY_KEYS if key in content]
     request = TokenRequest(
         route=route,
-        room_id=_name(content, shape.room) or None,
-        slot_id=_name(content, shape.slot) or ROOM_SLOT,
-        user=_name(content, shape.user) or None,
-        device_id=_name(content, shape.device),
-        openid=_openid(content, shape.openid),
+        room_id=_text(content, (shape.room,)) or None,
+        slot_id=_text(content, shape.slot) or ROOM_SLOT,
+        user=_text(content, shape.user) or None,
+        device_id=_text(content, shape.device),
+        openid=_openid(content) if shape.has_openid else None,
         body=serialised(content),
         member_id=members[0] if members else "",
-        server_name=_name(content, "server_name") or None,
-        url=_text(content, "url", TOKEN_LIMIT) or None,
-        has_delay=any(content.get(key) for key in _DELAY_KEYS),
-        content=content if any(key in content for key in _DELAY_KEYS) else {},
+        server_name=_text(content, ("server_name",)) or None,
+        url=_text(content, ("url",), TOKEN_LIMIT) or None,
+        has_delay=any(delay),
+        content=content if delay else {},
     )
     proven = _proven_user(route.proof, request.user, header)
     return request if proven is None else evolve(request, user=proven, proven_user=proven)
 
 
-def _openid(content: Mapping[str, Any], place: str) -> OpenID | None:
-    if not place:
-        return None
-    access_token = _text(content, f"{place}.access_token", TOKEN_LIMIT)
-    server_name = _name(content, f"{place}.matrix_server_name")
+def _openid(content: Mapping[str, Any]) -> OpenID | None:
+    access_token = _text(content, ("openid_token", "access_token"), TOKEN_LIMIT)
+    server_name = _text(content, ("openid_token", "matrix_server_name"))
     return OpenID(access_token, server_name) if access_token and server_name else None
 
 
@@ -251,20 +254,17 @@ def _header(values: list[bytes]) -> str | None:
         raise Unreadable("a header is not UTF-8") from None
 
 
-def _name(content: Mapping[str, Any], path: str) -> str | None:
-    """The name at a dotted path, such as a room's or a user's."""
-    return _text(content, path, NAME_LIMIT)
-
-
-def _text(content: Mapping[str, Any], path: str, limit: int) -> str | None:
-    """The string at a dotted path; ``None`` for nothing and for ``null``, as upstream takes it."""
+def _text(content: Mapping[str, Any], path: Path, limit: int = NAME_LIMIT) -> str | None:
+    """The string at a path; ``None`` for nothing and for ``null``, as upstream takes it."""
+    if not path:
+        return None
     value: Any = content
-    for key in path.split(".") if path else ():
+    for key in path:
         value = value.get(key) if isinstance(value, dict) else None
-    if not path or value is None:
+    if value is None:
         return None
     if not isinstance(value, str):
         raise Unreadable("something else is where a string is expected")
-    if len(value) > limit or len(value.encode("utf-8", "surrogatepass")) > limit:
+    if 4 * len(value) > limit and len(value.encode("utf-8", "surrogatepass")) > limit:  # four bytes at most for each
         raise Unreadable("a name or a token is too long")
     return value

@@ -7,11 +7,10 @@ seats are held, but for the questions that return sets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from heapq import heappop, heappush
 from typing import TypeVar
 
-from attrs import Factory, define, field
+from attrs import define, field
 
 from lotusguard.rules.seat_count import SeatCount
 from lotusguard.rules.seats import TABLE, Hold, HoldEvent, HoldState, IdentityKey, Session
@@ -28,7 +27,8 @@ _ENDINGS = (HoldEvent.LEAVE, HoldEvent.VANISH, HoldEvent.EXPIRE)
 
 @define
 class RoomHolds:
-    """
+    """Who holds what in one Matrix room.
+
     :ivar version: is higher after each change of what is held here, and by whom.
     :ivar vacated: when the last hold of those that make the room occupied ended.
     :ivar changed: identities whose hold changed since somebody last cleared this set; for persistence.
@@ -42,8 +42,7 @@ class RoomHolds:
     """ISSUED…, RECONNECTING and LEFT holds"""
     pending: dict[str, Hold] = field(factory=dict, init=False)
     """PENDING holds by ID"""
-    changed: set[IdentityKey] = field(default=Factory(set), init=False)
-    _listed: dict[str, float] = field(factory=dict, init=False)
+    changed: set[IdentityKey] = field(factory=set, init=False)
     _by_alias: dict[str, dict[Session, Hold]] = field(factory=dict, init=False)
     _sessions_of: dict[IdentityKey, list[Hold]] = field(factory=dict, init=False)
     _reserved_for: dict[str, dict[IdentityKey, Hold]] = field(factory=dict, init=False)
@@ -92,16 +91,6 @@ class RoomHolds:
                 kept.add(key.alias)
         return {alias for alias in kept if alias}
 
-    def listed_since(self, aliases: Iterable[str]) -> float | None:
-        """When the oldest of the last listings of these SFU rooms began; ``None`` if one was never listed."""
-        oldest: float | None = None
-        for alias in aliases:
-            since = self._listed.get(alias)
-            if since is None:
-                return None
-            oldest = since if oldest is None else min(oldest, since)
-        return oldest
-
     def listing_required_since(self, now: float) -> float | None:
         """Latest end of a hold that no listing has confirmed; ``None`` if there is none."""
         self._advance(now)
@@ -146,7 +135,7 @@ class RoomHolds:
                 self._move(hold, HoldEvent.EXPIRE, expires)
 
     def _move(self, hold: Hold, event: HoldEvent, now: float = 0.0) -> None:
-        """The one place where a hold that counts changes its state."""
+        """The one place where a hold that counts changes its state. :param now: matters for arrivals and endings."""
         before, after = hold.state, hold.rules.moves[event]
         key = IdentityKey(hold.alias, hold.identity)
         if before is HoldState.PENDING:

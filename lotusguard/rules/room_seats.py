@@ -8,32 +8,19 @@ as it has participants, and one that shows the same as the last one costs nothin
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from attrs import define, field
 
 from lotusguard.rules.arrival_times import ArrivalTimes
+from lotusguard.rules.ended_sessions import EndedSessions
+from lotusguard.rules.listings import Listings
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_holds import RECONNECT_WINDOW, RESERVED_PER_USER, RoomHolds
+from lotusguard.rules.room_holds import RoomHolds
 from lotusguard.rules.seats import Arrival, Hold, HoldEvent, HoldState, IdentityKey, Session
-
-__all__ = [
-    "CALL_ENDED_AFTER",
-    "ENDED_SESSIONS_KEPT",
-    "OVERTAKEN_BY",
-    "RECONNECT_WINDOW",
-    "RESERVED_PER_USER",
-    "UNCONFIRMED_KEPT",
-    "RoomSeats",
-]
 
 CALL_ENDED_AFTER = 60.0
 """Seconds without occupants and holds after which a call has ended."""
-ENDED_SESSIONS_KEPT = 120.0
-"""Seconds for which an ended session is remembered, so that a delayed event cannot bring it back."""
-OVERTAKEN_BY = 2.0
-"""An arrival that is told of late tells nothing if the last listing began so many seconds after it, or more: either it
-showed the participant, or they have left since. Clocks may differ a little."""
 UNCONFIRMED_KEPT = 600.0
 """Seconds for which an ended hold waits for a listing that confirms it. Where nothing is enforced nobody lists."""
 
@@ -49,9 +36,8 @@ class RoomSeats(RoomHolds):
     unlimited_at: float
     touched: float = 0.0
     _arrival_times: ArrivalTimes = field(factory=ArrivalTimes, init=False)
-    _ended: dict[Session, float] = field(factory=dict, init=False)
-    _settled: dict[str, int] = field(factory=dict, init=False)
-    """The version of the seats at the last listing of each SFU room, if that listing told nothing new."""
+    _ended: EndedSessions = field(factory=EndedSessions, init=False)
+    _listings: Listings = field(factory=Listings, init=False)
 
     # -- a join ------------------------------------------------------------------------------------------
 
@@ -131,7 +117,7 @@ class RoomSeats(RoomHolds):
         self.touched = now
         if limit is None:
             self.unlimited_at = now
-        if who.joined is not None and self._listed.get(alias, who.joined) >= who.joined + OVERTAKEN_BY:
+        if who.joined is not None and self._listings.overtook_arrival(alias, who.joined):
             return
         joined_by = now if who.joined is None else who.joined
         self._arrived(Session(alias, who.sid), who, limit, now, joined_by)
@@ -149,8 +135,8 @@ class RoomSeats(RoomHolds):
         self._advance(now)
         self.touched = now
         at, key = Session(alias, sid), IdentityKey(alias, identity)
-        self._ended[at] = now
-        self._forget_ended(now)
+        self._ended.note(at, now)
+        self._ended.forget_old(now)
         reserved = self.reserved.get(key)
         hold = self.sessions.get(at)
         known = hold or reserved
@@ -171,39 +157,32 @@ class RoomSeats(RoomHolds):
         :param since: when the listing began. It does not contradict anything that happened later.
         """
         self._advance(now)
-        self._settled.pop(alias, None)
-        if since < self._listed.get(alias, since):
-            return  # a later listing overtook it: this one would bring back people who have left
-        first = alias not in self._listed
+        self._listings.unsettle(alias)
+        if self._listings.overtook(alias, since):
+            return  # this one would bring back people who have left
+        first = alias not in self._listings
         self._note_listing(alias, limit, since, now)
         there = set()
-        news = []
+        unsettled = []
         for who in present:
             at = Session(alias, who.sid)
             there.add(at)
             if self._is_settled(at, who):
                 self._arrival_times.arrived(who.user)
             else:
-                news.append(who)
-        for who in sorted(news, key=_joined):
+                unsettled.append(who)
+        for who in sorted(unsettled, key=_joined):
             at = Session(alias, who.sid)
-            if self._ended.get(at, since) < since:
-                del self._ended[at]  # the SFU was asked after that event, and says it is there
+            self._ended.shown_by_listing(at, since)
             before = first and (who.joined is None or who.joined <= self.unlimited_at)
             self._arrived(at, who, None if before else limit, now, since)
-        for at, hold in list(self._by_alias.get(alias, {}).items()):
-            if at not in there and hold.began < since:
-                self._move(hold, HoldEvent.VANISH, now)
-        for hold in [
-            hold for hold in self._unconfirmed.values() if hold.alias in (alias, "") and hold.expires <= since
-        ]:
-            self._move(hold, HoldEvent.CONFIRM)
+        self._end_missing(alias, there, since, now)
         if limit is not None:
             self._seat_failed_open(limit)
-        self._forget_ended(now)
+        self._ended.forget_old(now)
         undecided = self._unconfirmed or self._unseated or self._failed_open
-        if not news and not undecided and len(self._by_alias.get(alias, ())) == len(there):
-            self._settled[alias] = self.version
+        if not unsettled and not undecided and len(self._by_alias.get(alias, ())) == len(there):
+            self._listings.settle(alias, self.version)
 
     def listed_again(self, alias: str, limit: int | None, since: float, now: float) -> bool:
         """A listing that shows the same participants as the last one that was applied. Costs the same at any size.
@@ -212,10 +191,14 @@ class RoomSeats(RoomHolds):
             somebody's seat depends on a listing.
         """
         self._advance(now)
-        if self._settled.get(alias) != self.version or since < self._listed.get(alias, since):
+        if not self._listings.is_settled(alias, self.version) or self._listings.overtook(alias, since):
             return False
         self._note_listing(alias, limit, since, now)
         return True
+
+    def listed_since(self, aliases: Iterable[str]) -> float | None:
+        """When the oldest of the last listings of these SFU rooms began; ``None`` if one was never listed."""
+        return self._listings.oldest(aliases)
 
     def overflow(self, limit: int | None, now: float) -> list[Hold]:
         """Participants to be removed: those without a seat in a room that is certainly full.
@@ -228,7 +211,7 @@ class RoomSeats(RoomHolds):
         for hold in list(self._unseated.values()):
             if limit is None or self._may_sit(hold, limit):
                 self._move(hold, HoldEvent.SEAT)
-            elif self._counted.total.removes >= limit and hold.alias in self._listed:
+            elif self._counted.total.removes >= limit and hold.alias in self._listings:
                 over.append(hold)
         return over
 
@@ -251,17 +234,35 @@ class RoomSeats(RoomHolds):
                 self._count(hold)
                 self._counted.forget(nobody)
 
-    def restore(
-        self, hold_id: str, user: str, key: IdentityKey, *, present: bool, now: float, expires: float, device: str = ""
-    ) -> None:
-        """A hold of an earlier run of the guard.
+    def forget_old(self, now: float, ttl: float) -> None:
+        """Drop what no delayed event can refer to any more."""
+        self._advance(now)
+        self._ended.forget_old(now)
+        for hold in [hold for hold in self._unconfirmed.values() if hold.expires + UNCONFIRMED_KEPT <= now]:
+            self._move(hold, HoldEvent.CONFIRM)
+        self._arrival_times.forget_old(now, ttl)
+        self._listings.forget_others(self._aliases)
 
-        :param present: whether the user was in the call. A listing has to confirm that they are not any more.
-        :param expires: when the time to arrive is over; for those in the call, when that run ended.
+    # -- an earlier run of the guard ---------------------------------------------------------------------
+
+    def restore_issued(
+        self, hold_id: str, user: str, key: IdentityKey, now: float, expires: float, device: str = ""
+    ) -> None:
+        """A token was issued, and its user had not arrived. :param expires: when the time to arrive is over."""
+        self._restore(Hold(hold_id, user, HoldState.ISSUED, *key, began=now, expires=expires, device=device), now)
+
+    def restore_present(
+        self, hold_id: str, user: str, key: IdentityKey, now: float, ended: float, device: str = ""
+    ) -> None:
+        """The user was in the call. A listing has to confirm that they are not any more.
+
+        :param ended: when that run ended.
         """
-        state = HoldState.LEFT if present else HoldState.ISSUED
-        ends = min(now, expires) if present else expires
-        hold = Hold(hold_id, user, state, key.alias, key.identity, began=now, expires=ends, device=device)
+        hold = Hold(hold_id, user, HoldState.LEFT, *key, began=now, expires=min(now, ended), device=device)
+        self._restore(hold, now)
+
+    def _restore(self, hold: Hold, now: float) -> None:
+        key = IdentityKey(hold.alias, hold.identity)
         self._put_reserved(key, hold)
         self.vacated = max(self.vacated, now)
         self.changed.discard(key)
@@ -269,7 +270,7 @@ class RoomSeats(RoomHolds):
     # -- how it is done ----------------------------------------------------------------------------------
 
     def _note_listing(self, alias: str, limit: int | None, since: float, now: float) -> None:
-        self._listed[alias] = since
+        self._listings.note(alias, since)
         self.touched = now
         if limit is None:
             self.unlimited_at = now
@@ -283,6 +284,15 @@ class RoomSeats(RoomHolds):
             and at not in self._ended
             and IdentityKey(at.alias, who.identity) not in self.reserved
         )
+
+    def _end_missing(self, alias: str, there: Collection[Session], since: float, now: float) -> None:
+        """A listing confirms the end of what it does not show, unless that began after the listing."""
+        for at, hold in list(self._by_alias.get(alias, {}).items()):
+            if at not in there and hold.began < since:
+                self._move(hold, HoldEvent.VANISH, now)
+        for hold in list(self._unconfirmed.values()):
+            if hold.alias in (alias, "") and hold.expires <= since:
+                self._move(hold, HoldEvent.CONFIRM)
 
     def _end_unused(self, user: str, left: IdentityKey, left_by: float, now: float) -> None:
         """End the holds of tokens that the device of an identity was given for the same call and did not use."""
@@ -328,31 +338,13 @@ class RoomSeats(RoomHolds):
 
     def _may_sit(self, hold: Hold, limit: int) -> bool:
         """Whether a participant without a seat may have one. Before the first listing nobody can tell."""
-        return self.owns_seat(hold.user) or (hold.alias in self._listed and self._counted.total.owns_seat < limit)
+        return self.owns_seat(hold.user) or (hold.alias in self._listings and self._counted.total.owns_seat < limit)
 
     def _seat_failed_open(self, limit: int) -> None:
         """Tokens that were issued while the roster was unknown get the seats that are free, first come first served."""
         for hold in list(self._failed_open.values()):
             if self.owns_seat(hold.user) or self._counted.total.owns_seat < limit:
                 self._move(hold, HoldEvent.SEAT)
-
-    def _forget_ended(self, now: float) -> None:
-        oldest = now - ENDED_SESSIONS_KEPT
-        while self._ended:
-            at = next(iter(self._ended))
-            if self._ended[at] > oldest:
-                break
-            del self._ended[at]
-
-    def forget_old(self, now: float, ttl: float) -> None:
-        """Drop what no delayed event can refer to any more."""
-        self._advance(now)
-        self._forget_ended(now)
-        for hold in [hold for hold in self._unconfirmed.values() if hold.expires + UNCONFIRMED_KEPT <= now]:
-            self._move(hold, HoldEvent.CONFIRM)
-        self._arrival_times.forget_old(now, ttl)
-        self._listed = {alias: since for alias, since in self._listed.items() if alias in self._aliases}
-        self._settled = {alias: version for alias, version in self._settled.items() if alias in self._listed}
 
 
 def _key(alias: str, identity: str, hold_id: str) -> IdentityKey:

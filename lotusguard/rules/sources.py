@@ -7,7 +7,9 @@ of sources as *all of them*, both in a token's grant and in a participant's perm
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 from livekit.protocol.models import ParticipantInfo, ParticipantPermission, TrackInfo, TrackSource, TrackType
@@ -38,6 +40,17 @@ _BY_CLAIM = {source.claim: source for source in Source}
 def source_of_claim(name: object) -> Source | None:
     """The source that an entry of ``canPublishSources`` names; ``None`` if LiveKit does not know the name."""
     return _BY_CLAIM.get(name) if isinstance(name, str) else None
+
+
+def mask_of(sources: Collection[Source]) -> int:
+    """Sources as a bit mask of their numbers."""
+    return sum(1 << source for source in sources)
+
+
+@lru_cache(maxsize=64)
+def sources_of(mask: int) -> frozenset[Source]:
+    """The sources of a bit mask; bits that no source has are ignored."""
+    return frozenset(source for source in Source if mask >> source & 1)
 
 
 def permitted_sources(permission: ParticipantPermission) -> tuple[Source, ...]:

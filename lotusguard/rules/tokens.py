@@ -34,17 +34,13 @@ def issued_to(claims: Mapping[str, Any]) -> Issued | None:
     as in LiveKit.
     """
     video = claims.get("video")
-    alias = video.get("room") if isinstance(video, Mapping) else None
+    alias = video.get("room") if isinstance(video, dict) else None
     identity = claims.get("sub") or claims.get("jti") or claims.get("identity")
     if not (isinstance(alias, str) and alias and isinstance(identity, str) and identity):
         return None
     return Issued(alias, identity)
 
 
-_ADMINISTRATIVE = ("roomCreate", "roomList", "roomAdmin", "roomRecord", "ingressAdmin", "hidden", "recorder")
-"""Grants over other people's calls, or ones that hide a participant. ``roomCreate`` deletes any room on the SFU."""
-_OF_AGENTS = ("agent", "canManageAgentSession", "destinationRoom")
-"""Grants of agents and of calls that are forwarded. LiveKit takes their owner for no person, who takes a seat."""
 _OTHER_GRANTS = ("sip", "agent", "inference", "observability", "kind", "kindDetails")
 """Top-level grants for services other than calls, and the claims that make something else than a person of somebody."""
 _TOP_CLAIMS = (
@@ -53,8 +49,12 @@ _TOP_CLAIMS = (
 )  # fmt: skip
 _VIDEO_GRANTS = (
     "roomJoin", "room", "canPublish", "canSubscribe", "canPublishData", "canPublishSources", "canUpdateOwnMetadata",
-    "canSubscribeMetrics", *_OF_AGENTS, *_ADMINISTRATIVE,
+    "canSubscribeMetrics",
 )  # fmt: skip
+"""The grants that are kept; all others are dropped. Some of those are over other people's calls or hide a participant:
+``roomCreate`` (which deletes any room on the SFU), ``roomList``, ``roomAdmin``, ``roomRecord``, ``ingressAdmin``,
+``hidden``, ``recorder``. Some are for agents and for calls that are forwarded: ``agent``, ``canManageAgentSession``,
+``destinationRoom``; LiveKit takes their owner for no person, who takes a seat."""
 
 
 _TOP_EXACT, _VIDEO_EXACT = (
@@ -89,7 +89,7 @@ def granted_sources(video: Mapping[str, Any]) -> tuple[Source, ...]:
 def ceiling_of(claims: Mapping[str, Any]) -> frozenset[Source]:
     """The sources that a join token lets its user publish."""
     video = _known(claims, _TOP_EXACT, others=False).get("video")
-    return frozenset(granted_sources(_known(video, _VIDEO_EXACT, others=False) if isinstance(video, Mapping) else {}))
+    return frozenset(granted_sources(_known(video, _VIDEO_EXACT, others=False) if isinstance(video, dict) else {}))
 
 
 @frozen
@@ -116,17 +116,16 @@ def rebuilt(claims: Mapping[str, Any], allowed: frozenset[Source], longest_life:
     """
     kept = _known(claims, _TOP_EXACT, others=True)
     given = kept.get("video")
-    video = _known(given, _VIDEO_EXACT, others=False) if isinstance(given, Mapping) else {}
-    for grant in (*_ADMINISTRATIVE, *_OF_AGENTS):
-        video.pop(grant, None)
+    video = _known(given, _VIDEO_EXACT, others=False) if isinstance(given, dict) else {}
     for grant in _OTHER_GRANTS:
         kept.pop(grant, None)
-    granted = granted_sources(video)
+    sources = granted_sources(video)
     if not allowed.issuperset(EVERY_SOURCE):
-        _withhold(video, [source for source in granted if source in allowed])
+        _withhold(video, [source for source in sources if source in allowed])
     kept["video"] = video
     kept["exp"] = _expiry(kept, longest_life, now)
-    return Rebuilt(kept, frozenset(granted), frozenset(granted) - allowed)
+    granted = frozenset(sources)
+    return Rebuilt(kept, granted, granted - allowed)
 
 
 def _withhold(video: dict[str, Any], left: list[Source]) -> None:

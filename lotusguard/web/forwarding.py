@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 from attrs import define, field
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
@@ -14,51 +16,35 @@ from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from lotusguard.clients.http import Answer
-from lotusguard.clients.lk_jwt_service import Forwarded, mark
+from lotusguard.clients.http import Answer, keep_end_to_end
+from lotusguard.clients.lk_jwt_service import mark
 from lotusguard.web.answers import CORS
-from lotusguard.web.site import GuardRequest, connection_options
+from lotusguard.web.site import GuardRequest
 
-_HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-     b"trailer", b"transfer-encoding", b"upgrade", b"content-length", b"expect")
-)  # fmt: skip
-"""RFC 9110 §7.6.1, and what each hop frames anew: length and ``100-continue``."""
-_NOT_ON_TOKEN_ROUTES = frozenset((b"range", b"if-range"))
+_NOT_ON_TOKEN_ROUTES = (b"range", b"if-range")
 """Request headers that could get a token answered in a form that we cannot read."""
 _NOT_IN_A_HEAD = b"\0\r\n"
 """Characters of a reason phrase that somebody may read as the end of the line."""
-_IDENTITY_PREFIX = b"x-matrix-"
+_IDENTITY = re.compile(rb"x[-_]matrix[-_]", re.IGNORECASE)
 """Headers by which a homeserver names a user or itself; from anybody else they prove nothing."""
 _NO_SFU = b'"Unable to create room on SFU"'
 """What lk-jwt-service says in a 500 when LiveKit does not answer."""
 
 
-def keep_end_to_end(headers: Headers, without: frozenset[bytes] = frozenset()) -> None:
-    """Remove all headers that are meant for the next hop only."""
-    removed = _HOP_BY_HOP | without | connection_options(headers)
-    for name in [name for name, _ in headers.getAllRawHeaders() if name.lower() in removed]:
-        headers.removeHeader(name)
+def forwarded_headers(request: GuardRequest, request_id: str, *, keep_identity: bool = False) -> Headers:
+    """The headers with which a request is forwarded. Changes the request's own.
 
-
-def _drop_identity(headers: Headers) -> None:
-    for name in [name for name, _ in headers.getAllRawHeaders()]:
-        if name.lower().replace(b"_", b"-").startswith(_IDENTITY_PREFIX):
-            headers.removeHeader(name)
-
-
-def forwarded(request: GuardRequest, body: bytes | None, request_id: str, *, keep_identity: bool = False) -> Forwarded:
-    """The request as it is forwarded. Changes the request's own headers.
-
-    :param body: the body to send; ``None`` for none.
     :param request_id: sent as ``X-Request-ID``.
     :param keep_identity: whether ``X-Matrix-*`` headers are forwarded; they are a homeserver's word.
     """
     headers = request.requestHeaders
-    keep_end_to_end(headers, _NOT_ON_TOKEN_ROUTES if request.asks_for_token else frozenset())
+    keep_end_to_end(headers)
     if not keep_identity:
-        _drop_identity(headers)
+        for name in [name for name, _ in headers.getAllRawHeaders() if _IDENTITY.match(name)]:
+            headers.removeHeader(name)
     if request.asks_for_token:
+        for name in _NOT_ON_TOKEN_ROUTES:
+            headers.removeHeader(name)
         headers.setRawHeaders(b"Accept-Encoding", [b"identity"])
     peer = request.getClientIP()
     if peer:
@@ -66,7 +52,7 @@ def forwarded(request: GuardRequest, body: bytes | None, request_id: str, *, kee
         headers.setRawHeaders(b"X-Forwarded-For", [b", ".join([*before, peer.encode("ascii")])])
     headers.setRawHeaders(b"X-Request-ID", [request_id.encode("ascii")])
     mark(headers)
-    return Forwarded(request.method, request.uri, headers, body)
+    return headers
 
 
 def has_body(request: GuardRequest) -> bool:
@@ -79,7 +65,6 @@ def _head(request: GuardRequest, code: int, phrase: bytes | None, headers: Heade
     """:param headers: become the request's own."""
     request.defaultContentType = None
     request.setResponseCode(code, phrase and phrase.translate(None, _NOT_IN_A_HEAD))
-    keep_end_to_end(headers)
     for name, values in request.responseHeaders.getAllRawHeaders():
         if not headers.hasHeader(name):
             headers.setRawHeaders(name, values)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable
 from random import getrandbits
 from typing import Any
 
@@ -12,13 +13,13 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.http import Answer
-from lotusguard.clients.lk_jwt_service import LkJwtService, came_through_a_guard
+from lotusguard.clients.lk_jwt_service import Forwarded, LkJwtService, came_through_a_guard
 from lotusguard.guard.joins.admission import Admission
 from lotusguard.metrics import Metrics
 from lotusguard.rules.requests import TokenRequest, TokenRoute, Unreadable, WrongOrigin, read_request
 from lotusguard.web.answers import LoopFound
-from lotusguard.web.forwarding import forwarded, give, has_body, relay
-from lotusguard.web.held import PUBLIC_SILENCE, HeldRequest, prefers_polling
+from lotusguard.web.forwarding import forwarded_headers, give, has_body, relay
+from lotusguard.web.held import PUBLIC_SILENCE, HeldRequest
 from lotusguard.web.site import GuardRequest
 
 log = Logger()
@@ -66,12 +67,12 @@ class RequestHandler:
         request_id = _request_id(request)
         asked = _read(request, route, request_id)
         request.drop_body()
-        going = forwarded(request, asked.body, request_id, keep_identity=self._keep_identity)
+        headers = forwarded_headers(request, request_id, keep_identity=self._keep_identity)
 
-        async def forward(body: bytes, deadline: float | None) -> Answer:
-            return await self._upstream.ask(going.with_body(body), deadline)
+        def forward(body: bytes, deadline: float | None) -> Awaitable[Answer]:
+            return self._upstream.ask(Forwarded(request.method, request.uri, headers, body), deadline)
 
-        held = HeldRequest(request, self._clock, self._silence, prefers_polling(request))
+        held = HeldRequest(request, self._clock, self._silence)
         try:
             answer = await self._admission.join(asked, request_id, forward, held)
         finally:
@@ -86,12 +87,9 @@ class RequestHandler:
         self._refuse_loop(request)
         self._counts["relay"].inc()
         body = request.body()
-        going = forwarded(
-            request,
-            body if body or has_body(request) else None,
-            _request_id(request),
-            keep_identity=self._keep_identity,
-        )
+        sent = body if body or has_body(request) else None
+        headers = forwarded_headers(request, _request_id(request), keep_identity=self._keep_identity)
+        going = Forwarded(request.method, request.uri, headers, sent)
         response = await self._upstream.open(going, hold=request.token_route is not None)
         await relay(request, response, self._clock, self._idle)
 

@@ -20,15 +20,6 @@ SPACE_EVERY = 10.0
 """Seconds between two pieces of white space."""
 
 
-def prefers_polling(request: GuardRequest) -> bool:
-    """Whether the client asks again by itself: ``Prefer: respond-async``, or ``?lobby=poll`` for browsers, whose
-    preflight does not allow ``Prefer``."""
-    preferences = b",".join(request.requestHeaders.getRawHeaders(b"prefer") or ())
-    if b"respond-async" in {one.partition(b";")[0].strip().lower() for one in preferences.split(b",")}:
-        return True
-    return b"lobby=poll" in request.uri.partition(b"?")[2].split(b"&")
-
-
 @define(eq=False)
 class HeldRequest:
     """One request that may have to wait. It implements `lotusguard.guard.joins.patience.Patience`.
@@ -39,12 +30,20 @@ class HeldRequest:
     _request: GuardRequest
     _clock: IReactorTime
     _silence: float
-    polls: bool
     _arrived: float = field(init=False)
     _next: IDelayedCall | None = field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         self._arrived = self._clock.seconds()
+
+    @property
+    def polls(self) -> bool:
+        """Whether the client asks again by itself: ``Prefer: respond-async``, or ``?lobby=poll`` for browsers, whose
+        preflight does not allow ``Prefer``."""
+        preferences = b",".join(self._request.requestHeaders.getRawHeaders(b"prefer") or ())
+        if b"respond-async" in {one.partition(b";")[0].strip().lower() for one in preferences.split(b",")}:
+            return True
+        return b"lobby=poll" in self._request.uri.partition(b"?")[2].split(b"&")
 
     def begin(self) -> None:
         """The request is held from now on."""

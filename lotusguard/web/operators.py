@@ -23,7 +23,7 @@ from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.decision_store import Question, RecordKind
-from lotusguard.guard.joins.decisions import Decision, DecisionLog
+from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
 from lotusguard.guard.rooms.sources import RoomSources
@@ -120,7 +120,7 @@ class OperatorApi:
     @for_operators
     async def rooms(self, request: GuardRequest) -> None:
         """Live rooms of all guards; the SFU rooms that this guard enforces, and its latest decisions."""
-        decisions = [_as_json(decision) for decision in list(self._decision_log.decisions)[-100:]]
+        decisions = [asdict(decision) for decision in list(self._decision_log.decisions)[-100:]]
         report = RoomsReport(
             self._seats, self._policies, self._sources, self._enforcement, self._registry, self._clock
         )  # fmt: skip
@@ -213,7 +213,3 @@ def _question(request: GuardRequest) -> Question:
     except ValueError:
         raise Rejected(BAD_QUESTION) from None
     return Question(since, until, given.get("user", ""), given.get("room", ""), kind)
-
-
-def _as_json(decision: Decision) -> dict[str, Any]:
-    return {**asdict(decision), "verdict": decision.verdict.value}

@@ -56,7 +56,7 @@ class PublicApi:
 
     def answer_token(self, request: GuardRequest) -> None:
         """Do what Klein does for `token`, without looking the route up."""
-        request.answering = Deferred.fromCoroutine(self.token(request))
+        request.answering = Deferred.fromCoroutine(self._handler.token(request))
         request.answering.addErrback(lambda failure: self.failed(request, failure))
 
     def site(self, reactor: Any, *, max_body: int) -> GuardSite:

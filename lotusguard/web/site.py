@@ -18,6 +18,7 @@ from twisted.web.http import HTTPChannel
 from twisted.web.http_headers import Headers
 from twisted.web.server import Request, Site
 
+from lotusguard.clients.http import connection_options
 from lotusguard.rules.requests import TokenRoute, canonical_path
 from lotusguard.web.answers import MANY_HOSTS, NO_ROOM_FOR_BODY, NOT_A_PATH, TOO_LARGE, AnsweredRequest, Reply, refuse
 from lotusguard.web.bodies import RELAYED_FACTOR, SMALL, BodyPool, caller_of
@@ -29,12 +30,6 @@ DISCARDED = 64 * 1024 * 1024
 connection is closed."""
 _TARGET = re.compile(rb"/[!-\"$-~]*")
 """A request target: a path, perhaps a query, no fragment."""
-
-
-def connection_options(headers: Headers) -> set[bytes]:
-    """The names in ``Connection``: options, and headers that are for the next hop only."""
-    values = headers.getRawHeaders(b"connection") or ()
-    return {option.strip().lower() for value in values for option in value.split(b",")}
 
 
 class Channel(HTTPChannel):
@@ -73,6 +68,11 @@ class Channel(HTTPChannel):
             self._respondToBadRequestAndDisconnect()
             return False
 
+    def writeHeaders(self, version: bytes, code: bytes, reason: bytes, headers: Headers) -> None:
+        """Write the head of an answer in one piece; Twisted gives the transport each name and each value by itself."""
+        lines = [name + b": " + value for name, values in headers.getAllRawHeaders() for value in values]
+        self.write(b"\r\n".join([b" ".join((version, code, reason)), *lines, b"", b""]))
+
     def lineLengthExceeded(self, line: bytes) -> None:
         """A request line or a header is too long."""
         self._respondToBadRequestAndDisconnect()
@@ -85,12 +85,14 @@ class GuardRequest(AnsweredRequest):
     """A request whose body is kept in memory, within the site's pool.
 
     :ivar canonical_path: the one spelling of its path.
+    :ivar asks_for_token: whether it is a POST to a token route; other methods there are relayed.
     :ivar answering: the Deferred of its answer, cancelled if the caller disconnects.
     """
 
     site: GuardSite
     content: Any
     canonical_path: str
+    asks_for_token: bool
     answering: Deferred[None] | None = None
     _refused: Reply | None = None
     _size = 0
@@ -161,6 +163,7 @@ class GuardRequest(AnsweredRequest):
         """Refuse it, or hand it to the site."""
         self.canonical_path = canonical_path(self.path)
         self.token_route = self.site.token_route(self.canonical_path)
+        self.asks_for_token = self.token_route is not None and self.method == b"POST"
         reply = self._malformed()
         if reply is None:
             self.site.dispatch(self)
@@ -178,11 +181,6 @@ class GuardRequest(AnsweredRequest):
         if self._refused is None and self.asks_for_token and self._size > self.site.max_body:
             return TOO_LARGE
         return self._refused
-
-    @property
-    def asks_for_token(self) -> bool:
-        """Whether it is a POST to a token route; other methods there are relayed."""
-        return self.token_route is not None and self.method == b"POST"
 
     def getRequestHostname(self) -> bytes:
         """For Klein's map of routes, which does not need the caller's ``Host`` and rejects some."""

@@ -19,7 +19,9 @@ from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.calls.memberships import CallMemberships
 from lotusguard.guard.calls.moderation import Moderation
 from lotusguard.guard.calls.moderator import Moderator
+from lotusguard.guard.calls.over_limit import LimitEnforcer
 from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.guard.calls.removal import Remover
 from lotusguard.guard.calls.status import CallStatus
 from lotusguard.guard.health import Health
 from lotusguard.guard.joins.admission import Admission
@@ -86,6 +88,7 @@ class Joins:
 class Calls:
     entitlement: Entitlement
     participants: ParticipantEnforcer
+    limits: LimitEnforcer
     enforcement: Enforcement
     changes: CallChanges
     moderator: Moderator
@@ -203,24 +206,29 @@ def calls(
         restore=settings.guard_restore, dry_run=settings.guard_dry_run,
         may_act=lambda: lease is None or lease.held, removed=decision_log.removed,
     )  # fmt: skip
+    leases = None if state.sharing is None else state.sharing.leases
+    remover = Remover(participants, given.roster, leases)
+    limits = LimitEnforcer(
+        given.roster, state.seats, participants, remover, reactor, settings.guard_lookup_timeout,
+        eject=settings.guard_overflow == "eject",
+    )  # fmt: skip
     enforcement = Enforcement(
-        given.policies, given.roster, state.seats, state.registry, entitlement, participants, reactor, metrics,
-        settings.guard_lookup_timeout, eject=settings.guard_overflow == "eject",
-        leases=None if state.sharing is None else state.sharing.leases,
+        given.policies, given.roster, state.registry, entitlement, participants, remover, limits, reactor, metrics,
+        settings.guard_lookup_timeout, leases,
     )  # fmt: skip
     changes = CallChanges(
         clients.livekit, given.roster, state.seats, state.registry, given.policies, given.members,
         Discovery(clients.discovery, state.registry, reactor, metrics), entitlement, enforcement,
         LostRooms(clients.livekit, state.seats, enforcement.reconciles, reactor, lambda: participants.acts),
         reactor, metrics,
-        tell_others=None if state.sharing is None else state.sharing.leases.tell_changed,
+        tell_others=None if leases is None else leases.tell_changed,
     )  # fmt: skip
     moderator = Moderator(
-        waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, enforcement, reactor,
-        settings.guard_lookup_timeout,
+        waiting.lobby, clients.livekit, given.roster, state.seats, state.registry, participants, remover, enforcement,
+        reactor, settings.guard_lookup_timeout,
     )  # fmt: skip
-    ender = CallEnder(given.roster, state.registry, participants, reactor, settings.guard_lookup_timeout)
-    return Calls(entitlement, participants, enforcement, changes, moderator, ender)
+    ender = CallEnder(given.roster, state.registry, remover, reactor, settings.guard_lookup_timeout)
+    return Calls(entitlement, participants, limits, enforcement, changes, moderator, ender)
 
 
 def health(

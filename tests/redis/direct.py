@@ -226,9 +226,7 @@ class DirectGuard:
         self.client, self.own = client, OwnHolds(self.clock)
         self.rebuilding = Rebuilding(client, self.name, self.clock)
         since = self.clock.seconds() - (self.server.now - STARTED)  # it has a state directory
-        self.shared = RedisSeatBook(
-            client, self.clock, METRICS, self.seat_ttl, since, self.rebuilding, self.own
-        )  # fmt: skip
+        self.shared = RedisSeatBook(client, self.clock, self.seat_ttl, since, self.rebuilding, self.own)
 
         def alone() -> MemorySeatBook:
             return MemorySeatBook(None, self.clock, self.wall, METRICS, self.seat_ttl, self.clock.seconds())

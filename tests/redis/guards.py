@@ -47,7 +47,7 @@ class GuardSeats:
         rebuilding = Rebuilding(client, guard_name(), reactor, REBUILD)
         own = OwnHolds(reactor)
         since = reactor.seconds()
-        shared = RedisSeatBook(client, reactor, metrics, seat_ttl, since, rebuilding, own, LEASE)
+        shared = RedisSeatBook(client, reactor, seat_ttl, since, rebuilding, own, LEASE)
 
         def alone() -> MemorySeatBook:
             return MemorySeatBook(None, reactor, time.time, metrics, seat_ttl, reactor.seconds())

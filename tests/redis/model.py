@@ -10,20 +10,28 @@ from typing import Any
 from attrs import define, field
 
 from lotusguard.guard.seats.redis.scripts import LISTING_KEPT, room_key, room_keys, with_rules
+from lotusguard.rules.listings import Listings
 from lotusguard.rules.room_seats import RoomSeats
 from lotusguard.rules.seats import Arrival, HoldEvent, HoldState, IdentityKey
 
 from .direct import Server
 
 
+@define
 class ModelSeats(RoomSeats):
-    """The rules, and what only the shared book does."""
+    """The rules, and what only the shared book does.
+
+    :ivar listed: when each SFU room was listed last.
+    """
+
+    listed: dict[str, float] = field(factory=dict, init=False)
 
     def distrust(self) -> None:
         """Another data set."""
         for hold_id in list(self.pending):
             self.release(hold_id)
-        self._listed.clear()
+        self._listings = Listings()
+        self.listed.clear()
 
     def seat_sessions(self, key: IdentityKey, user: str) -> None:
         """A guard gives back a hold whose user is in the call."""
@@ -34,21 +42,27 @@ class ModelSeats(RoomSeats):
 
     def seat_failed_open(self, limit: int) -> None:
         """Somebody looks for a seat: tokens of a guard that was alone come first."""
-        if self._listed:
+        if self.listed:
             self._seat_failed_open(limit)
 
     def note_listing(self, alias: str, limit: int | None, since: float, now: float) -> None:
         self._note_listing(alias, limit, since, now)
+
+    def _note_listing(self, alias: str, limit: int | None, since: float, now: float) -> None:
+        self.listed[alias] = since
+        super()._note_listing(alias, limit, since, now)
 
     def advance(self, now: float) -> None:
         self._advance(now)
 
     def forget_old(self, now: float, ttl: float) -> None:
         """Another guard may rely on a recent listing of an SFU room in which nobody holds a seat."""
-        listed = dict(self._listed)
         super().forget_old(now, ttl)
-        recent = {alias: since for alias, since in listed.items() if since >= now - LISTING_KEPT}
-        self._listed = recent | self._listed
+        for alias, since in list(self.listed.items()):
+            if since >= now - LISTING_KEPT:
+                self._listings.note(alias, since)
+            elif alias not in self._listings:
+                del self.listed[alias]
 
 
 @define
@@ -69,6 +83,7 @@ class RoomModel:
 
     room: str
     server: Server
+    seat_ttl: float
     _now: _State = field(init=False, factory=lambda: _State(ModelSeats(0.0)))
     _complete: bool = field(init=False, default=False)
     _saved: _State = field(init=False, factory=lambda: _State(ModelSeats(0.0)))
@@ -188,7 +203,7 @@ class RoomModel:
             return
         if seated:
             if all(hold.id != hold_id for hold in (*seats.reserved.values(), *seats.sessions.values())):
-                seats.restore(hold_id, user, key, present=False, now=now, expires=expires, device=device)
+                seats.restore_issued(hold_id, user, key, now, expires, device)
         else:
             seats.issue_without_seat(hold_id, user, alias, identity, now, expires - now, device)
 
@@ -198,13 +213,11 @@ class RoomModel:
     def _leave(self, now: float, alias: str, sid: str, identity: str, left_by: float, by_choice: bool) -> None:
         self._now.seats.leave(alias, sid, identity, now, left_by, by_choice=by_choice)
 
-    def _apply_listing(
-        self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float, ttl: float
-    ) -> None:
+    def _apply_listing(self, now: float, alias: str, present: list[list[Any]], limit: Any, since: float) -> None:
         seats = self._now.seats
         limit = self._seats_to_give(limit)
         seats.apply_listing(alias, [Arrival(*who) for who in present], limit, min(since, now), now)
-        seats.forget_old(now, ttl)
+        seats.forget_old(now, self.seat_ttl)
 
     def _listed_again(self, now: float, alias: str, limit: Any, since: float, version: str) -> None:
         assert self._now.settled[version] == self._now.seats.version, "something has changed since that listing"
@@ -222,8 +235,6 @@ class RoomModel:
 READING = ("owns_seat", "occupants", "listing_required_since", "is_started", "nothing", "snapshot")
 _SHOW = with_rules("""
 local shown = {}
-for _, letter in ipairs({'p', 'r', 's'}) do
-  for _, hold in ipairs(Store.all(letter)) do shown[#shown + 1] = {hold.user, hold.state} end
-end
+for place, hold in ipairs(all_holds()) do shown[place] = {hold.user, hold.state} end
 return #shown > 0 and cjson.encode(shown) or '[]'
 """)

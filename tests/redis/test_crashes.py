@@ -71,7 +71,7 @@ class Guards(RuleBasedStateMachine):
     def opened(self, limit: int) -> None:
         self.limit, self.server, self.room = limit, Server(), f"!room{next(_rooms)}"
         self.server.replace({})
-        self.model = RoomModel(self.room, self.server)
+        self.model = RoomModel(self.room, self.server, TTL)
         self.server.spy = self.model.replay
         self.guards = [DirectGuard(self.server, TTL), DirectGuard(self.server, TTL)]
         self.asked: list[Asked] = []

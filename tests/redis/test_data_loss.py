@@ -116,20 +116,14 @@ def test_a_listing_from_a_guard_whose_clock_is_ahead_counts_from_now_on_at_most(
 
 
 def test_a_join_that_is_made_again_waits_until_the_new_data_set_is_complete() -> None:
-    server = Server()
-    server.replace({})
-    guards = first, second = DirectGuard(server), DirectGuard(server)
-    _pass(server, guards, 6.0)
-    outcome_of(first.book.apply_listing("!again", ALIAS, [], 1, first.clock.seconds()))
-    _, hold_id = outcome_of(first.book.take("!again", "a", 1, ALIAS))
-    outcome_of(first.book.issue("!again", hold_id, Issued(ALIAS, "a"), durable=True))
+    server, guards = _two_guards()
+    first, second = guards
+    _issue_only_seat(first, "!again")
     _pass(server, guards, 1.0)
 
     def restart(key: str, request: str) -> None:
         server.spy = lambda key, request: None
-        server.replace({})
-        for guard in guards:
-            guard.client.connected = False
+        _restart_empty(server, guards)
 
     server.spy, second.client.crash = restart, Crash.AFTER  # the answer is lost, and then the server and its data
     taken: list[object] = []
@@ -141,16 +135,10 @@ def test_a_join_that_is_made_again_waits_until_the_new_data_set_is_complete() ->
 
 
 def test_nobody_is_seated_by_a_listing_while_another_guard_has_holds_to_give_back() -> None:
-    server = Server()
-    server.replace({})
-    guards = first, second = DirectGuard(server), DirectGuard(server)
-    _pass(server, guards, 6.0)
-    outcome_of(second.book.apply_listing("!full", ALIAS, [], 1, second.clock.seconds()))
-    _, hold_id = outcome_of(second.book.take("!full", "a", 1, ALIAS))
-    outcome_of(second.book.issue("!full", hold_id, Issued(ALIAS, "a"), durable=True))
-    server.replace({})
-    for guard in guards:
-        guard.client.connected = False
+    server, guards = _two_guards()
+    first, second = guards
+    _issue_only_seat(second, "!full")
+    _restart_empty(server, guards)
     _pass(server, [first], 1.0)
     _enforce(first, 1, "x")
     _pass(server, guards, 2.0)
@@ -160,16 +148,10 @@ def test_nobody_is_seated_by_a_listing_while_another_guard_has_holds_to_give_bac
 
 
 def test_somebody_in_the_call_gets_back_the_seat_that_another_guard_gave_them() -> None:
-    server = Server()
-    server.replace({})
-    guards = first, second = DirectGuard(server), DirectGuard(server)
-    _pass(server, guards, 6.0)
-    outcome_of(second.book.apply_listing("!full", ALIAS, [], 1, second.clock.seconds()))
-    _, hold_id = outcome_of(second.book.take("!full", "a", 1, ALIAS))
-    outcome_of(second.book.issue("!full", hold_id, Issued(ALIAS, "a"), durable=True))
-    server.replace({})
-    for guard in guards:
-        guard.client.connected = False
+    server, guards = _two_guards()
+    first, second = guards
+    _issue_only_seat(second, "!full")
+    _restart_empty(server, guards)
     _pass(server, [first], 1.0)
     assert not _enforce(first, 1, "x", "a")
     _pass(server, guards, 2.0)
@@ -177,10 +159,8 @@ def test_somebody_in_the_call_gets_back_the_seat_that_another_guard_gave_them() 
 
 
 def test_a_guard_is_told_when_it_is_known_again_who_holds_the_seats() -> None:
-    server = Server()
-    server.replace({})
-    guards = first, _ = DirectGuard(server), DirectGuard(server)
-    _pass(server, guards, 6.0)
+    server, guards = _two_guards()
+    first, _ = guards
     told: list[str] = []
     first.rebuilding.on_complete.append(lambda: told.append("complete"))
     first.book.on_shared.append(lambda: told.append("shared"))
@@ -190,9 +170,7 @@ def test_a_guard_is_told_when_it_is_known_again_who_holds_the_seats() -> None:
     server.up = True
     _pass(server, guards, 1.0)
     assert told == ["shared"]
-    server.replace({})
-    for guard in guards:
-        guard.client.connected = False
+    _restart_empty(server, guards)
     _pass(server, [first], 1.0)
     assert told == ["shared"], "the other guard has not given back its holds"
     _pass(server, guards, 2.0)
@@ -224,10 +202,8 @@ def test_guards_agree_on_a_name_after_the_first_replica_of_a_running_server_chan
 
 
 def test_a_guard_that_notices_a_loss_later_than_others_keeps_no_room_from_them() -> None:
-    server = Server()
-    server.replace({})
-    guards = early, late = DirectGuard(server), DirectGuard(server)
-    _pass(server, guards, 6.0)
+    server, guards = _two_guards()
+    early, late = guards
     server.replace({}, same_server=True)
     outcome_of(early.upkeep())
     for guard, user in ((early, "a"), (late, "b")):
@@ -235,6 +211,29 @@ def test_a_guard_that_notices_a_loss_later_than_others_keeps_no_room_from_them()
     _pass(server, guards, 6.0)
     for guard in guards:
         assert set(outcome_of(guard.shared.occupants("!late"))[1]) == {"a", "b"}
+
+
+def _two_guards() -> tuple[Server, tuple[DirectGuard, DirectGuard]]:
+    """A server without data, and guards that have been using it for some seconds."""
+    server = Server()
+    server.replace({})
+    guards = DirectGuard(server), DirectGuard(server)
+    _pass(server, guards, 6.0)
+    return server, guards
+
+
+def _issue_only_seat(guard: DirectGuard, room: str) -> None:
+    """Give user a the one seat of a room."""
+    outcome_of(guard.book.apply_listing(room, ALIAS, [], 1, guard.clock.seconds()))
+    _, hold_id = outcome_of(guard.book.take(room, "a", 1, ALIAS))
+    outcome_of(guard.book.issue(room, hold_id, Issued(ALIAS, "a"), durable=True))
+
+
+def _restart_empty(server: Server, guards: Sequence[DirectGuard]) -> None:
+    """The server restarts without its data."""
+    server.replace({})
+    for guard in guards:
+        guard.client.connected = False
 
 
 def _pass(server: Server, guards: Sequence[DirectGuard], seconds: float) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from lotusguard.rules.ended_sessions import ENDED_SESSIONS_KEPT
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import ENDED_SESSIONS_KEPT, UNCONFIRMED_KEPT, RoomSeats
+from lotusguard.rules.room_seats import UNCONFIRMED_KEPT, RoomSeats
 from lotusguard.rules.seats import Arrival, HoldState, IdentityKey, Session
 from tests.rules.seat_rooms import (
     ALIAS,
@@ -156,7 +157,7 @@ def test_a_listing_confirms_no_end_in_another_slot() -> None:
 
 def test_any_listing_confirms_the_end_of_a_hold_that_names_no_slot() -> None:
     seats = room()
-    seats.restore("hold", "a", key("a", ""), present=True, now=0, expires=0)
+    seats.restore_present("hold", "a", key("a", ""), now=0, ended=0)
     seats.apply_listing(OTHER, [], 1, 1, 1)
     assert refused(seats, "b", 1, 1) is None
 
@@ -293,8 +294,8 @@ def test_what_ended_last_in_a_room_is_when_it_became_empty() -> None:
 
 def test_a_restored_hold_of_somebody_in_the_call_has_to_be_confirmed_and_another_one_does_not() -> None:
     seats = room()
-    seats.restore("hold1", "a", key("a"), present=True, now=10, expires=50)
-    seats.restore("hold2", "b", key("b"), present=False, now=10, expires=50)
+    seats.restore_present("hold1", "a", key("a"), now=10, ended=50)
+    seats.restore_issued("hold2", "b", key("b"), now=10, expires=50)
     assert [seats.reserved[key(user)].state for user in "ab"] == [HoldState.LEFT, HoldState.ISSUED]
     assert [seats.reserved[key(user)].expires for user in "ab"] == [10, 50]
     assert seats.vacated == 10

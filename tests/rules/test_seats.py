@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from lotusguard.rules.listings import OVERTAKEN_BY
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import OVERTAKEN_BY, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT, RoomSeats
+from lotusguard.rules.room_holds import RECONNECT_WINDOW, RESERVED_PER_USER
+from lotusguard.rules.room_seats import UNCONFIRMED_KEPT, RoomSeats
 from lotusguard.rules.seats import TABLE, Arrival, HoldEvent, HoldState, IdentityKey
 from tests.rules.seat_rooms import (
     ALIAS,
@@ -426,8 +428,8 @@ def test_an_arrival_before_the_first_listing_gets_no_seat_from_those_already_the
 
 def test_a_restored_hold_keeps_its_seat_until_a_listing() -> None:
     seats = unlisted_room(100.0)
-    for user, present in (("in-call", True), ("invited", False)):
-        seats.restore(user, user, IdentityKey(ALIAS, user), present=present, now=110, expires=120)
+    seats.restore_present("in-call", "in-call", IdentityKey(ALIAS, "in-call"), now=110, ended=120)
+    seats.restore_issued("invited", "invited", IdentityKey(ALIAS, "invited"), now=110, expires=120)
     who = [Arrival("PA_late", "late", "late", 101.0), Arrival("PA_1", "in-call", "in-call", 105.0)]
     seats.apply_listing(ALIAS, who, 2, 111, 111)
     assert over(seats, 2, 111) == ["late"]

@@ -40,8 +40,7 @@ class Registry:
 def enforcement_of(leases: Lost) -> Enforcement:
     nothing = cast(Any, SimpleNamespace(forget=lambda alias: None))
     return Enforcement(
-        nothing, nothing, nothing, cast(Any, Registry()), nothing, nothing, Clock(), Metrics(), 1.0,
-        eject=True, leases=leases,
+        nothing, nothing, cast(Any, Registry()), nothing, nothing, nothing, nothing, Clock(), Metrics(), 1.0, leases
     )  # fmt: skip
 
 

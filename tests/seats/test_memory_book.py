@@ -18,7 +18,8 @@ from lotusguard.guard.seats.memory import SLOTS_PER_ROOM, MemorySeatBook
 from lotusguard.guard.seats.store import StoredHold, open_state_store
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
-from lotusguard.rules.room_seats import CALL_ENDED_AFTER, RECONNECT_WINDOW, RESERVED_PER_USER, UNCONFIRMED_KEPT
+from lotusguard.rules.room_holds import RECONNECT_WINDOW, RESERVED_PER_USER
+from lotusguard.rules.room_seats import CALL_ENDED_AFTER, UNCONFIRMED_KEPT
 from lotusguard.rules.seats import Arrival
 from tests.conftest import stopped_clock
 

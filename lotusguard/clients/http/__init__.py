@@ -5,6 +5,7 @@ from lotusguard.clients.http.agent import FixedAgent
 from lotusguard.clients.http.answer import Answer
 from lotusguard.clients.http.connection import StaleConnection
 from lotusguard.clients.http.fetching import Agent, BodyTooLarge, fetch, json_object, whole
+from lotusguard.clients.http.headers import connection_options, keep_end_to_end
 from lotusguard.clients.http.pool import IDLE_CONNECTIONS, ConnectionPool
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "ConnectionPool",
     "FixedAgent",
     "StaleConnection",
+    "connection_options",
     "fetch",
     "json_object",
+    "keep_end_to_end",
     "whole",
 ]

@@ -13,11 +13,8 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IResponse
 from zope.interface import implementer
 
-_OF_THE_CONNECTION = frozenset(
-    (b"content-length", b"connection", b"keep-alive", b"te", b"trailers", b"transfer-encoding", b"upgrade",
-     b"proxy-connection")
-)  # fmt: skip
-"""Headers that say how an answer is transferred, and nothing about it."""
+from lotusguard.clients.http.headers import keep_end_to_end
+
 DONE = Failure(ResponseDone())
 
 
@@ -55,14 +52,12 @@ class Answer:
 
     @property
     def headers(self) -> Headers:
-        """The headers, without those of the connection."""
+        """The headers that are not for the connection only."""
         if self._headers is None:
-            options = b",".join(value for name, value in self.raw_headers if name.lower() == b"connection").lower()
-            left_out = _OF_THE_CONNECTION.union(option.strip() for option in options.split(b","))
             self._headers = Headers()
             for name, value in self.raw_headers:
-                if name.lower() not in left_out:
-                    self._headers.addRawHeader(name, value)
+                self._headers.addRawHeader(name, value)
+            keep_end_to_end(self._headers)
         return self._headers
 
     def header(self, name: bytes) -> bytes:

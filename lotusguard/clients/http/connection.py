@@ -127,9 +127,10 @@ class Connection(Protocol):
         if self._reader.surplus or not self._reader.keeps_open:
             self.abort()
             return
+        if self._state is State.READING:
+            self.resume()
         self._reader.next()
         self._state, self._used_before = State.UNUSED, True
-        self.resume()
         self._kept(self)
 
     def _fail(self, reason: Failure) -> None:

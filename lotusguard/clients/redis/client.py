@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import txredisapi
 from attrs import define, field, frozen
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
@@ -22,6 +22,7 @@ from lotusguard.clients.redis.faults import ADVICE, NAME, NOT_CONNECTED, reason_
 from lotusguard.clients.redis.link import CommandProtocol, Link, ServerInfo, SubscriberProtocol
 from lotusguard.metrics import Metrics
 from lotusguard.rules.redis_address import RedisAddress
+from lotusguard.times import Times
 
 log = Logger()
 
@@ -96,7 +97,7 @@ class RedisClient:
     _listeners: dict[str, Listener] = field(init=False, factory=dict)
     _loads: SharedLookups[Script, None] = field(init=False, repr=False)
     _waiting: int = field(init=False, default=0)
-    _seconds: Histogram = field(init=False, repr=False)
+    _seconds: Times = field(init=False, repr=False)
     _outcomes: dict[str, Counter] = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:

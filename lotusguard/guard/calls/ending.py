@@ -8,7 +8,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.guard.calls.removal import Remover
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.guard.seats.roster import Roster
 
@@ -24,7 +24,7 @@ class CallEnder:
 
     _roster: Roster
     _registry: TokenRegistry
-    _participants: ParticipantEnforcer
+    _remover: Remover
     _clock: IReactorTime
     _lookup_timeout: float
 
@@ -41,8 +41,7 @@ class CallEnder:
                 continue
             for participant in listing.value:
                 user = await self._registry.user_behind(alias, participant.identity)
-                if await self._participants.remove(room_id, alias, participant.identity, user, ENDED):
-                    await self._roster.removed(slot, alias, participant.sid, participant.identity)
+                if await self._remover.remove(slot, alias, participant.sid, participant.identity, user, ENDED):
                     removed += 1
         log.info(
             "{by} ended the call of {room_id}: {count} participants removed",

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 from attrs import define, field
 from cachetools import LRUCache
@@ -17,14 +18,14 @@ from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.keyed_worker import KeyedWorker
 from lotusguard.clients.waiting import Deadline, Fetched, gather, gather_in_turns
 from lotusguard.guard.calls.entitlement import Checked, Entitlement, Unentitled
+from lotusguard.guard.calls.over_limit import LimitEnforcer
 from lotusguard.guard.calls.participants import PARTICIPANTS_AT_ONCE, Adjusted, ParticipantEnforcer
+from lotusguard.guard.calls.removal import Remover, RoomLease
 from lotusguard.guard.calls.settled import Basis, SettledCalls
-from lotusguard.guard.rooms.policies import Freshness, KnownPolicy, Policies
-from lotusguard.guard.seats.book import OverLimit, SeatBook
+from lotusguard.guard.rooms.policies import KnownPolicy, Policies
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
 from lotusguard.guard.seats.roster import Listing, Roster
 from lotusguard.metrics import Metrics
-from lotusguard.rules.refusals import Refusal
 
 log = Logger()
 
@@ -35,39 +36,25 @@ ROOMS_AT_ONCE = 8
 UNRESTRICTED_KEPT = 50_000
 
 
-class RoomLease(Protocol):
-    """Several guards enforce a room one at a time."""
-
-    async def acquire(self, room_id: str) -> bool:
-        """Whether this guard enforces the room for the next seconds."""
-
-    async def confirms(self, room_id: str) -> bool:
-        """Whether it still does, as its fencing token says."""
-
-    async def ask_holder(self, alias: str) -> None:
-        """Let the guard that does so enforce an SFU room at once."""
-
-
 @define(eq=False)
 class Enforcement:
     """Keeps calls as their rooms' policies ask. One bad room never stops the others.
 
     :param leases: ``None`` if no other guard enforces these rooms.
-    :param eject: remove participants over the limit; else only say so.
     :ivar watched: participants in each SFU room where something is enforced, as of its last listing.
     """
 
     _policies: Policies
     _roster: Roster
-    _seats: SeatBook
     _registry: TokenRegistry
     _entitlement: Entitlement
     _participants: ParticipantEnforcer
+    _remover: Remover
+    _limits: LimitEnforcer
     _clock: IReactorTime
     _metrics: Metrics
     _lookup_timeout: float
-    eject: bool
-    _leases: RoomLease | None = None
+    _leases: RoomLease | None
     watched: dict[str, int] = field(factory=dict, init=False)
     _settled: SettledCalls = field(factory=SettledCalls, init=False)
     _unrestricted: LRUCache[str, None] = field(factory=lambda: LRUCache(UNRESTRICTED_KEPT), init=False)
@@ -126,29 +113,30 @@ class Enforcement:
         slot = await self._registry.slot_of(alias)
         if slot is None or not await self._is_ours(slot, alias, urgent=urgent):
             return
-        began = self._clock.seconds()
         self._settled.begin(alias)
         try:
-            known = await self._policies.get(slot.room_id, self._deadline())
-            if not known.policy and not self._entitlement.checks(slot.room_id) and alias in self._unrestricted:
-                self._watch(alias, 0)
-                return
-            self._unrestricted.pop(alias, None)
-            listing = await self._roster.list(alias, began, self._deadline())
-            self._watch(alias, len(listing.value))
-            departures = self._entitlement.memberships.departures(slot.room_id)
-            basis = Basis(known.policy, self._roster.last_news(alias), departures)
-            settles = self._entitlement.settles(slot.room_id, known)
-            if listing.value and not (settles and self._settled.holds(alias, basis, began)):
-                again_at = await self._pass(slot, alias, known, listing)
-                if settles and again_at is not None:
-                    self._settled.settle(alias, basis, again_at)
-        except DependencyFailed as failed:
-            self._participants.failed("list participants", alias, failed.reason)
-        except TimeoutError:
-            self._participants.failed("list participants", alias, "timeout")
+            with self._listing_failures(alias):
+                await self._look_again(slot, alias)
         finally:
             self._settled.end(alias)
+
+    async def _look_again(self, slot: Slot, alias: str) -> None:
+        """List an SFU room, and make a pass unless nothing can have changed since the last one."""
+        began = self._clock.seconds()
+        known = await self._policies.get(slot.room_id, self._deadline())
+        if not known.policy and not self._entitlement.checks(slot.room_id) and alias in self._unrestricted:
+            self._watch(alias, 0)
+            return
+        self._unrestricted.pop(alias, None)
+        listing = await self._roster.list(alias, began, self._deadline())
+        self._watch(alias, len(listing.value))
+        departures = self._entitlement.memberships.departures(slot.room_id)
+        basis = Basis(known.policy, self._roster.last_news(alias), departures)
+        settles = self._entitlement.settles(slot.room_id, known)
+        if listing.value and not (settles and self._settled.holds(alias, basis, began)):
+            again_at = await self._pass(slot, alias, known, listing)
+            if settles and again_at is not None:
+                self._settled.settle(alias, basis, again_at)
 
     async def reconciles(self, alias: str) -> bool:
         """Whether this guard, of several, reconciles an SFU room."""
@@ -222,73 +210,17 @@ class Enforcement:
 
         :param whole: whether the listing is one of the whole call.
         """
-        checked = await self._remove_unentitled(slot, alias, known, listing, whole=whole)
-        if known.freshness is Freshness.UNKNOWN:
-            await self._seats.seat_everybody(slot.room_id)  # nobody who comes in now is removed for it later
-        elif known.policy.max_users is not None and not self._seats.unshared:
-            try:
-                await self._remove_overflow(slot, known, listing.began)
-            except DependencyFailed as failed:  # another slot of the room could not be listed
-                self._participants.failed("list participants", alias, failed.reason)
-            except TimeoutError:
-                self._participants.failed("list participants", alias, "timeout")
-        return checked
 
-    async def _remove_unentitled(
-        self, slot: Slot, alias: str, known: KnownPolicy, listing: Listing, *, whole: bool
-    ) -> Checked:
         async def remove(found: Unentitled) -> None:
-            identity = found.participant.identity
-            if await self._may_remove(slot.room_id) and await self._participants.remove(
-                slot.room_id, alias, identity, found.user, found.reason.value
-            ):
-                await self._roster.removed(slot, alias, found.participant.sid, identity)
+            who = found.participant
+            if await self._remover.may_remove(slot.room_id):
+                await self._remover.remove(slot, alias, who.sid, who.identity, found.user, found.reason.value)
 
         checked = await self._entitlement.unentitled(slot.room_id, alias, known, listing.value, whole=whole)
         await gather_in_turns(PARTICIPANTS_AT_ONCE, remove, checked.unentitled)
+        with self._listing_failures(alias):  # of another slot of the room
+            await self._limits.enforce(slot, known, listing.began)
         return checked
-
-    async def _remove_overflow(self, slot: Slot, known: KnownPolicy, since: float) -> None:
-        """Remove participants over the limit, wherever in the Matrix room.
-
-        :param since: when the listing began that brought us here. In the room's other slots somebody may have left
-            before: while that is unknown, nobody is removed.
-        """
-        room_id, policy = slot.room_id, known.policy
-        await self._roster.exempt(room_id, policy)
-        if not await self._seats.overflow(room_id, policy.max_users):
-            return
-        await self._roster.refresh(room_id, since, self._deadline(), slot.slot_id)
-        over = await self._seats.overflow(room_id, policy.max_users)
-        if self.eject and self._participants.acts:
-            await self._remove_newest_first(slot, over, policy.max_users)
-            return
-        for hold in over:
-            self._participants.skipped("remove", room_id, hold.alias, hold.identity, Refusal.FULL.value, hold.sid)
-        await self._seats.seat_everybody(room_id)
-
-    async def _remove_newest_first(self, slot: Slot, over: Sequence[OverLimit], limit: int | None) -> None:
-        """Remove several at once, the latest arrivals first: a seat that becomes free goes to the earliest.
-
-        Of those who are left at most half are removed at once. Then it is asked again who has no seat.
-        """
-
-        async def remove(hold: OverLimit) -> None:
-            if await self._participants.remove(slot.room_id, hold.alias, hold.identity, hold.user, Refusal.FULL.value):
-                await self._roster.removed(slot, hold.alias, hold.sid, hold.identity)
-
-        left = list(over)
-        while left:
-            still = await self._seats.overflow(slot.room_id, limit)
-            if not await self._may_remove(slot.room_id):
-                return
-            stay = max(len(left) // 2, len(left) - PARTICIPANTS_AT_ONCE)
-            await gather_in_turns(PARTICIPANTS_AT_ONCE, remove, [hold for hold in left[stay:] if hold in still])
-            del left[stay:]
-
-    async def _may_remove(self, room_id: str) -> bool:
-        """Whether no other guard reconciles the room by now. It may have removed somebody else."""
-        return self._leases is None or await self._leases.confirms(room_id)
 
     def _watch(self, alias: str, participants: int) -> None:
         if participants:
@@ -300,6 +232,16 @@ class Enforcement:
 
     def _deadline(self) -> Deadline:
         return Deadline.after(self._clock, self._lookup_timeout)
+
+    @contextmanager
+    def _listing_failures(self, alias: str) -> Iterator[None]:
+        """Logs and counts that LiveKit did not list participants; the next round tries again."""
+        try:
+            yield
+        except DependencyFailed as failed:
+            self._participants.failed("list participants", alias, failed.reason)
+        except TimeoutError:
+            self._participants.failed("list participants", alias, "timeout")
 
     def _failed(self, alias: str, failure: Failure) -> None:
         self._metrics.enforcement_failures.labels("enforce", "internal_error").inc()

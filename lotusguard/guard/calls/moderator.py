@@ -16,6 +16,7 @@ from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import ModerationAction, OnlyDecided
 from lotusguard.guard.calls.participants import ParticipantEnforcer
+from lotusguard.guard.calls.removal import Remover
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.seats.book import SeatBook
 from lotusguard.guard.seats.registry import Slot, TokenRegistry
@@ -36,6 +37,7 @@ class Moderator:
     _seats: SeatBook
     _registry: TokenRegistry
     _participants: ParticipantEnforcer
+    _remover: Remover
     _enforcement: Enforcement
     _clock: IReactorTime
     _lookup_timeout: float
@@ -89,9 +91,9 @@ class Moderator:
             if not refused and not found:
                 await self._refuse(room_id, user, by)
             found = True
-            if await self._participants.remove(room_id, alias, participant.identity, user, Refusal.REMOVED.value):
-                await self._roster.removed(slot, alias, participant.sid, participant.identity)
-            else:
+            if not await self._remover.remove(
+                slot, alias, participant.sid, participant.identity, user, Refusal.REMOVED.value
+            ):
                 self._enforcement.enforce(alias)
         return found
 

@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from lotusguard.guard.seats.statefile import LOCK_TIMEOUT, make_private
 from lotusguard.guard.seats.writer import BatchWriter
 from lotusguard.metrics import Metrics
+from lotusguard.rules.jwt import compact
 
 log = Logger()
 
@@ -163,7 +164,7 @@ class DecisionStore:
         self._clean_up = self._reactor.callLater(CLEAN_UP_INTERVAL, self._delete_old)
 
     def put(self, record: Record) -> None:
-        content = json.dumps(record.content(), separators=(",", ":"))
+        content = compact(record.content())
         values = (record.at, record.kind.value, record.user, record.room_id, content)
         self._writer.put(("records", str(next(self._numbers))), _PUT, values)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from enum import Enum
+from enum import StrEnum
 from itertools import count
 
 from attrs import Factory, define, field
@@ -28,7 +28,7 @@ LONGEST_NAME = 255
 """Bytes of a room's or user's name that are kept; longer ones are refused before they get here."""
 
 
-class Stage(Enum):
+class Stage(StrEnum):
     """Where a join's time goes."""
 
     LOOKUP = "lookup"
@@ -44,7 +44,7 @@ class Stage(Enum):
     TOTAL = "total"
 
 
-class Verdict(Enum):
+class Verdict(StrEnum):
     ALLOWED = "allowed"
     REFUSED = "refused"
     WOULD_REFUSE = "would_refuse"
@@ -128,7 +128,7 @@ class DecisionLog:
 
     def stage(self, decision: Decision, stage: Stage) -> AbstractContextManager[None]:
         """Adds the time spent inside to a stage of the join."""
-        return _Timed(decision.stages, stage.value, self._clock)
+        return _Timed(decision.stages, stage, self._clock)
 
     def unenforced(self, decision: Decision, check: str, reason: str) -> None:
         """A check is passed without being enforced: one event, one count."""
@@ -166,16 +166,18 @@ class DecisionLog:
         """A join is over. Clients that poll come back every second: for them there is a count, and no line."""
         if decision.verdict is Verdict.ERROR:
             decision.reason = "internal_error"
-        total = decision.stages[Stage.TOTAL.value] = self._clock.seconds() - decision.began
-        self._metrics.joins.labels(decision.verdict.value, decision.reason).inc()
-        waited = decision.stages.get(Stage.LOBBY.value, 0.0)
-        for name, seconds in decision.stages.items():
-            # An alert on slow joins must not fire because somebody waits for a moderator.
-            self._metrics.observe_stage(name, seconds - waited if name == Stage.TOTAL.value else seconds)
+        total = self._clock.seconds() - decision.began
+        self._metrics.joins.labels(decision.verdict, decision.reason).inc()
+        for stage, seconds in decision.stages.items():
+            self._metrics.join_seconds.labels(stage).observe(seconds)
+        # An alert on slow joins must not fire because somebody waits for a moderator.
+        undelayed = total - decision.stages.get(Stage.LOBBY, 0.0)
+        self._metrics.join_seconds.labels(Stage.TOTAL).observe(undelayed)
+        decision.stages[Stage.TOTAL] = total
         if decision.verdict is Verdict.WAITING:
             return
         self.decisions.append(decision)
-        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=total - waited)
+        self.history.add(refused=decision.verdict is Verdict.REFUSED, seconds=undelayed)
         self._keep(decision)
         line = "{verdict} {user} in {room_id}: {reason}, {seconds:.3f} s [{request_id}]"
         if decision.seats:
@@ -184,11 +186,11 @@ class DecisionLog:
             line += " not enforced: {passed}"
         log.info(
             line,
-            verdict=decision.verdict.value, user=_user(decision), room_id=_room(decision),
-            reason=decision.reason, seconds=round(total, 6), passed=", ".join(decision.unenforced),
+            verdict=decision.verdict, user=_user(decision), room_id=_room(decision),
+            reason=decision.reason, seconds=total, passed=", ".join(decision.unenforced),
             request_id=decision.request_id, route=decision.route,
             unenforced=decision.unenforced, seats=decision.seats,
-            stages={name: round(seconds, 6) for name, seconds in decision.stages.items()}, event_name="join",
+            stages=decision.stages, event_name="join",
         )  # fmt: skip
         if decision.holders:
             log.debug(
@@ -216,7 +218,7 @@ class DecisionLog:
             return
         self.kept.put(
             Record(
-                self._wall(), RecordKind.JOIN, decision.user, decision.room_id, decision.verdict.value, decision.reason,
+                self._wall(), RecordKind.JOIN, decision.user, decision.room_id, decision.verdict, decision.reason,
                 decision.seats, tuple(decision.holders[:HOLDERS_KEPT]), tuple(decision.unenforced[:10]),
                 decision.route, decision.request_id,
             )

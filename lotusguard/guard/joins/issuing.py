@@ -113,7 +113,7 @@ class TokenIssuer:
             self._metrics.foreign_tokens.inc()
             join.decision.reason = "other_sfu"
             return answer
-        answer, granted, withheld = self._rebuild(join, answer, token)
+        granted, withheld = self._rebuild(join, answer, token)
         try:
             with join.log.stage(join.decision, Stage.RECORD):
                 await self._record(join, token, hold_id, granted, withheld)
@@ -129,7 +129,8 @@ class TokenIssuer:
         if token is None or token.signer is Signer.OTHER_SFU:
             return answer
         join.unenforced("policy", "no_room")
-        return self._rebuild(join, answer, token)[0]
+        self._rebuild(join, answer, token)
+        return answer
 
     async def _record(
         self,
@@ -154,32 +155,33 @@ class TokenIssuer:
         else:
             await self._seats.issue_without_seat(join.room_id, join.user, issued)
 
-    def _rebuild(
-        self, join: Join, answer: Answer, token: Token
-    ) -> tuple[Answer, frozenset[Source] | None, frozenset[Source]]:
-        """:return: the answer, the token's ceiling (``None`` if unknown), and what was withheld."""
+    def _rebuild(self, join: Join, answer: Answer, token: Token) -> tuple[frozenset[Source] | None, frozenset[Source]]:
+        """Put the new token into the answer.
+
+        :return: the token's ceiling (``None`` if unknown), and what was withheld.
+        """
         policy = join.policy
         if not policy and not self.all_tokens:
-            return answer, _ceiling(token), NO_SOURCE
+            return _ceiling(token), NO_SOURCE
         if token.signer is Signer.MISMATCH:
             join.log.secret_mismatch(join.decision, token.fault)
-            return answer, None, NO_SOURCE
+            return None, NO_SOURCE
         if self.key is None or not token.alias:
             if policy:
                 join.unenforced("token", "unreadable" if self.key is not None else token.signer.value)
-            return answer, None, NO_SOURCE
+            return None, NO_SOURCE
         try:
             allowed = policy.allowed_sources(join.user) if policy else EVERY_SOURCE
             new = rebuilt(token.claims, allowed, self.token_ttl, self._wall())
             if join.dry_run:
                 self._metrics.dry_run_skipped.labels("narrow").inc()
-                return answer, new.granted, NO_SOURCE
-            body = compact({**token.content, "jwt": self.key.sign(new.claims)}).encode() + b"\n"
+                return new.granted, NO_SOURCE
+            answer.body = compact({**token.content, "jwt": self.key.sign(new.claims)}).encode() + b"\n"
         except Exception:
             join.log.failure(join.decision, "token")
-            return answer, None, NO_SOURCE
+            return None, NO_SOURCE
         self._metrics.tokens_rebuilt.inc()
-        return Answer(answer.code, answer.raw_headers, body), new.granted, new.withheld
+        return new.granted, new.withheld
 
 
 def _ceiling(token: Token) -> frozenset[Source] | None:

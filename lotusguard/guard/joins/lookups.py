@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError
@@ -70,16 +69,24 @@ class Lookups:
 
     async def policy(self, join: Join, deadline: Deadline) -> None:
         """The room's policy, no older than the join asks for."""
-        with _FailingOpen(join, "policy"):
+        try:
             join.learn_policy(await self._policies.get_anew(join.room_id, deadline, join.not_before))
+        except CancelledError:
+            raise
+        except Exception:
+            join.log.failure(join.decision, "policy")
 
     async def _caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
         """:param then: what is looked up once the caller is proven."""
-        with _FailingOpen(join, "caller"):
+        try:
             caller = join.caller = await self._callers.identify(join.request, deadline)
             if caller.identified is Identified.PROVEN:
                 join.user = join.decision.user = caller.user
                 await then(join, deadline)
+        except (JoinRefused, CancelledError):
+            raise
+        except Exception:
+            join.log.failure(join.decision, "caller")
 
     async def _room(self, join: Join, deadline: Deadline) -> None:
         await gather((self.policy(join, deadline), self._membership(join, deadline)))
@@ -101,22 +108,11 @@ class Lookups:
             join.unenforced("policy", "too_many_lookups")
 
     async def _membership(self, join: Join, deadline: Deadline) -> None:
-        with _FailingOpen(join, "membership"):
-            if self._asks_membership:
-                join.membership = await self._members.get(join.room_id, join.user, deadline, not_before=join.not_before)
-
-
-@define(eq=False)
-class _FailingOpen(AbstractContextManager[None]):
-    """A failure of our own in one lookup does not stop the others."""
-
-    _join: Join
-    _check: str
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> bool:
-        if not isinstance(error, Exception) or isinstance(error, JoinRefused | CancelledError):
-            return False
-        self._join.log.failure(self._join.decision, self._check)
-        return True
+        if not self._asks_membership:
+            return
+        try:
+            join.membership = await self._members.get(join.room_id, join.user, deadline, not_before=join.not_before)
+        except CancelledError:
+            raise
+        except Exception:
+            join.log.failure(join.decision, "membership")

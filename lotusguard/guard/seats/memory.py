@@ -11,12 +11,13 @@ from twisted.internet.interfaces import IReactorTime
 
 from lotusguard.clients.waiting import in_slices
 from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit, Presence, RoomSnapshot
+from lotusguard.guard.seats.kept_holds import KeptHolds
 from lotusguard.guard.seats.kept_rooms import KeptRooms, Room
 from lotusguard.guard.seats.store import StateStore, StoredHold
 from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.room_seats import CALL_ENDED_AFTER, RoomSeats
-from lotusguard.rules.seats import Arrival, Hold, HoldState, IdentityKey
+from lotusguard.rules.seats import Arrival, HoldState, IdentityKey
 
 IDLE_ROOM = 600.0
 """Seconds after which a room is forgotten in which nobody is and nobody holds a seat."""
@@ -42,10 +43,12 @@ class MemorySeatBook:
     _guarding_since: float
     unshared: bool = field(default=False, init=False)
     is_remote: bool = field(default=False, init=False)
+    _kept: KeptHolds = field(init=False)
     _rooms: KeptRooms = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._rooms = KeptRooms(self._dropped)
+        self._kept = KeptHolds(self._store, self._clock, self._wall)
+        self._rooms = KeptRooms(lambda room_id, room: self._kept.drop_room(room_id, room.seats))
         self._metrics.cache_limit.labels("seats").set(self._rooms.limit)
         self._metrics.cache_entries.labels("seats").set_function(lambda: len(self._rooms))
         self._metrics.seats_held.set_function(self._seats_taken)
@@ -66,12 +69,12 @@ class MemorySeatBook:
             left = min(hold.expires - self._wall(), self._seat_ttl)
             if not hold.present and left <= 0:
                 continue
-            key = IdentityKey(hold.alias, hold.identity)
-            expires = ended if hold.present else now + left
-            room.seats.restore(
-                token_hex(8), hold.user, key, present=hold.present, now=now, expires=expires, device=hold.device
-            )
-            room.started = room.started or hold.present
+            hold_id, key = token_hex(8), IdentityKey(hold.alias, hold.identity)
+            if hold.present:
+                room.seats.restore_present(hold_id, hold.user, key, now, ended, hold.device)
+                room.started = True
+            else:
+                room.seats.restore_issued(hold_id, hold.user, key, now, now + left, hold.device)
 
     # -- joins -------------------------------------------------------------------------------------------
 
@@ -101,19 +104,8 @@ class MemorySeatBook:
             return
         room.waiting.wake(room.seats.owns_seat)
         if durable and token.alias and hold.state is HoldState.ISSUED:
-            await self._write_before_sending(room_id, room, hold, older)
-        self._changed(room_id, room)
-
-    async def _write_before_sending(self, room_id: str, room: Room, hold: Hold, older: Hold | None) -> None:
-        """Write the hold of a token that is about to be sent. Asking again for a token that was not used changes
-        nothing that is on disk: not even the time to arrive."""
-        if self._store is None:
-            return
-        room.seats.changed.discard(IdentityKey(hold.alias, hold.identity))
-        if older is not None and older.stored and _stored_alike(older, hold):
-            hold.stored = True
-        else:
-            hold.stored = await self._store.put_hold(self._stored(room_id, hold, present=False))
+            await self._kept.write_before_sending(room_id, room.seats, hold, older)
+        self._kept.write_changes(room_id, room.seats)
 
     async def issue_without_seat(self, room_id: str, user: str, token: Issued) -> None:
         room, now = self._room(room_id), self._clock.seconds()
@@ -121,14 +113,14 @@ class MemorySeatBook:
         room.seats.issue_without_seat(
             token_hex(8), user, token.alias, token.identity, now, self._seat_ttl, token.device
         )
-        self._changed(room_id, room)
+        self._kept.write_changes(room_id, room.seats)
 
     async def release(self, room_id: str, hold_id: str) -> None:
         room = self._rooms.get(room_id)
         if room is not None:
             room.seats.release(hold_id)
             room.waiting.wake(room.seats.owns_seat)
-            self._changed(room_id, room)
+            self._kept.write_changes(room_id, room.seats)
 
     async def owns_seat(self, room_id: str, user: str) -> bool:
         room = self._rooms.get(room_id)
@@ -152,7 +144,7 @@ class MemorySeatBook:
         room = self._room(room_id)
         self._rooms.occupied_by(room_id, room, [who.user])
         room.seats.arrive(alias, who, limit, self._clock.seconds())
-        self._changed(room_id, room)
+        self._kept.write_changes(room_id, room.seats)
 
     async def leave(
         self, room_id: str, alias: str, sid: str, identity: str, left_by: float, *, by_choice: bool
@@ -160,7 +152,7 @@ class MemorySeatBook:
         room = self._rooms.get(room_id)
         if room is not None:
             room.seats.leave(alias, sid, identity, self._clock.seconds(), left_by, by_choice=by_choice)
-            self._changed(room_id, room)
+            self._kept.write_changes(room_id, room.seats)
 
     async def apply_listing(
         self, room_id: str, alias: str, present: Collection[Arrival], limit: int | None, since: float
@@ -172,7 +164,7 @@ class MemorySeatBook:
         since_before_us = (who.joined is None or who.joined <= self._guarding_since for who in present)
         if first and any(since_before_us):  # the call is older than our memory of it: somebody must have started it
             room.started = True
-        self._changed(room_id, room)
+        self._kept.write_changes(room_id, room.seats)
 
     async def listed_again(
         self, room_id: str, alias: str, limit: int | None, since: float, apply: Callable[[], Awaitable[None]]
@@ -183,14 +175,14 @@ class MemorySeatBook:
     async def overflow(self, room_id: str, limit: int | None) -> Sequence[OverLimit]:
         room = self._room(room_id)
         over = room.seats.overflow(limit, self._clock.seconds())
-        self._changed(room_id, room)
+        self._kept.write_changes(room_id, room.seats)
         return [OverLimit(hold.alias, hold.sid, hold.identity, hold.user) for hold in over]
 
     async def seat_everybody(self, room_id: str) -> None:
         room = self._rooms.get(room_id)
         if room is not None:
             room.seats.seat_everybody()
-            self._changed(room_id, room)
+            self._kept.write_changes(room_id, room.seats)
 
     # -- questions ---------------------------------------------------------------------------------------
 
@@ -249,7 +241,7 @@ class MemorySeatBook:
                 self._rooms.forget(room_id)
                 continue
             room.seats.forget_old(now, self._seat_ttl)
-            self._changed(room_id, room)
+            self._kept.write_changes(room_id, room.seats)
 
     def _room(self, room_id: str) -> Room:
         room = self._rooms.get(room_id)
@@ -260,39 +252,9 @@ class MemorySeatBook:
             room.started = False
         return room
 
-    def _dropped(self, room_id: str, room: Room) -> None:
-        """A room was forgotten although people hold seats there."""
-        if self._store is not None:
-            for key in room.seats.identities():
-                self._store.drop_hold(room_id, key.alias, key.identity)
-
     def _has_ended(self, room: Room) -> bool:
         now = self._clock.seconds()
         return not room.seats.is_occupied(now) and now - room.seats.vacated >= CALL_ENDED_AFTER
-
-    def _changed(self, room_id: str, room: Room) -> None:
-        """Write what changed to the state directory, without waiting for it."""
-        changed, room.seats.changed = room.seats.changed, set()
-        if self._store is None:
-            return
-        for key in changed:
-            if not key.alias:
-                continue
-            hold = room.seats.find(key)
-            if hold is None or hold.state in (HoldState.UNSEATED, HoldState.ISSUED_UNSEATED):
-                self._store.drop_hold(room_id, key.alias, key.identity)
-            else:
-                present = hold.state is not HoldState.ISSUED
-                self._store.put_hold_later(self._stored(room_id, hold, present=present))
-
-    def _stored(self, room_id: str, hold: Hold, *, present: bool) -> StoredHold:
-        expires = self._wall() + hold.expires - self._clock.seconds()
-        return StoredHold(room_id, hold.user, hold.alias, hold.identity, hold.device, present, expires)
-
-
-def _stored_alike(one: Hold, other: Hold) -> bool:
-    """Whether two holds of the same identity are the same row on disk."""
-    return (one.state, one.user, one.device, one.expires) == (other.state, other.user, other.device, other.expires)
 
 
 def _snapshot(room_id: str, seats: RoomSeats, now: float) -> RoomSnapshot:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from functools import lru_cache
 from typing import Protocol
 
 from attrs import define, evolve, field, frozen
@@ -15,7 +14,7 @@ from lotusguard.guard.lru import LruCache
 from lotusguard.guard.seats.store import StateStore
 from lotusguard.metrics import Metrics
 from lotusguard.rules.identity import base_identities, user_of
-from lotusguard.rules.sources import Source
+from lotusguard.rules.sources import NO_SOURCE, Source, mask_of, sources_of
 
 ALIASES_KEPT, ALIAS_BYTES = 50_000, 64 << 20
 IDENTITIES_KEPT, IDENTITY_BYTES = 200_000, 256 << 20
@@ -25,8 +24,6 @@ IDENTITIES_LOADED = 50_000
 """The latest identities that are read at the start, so that it takes less than a second however many there are."""
 REFRESHED = 86400.0
 """Seconds after which a known fact is written again, so that the state store does not delete it as unused."""
-
-NOTHING: frozenset[Source] = frozenset()
 
 
 @frozen
@@ -49,7 +46,12 @@ class IdentityEntry:
     user: str
     device: str = ""
     ceiling: frozenset[Source] | None = None
-    withheld: frozenset[Source] = NOTHING
+    withheld: frozenset[Source] = NO_SOURCE
+
+
+def user_behind(entry: IdentityEntry | None, identity: str) -> str:
+    """The user of an identity, by what is known about it. An unknown identity counts as a user of its own."""
+    return entry.user if entry is not None else user_of([*base_identities(identity)][-1])
 
 
 class TokenRegistry(Protocol):
@@ -63,7 +65,7 @@ class TokenRegistry(Protocol):
         user: str,
         device: str = "",
         ceiling: frozenset[Source] | None = None,
-        withheld: frozenset[Source] = NOTHING,
+        withheld: frozenset[Source] = NO_SOURCE,
     ) -> None:
         """A token for this identity in this SFU room was issued to this user.
 
@@ -167,7 +169,7 @@ class MemoryTokenRegistry:
         user: str,
         device: str = "",
         ceiling: frozenset[Source] | None = None,
-        withheld: frozenset[Source] = NOTHING,
+        withheld: frozenset[Source] = NO_SOURCE,
     ) -> None:
         await self.learn_alias(alias, slot)
         known = self._identities.get((alias, identity))
@@ -197,8 +199,7 @@ class MemoryTokenRegistry:
         return tuple(self._rooms.get(room_id, ()))
 
     async def user_behind(self, alias: str, identity: str) -> str:
-        entry = await self.entry(alias, identity)
-        return entry.user if entry is not None else user_of([*base_identities(identity)][-1])
+        return user_behind(await self.entry(alias, identity), identity)
 
     async def entry(self, alias: str, identity: str) -> IdentityEntry | None:
         for base in base_identities(identity):
@@ -246,14 +247,3 @@ class MemoryTokenRegistry:
         remaining.pop(alias, None)
         if not remaining:
             del self._rooms[slot.room_id]
-
-
-def mask_of(sources: Collection[Source]) -> int:
-    """Sources as a bit mask of their numbers."""
-    return sum(1 << source for source in sources)
-
-
-@lru_cache(maxsize=64)
-def sources_of(mask: int) -> frozenset[Source]:
-    """The sources of a bit mask; bits that no source has are ignored."""
-    return frozenset(source for source in Source if mask >> source & 1)

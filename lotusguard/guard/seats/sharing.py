@@ -54,7 +54,7 @@ class Sharing:
         guard, own = guard_name(), OwnHolds(reactor)
         redis = RedisClient(parse_address(url), reactor, metrics)
         rebuilding = Rebuilding(redis, guard, reactor)
-        shared = RedisSeatBook(redis, reactor, metrics, seat_ttl, guarding_since, rebuilding, own)
+        shared = RedisSeatBook(redis, reactor, seat_ttl, guarding_since, rebuilding, own)
 
         def alone() -> MemorySeatBook:
             return MemorySeatBook(None, reactor, wall, metrics, seat_ttl, reactor.seconds())

@@ -204,7 +204,7 @@ def _decisions(shown: Overview) -> Tag:
 
 
 def _decision(shown: Overview, decision: Decision) -> Row:
-    verdict = tags.span(decision.verdict.value.replace("_", " "), class_="good" if decision.verdict in _GOOD else "bad")
+    verdict = tags.span(decision.verdict.replace("_", " "), class_="good" if decision.verdict in _GOOD else "bad")
     room_id = decision.room_id or ""
     return Row(
         at(shown.began(decision.began)),

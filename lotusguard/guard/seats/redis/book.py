@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from functools import partial
 from secrets import token_hex
 from typing import Any
 
 from attrs import define, field
 
 from lotusguard.clients.failures import DependencyFailed
-from lotusguard.clients.redis.client import RedisClient, when_less_busy
+from lotusguard.clients.redis.client import RedisClient
 from lotusguard.clients.waiting import gather_in_turns
 from lotusguard.guard.seats.book import KEPT_FOR, Issued, OverLimit, Presence, RoomSnapshot
 from lotusguard.guard.seats.memory import SLOTS_PER_ROOM
@@ -19,10 +18,10 @@ from lotusguard.guard.seats.redis.epoch import Rebuilding
 from lotusguard.guard.seats.redis.notes import Listed
 from lotusguard.guard.seats.redis.occupants import KnownOccupants
 from lotusguard.guard.seats.redis.own import OwnHold, OwnHolds
-from lotusguard.guard.seats.redis.scripts import OCCUPIED_ROOM, WAKE_CHANNEL, room_key
+from lotusguard.guard.seats.redis.rooms import StoredRooms
+from lotusguard.guard.seats.redis.scripts import WAKE_CHANNEL
 from lotusguard.guard.seats.redis.steps import ATTEMPTS, DATA_LOST, RoomSteps
 from lotusguard.guard.seats.redis.waiting import WaitingJoins
-from lotusguard.metrics import Metrics
 from lotusguard.rules.refusals import Refusal
 from lotusguard.rules.seats import Arrival, HoldState
 
@@ -49,7 +48,6 @@ class RedisSeatBook:
 
     _redis: RedisClient
     _reactor: Any
-    _metrics: Metrics
     _seat_ttl: float
     _guarding_since: float
     _rebuilding: Rebuilding
@@ -59,12 +57,15 @@ class RedisSeatBook:
     is_remote: bool = field(init=False, default=True)
     _steps: RoomSteps = field(init=False)
     _waiting: WaitingJoins = field(init=False)
+    _rooms: StoredRooms = field(init=False)
     _pending: dict[str, tuple[str, str]] = field(init=False, factory=dict)
+    """The room and the user of each request in flight of this guard, by the ID of its hold."""
     _occupants: KnownOccupants = field(init=False, factory=KnownOccupants)
 
     def __attrs_post_init__(self) -> None:
         self._steps = RoomSteps(self._redis, self._reactor, self._guarding_since, self._rebuilding)
         self._waiting = WaitingJoins(self._owners, self._reactor)
+        self._rooms = StoredRooms(self._redis, self._reactor)
         self._redis.listen(WAKE_CHANNEL, self._waiting.wake)
         self._redis.on_server.append(lambda _: self._steps.forget_time())
         self._rebuilding.on_data_set += [self._steps.forget, self._occupants.clear]
@@ -74,38 +75,36 @@ class RedisSeatBook:
     async def take(
         self, room_id: str, user: str, limit: int | None, alias: str, *, exempt: bool = False, new_slot: bool = False
     ) -> str | Refusal:
-        hold_id, capped = token_hex(8), limit is not None and not exempt
+        hold_id = token_hex(8)
         operation = (
             "take", hold_id, user, limit, alias, exempt, SLOTS_PER_ROOM if new_slot else None, self._lease,
             self._occupants.number(room_id),
         )  # fmt: skip
         self._pending[hold_id] = (room_id, user)  # renewed from now on: the answer may take long
-        taken = False
+        taken, step = False, self._step if limit is None or exempt else self._certain_step
         try:
-            refusal = await self._take(room_id, operation, capped)
+            refusal = self._refusal(room_id, user, await step(room_id, *operation))
             taken = not refusal
         finally:
             if not taken:
                 self._pending.pop(hold_id, None)
         return hold_id if taken else Refusal(refusal)
 
-    async def _take(self, room_id: str, operation: Sequence[Any], capped: bool) -> str:
-        """:param capped: the seat is one of a limited number. It is taken only from a data set that is complete."""
-        if not capped:
-            return self._refusal(room_id, operation[2], (await self._steps.run(room_id, operation))[0])
+    async def _certain_step(self, room_id: str, name: str, hold_id: str, *arguments: Any) -> Any:
+        """Take one of a limited number of seats. It is taken only from a data set that is complete."""
         for left in reversed(range(ATTEMPTS)):
             await self._rebuilding.wait()
             try:
-                told = (await self._steps.run(room_id, operation, certain=True))[0]
-                return self._refusal(room_id, operation[2], told)
+                return (await self._steps.run(room_id, (name, hold_id, *arguments), certain=True))[0]
             except DependencyFailed as failed:
                 if failed.reason != DATA_LOST or not left:
                     raise
-            await self._steps.run(room_id, ("release", operation[1]))
+            await self._steps.run(room_id, ("release", hold_id))
             await self._rebuilding.look_again()
         raise AssertionError("not reached")
 
     def _refusal(self, room_id: str, user: str, told: Sequence[Any]) -> str:
+        """Note what a full room told. :return: why there is no seat; "" if there is one."""
         refusal, full = told
         if full:
             *found, occupants = full
@@ -169,7 +168,7 @@ class RedisSeatBook:
     ) -> None:
         await self._steps.know_time()
         arrivals, since = [self._arrival(who) for who in present], self._steps.clock.to_server(since)
-        operation = ("apply_listing", alias, arrivals, limit, since, self._seat_ttl)
+        operation = ("apply_listing", alias, arrivals, limit, since)
         self._steps.apply_listing(room_id, alias, since, operation)
 
     async def listed_again(
@@ -233,31 +232,17 @@ class RedisSeatBook:
         kept: set[str] = set()
 
         async def read(room_id: str) -> None:
-            left = int(await when_less_busy(self._reactor, partial(self._redis.call, "PTTL", room_key(room_id)))) / 1000
-            if left >= OCCUPIED_ROOM - KEPT_FOR:  # each listing of an occupied room begins that time anew
+            if await self._rooms.was_occupied(room_id, KEPT_FOR):
                 await self._step(room_id, "nothing")
                 known = self._steps.notes.listed(room_id)
                 kept.update(known.aliases if known is not None else ())
 
-        await gather_in_turns(ROOMS_AT_ONCE, read, await self._room_ids(ROOMS_ASKED))
+        await gather_in_turns(ROOMS_AT_ONCE, read, await self._rooms.ids(ROOMS_ASKED))
         return kept
 
     async def snapshots(self) -> Sequence[RoomSnapshot]:
-        found = await gather_in_turns(ROOMS_AT_ONCE, self.snapshot, await self._room_ids(ROOMS_SHOWN))
+        found = await gather_in_turns(ROOMS_AT_ONCE, self.snapshot, await self._rooms.ids(ROOMS_SHOWN))
         return sorted((one for one in found if one is not None), key=lambda snapshot: snapshot.room_id)
-
-    async def _room_ids(self, most: int) -> Sequence[str]:
-        """Matrix rooms of which Redis knows something. :param most: so many of them at most."""
-        before, after = room_key("\0").split("\0")
-        names: list[str] = []
-        cursor = "0"
-        while True:
-            scan = partial(self._redis.call, "SCAN", cursor, "MATCH", f"{before}*{after}", "COUNT", 500)
-            cursor, found = await when_less_busy(self._reactor, scan)
-            names += [key[len(before) : -len(after)] for key in found]
-            if cursor == "0" or len(names) >= most:
-                break
-        return sorted(set(names))[:most]
 
     async def snapshot(self, room_id: str) -> RoomSnapshot | None:
         idle, taken, awaited, present = await self._step(room_id, "snapshot")

@@ -6,11 +6,12 @@
 local ENDINGS = {leave = true, vanish = true, expire = true}
 local RESERVED = {'issued', 'issued_expired', 'issued_unseated', 'reconnecting', 'left'}
 local pending, sessions, reserved = fields('p'), fields('s'), fields('r')
-local issued, sessions_of, chains = fields('i'), fields('n'), fields('c')
+local issued, sessions_of, times_to_arrive = fields('i'), fields('n'), fields('c')
 local due = order(KEYS[2])          -- what time ends: holds, requests in flight, and users' times to arrive
 local unconfirmed = order(KEYS[3])  -- holds that a listing has to confirm, by the time they ended
 local seatless = order(KEYS[4])     -- holds without a seat, by their place
 local ended = order(KEYS[5])        -- ended sessions, by the time they ended
+local now                           -- the time of this step
 
 local function key_of(alias, name) return alias .. '\0' .. name end
 
@@ -46,6 +47,9 @@ end
 
 -- where holds are --------------------------------------------------------------------------------------------------
 
+-- Whether a hold takes no seat because none was free, or nobody could tell.
+local function is_seatless(hold) return hold.state == 'unseated' or hold.state == 'issued_unseated' end
+
 -- Write a hold where it belongs. A session without a token is nowhere looked up by its ID.
 local function put(hold)
   local name, rules = field_of(hold), TABLE[hold.state]
@@ -59,7 +63,7 @@ local function put(hold)
   if hold.id ~= hold.sid then issued[hold.id] = name end
   if rules.moves.expire ~= nil then due.put(name, hold.expires) end
   if rules.unconfirmed then unconfirmed.put(name, hold.expires) end
-  if hold.state == 'unseated' or hold.state == 'issued_unseated' then seatless.put(name, hold.place) end
+  if is_seatless(hold) then seatless.put(name, hold.place) end
 end
 
 local function put_pending(hold)
@@ -89,13 +93,13 @@ local move
 local function put_reserved(key, hold)
   count(hold, 1)  -- first, so that the user is known throughout
   local older = reserved[key]
-  if older then move(older, 'replace', 0) end
+  if older then move(older, 'replace') end
   put(hold)
   if hold.state == 'issued_unseated' then room.owners = room.owners + 1 end
   local user = users[hold.user]
   user.reserved[#user.reserved + 1] = key
   users[hold.user] = user
-  if #user.reserved > RESERVED_PER_USER then move(reserved[user.reserved[1]], 'replace', 0) end
+  if #user.reserved > RESERVED_PER_USER then move(reserved[user.reserved[1]], 'replace') end
 end
 
 local function take_out(hold)
@@ -108,7 +112,7 @@ local function take_out(hold)
   issued[hold.id] = nil
   if rules.moves.expire ~= nil then due.drop(name) end
   if rules.unconfirmed then unconfirmed.drop(name) end
-  if hold.state == 'unseated' or hold.state == 'issued_unseated' then seatless.drop(name) end
+  if is_seatless(hold) then seatless.drop(name) end
   if rules.in_call then
     local sids = taken_out(sessions_of[key], hold.sid)
     sessions_of[key] = #sids > 0 and sids or nil
@@ -120,8 +124,9 @@ local function take_out(hold)
   end
 end
 
-function move(hold, event, at)
-  local rules = TABLE[hold.state]
+-- The one place where a hold that counts changes its state.
+function move(hold, event)
+  local rules, at = TABLE[hold.state], event == 'expire' and hold.expires or now
   local after = rules.moves[event]
   if after == nil then error('a hold that is ' .. hold.state .. ' cannot ' .. event) end
   take_out(hold)
@@ -159,7 +164,13 @@ local function sessions_with(alias, identity)
   return holds
 end
 
-local function in_call() return in_order(Store.all('s')) end
+local function all_holds()
+  local holds = {}
+  for _, letter in ipairs({'p', 's', 'r'}) do
+    for _, hold in ipairs(Store.all(letter)) do holds[#holds + 1] = hold end
+  end
+  return holds
+end
 
 -- Read many holds, and their users.
 local function read_all(names)

@@ -10,7 +10,6 @@ when the step that issues it, which follows over the same connection, has been a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Coroutine
@@ -18,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from attrs import define, evolve, field
+from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -26,31 +25,30 @@ from twisted.python.failure import Failure
 from lotusguard.clients.failures import DependencyFailed
 from lotusguard.clients.redis.client import RedisClient
 from lotusguard.clients.waiting import gather, gather_in_turns, run_in_background
-from lotusguard.guard.lru import LruCache
-from lotusguard.guard.seats.redis.questions import ASKED_AGAIN, KEPT, KEPT_BYTES, Questions
-from lotusguard.guard.seats.redis.scripts import PREFIX
-from lotusguard.guard.seats.registry import (
-    NOTHING,
-    REFRESHED,
-    IdentityEntry,
-    MemoryTokenRegistry,
-    Slot,
-    mask_of,
-    sources_of,
+from lotusguard.guard.seats.redis.facts import (
+    ALIAS_KEPT,
+    ALIASES_KEPT,
+    IDENTITY_KEPT,
+    NOBODY,
+    alias_key,
+    entry_from_text,
+    entry_to_text,
+    identity_key,
+    merged,
+    slot_from_text,
+    slot_to_text,
+    slots_key,
 )
-from lotusguard.rules.identity import base_identities, user_of
-from lotusguard.rules.sources import Source
+from lotusguard.guard.seats.redis.freshness import Freshness
+from lotusguard.guard.seats.redis.questions import ASKED_AGAIN, Questions
+from lotusguard.guard.seats.redis.scripts import PREFIX
+from lotusguard.guard.seats.registry import IdentityEntry, MemoryTokenRegistry, Slot, user_behind
+from lotusguard.rules.identity import base_identities
+from lotusguard.rules.sources import NO_SOURCE, Source
 
 log = Logger()
 
-ALIAS_KEPT = 30 * 86400
-IDENTITY_KEPT = 7 * 86400
-"""Seconds for which Redis keeps what nobody has written again."""
 WITHHELD_CHANNEL = PREFIX + "identity"
-ALIASES_READ = 256
-"""The latest SFU rooms of one Matrix room, which Redis keeps."""
-NOBODY = ""
-"""The entry of an identity that some guard has asked about and nothing is known of: that guard is to be told."""
 GIVEN_BACK_AT_ONCE = 32
 """Identities that are written again at the same time. Joins need the other calls."""
 
@@ -69,15 +67,17 @@ class RedisTokenRegistry:
     _clock: IReactorTime
     _wall: Callable[[], float] = time.time
     _questions: Questions = field(init=False)
-    _written: LruCache[str, float] = field(init=False)
-    _messages_since: float | None = field(init=False, default=None)
-    _data_since: float | None = field(init=False, default=None)
+    _freshness: Freshness = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._questions = Questions(self._clock)
-        self._written = LruCache(KEPT, KEPT_BYTES, lambda key, _: (key,))
+        self._freshness = Freshness(self._clock, self._questions)
         self._redis.listen(WITHHELD_CHANNEL, self._changed_elsewhere)
-        self._redis.on_subscribed.append(self._messages_come_again)
+        self._redis.on_subscribed.append(self._freshness.messages_began)
+
+    def data_set_changed(self) -> None:
+        """Redis may have lost what it was given."""
+        self._freshness.data_set_changed()
 
     async def learn(
         self,
@@ -87,28 +87,29 @@ class RedisTokenRegistry:
         user: str,
         device: str = "",
         ceiling: frozenset[Source] | None = None,
-        withheld: frozenset[Source] = NOTHING,
+        withheld: frozenset[Source] = NO_SOURCE,
     ) -> None:
         await self.learn_alias(alias, slot)
         before = await self._own.entry(alias, identity)
         await self._own.learn(alias, slot, identity, user, device, ceiling, withheld)
-        if await self._own.entry(alias, identity) != before or self._is_due(_identity_key(alias, identity)):
+        is_new = await self._own.entry(alias, identity) != before
+        if is_new or self._freshness.is_to_be_written(identity_key(alias, identity)):
             await self._write(alias, identity, new=before is None)
 
     async def learn_alias(self, alias: str, slot: Slot) -> None:
         known = await self._own.slot_of(alias)
         await self._own.learn_alias(alias, slot)
-        if known != slot or self._is_due(_alias_key(alias)):
-            self._written.put(_alias_key(alias), self._clock.seconds())
+        if known != slot or self._freshness.is_to_be_written(alias_key(alias)):
+            self._freshness.note_written(alias_key(alias))
             self._in_background(self._write_alias, alias, slot)
 
     async def _write_alias(self, alias: str, slot: Slot) -> None:
-        room, call = _room_key(slot.room_id), self._redis.call
+        room, call = slots_key(slot.room_id), self._redis.call
         await gather(
             (
-                call("SET", _alias_key(alias), json.dumps([slot.room_id, slot.slot_id]), "EX", ALIAS_KEPT),
+                call("SET", alias_key(alias), slot_to_text(slot), "EX", ALIAS_KEPT),
                 call("ZADD", room, int(self._wall()), json.dumps([alias, slot.slot_id])),
-                call("ZREMRANGEBYRANK", room, 0, -ALIASES_READ - 1),
+                call("ZREMRANGEBYRANK", room, 0, -ALIASES_KEPT - 1),
                 call("EXPIRE", room, ALIAS_KEPT),
             )
         )
@@ -117,40 +118,37 @@ class RedisTokenRegistry:
         slot = await self._own.slot_of(alias)
         if slot is None:
             with suppress(DependencyFailed):
-                stored = await self._redis.call("GET", _alias_key(alias))
+                stored = await self._redis.call("GET", alias_key(alias))
                 if stored is not None:
-                    slot = Slot(*json.loads(stored))
+                    slot = slot_from_text(stored)
                     await self._own.learn_alias(alias, slot)
         return slot
 
     async def aliases_of(self, room_id: str) -> Collection[str]:
         """Those that this guard knows of. Redis is asked for the others: they are known soon."""
-        if self._questions.may_ask(_room_key(room_id)):
+        if self._questions.may_ask(slots_key(room_id)):
             self._in_background(self._read_aliases, room_id)
         return await self._own.aliases_of(room_id)
 
     async def _read_aliases(self, room_id: str) -> None:
         known = set(await self._own.aliases_of(room_id))
-        for stored in await self._redis.call("ZREVRANGE", _room_key(room_id), 0, ALIASES_READ - 1):
+        for stored in await self._redis.call("ZREVRANGE", slots_key(room_id), 0, ALIASES_KEPT - 1):
             alias, slot_id = json.loads(stored)
             if alias not in known:
                 await self._own.learn_alias(alias, Slot(room_id, slot_id))
 
     async def user_behind(self, alias: str, identity: str) -> str:
-        entry = await self.entry(alias, identity)
-        return entry.user if entry is not None else user_of([*base_identities(identity)][-1])
+        return user_behind(await self.entry(alias, identity), identity)
 
     async def entry(self, alias: str, identity: str) -> IdentityEntry | None:
         entry = await self._own.entry(alias, identity)
-        if entry is not None and self._messages_since is None:
-            return entry
         for base in base_identities(identity):
-            key = _identity_key(alias, base)
+            key = identity_key(alias, base)
             if entry is None and await self._questions.wait(key):
                 found = await self._own.entry(alias, identity)
                 if found is not None:
                     return found
-            if not (self._questions.may_ask(key) if entry is None else self._may_be_old(key)):
+            if not self._is_to_be_read(key, entry):
                 continue
             with self._questions.asking([key]), suppress(DependencyFailed):
                 stored, _ = await gather((self._redis.call("GET", key), self._ask_to_be_told(key)))
@@ -173,9 +171,9 @@ class RedisTokenRegistry:
             await self.learn_alias(alias, slot)
         asked: dict[str, str] = {}
         for name in identities:
-            is_due = self._questions.may_ask if await self._own.entry(alias, name) is None else self._may_be_old
-            bases = {_identity_key(alias, base): base for base in base_identities(name)}
-            asked.update((key, base) for key, base in bases.items() if is_due(key))
+            entry = await self._own.entry(alias, name)
+            bases = {identity_key(alias, base): base for base in base_identities(name)}
+            asked.update((key, base) for key, base in bases.items() if self._is_to_be_read(key, entry))
         if not asked:
             return
         with self._questions.asking(asked), suppress(DependencyFailed):
@@ -190,6 +188,11 @@ class RedisTokenRegistry:
             if lost:
                 self._in_background(self._give_back, alias, lost)
 
+    def _is_to_be_read(self, key: str, entry: IdentityEntry | None) -> bool:
+        """Whether Redis is to be asked about an identity of which this guard knows an entry, or nothing. It is going to
+        be."""
+        return self._questions.may_ask(key) if entry is None else self._freshness.is_to_be_read(key)
+
     async def _is_known_as(self, alias: str, identity: str) -> bool:
         """Whether this guard knows this very identity, rather than it without its suffix."""
         known = [base for base in base_identities(identity) if await self._own.entry(alias, base) is not None]
@@ -201,35 +204,13 @@ class RedisTokenRegistry:
         async def write(identity: str) -> None:
             entry = await self._own.entry(alias, identity)
             if entry is not None:
-                self._written.put(_identity_key(alias, identity), self._clock.seconds())
+                self._freshness.note_written(identity_key(alias, identity))
                 await self._exchange(alias, identity, entry, new=True)
 
         await gather_in_turns(GIVEN_BACK_AT_ONCE, write, identities)
 
     async def _ask_to_be_told(self, key: str) -> None:
         await self._redis.call("SET", key, NOBODY, "NX", "EX", int(ASKED_AGAIN))
-
-    def _may_be_old(self, key: str) -> bool:
-        """Whether a message about what is cached may have been lost. Redis is going to be asked."""
-        known = max(self._questions.asked_at(key) or 0.0, self._written.get(key) or 0.0)
-        if self._messages_since is None or known >= self._messages_since:
-            return False
-        self._questions.note(key)
-        return True
-
-    def _is_due(self, key: str) -> bool:
-        """Whether a known fact is to be written again: Redis would delete it as unused, or may have lost it."""
-        written, since = self._written.get(key), self._data_since
-        if written is None:
-            return since is not None
-        return self._clock.seconds() - written > REFRESHED or (since is not None and written <= since)
-
-    def data_set_changed(self) -> None:
-        """Redis may have lost what it was given. What is used is written again if it is not there."""
-        self._data_since = self._messages_since = self._clock.seconds()
-
-    def _messages_come_again(self) -> None:
-        self._messages_since = self._clock.seconds()
 
     def _in_background(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
         """Start what nobody waits for. It is done again if the connection is lost."""
@@ -248,36 +229,34 @@ class RedisTokenRegistry:
         """Write what this guard knows by now, and tell the others if they may know otherwise."""
         entry = await self._own.entry(alias, identity)
         if entry is not None:
-            self._written.put(_identity_key(alias, identity), self._clock.seconds())
+            self._freshness.note_written(identity_key(alias, identity))
             self._in_background(partial(self._exchange, new=new), alias, identity, entry)
 
     async def _exchange(self, alias: str, identity: str, entry: IdentityEntry, *, new: bool) -> None:
         """:param new: this guard did not know the identity. What another withholds from it stays withheld."""
-        key, stored = _identity_key(alias, identity), _stored(entry)
+        key, stored = identity_key(alias, identity), entry_to_text(entry)
         before = await self._redis.call("SET", key, stored, "EX", IDENTITY_KEPT, "GET")
         if before is None or before == stored:
             return
         if new and before != NOBODY:
-            entry = _merged(entry, before)
-            if _stored(entry) != stored:
-                stored = _stored(entry)
+            entry = merged(entry, entry_from_text(before))
+            if entry_to_text(entry) != stored:
+                stored = entry_to_text(entry)
                 await self._own.set_withheld(alias, identity, entry.withheld)
                 await self._redis.call("SET", key, stored, "EX", IDENTITY_KEPT)
         await self._redis.publish(WITHHELD_CHANNEL, json.dumps([self._guard, alias, identity, stored]))
 
     async def _remember(self, alias: str, identity: str, stored: str) -> IdentityEntry | None:
-        user, device, ceiling, withheld = json.loads(stored)
-        slot = await self.slot_of(alias)
+        told, slot = entry_from_text(stored), await self.slot_of(alias)
         if slot is None:
             return None
-        granted = None if ceiling is None else sources_of(ceiling)
-        await self._own.learn(alias, slot, identity, user, device, granted, sources_of(withheld))
-        await self._own.set_withheld(alias, identity, sources_of(withheld))
+        await self._own.learn(alias, slot, identity, told.user, told.device, told.ceiling, told.withheld)
+        await self._own.set_withheld(alias, identity, told.withheld)
         return await self._own.entry(alias, identity)
 
     def _changed_elsewhere(self, message: str) -> None:
         guard, alias, identity, stored = json.loads(message)
-        self._questions.forget(_identity_key(alias, identity))
+        self._questions.forget(identity_key(alias, identity))
         if guard != self._guard:
             run_in_background(self._update(alias, identity, stored), _report)
 
@@ -290,29 +269,3 @@ class RedisTokenRegistry:
 def _report(failure: Failure) -> None:
     if not failure.check(DependencyFailed):
         log.failure("what is known about a token could not be shared", failure)
-
-
-def _stored(entry: IdentityEntry) -> str:
-    ceiling = None if entry.ceiling is None else mask_of(entry.ceiling)
-    return json.dumps([entry.user, entry.device, ceiling, mask_of(entry.withheld)])
-
-
-def _merged(entry: IdentityEntry, before: str) -> IdentityEntry:
-    """An entry, and what another guard withheld from an earlier token of the same user."""
-    user, _, _, withheld = json.loads(before)
-    if user != entry.user:
-        return entry
-    kept = entry.withheld | sources_of(withheld)
-    return evolve(entry, withheld=kept if entry.ceiling is None else kept & entry.ceiling)
-
-
-def _alias_key(alias: str) -> str:
-    return f"{PREFIX}alias:{{{alias}}}"
-
-
-def _room_key(room_id: str) -> str:
-    return f"{PREFIX}slots:{{{room_id}}}"
-
-
-def _identity_key(alias: str, identity: str) -> str:
-    return f"{PREFIX}identity:{{{alias}}}:{hashlib.sha256(identity.encode()).hexdigest()[:32]}"

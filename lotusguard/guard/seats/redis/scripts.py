@@ -9,14 +9,10 @@ from types import MappingProxyType
 from attrs import fields
 
 from lotusguard.clients.redis.client import Script
-from lotusguard.rules.room_seats import (
-    CALL_ENDED_AFTER,
-    ENDED_SESSIONS_KEPT,
-    OVERTAKEN_BY,
-    RECONNECT_WINDOW,
-    RESERVED_PER_USER,
-    UNCONFIRMED_KEPT,
-)
+from lotusguard.rules.ended_sessions import ENDED_SESSIONS_KEPT
+from lotusguard.rules.listings import OVERTAKEN_BY
+from lotusguard.rules.room_holds import RECONNECT_WINDOW, RESERVED_PER_USER
+from lotusguard.rules.room_seats import CALL_ENDED_AFTER, UNCONFIRMED_KEPT
 from lotusguard.rules.seats import TABLE, StateRules
 
 PREFIX = "lotusguard:"
@@ -37,7 +33,7 @@ ROOM = PREFIX + "seats2"
 """Begins the names of the keys of rooms. The number is that of the format: another one needs another name."""
 _ORDERS = ("due", "unconfirmed", "seatless", "ended")
 """The sorted sets of a room; see ``store.lua``."""
-_RULES = ("store", "counts", "holds", "rules")
+_RULES = ("store", "counts", "holds", "rules", "listings", "shared", "questions")
 """The files that a script on a room begins with. Each uses those before it."""
 
 _CONSTANTS = MappingProxyType(

@@ -17,9 +17,9 @@
 local COLUMNS = {
   hold = {'state', 'id', 'user', 'alias', 'identity', 'sid', 'began', 'expires', 'place', 'lease', 'device'},
   user = {'holds', 'takes_seat', 'full', 'owns_seat', 'removes', 'occupies', 'exempt', 'reserved'},
-  chain = {'expires', 'asked'},
+  time_to_arrive = {'expires', 'asked'},
 }
-local ROWS = {p = COLUMNS.hold, s = COLUMNS.hold, r = COLUMNS.hold, u = COLUMNS.user, c = COLUMNS.chain}
+local ROWS = {p = COLUMNS.hold, s = COLUMNS.hold, r = COLUMNS.hold, u = COLUMNS.user, c = COLUMNS.time_to_arrive}
 local AT_ONCE = 2000  -- arguments of one command
 local HASH = KEYS[1]
 
@@ -74,9 +74,11 @@ local function fields(letter)
   })
 end
 
--- Call a function with so many values at once as a command may have.
-local function in_parts(values, call)
-  for first = 1, #values, AT_ONCE do call(first, math.min(first + AT_ONCE - 1, #values)) end
+-- Send a command with these values, in as many parts as it takes.
+local function send(command, key, values)
+  for first = 1, #values, AT_ONCE do
+    redis.call(command, key, unpack(values, first, math.min(first + AT_ONCE - 1, #values)))
+  end
 end
 
 -- Read many fields at once, because they are going to be used.
@@ -86,10 +88,10 @@ function Store.fetch(names)
   for i = 1, #names do
     if known[names[i]] == nil and texts[names[i]] == nil then missing[#missing + 1] = names[i] end
   end
-  in_parts(missing, function(first, last)
-    local found = redis.call('HMGET', HASH, unpack(missing, first, last))
+  for first = 1, #missing, AT_ONCE do
+    local found = redis.call('HMGET', HASH, unpack(missing, first, math.min(first + AT_ONCE - 1, #missing)))
     for i = 1, #found do texts[missing[first + i - 1]] = found[i] end
-  end)
+  end
 end
 
 -- Whether there is a field.
@@ -212,8 +214,8 @@ local function order(key)
         dropped[#dropped + 1] = member
       end
     end
-    in_parts(put, function(first, last) redis.call('ZADD', key, unpack(put, first, last)) end)
-    in_parts(dropped, function(first, last) redis.call('ZREM', key, unpack(dropped, first, last)) end)
+    send('ZADD', key, put)
+    send('ZREM', key, dropped)
     news, old = {}, nil
   end
 
@@ -242,8 +244,8 @@ function Store.write(seconds)
     end
   end
   -- first what a server without memory rejects: then nothing was written
-  in_parts(put, function(first, last) redis.call('HSET', HASH, unpack(put, first, last)) end)
-  in_parts(dropped, function(first, last) redis.call('HDEL', HASH, unpack(dropped, first, last)) end)
+  send('HSET', HASH, put)
+  send('HDEL', HASH, dropped)
   changed = {}
   if is_new then redis.call('DEL', unpack(KEYS, 2)) end
   for _, one in ipairs(orders) do one.write() end
