@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.guard.calls import failing
+from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.failing import FailingCalls
 from lotusguard.guard.health import WATCH_INTERVAL, Health
 from lotusguard.metrics import Metrics
-from tests.calls import ALICE, counted, logged, named, room_of
+from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.faults import Fault
+from tests.calls import ALICE, BOB, counted, logged, named, old_token, room_of
 from tests.conftest import StartSandbox, until
 
 RULES = ("limit", "sources", "membership", "in_call")
@@ -67,6 +73,7 @@ class Guard:
         self.changes = SimpleNamespace(round_at=None, webhook_at=None)
         self.roster = SimpleNamespace(unissued=0)
         self.lease = SimpleNamespace(held=leased)
+        self.failing = FailingCalls(self.clock, remembered=69.0)
         self.sources = Sources(self.homeserver)
         self.switch = SimpleNamespace(undecidable_rooms=0)
         parts: tuple[Any, ...] = (
@@ -78,7 +85,8 @@ class Guard:
         switch: Any = self.switch
         self.health = Health(
             livekit, homeserver, openid, sources, upstream, decisions, changes, roster, None, lease, None, switch,
-            self.clock, self.metrics, dry_run, enforces_membership=enforces_membership, reconcile_interval=3,
+            self.failing, self.clock, self.metrics, dry_run, enforces_membership=enforces_membership,
+            reconcile_interval=3,
         )  # fmt: skip
 
     def report(self) -> dict[str, Any]:
@@ -90,6 +98,12 @@ class Guard:
             self.changes.round_at = self.clock.seconds()
             assert Deferred.fromCoroutine(self.health.watch()).called
             self.clock.advance(1)
+
+    def enforce(self, alias: str = "alias", *, fails: bool) -> None:
+        """One attempt to enforce an SFU room."""
+        with self.failing.attempt(alias):
+            if fails:
+                self.failing.failed(alias, "remove", "status_500")
 
     def gauges(self) -> dict[str, float | None]:
         value = self.metrics.registry.get_sample_value
@@ -173,6 +187,59 @@ def test_reconciling_that_does_not_finish_is_reported() -> None:
     assert not report["enforcing"]["in_call"]
 
 
+def test_what_fails_in_a_call_and_fails_again_in_the_next_round_is_not_enforced_and_named() -> None:
+    guard = Guard()
+    for _ in range(2):
+        guard.enforce(fails=True)
+        guard.clock.advance(3)
+    report = guard.report()
+    assert not report["ready"]
+    assert report["enforcing"] == {"limit": True, "sources": True, "membership": True, "in_call": False}
+    assert report["reasons"] == ["enforcement keeps failing in 1 calls (remove: status_500)"]
+
+
+def test_a_failure_that_the_next_round_repairs_is_not_reported_and_no_reason_for_the_next_one() -> None:
+    guard = Guard()
+    for _ in range(5):
+        guard.enforce(fails=True)
+        guard.enforce(fails=True)  # at once, because somebody arrives
+        assert guard.report()["ready"]
+        guard.clock.advance(3)
+        guard.enforce(fails=False)
+        guard.changes.round_at = guard.clock.seconds()
+
+
+def test_a_call_in_which_nothing_fails_any_more_does_not_hide_one_in_which_enforcement_still_fails() -> None:
+    guard = Guard()
+    for _ in range(2):
+        guard.enforce("one", fails=True)
+        guard.enforce("other", fails=True)
+        guard.clock.advance(3)
+    guard.enforce("one", fails=False)
+    assert guard.report()["reasons"] == ["enforcement keeps failing in 1 calls (remove: status_500)"]
+    guard.enforce("other", fails=False)
+    assert guard.report()["ready"]
+
+
+def test_an_internal_error_in_every_attempt_is_reported() -> None:
+    guard = Guard()
+    for _ in range(2):
+        with pytest.raises(KeyError), guard.failing.attempt("alias"):
+            raise KeyError
+        guard.clock.advance(3)
+    assert guard.report()["reasons"] == ["enforcement keeps failing in 1 calls (enforce: internal_error)"]
+
+
+def test_failures_in_a_call_that_is_over_are_forgotten_although_nobody_tries_again() -> None:
+    guard = Guard()
+    for _ in range(2):
+        guard.enforce(fails=True)
+        guard.clock.advance(3)
+    guard.clock.advance(70)
+    guard.changes.round_at = guard.clock.seconds()
+    assert guard.report()["ready"]
+
+
 @pytest.mark.parametrize(
     ("what", "rule"), [("secret_mismatch_at", "sources"), ("error_at", None)], ids=["secret_mismatch", "error"]
 )
@@ -214,7 +281,7 @@ def test_dependencies_are_probed_at_every_interval_without_a_request() -> None:
     assert guard.livekit.probes == guard.homeserver.probes == guard.upstream.probes == 2
 
 
-@pytest.mark.parametrize("change", ["refused", "available", "lease", "secret_mismatch", "error"])
+@pytest.mark.parametrize("change", ["refused", "available", "lease", "secret_mismatch", "error", "failing"])
 def test_change_noticed_by_another_part_is_reported_within_a_second(change: str) -> None:
     guard = Guard()
     guard.watch(3)
@@ -226,8 +293,12 @@ def test_change_noticed_by_another_part_is_reported_within_a_second(change: str)
         guard.lease.held = False
     elif change == "secret_mismatch":
         guard.decisions.secret_mismatch_at = guard.clock.seconds()
-    else:
+    elif change == "error":
         guard.decisions.error_at = guard.clock.seconds()
+    else:
+        guard.enforce(fails=True)
+        guard.clock.advance(3)
+        guard.enforce(fails=True)
     guard.watch(1)
     assert guard.livekit.probes == 1
     guard.watch(5)
@@ -272,3 +343,50 @@ async def test_a_revoked_access_token_is_reported_at_once(start_sandbox: StartSa
     answer = await sandbox.operator("GET", "/readyz")
     assert answer.code == 503
     assert json.loads(answer.body)["credentials"] == {"livekit": True, "matrix": False}
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("RemoveParticipant", "remove: status_500"),
+        ("ListParticipants", "list participants: status_500"),
+        ("internal error", "enforce: internal_error"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_guard_that_cannot_remove_anybody_is_not_ready_until_it_can(
+    start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch, what: str, reason: str
+) -> None:
+    monkeypatch.setattr(failing, "REPEATED_AFTER", 0.4)
+    sandbox = await start_sandbox(guard_reconcile_interval=0.2)
+    room_id = room_of(sandbox, 1)
+    await sandbox.enter(ALICE, room_id)
+
+    async def fail(*_: object, **__: object) -> None:
+        raise KeyError
+
+    with monkeypatch.context() as broken:
+        if what == "internal error":
+            broken.setattr(Entitlement, "unentitled", fail)
+        else:
+            sandbox.livekit.faults[what] = Fault.status(500)
+        bob = sandbox.livekit.connect(old_token(BOB, room_id))
+        report = await reported(sandbox, failing=True)
+    assert not report["ready"]
+    assert not report["enforcing"]["in_call"]
+    assert any(reason in each for each in report["reasons"])
+    assert bob.connected
+    sandbox.livekit.faults.clear()
+    await until(lambda: not bob.connected)
+    await reported(sandbox, failing=False)
+
+
+async def reported(sandbox: Sandbox, *, failing: bool) -> dict[str, Any]:
+    """The report, once it says whether enforcement keeps failing as it should say."""
+    end = reactor.seconds() + 30
+    while True:
+        report: dict[str, Any] = json.loads((await sandbox.operator("GET", "/readyz")).body)
+        if any("enforcement keeps failing" in reason for reason in report["reasons"]) is failing:
+            return report
+        assert reactor.seconds() < end, report
+        await deferLater(reactor, 0.05)

@@ -11,16 +11,18 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import pytest_twisted
 from attrs import evolve
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
@@ -28,7 +30,10 @@ from lotusguard.cli import main
 from lotusguard.guard.joins.decision_store import (
     FILE_NAME,
     KEPT_FOR,
+    READ_PATIENCE,
+    READS,
     DecisionHistory,
+    HistoryUnavailable,
     MemoryHistory,
     Question,
     Record,
@@ -44,7 +49,7 @@ from lotusguard.rules.refusals import Refusal
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, Sandbox
 from lotusguard.terminal import Terminal
 from tests.calls import ALICE, BOB, CAROL, counted, logged, named, old_token, room_of
-from tests.conftest import StartSandbox, until
+from tests.conftest import StartSandbox, stopped_clock, until
 
 NOW = 1_790_000_000.0
 ALWAYS = Question(0.0, 1e12)
@@ -120,6 +125,84 @@ async def test_records_are_deleted_after_seven_days(tmp_path: Path, monkeypatch:
         await deferLater(reactor, 0.02)
     assert await history.find(ALWAYS) == [new]
     await history.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_records_that_were_made_while_the_clock_was_ahead_keep_no_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.joins.decision_store.CLEAN_UP_INTERVAL", 0.2)
+    monkeypatch.setattr("lotusguard.guard.joins.decision_store.DELETED_AT_ONCE", 3)
+    history = open_history(tmp_path, reactor, Metrics(), lambda: NOW)
+    old, new, fast = record(at=NOW - KEPT_FOR - 60), record(at=NOW), record(at=NOW + 3600)  # a clock may be a bit fast
+    for one in [record(at=NOW + 365 * 86400.0)] * 3 + [old, fast, new]:
+        history.put(one)
+    for _ in range(500):
+        if await history.find(ALWAYS) == [new, fast]:
+            break
+        await deferLater(reactor, 0.02)
+    assert await history.find(ALWAYS) == [new, fast]
+    await history.close()
+
+
+class HangingDisk:
+    """Opening a database takes until the test lets it go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.goes_on = Event()
+        opened: Callable[..., sqlite3.Connection] = sqlite3.connect
+
+        def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+            assert self.goes_on.wait(60)
+            return opened(*arguments, **options)
+
+        monkeypatch.setattr(sqlite3, "connect", connect)
+
+
+async def unavailable(asked: Deferred[list[Record]]) -> None:
+    with pytest.raises(HistoryUnavailable):
+        await asked
+
+
+@pytest_twisted.ensureDeferred
+async def test_questions_are_given_up_while_the_disk_hangs_and_more_are_rejected_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = stopped_clock()
+    history = open_history(tmp_path, clock, Metrics(), time.time)
+    disk = HangingDisk(monkeypatch)
+    asked = [Deferred.fromCoroutine(history.find(ALWAYS)) for _ in range(READS)]
+    await unavailable(Deferred.fromCoroutine(history.find(ALWAYS)))
+    assert not any(one.called for one in asked)
+    clock.advance(READ_PATIENCE)
+    for one in asked:
+        await unavailable(one)
+    await unavailable(Deferred.fromCoroutine(history.find(ALWAYS)))  # the thread is still busy
+    disk.goes_on.set()
+    for _ in range(500):
+        with suppress(HistoryUnavailable):
+            assert await history.find(ALWAYS) == []
+            break
+        await deferLater(reactor, 0.02)
+    assert await history.find(ALWAYS) == []
+    await history.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_question_that_hangs_does_not_keep_the_history_from_being_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = stopped_clock()
+    history = open_history(tmp_path, clock, Metrics(), time.time)
+    history.put(record())
+    disk = HangingDisk(monkeypatch)
+    asked = Deferred.fromCoroutine(history.find(ALWAYS))
+    await history.close()
+    clock.advance(READ_PATIENCE)
+    await unavailable(asked)
+    disk.goes_on.set()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        assert connection.execute("SELECT count(*) FROM records").fetchone() == (1,)
 
 
 @pytest_twisted.ensureDeferred
@@ -206,6 +289,19 @@ async def test_decisions_are_served_to_operators_only(sandbox: Sandbox) -> None:
     assert (await sandbox.request("GET", f"{sandbox.admin_url}/decisions")).code == 403
     for question in ("kind=nothing", "since=yesterday"):
         assert (await sandbox.operator("GET", f"/decisions?{question}")).code == 400
+
+
+@pytest_twisted.ensureDeferred
+async def test_operators_are_told_that_decisions_cannot_be_read(
+    start_sandbox: StartSandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotusguard.guard.joins.decision_store.READ_PATIENCE", 0.1)
+    sandbox = await start_sandbox(guard_reconcile_interval=3600, guard_state_dir=tmp_path)
+    disk = HangingDisk(monkeypatch)
+    answer = await sandbox.operator("GET", "/decisions")
+    disk.goes_on.set()
+    assert answer.code == 503
+    assert json.loads(answer.body)["error"] == "Decisions cannot be read: the disk does not answer."
 
 
 @pytest_twisted.ensureDeferred

@@ -61,3 +61,27 @@ def test_only_integers_that_are_too_long_are_left_out(deep: bytes) -> None:
 def test_what_is_no_json_is_an_error(text: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  (json's own)
         parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (rb'"bad \ud800 name"', "bad \ufffd name"),
+        (rb'"\uDFFF\ud83d"', "\ufffd\ufffd"),
+        (rb'"\uDE00\uD83D"', "\ufffd\ufffd"),
+        (rb'"\ud83d\ud83d\ude00"', "\ufffd\U0001f600"),
+        (rb'"\ud83d\ude00 \uD7FF\ue000"', "\U0001f600 \ud7ff\ue000"),
+        (rb'"\\ud800 \\\ud800"', "\\ud800 \\\ufffd"),
+        (b'"bad \xed\xa0\x80 name"', "bad \ufffd\ufffd\ufffd name"),
+        (rb'{"\ud800": 1}', {"\ufffd": 1}),
+    ],
+)
+def test_text_that_nobody_else_accepts_is_replaced(text: bytes, value: Any) -> None:
+    assert parse_json(text) == value
+
+
+@given(st.text(st.sampled_from('a\\u"\ud83d\ude00\U0001f600')), st.booleans())
+def test_every_text_can_be_sent_and_stored(text: str, ascii_only: bool) -> None:
+    read = parse_json(json.dumps(text, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
+    assert not any("\ud800" <= each <= "\udfff" for each in read)
+    assert [each for each in read if each in 'a\\u"'] == [each for each in text if each in 'a\\u"']

@@ -2,7 +2,8 @@
 """JSON answers, parsed whatever events are in them.
 
 Every member of a room can send an event that is nested deeper, or has a longer number, than Python's parser accepts,
-and some homeservers pass it on. One such event must not make a whole answer unreadable.
+and some homeservers pass it on. One such event must not make a whole answer unreadable. The same holds for text that
+Python accepts and nothing else: half of a surrogate pair can be neither sent, nor stored, nor shown.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 DEEPEST = 100
 """Levels of an answer that are read; what is nested deeper is replaced by null. Events use about ten."""
 LONGEST_INTEGER = 400
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
+"""A backslash and what it escapes, as far as that matters: a surrogate pair, half of one, or any character."""
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_json(text: bytes) -> Any:
     """The value of a JSON text. What is nested deeper than `DEEPEST` is null, and so is an integer of more than
-    `LONGEST_INTEGER` digits if Python refuses one.
+    `LONGEST_INTEGER` digits if Python refuses one. What is no Unicode text is replaced by U+FFFD.
 
     :raises ValueError: it is not JSON.
     """
@@ -31,11 +34,18 @@ def parse_json(text: bytes) -> Any:
     return _parse(_pruned(text)) if too_deep else value
 
 
-def _parse(text: bytes) -> Any:
+def _parse(encoded: bytes) -> Any:
+    text = encoded.decode("utf-8-sig", "replace")
+    if "\\ud" in text or "\\uD" in text:
+        text = _ESCAPE.sub(_whole, text)
     try:
         return json.loads(text)
     except ValueError:
         return json.loads(text, parse_int=_integer)
+
+
+def _whole(escape: re.Match[str]) -> str:
+    return escape[0] if escape[1] is None else "\N{REPLACEMENT CHARACTER}"
 
 
 def _integer(digits: str) -> int | None:

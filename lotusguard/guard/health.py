@@ -17,6 +17,7 @@ from lotusguard.clients.lk_jwt_service import LkJwtService
 from lotusguard.clients.synapse import OpenIDClient, SynapseClient
 from lotusguard.clients.waiting import SharedLookups, gather
 from lotusguard.guard.calls.changes import CallChanges
+from lotusguard.guard.calls.failing import FailingCalls
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.sources import RoomSources
@@ -64,6 +65,7 @@ class Health:
     _lease: StateLease | None
     _store_error: str | None
     _lobbies: LobbySwitch
+    _failing: FailingCalls
     _clock: IReactorTime
     _metrics: Metrics
     dry_run: bool
@@ -105,7 +107,7 @@ class Health:
             self._livekit.refused, self._sources.refused, self._livekit.available, self._homeserver.available,
             *self._sources.report().values(),
             self._lately(self._decision_log.secret_mismatch_at), self._lately(self._decision_log.error_at),
-            self._lease is None or self._lease.held,
+            self._lease is None or self._lease.held, bool(self._failing.report()),
         )  # fmt: skip
 
     async def not_enforced(self) -> list[str]:
@@ -133,7 +135,7 @@ class Health:
             "limit": known and shared,
             "sources": known and not mismatch,
             "membership": not synapse and not self.dry_run and self._enforces_membership,
-            "in_call": known and not late and leased,
+            "in_call": known and not late and leased and not self._failing.report(),
         }
         faults = {"livekit": livekit, "synapse": synapse, "synapse_openid": openid, "upstream": upstream}
         reasons = [
@@ -195,6 +197,8 @@ class Health:
             reasons.append("joins failed inside the guard in the last ten minutes; see the log")
         if late:
             reasons.append("reconciling does not finish")
+        if fault := self._failing.report():
+            reasons.append(fault)
         if self._redis_fault is not None and (fault := self._redis_fault()):
             reasons.append(f"seats are not shared with the other guards: {fault}")
         if not leased:

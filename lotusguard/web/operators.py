@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,11 +17,12 @@ from twisted.python.failure import Failure
 
 from lotusguard import __version__
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.json_answers import parse_json
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
 from lotusguard.guard.health import Health
-from lotusguard.guard.joins.decision_store import Question, RecordKind
+from lotusguard.guard.joins.decision_store import HistoryUnavailable, Question, RecordKind
 from lotusguard.guard.joins.decisions import DecisionLog
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.rooms.policies import Policies
@@ -39,6 +39,7 @@ from lotusguard.web.answers import (
     NOT_MODERATED,
     OPERATORS_ONLY,
     Rejected,
+    Reply,
     answer_body,
     answer_failure,
     answer_json,
@@ -130,7 +131,10 @@ class OperatorApi:
     @for_operators
     async def decisions(self, request: GuardRequest) -> None:
         """What became of joins, and who was removed: ``?user=&room=&kind=&since=&until=``, oldest first."""
-        found = await self._decision_log.kept.find(_question(request))
+        try:
+            found = await self._decision_log.kept.find(_question(request))
+        except HistoryUnavailable as unavailable:
+            raise Rejected(Reply(503, "M_UNKNOWN", f"Decisions cannot be read: {unavailable}.")) from None
         answer_json(request, 200, {"decisions": [record.as_json() for record in found]})
 
     @app.route("/policy-changed", methods=["POST"])
@@ -138,9 +142,9 @@ class OperatorApi:
     async def policy_changed(self, request: GuardRequest) -> None:
         """A room's state or memberships changed, says the homeserver's module: 202, and it is enforced at once."""
         try:
-            content = json.loads(request.body())
+            content = parse_json(request.body())
             room_id, user = content["room_id"], content.get("user", "")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             room_id = user = None
         if not isinstance(room_id, str) or not room_id.startswith("!") or not isinstance(user, str):
             raise Rejected(BAD_ROOM)
@@ -163,9 +167,9 @@ class OperatorApi:
     async def moderate(self, request: GuardRequest) -> None:
         """Admit, deny, remove or mute somebody."""
         try:
-            content = json.loads(request.body())
+            content = parse_json(request.body())
             room_id, user, action = content["room_id"], content["user"], ModerationAction(content["action"])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise Rejected(BAD_MODERATION) from None
         if not (
             isinstance(room_id, str) and isinstance(user, str) and room_id.startswith("!") and user.startswith("@")

@@ -15,6 +15,7 @@ from lotusguard.guard.calls.discovery import Discovery
 from lotusguard.guard.calls.ending import CallEnder
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.entitlement import Entitlement
+from lotusguard.guard.calls.failing import FailingCalls
 from lotusguard.guard.calls.lost_rooms import LostRooms
 from lotusguard.guard.calls.memberships import CallMemberships
 from lotusguard.guard.calls.moderation import Moderation
@@ -203,6 +204,7 @@ def calls(
     )  # fmt: skip
     participants = ParticipantEnforcer(
         clients.livekit, state.registry, reactor, metrics,
+        FailingCalls(reactor, remembered=3 * settings.guard_reconcile_interval + 60.0),
         restore=settings.guard_restore, dry_run=settings.guard_dry_run,
         may_act=lambda: lease is None or lease.held, removed=decision_log.removed,
     )  # fmt: skip
@@ -238,7 +240,8 @@ def health(
     return Health(
         clients.livekit, clients.homeserver, clients.openid, given.sources, clients.upstream,
         decided.decision_log, kept.changes, given.roster, state.store, state.lease, state.error, waiting.switch,
-        reactor, metrics, settings.guard_dry_run, enforces_membership=kept.entitlement.memberships.removes_non_members,
+        kept.participants.failing, reactor, metrics, settings.guard_dry_run,
+        enforces_membership=kept.entitlement.memberships.removes_non_members,
         reconcile_interval=settings.guard_reconcile_interval,
         redis_fault=None if state.sharing is None else state.sharing.fault, exposed=exposed_appservice(settings),
     )  # fmt: skip

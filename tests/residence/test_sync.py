@@ -274,6 +274,21 @@ def test_events_of_wrong_types_are_skipped_and_the_others_count() -> None:
     assert guard.limit() == 4
 
 
+def test_names_that_are_longer_than_matrix_allows_are_not_kept() -> None:
+    long = "@" + 300 * "x" + ":here"
+    join = {"membership": "join"}
+    events = [
+        event("m.room.member", join, state_key=long), state(LIMIT, {"max_users": 4}) | {"event_id": 300 * "x"},
+        event("m.room.member", join, state_key=MALLORY), state(LIMIT, {"max_users": 5}),
+    ]  # fmt: skip
+    guard = Listening(created([ROOM]), answer("s2", {ROOM: events, "!" + 300 * "x": []}))
+    guard.wait(1)
+    assert not guard.residence.is_joined(ROOM, long)
+    assert guard.residence.is_joined(ROOM, MALLORY)
+    assert guard.limit() == 5
+    assert guard.residence.room_ids() == [ROOM]
+
+
 def test_inviter_whom_another_homeserver_merely_claims_is_not_believed() -> None:
     """The unverified state of the inviting homeserver comes first; the invitation itself is the last event."""
     claimed = {"type": "m.room.member", "state_key": GUARD, "sender": ALICE, "content": {"membership": "invite"}}
@@ -330,6 +345,19 @@ def test_member_list_that_was_too_long_is_read_when_there_is_room(monkeypatch: p
     monkeypatch.setattr(bounds, "MEMBERS_KEPT", 2)
     guard.wait(700)
     assert guard.residence.is_joined(ROOM, ALICE)
+
+
+def test_members_who_are_heard_to_join_are_kept_no_longer_than_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MEMBERS_KEPT", 6)
+    joins = [
+        event("m.room.member", {"membership": "join"}, state_key=f"@{number}:here", event_id=f"${number}")
+        for number in range(5)
+    ]
+    guard = Listening(created([ROOM, "!small:here"]), answer("s2", {ROOM: joins[:2]}), answer("s3", {ROOM: joins}))
+    guard.wait(5)
+    assert not guard.residence.is_joined(ROOM, ALICE)  # looked up from now on
+    assert guard.residence.is_joined("!small:here", ALICE)
+    assert guard.residence.has_room_for(4)
 
 
 def test_member_list_is_read_as_soon_as_the_homeserver_answers_again() -> None:

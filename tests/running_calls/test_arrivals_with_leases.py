@@ -10,6 +10,7 @@ from attrs import define, field
 from twisted.internet.task import Clock
 
 from lotusguard.guard.calls.enforcement import LARGE_CALL, Enforcement
+from lotusguard.guard.calls.failing import FailingCalls
 from lotusguard.guard.seats.registry import Slot
 from lotusguard.metrics import Metrics
 
@@ -38,7 +39,7 @@ class Registry:
 
 
 def enforcement_of(leases: Lost) -> Enforcement:
-    nothing = cast(Any, SimpleNamespace(forget=lambda alias: None))
+    nothing = cast(Any, SimpleNamespace(forget=lambda alias: None, failing=FailingCalls(Clock(), remembered=60.0)))
     return Enforcement(
         nothing, nothing, cast(Any, Registry()), nothing, nothing, nothing, nothing, Clock(), Metrics(), 1.0, leases
     )  # fmt: skip

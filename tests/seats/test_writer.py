@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,7 +16,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from lotusguard.guard.seats.writer import CLOSE_PATIENCE, HANGS, PATIENCE, BatchWriter
+from lotusguard.guard.seats.writer import CLOSE_PATIENCE, HANGS, PATIENCE, WRITE_BEHIND, BatchWriter
 from lotusguard.metrics import Metrics
 from tests.calls import logged, named
 from tests.conftest import until
@@ -27,6 +28,7 @@ class Disk:
     """A database whose statements hang until the test lets them go on."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.begun, self.goes_on = Event(), Event()
         self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self.connection.create_function("hang", 0, self._hang)
@@ -80,7 +82,8 @@ async def test_what_waited_for_a_hanging_disk_is_written_once_it_answers(disk: D
     assert disk.writer.writable
     assert len(named(events, "state_writable")) == 1
     assert await disk.writer.close()
-    assert disk.connection.execute("SELECT name FROM rows").fetchall() == [("other",)]
+    with closing(sqlite3.connect(disk.path)) as connection:
+        assert connection.execute("SELECT name FROM rows").fetchall() == [("other",)]
 
 
 @pytest_twisted.ensureDeferred
@@ -88,11 +91,24 @@ async def test_closing_ends_although_the_disk_hangs_and_says_what_is_lost(disk: 
     await disk.hang()
     disk.writer.put(("other",), "INSERT INTO rows VALUES ('other')", ())
     with logged() as events:
-        closing = Deferred.fromCoroutine(disk.writer.close())
+        ended = Deferred.fromCoroutine(disk.writer.close())
         disk.clock.advance(CLOSE_PATIENCE - 0.1)
-        assert not closing.called
+        assert not ended.called
         disk.clock.advance(0.1)
-        assert await closing is False
+        assert await ended is False
     (line,) = named(events, "state_incomplete")
     assert "the last 2 writes" in line
+    assert disk.clock.getDelayedCalls() == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_closing_ends_although_the_disk_hangs_while_only_old_rows_are_deleted(disk: Disk) -> None:
+    disk.writer.clean_up([(HANG, ())])
+    disk.clock.advance(WRITE_BEHIND)
+    await until(disk.begun.is_set)
+    with logged() as events:
+        ended = Deferred.fromCoroutine(disk.writer.close())
+        disk.clock.advance(CLOSE_PATIENCE)
+        assert await ended is False
+    assert not named(events, "state_incomplete")
     assert disk.clock.getDelayedCalls() == []

@@ -9,13 +9,16 @@ from urllib.parse import urlencode
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
 from lotusguard.sandbox.demo.sandbox import ADMIN_TOKEN, Sandbox
+from lotusguard.sandbox.faults import Fault
 from lotusguard.web.console.sessions import ATTEMPT_WINDOW, ATTEMPTS, SESSION_LIFETIME, Sessions, TooManyAttempts
 from lotusguard.web.console.updates import KEEP_ALIVE, UPDATE_EVERY, pause_after
-from tests.calls import ALICE, BOB, CAROL, room_of
+from tests.calls import ALICE, BOB, CAROL, crashes, logged, room_of
 from tests.conftest import StartSandbox, until
 from tests.raw_http import connect
 
@@ -159,6 +162,23 @@ async def test_hostile_names_are_text(sandbox: Sandbox) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_room_name_that_is_no_text_is_shown_as_far_as_it_is(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 2)
+    await sandbox.enter(ALICE, room_id)
+    sandbox.homeserver.set_state(room_id, "m.room.name", {"name": "half \ud800 a pair"})
+    cookie = await sign_in(sandbox)
+    shown: list[Answer] = []
+
+    async def look() -> None:
+        while not shown or "half" not in text(shown[-1]):
+            shown.append(await get(sandbox, "/", cookie))
+            assert shown[-1].code == 200
+
+    await Deferred.fromCoroutine(look()).addTimeout(30, reactor)
+    assert "half \ufffd a pair" in text(shown[-1])
+
+
+@pytest_twisted.ensureDeferred
 async def test_pages_forbid_framing_caching_and_foreign_content(sandbox: Sandbox) -> None:
     answer = await get(sandbox, "/", await sign_in(sandbox))
     (policy,) = answer.headers.getRawHeaders("content-security-policy") or []
@@ -226,3 +246,20 @@ async def test_an_action_needs_the_sessions_own_form(sandbox: Sandbox) -> None:
 async def test_an_unknown_action_is_refused(sandbox: Sandbox) -> None:
     cookie = await sign_in(sandbox)
     assert (await get(sandbox, "/console/confirm?action=explode", cookie)).code == 404
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_action_that_livekit_does_not_do_is_answered_with_a_page_that_says_so(sandbox: Sandbox) -> None:
+    room_id = room_of(sandbox, 2)
+    await sandbox.enter(ALICE, room_id)
+    cookie = await sign_in(sandbox)
+    fields = {"room_id": room_id, "user": ALICE, "action": "mute"}
+    csrf = await csrf_of(sandbox, cookie, **fields)
+    sandbox.livekit.fault = Fault.status(503)
+    with logged() as events:
+        answer = await post(sandbox, "/console/act", fields | {"csrf": csrf}, cookie)
+    assert answer.code == 502
+    assert "livekit: status_503" in text(answer)
+    assert "<html" in text(answer)
+    assert answer.headers.getRawHeaders("content-security-policy")
+    assert not crashes(events)

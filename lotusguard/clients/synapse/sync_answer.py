@@ -8,6 +8,8 @@ from typing import Any
 
 from attrs import field, frozen
 
+from lotusguard.rules.identity import is_room_id, is_short_name
+
 MEMBER = "m.room.member"
 
 
@@ -74,7 +76,11 @@ def read_sync(answer: Mapping[str, Any], user_id: str, now: float | None = None)
     rooms = _mapping(answer.get("rooms"))
     return SyncAnswer(
         since,
-        {room_id: _joined_room(_mapping(entry), now) for room_id, entry in _mapping(rooms.get("join")).items()},
+        {
+            room_id: _joined_room(_mapping(entry), now)
+            for room_id, entry in _mapping(rooms.get("join")).items()
+            if is_room_id(room_id)
+        },
         {room_id: _inviter(_mapping(entry), user_id) for room_id, entry in _mapping(rooms.get("invite")).items()},
         frozenset(_mapping(rooms.get("leave"))),
     )
@@ -118,8 +124,8 @@ def _event(event: Mapping[str, Any], now: float | None) -> RoomEvent:
         redacts,
     )  # fmt: skip
     texts = (read.type, read.sender, read.event_id, read.redacts, read.state_key or "")
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("not a text")
+    if not all(isinstance(text, str) and is_short_name(text) for text in texts):
+        raise TypeError("not a name")
     return read
 
 

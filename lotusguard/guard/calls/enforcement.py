@@ -63,7 +63,7 @@ class Enforcement:
     _urgent: set[str] = field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
-        self._worker = KeyedWorker(self._enforce, ROOMS_AT_ONCE, self._failed)
+        self._worker = KeyedWorker(self._attempt, ROOMS_AT_ONCE, self._failed)
         self._arrivals = KeyedWorker(
             self._enforce_one, ROOMS_AT_ONCE, lambda who, failure: self._failed(who[0], failure)
         )
@@ -106,6 +106,10 @@ class Enforcement:
         does not ask on: guards would ask each other without end."""
         self._settled.forget(alias)
         self._worker.run(alias, urgent=True)
+
+    async def _attempt(self, alias: str) -> None:
+        with self._participants.failing.attempt(alias):
+            await self._enforce(alias)
 
     async def _enforce(self, alias: str) -> None:
         urgent = alias in self._urgent

@@ -20,6 +20,7 @@ from twisted.logger import Logger
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient, NodeGone, NoSuchParticipant
 from lotusguard.clients.waiting import gather_in_turns, in_slices
+from lotusguard.guard.calls.failing import FailingCalls
 from lotusguard.guard.rooms.policies import KnownPolicy
 from lotusguard.guard.seats.registry import TokenRegistry
 from lotusguard.metrics import Metrics
@@ -76,12 +77,14 @@ class ParticipantEnforcer:
     :param dry_run: decide, log and count, change nothing.
     :param may_act: whether this guard may change participants; not while another one runs on its state directory.
     :param removed: is told of each removal: user, room and reason.
+    :ivar failing: is told of what fails.
     """
 
     _livekit: LiveKitClient
     _registry: TokenRegistry
     _clock: IReactorTime
     _metrics: Metrics
+    failing: FailingCalls
     restore: bool
     dry_run: bool
     _may_act: Callable[[], bool]
@@ -235,16 +238,20 @@ class ParticipantEnforcer:
         except NoSuchParticipant:
             pass
         except Exception:
-            self._metrics.enforcement_failures.labels(action, "internal_error").inc()
+            self._count_failure(action, alias, "internal_error")
             log.failure("could not {action} {identity} in {alias}", action=action, identity=identity, alias=alias)
 
     def failed(self, action: str, alias: str, reason: str) -> None:
         """Something could not be done."""
-        self._metrics.enforcement_failures.labels(action, reason).inc()
+        self._count_failure(action, alias, reason)
         log.warn(
             "could not {action} in {alias}, will try again: {reason}",
             action=action, alias=alias, reason=reason, event_name="enforcement_failed",
         )  # fmt: skip
+
+    def _count_failure(self, action: str, alias: str, reason: str) -> None:
+        self._metrics.enforcement_failures.labels(action, reason).inc()
+        self.failing.failed(alias, action, reason)
 
     def skipped(self, action: str, room_id: str, alias: str, identity: str, *what: str) -> None:
         """Something was decided and not done. Logged and counted once, not in every round."""

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from attrs import define, field, frozen
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
+from lotusguard.guard.seats.batch import WritingThread
 from lotusguard.guard.seats.statefile import LOCK_TIMEOUT, make_private
 from lotusguard.guard.seats.writer import BatchWriter
 from lotusguard.metrics import Metrics
@@ -26,12 +28,19 @@ log = Logger()
 FILE_NAME = "decisions.sqlite3"
 KEPT_FOR = 7 * 86400.0
 """Seconds for which records are kept."""
+AHEAD = 86400.0
+"""Seconds. A record that is more than this ahead was made while the clock was wrong. It is deleted: the oldest records
+are looked at first, and it would keep those after it from being deleted."""
 ROWS_KEPT = 500_000
 PAGES_KEPT = 16_384
 """Pages of 4 kB that the file may use; then the oldest records are deleted."""
 KEPT_IN_MEMORY = 2_000
 DELETED_AT_ONCE = 20_000
 CLEAN_UP_INTERVAL = 60.0
+READ_PATIENCE = 10.0
+"""Seconds after which a question is given up: the disk does not answer."""
+READS = 4
+"""Questions that are being answered or wait for it. More are rejected."""
 FOUND_AT_ONCE = 1_000
 """Records that one question is answered with, at most."""
 HOLDERS_KEPT = 50
@@ -49,7 +58,7 @@ _FIND = """SELECT at, kind, user, room_id, content FROM records
     WHERE at >= ? AND at <= ? AND (? = '' OR user = ?) AND (? = '' OR room_id = ?) AND (? = '' OR kind = ?)
     ORDER BY at DESC LIMIT ?"""
 _DELETE_OLD = """DELETE FROM records WHERE id IN (SELECT id FROM records ORDER BY id LIMIT ?)
-    AND (at < ? OR id <= (SELECT max(id) FROM records) - ?
+    AND (at < ? OR at > ? OR id <= (SELECT max(id) FROM records) - ?
         OR (SELECT page_count FROM pragma_page_count) - (SELECT freelist_count FROM pragma_freelist_count) > ?)"""
 
 
@@ -117,6 +126,10 @@ class Question:
         )
 
 
+class HistoryUnavailable(Exception):
+    """Records cannot be read now; the text says why."""
+
+
 class DecisionHistory(Protocol):
     """Where records are kept."""
 
@@ -124,10 +137,10 @@ class DecisionHistory(Protocol):
         """Keep a record."""
 
     async def find(self, question: Question) -> list[Record]:
-        """The latest records that are wanted, oldest first."""
+        """The latest records that are wanted, oldest first. :raises HistoryUnavailable:"""
 
     async def close(self) -> None:
-        """Write what is left."""
+        """Write what is left. Ends although the disk hangs."""
 
 
 @define(eq=False)
@@ -148,7 +161,8 @@ class MemoryHistory:
 
 @define(eq=False)
 class DecisionStore:
-    """Records in a file of the state directory. They are written behind and read in the reactor's thread pool."""
+    """Records in a file of the state directory. They are written behind, and read in a thread of their own: what hangs
+    there delays nothing else."""
 
     _connection: sqlite3.Connection = field(repr=False)
     _path: Path
@@ -158,8 +172,12 @@ class DecisionStore:
     _writer: BatchWriter = field(init=False, repr=False)
     _numbers: Any = field(factory=count, init=False, repr=False)
     _clean_up: Any = field(init=False, repr=False)
+    _reader: WritingThread = field(init=False, repr=False)
+    _reads: int = field(init=False, repr=False, default=0)
 
     def __attrs_post_init__(self) -> None:
+        self._reader = WritingThread(0, 1, "lotusguard-decisions")
+        self._reader.start()
         self._writer = BatchWriter(self._connection, self._path, self._reactor, self._metrics)
         self._clean_up = self._reactor.callLater(CLEAN_UP_INTERVAL, self._delete_old)
 
@@ -169,19 +187,35 @@ class DecisionStore:
         self._writer.put(("records", str(next(self._numbers))), _PUT, values)
 
     async def find(self, question: Question) -> list[Record]:
-        pool = self._reactor.getThreadPool()
-        found: list[Record] = await deferToThreadPool(self._reactor, pool, _find, self._path, question)
-        return found
+        if self._reads >= READS:
+            raise HistoryUnavailable("too many questions wait for the disk")
+        self._reads += 1
+        found: Deferred[list[Record]] = Deferred()
+        reading = deferToThreadPool(self._reactor, self._reader, _find, self._path, question)
+        reading.addBoth(self._read).chainDeferred(found)
+        try:
+            return await found.addTimeout(READ_PATIENCE, self._reactor)
+        except TimeoutError:
+            raise HistoryUnavailable("the disk does not answer") from None
+        except sqlite3.Error as error:
+            raise HistoryUnavailable(str(error)) from None
+
+    def _read(self, outcome: Any) -> Any:
+        """A question is over, however long ago its caller gave up."""
+        self._reads -= 1
+        return outcome
 
     async def close(self) -> None:
         if self._clean_up.active():
             self._clean_up.cancel()
-        if await self._writer.close():
-            self._connection.close()
+        await self._writer.close()
+        if not self._reads:  # else its thread may hang; it does not keep the process from ending
+            self._reader.stop()
 
     def _delete_old(self) -> None:
-        oldest = self._wall() - KEPT_FOR
-        self._writer.clean_up([(_DELETE_OLD, (DELETED_AT_ONCE, oldest, ROWS_KEPT, PAGES_KEPT))])
+        now = self._wall()
+        values = (DELETED_AT_ONCE, now - KEPT_FOR, now + AHEAD, ROWS_KEPT, PAGES_KEPT)
+        self._writer.clean_up([(_DELETE_OLD, values)])
         self._clean_up = self._reactor.callLater(CLEAN_UP_INTERVAL, self._delete_old)
 
 

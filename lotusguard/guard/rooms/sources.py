@@ -149,6 +149,8 @@ class RoomSources:
             found.append(
                 f"MATRIX_TOKEN is not an admin's: only the rooms that its account is in ({resident}) are enforced"
             )
+        if self._residence.full:
+            found.append(f"the account of MATRIX_TOKEN is in {resident} rooms, as many as fit: it declines invitations")
         if self._residence.status is SyncStatus.FAILING:
             found.append(f"changes in rooms do not arrive by /sync ({self._residence.reason}); rooms are looked up")
         return found

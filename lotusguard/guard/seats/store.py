@@ -170,8 +170,7 @@ class StateStore(StateReader):
         if self._heartbeat.active():
             self._heartbeat.cancel()
         self._put_clock("last_alive", self._wall())
-        if await self._writer.close():
-            self._connection.close()
+        await self._writer.close()
 
     def _beat(self) -> None:
         now = self._wall()

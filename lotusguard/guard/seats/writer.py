@@ -118,13 +118,12 @@ class BatchWriter:
         self._schedule(WRITE_BEHIND)
 
     async def close(self) -> bool:
-        """Write what is left, as far as it can be written in `CLOSE_PATIENCE`, and stop the thread.
+        """Write what is left, as far as it can be written, close the connection and stop the thread.
 
-        :return: whether it has stopped. If not, the disk does not answer, and the connection must be left alone:
-            closing it would wait for the thread.
+        :return: whether that was done within `CLOSE_PATIENCE`. If not, the disk does not answer.
         """
         try:
-            await Deferred.fromCoroutine(self._write_all()).addTimeout(CLOSE_PATIENCE, self._reactor)
+            await Deferred.fromCoroutine(self._finish()).addTimeout(CLOSE_PATIENCE, self._reactor)
         except TimeoutError:
             self._say_incomplete()
             return False
@@ -134,8 +133,14 @@ class BatchWriter:
         self._pool.stop()
         return True
 
+    async def _finish(self) -> None:
+        """Everything that waits for the disk is done in the thread, and nothing that does not end is waited for longer
+        than `CLOSE_PATIENCE`: a batch may only delete old rows, and closing writes too."""
+        await self._write_all()
+        await deferToThreadPool(self._reactor, self._pool, self._connection.close)
+
     async def _write_all(self) -> None:
-        while self.pending:
+        while self.pending or self._state in (_State.WRITING, _State.LATE):
             if self._state is _State.BACKING_OFF:
                 self._state = _State.IDLE  # one last attempt
             self._write_batch()
@@ -147,10 +152,11 @@ class BatchWriter:
                 break
 
     def _say_incomplete(self) -> None:
-        log.error(
-            "{path} lacks the last {count} writes",
-            path=str(self._path), count=self.pending, event_name="state_incomplete",
-        )  # fmt: skip
+        if self.pending:
+            log.error(
+                "{path} lacks the last {count} writes",
+                path=str(self._path), count=self.pending, event_name="state_incomplete",
+            )  # fmt: skip
 
     def _enqueue(self, key: Key, statement: str, values: tuple[object, ...]) -> _Write:
         write = _Write(statement, values)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from attrs import define, field
 from klein import Klein
+from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
 from lotusguard.web.answers import NO_ROUTE, OPERATORS_ONLY, Rejected, answer_failure
@@ -146,6 +148,12 @@ class Console:
             done = await self._do(room_id, user, action, operator(request))
         except OnlyDecided:
             await send(request, 200, pages.message("Not done", f"Dry run: nothing was done to {user}."))
+            return
+        except DependencyFailed as failed:
+            await send(request, 502, pages.message("Not done", f"A service does not do it: {failed}. Try again."))
+            return
+        except TimeoutError:
+            await send(request, 502, pages.message("Not done", "LiveKit did not do it in time. Try again."))
             return
         if not done:
             await send(request, 404, pages.message("Not done", f"{user} neither waits nor is in this call any more."))

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.internet.task import deferLater
 from twisted.web.template import flattenString
+from zope.interface import implementer
 
 from lotusguard.web.console import pages
 from lotusguard.web.console.answers import set_headers
@@ -25,6 +26,38 @@ KEEP_ALIVE = 20.0
 """Seconds after which an unchanged stream is sent a comment, so that proxies keep it open."""
 STREAMS = 8
 """Consoles that may be kept up to date at the same time."""
+STALLED = 60.0
+"""Seconds for which a browser may read nothing, because its tab is suspended. Then its stream is closed; the browser
+opens another one when it goes on."""
+
+
+@implementer(IPushProducer)
+@define(eq=False)
+class _Reader:
+    """The browser, as far as it reads what it is sent."""
+
+    _clock: IReactorTime
+    _stopped_at: float | None = field(default=None, init=False)
+
+    @property
+    def reads(self) -> bool:
+        return self._stopped_at is None
+
+    @property
+    def stalled(self) -> bool:
+        return self._stopped_at is not None and self._clock.seconds() - self._stopped_at >= STALLED
+
+    def pauseProducing(self) -> None:
+        """What was sent last waits in memory."""
+        if self._stopped_at is None:
+            self._stopped_at = self._clock.seconds()
+
+    def resumeProducing(self) -> None:
+        """It has been read."""
+        self._stopped_at = None
+
+    def stopProducing(self) -> None:
+        """The browser is gone; `Updates` is told by the request."""
 
 
 @define(eq=False)
@@ -44,20 +77,31 @@ class Updates:
         set_headers(request, b"text/event-stream")
         request.setHeader(b"X-Accel-Buffering", b"no")
         self._open += 1
+        reader = _Reader(self._clock)
+        request.registerProducer(reader, True)
         request.site.in_flight.discard(request)  # an open console does not delay a stop
         try:
-            await self._send_changes(request, wanted)
+            await self._send_changes(request, reader, wanted)
         except CancelledError:
             pass
         finally:
             self._open -= 1
+            if request.channel is not None:
+                request.unregisterProducer()
 
-    async def _send_changes(self, request: GuardRequest, wanted: Callable[[], bool]) -> None:
+    async def _send_changes(self, request: GuardRequest, reader: _Reader, wanted: Callable[[], bool]) -> None:
+        """While the browser does not read, nothing is sent; then the newest overview is."""
         gone: Deferred[None] = request.notifyFinish()
         gone.addErrback(lambda _: None)
         shown: Overview | None = None
         sent_at = self._clock.seconds()
         while not gone.called and wanted():
+            if reader.stalled:
+                request.channel.forceAbortClient()
+                return
+            if not reader.reads:
+                await deferLater(self._clock, UPDATE_EVERY)
+                continue
             began = self._clock.seconds()
             overview = await self._view.overview()
             if overview != shown:

@@ -22,6 +22,8 @@ log = Logger()
 AT_ONCE = 2
 WAITING = 200
 """Invitations that may wait. More are dropped until the next full sync, or until somebody invites again."""
+ROOMS_PER_INVITER = 400
+"""Rooms to which one user may have invited the account: nobody may take all places alone."""
 ATTEMPTS = 3
 PAUSE = 5.0
 """Seconds between two attempts."""
@@ -37,6 +39,8 @@ class InviteHandler:
     _clock: IReactorTime
     _metrics: Metrics
     _worker: KeyedWorker[str] = field(init=False)
+    _accepted: set[str] = field(factory=set, init=False)
+    """Rooms that the account has joined, or is joining, and has not been heard to be in yet."""
 
     def __attrs_post_init__(self) -> None:
         self._worker = KeyedWorker(self._settle, AT_ONCE, _failed)
@@ -58,23 +62,32 @@ class InviteHandler:
     def stop(self) -> None:
         self._worker.stop()
 
-    def _accepts(self, room_id: str, inviter: str) -> bool:
+    def _objection(self, inviter: str) -> str:
+        """Why an invitation is declined, in one word; "" if it is accepted."""
         invites = self._account.invites
         local = bool(inviter) and server_of(inviter) == self._account.server_name
-        welcome = invites is Invites.ANY or (invites is Invites.LOCAL and local)
-        return welcome and is_room_id(room_id) and len(self._residence) < ROOMS_KEPT
+        if invites is Invites.OFF or (invites is Invites.LOCAL and not local):
+            return "inviter_not_accepted"
+        self._accepted.intersection_update(self._residence.invites)
+        if len(self._residence) + len(self._accepted) >= ROOMS_KEPT:
+            return "too_many_rooms"
+        joining = sum(self._residence.invites[room_id] == inviter for room_id in self._accepted)
+        return "too_many_rooms_of_inviter" if self._residence.invited_by(inviter) + joining >= ROOMS_PER_INVITER else ""
 
     async def _settle(self, room_id: str) -> None:
         inviter = self._residence.invites.get(room_id)
         if inviter is None or self._residence.is_resident(room_id):
             return
-        accepts = self._accepts(room_id, inviter)
-        outcome = "accepted" if accepts else "declined"
+        self._accepted.discard(room_id)
+        objection = reason = self._objection(inviter)
+        outcome = "declined" if objection else "accepted"
+        if not objection:
+            self._accepted.add(room_id)
         for attempt in range(ATTEMPTS):
             if attempt:
                 await deferLater(self._clock, PAUSE)
             try:
-                await (self._client.join(room_id) if accepts else self._decline(room_id))
+                await (self._decline(room_id) if objection else self._client.join(room_id))
                 break
             except DependencyFailed as failed:
                 reason = failed.reason
@@ -91,10 +104,11 @@ class InviteHandler:
             )  # fmt: skip
         else:
             log.info(
-                "invited to {room_id} by {inviter}: {outcome}",
-                room_id=room_id, inviter=inviter, outcome=outcome, event_name="invite",
+                "invited to {room_id} by {inviter}: {outcome}" + (" ({reason})" if objection else ""),
+                room_id=room_id, inviter=inviter, outcome=outcome, reason=objection, event_name="invite",
             )  # fmt: skip
-        self._residence.settle_invite(room_id)
+        if outcome != "accepted":  # else it is kept until the account is heard to be in the room
+            self._residence.settle_invite(room_id)
 
     async def _decline(self, room_id: str) -> None:
         await self._client.leave(room_id)

@@ -52,7 +52,7 @@ class Residence:
     :ivar status: only while it is ALIVE, what is known is current.
     :ivar reason: why it is FAILING or OFF.
     :ivar since: the token that the next sync continues from; ``""`` for a full one.
-    :ivar invites: who invited the account, by the ID of a room whose invitation is not settled.
+    :ivar invites: who invited the account, by the ID of a room that it has not been heard to join or to leave since.
     """
 
     _rows: StoredRows = field(alias="store", converter=StoredRows)
@@ -102,6 +102,15 @@ class Residence:
     def __len__(self) -> int:
         return len(self._rooms)
 
+    @property
+    def full(self) -> bool:
+        """Whether the account is in as many rooms as fit."""
+        return len(self._rooms) >= ROOMS_KEPT
+
+    def invited_by(self, user: str) -> int:
+        """The number of rooms to which a user invited the account."""
+        return sum(room.inviter == user for room in self._rooms.values())
+
     def is_resident(self, room_id: str) -> bool:
         """Whether our account is in the room, as far as it heard."""
         return room_id in self._rooms
@@ -144,7 +153,8 @@ class Residence:
             self.drop(room_id)
         changes = {}
         for room_id, news in answer.joined.items():
-            room = self._rooms.get(room_id) or self._new_room()
+            room = self._rooms.get(room_id) or self._new_room(room_id)
+            self.settle_invite(room_id)
             if room is None:
                 self._metrics.residence_overflow.labels("room").inc()
                 continue
@@ -153,7 +163,6 @@ class Residence:
             self._rooms[room_id] = room
             self._members += len(room.joined or ()) - members
             self._size += room.size - size
-            self.settle_invite(room_id)
             if change.state:
                 self._rows.room_changed(room_id)
         for room_id in answer.left:
@@ -167,7 +176,14 @@ class Residence:
         self.status, self.reason, self._current_at = SyncStatus.ALIVE, "", self._clock.seconds()
 
     def _keep_within_bounds(self) -> None:
-        """Forget the state of the largest rooms, if all states are too large. These rooms are looked up from now on."""
+        """Forget the state of the largest rooms, if all states are too large, and who is joined to the largest, if too
+        many were heard to join. Both are looked up from now on."""
+        if self._members > MEMBERS_KEPT:
+            for room_id in sorted(self._rooms, key=lambda each: -len(self._rooms[each].joined or ())):
+                self.members_unknown(room_id)
+                self._metrics.residence_overflow.labels("members").inc()
+                if self._members <= MEMBERS_KEPT:
+                    break
         while self._size > STATE_KEPT:
             room_id = max(self._rooms, key=lambda each: self._rooms[each].size)
             room = self._rooms[room_id]
@@ -196,8 +212,8 @@ class Residence:
             self._size -= room.size
             self._rows.room_changed(room_id)
 
-    def _new_room(self) -> ResidentRoom | None:
-        return ResidentRoom() if len(self._rooms) < ROOMS_KEPT else None
+    def _new_room(self, room_id: str) -> ResidentRoom | None:
+        return None if self.full else ResidentRoom(inviter=self.invites.get(room_id, ""))
 
     def put_state(self, room_id: str, event: StateEvent) -> None:
         """A state event as it was just read."""
@@ -209,7 +225,7 @@ class Residence:
             self._rows.room_changed(room_id)
 
     def members_unknown(self, room_id: str) -> None:
-        """Memberships of a room may have changed unseen, and are about to be read."""
+        """Memberships of a room may have changed unseen, or are too many."""
         room = self._rooms.get(room_id)
         if room is not None and room.joined is not None:
             self._members -= len(room.joined)
@@ -240,7 +256,7 @@ class Residence:
         self._rows.invite_changed(room_id)
 
     def settle_invite(self, room_id: str) -> None:
-        """The invitation was accepted, declined or withdrawn."""
+        """The account was heard to be in the room, or not to be invited any more."""
         if self.invites.pop(room_id, None) is not None:
             self._rows.invite_changed(room_id)
 

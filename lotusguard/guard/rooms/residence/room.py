@@ -44,12 +44,14 @@ class ResidentRoom:
     """One room.
 
     :ivar state: the kept state events by type; another mapping after each change.
+    :ivar inviter: who invited the account; ``""`` if that is not known.
     :ivar size: bytes of ``state``, about.
     :ivar joined: the users who are joined; ``None`` until they were read, or if they are too many to be kept.
     """
 
     state: Mapping[str, StateEvent] = field(factory=dict)
     joined: set[str] | None = None
+    inviter: str = ""
     size: int = 0
     _event_ids: dict[str, str] = field(factory=dict)
     _heard_while_reading: dict[str, bool] | None = field(default=None, init=False)
@@ -131,14 +133,15 @@ class ResidentRoom:
     def dumped(self) -> str:
         """The state as JSON. Members are not among it: they are read again."""
         events = [[event.type, event.content, event.sender] for event in self.state.values()]
-        return json.dumps({"state": events, "event_ids": self._event_ids})
+        return json.dumps({"state": events, "event_ids": self._event_ids, "inviter": self.inviter})
 
     @classmethod
     def loaded(cls, text: str) -> ResidentRoom:
         """:raises ValueError: this is not what `dumped` wrote."""
         try:
             content: Any = json.loads(text)
-            room = cls(event_ids={str(kind): str(event_id) for kind, event_id in content["event_ids"].items()})
+            event_ids = {str(kind): str(event_id) for kind, event_id in content["event_ids"].items()}
+            room = cls(inviter=str(content.get("inviter", "")), event_ids=event_ids)
             room._replace({kind: StateEvent(kind, value, sender) for kind, value, sender in content["state"]})
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("not a stored room") from error
