@@ -10,8 +10,9 @@ from twisted.logger import ILogObserver, LogEvent, Logger
 from zope.interface import implementer
 
 LIMITED = frozenset(
-    ("fail_open", "invite", "invite_failed", "lobby_reaction_ignored", "lobby_undecidable", "malformed_policy",
-     "no_state", "not_a_member", "policy", "room_not_read", "secret_mismatch", "sign_in_failed", "unreadable",
+    ("fail_open", "invite", "invite_failed", "lobby_left", "lobby_notice_failed", "lobby_notice_incomplete",
+     "lobby_reaction_ignored", "lobby_timed_out", "lobby_undecidable", "lobby_waiting", "malformed_policy", "no_state",
+     "not_a_member", "policy", "room_not_read", "secret_mismatch", "sign_in_failed", "unreadable",
      "vouched_for_another_server", "webhook_forged", "wrong_origin")
 )  # fmt: skip
 """Events that callers can cause as often as they like, without being admitted to a call."""

@@ -223,6 +223,14 @@ def test_a_clock_that_is_set_back_does_not_silence_the_log() -> None:
     assert written(*[(7200.0, FORGED, {})] * 1000, (10.0, FORGED, {}))[-1] == FORGED
 
 
+@pytest.mark.parametrize(
+    ("name", "limited"),
+    [("lobby_waiting", True), ("lobby_left", True), ("lobby_admitted", False), ("lobby_denied", False)],
+)
+def test_of_the_lobby_what_callers_cause_is_limited_and_what_moderators_decide_is_not(name: str, limited: bool) -> None:
+    assert (written(*[(1.0, name, {})] * 200).count(name) == LINES_AT_ONCE) is limited
+
+
 @pytest.mark.parametrize(("verdict", "limited"), [("failed", True), ("allowed", False), ("refused", False)])
 def test_only_joins_that_failed_are_limited(verdict: str, limited: bool) -> None:
     messages = written(*[(1.0, "join", {"verdict": verdict})] * 200)

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lobby entries of all rooms, by the table in `lotusguard.rules.lobby`, and bounded per room and in all."""
+"""The lobby entries of all rooms, by the table in `lotusguard.rules.lobby`. Waiting is bounded per room, per user, per
+homeserver and in all, so that nobody can fill the lobbies of others."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice, takewhile
 
 from attrs import define, field, frozen
 
+from lotusguard.rules.identity import server_of
 from lotusguard.rules.lobby import BEGINS, DROPPED_FIRST, TABLE, LobbyEntry, LobbyEvent, LobbyState
 
 WAITING_PER_ROOM = 100
+WAITING_PER_USER = 16
+"""Rooms in which one user may wait at the same time."""
 WAITING_IN_ALL = 5_000
+WAITING_FOR_OTHER_SERVERS = 2_500
+"""While so many people wait in all, only users of our own homeserver begin to. Of any other homeserver, no more begin
+than are left of this number then, however many of its rooms and users there are: none can take the places of all."""
 ENTRIES_KEPT = 50_000
 """Entries in any state. Beyond it some are dropped, in the order of `DROPPED_FIRST`; of one state those that expire
 first."""
@@ -55,25 +63,32 @@ class LobbyBook:
 
     :param longest_wait: seconds that anybody may wait.
     :ivar changes: what has happened and nobody has taken yet; see `take_changes`.
+    :ivar _states: the entries of each state, by room and user. Those of one state last equally long, so they expire in
+        the order in which they were changed, and nothing has to look at all of them. (Entries that other guards changed
+        may be out of order. They are found out to have expired when somebody asks.)
     """
 
     longest_wait: float
     changes: list[Change] = field(factory=list, init=False)
     _rooms: dict[str, dict[str, LobbyEntry]] = field(factory=dict, init=False)
-    _waiting: Counter[str] = field(factory=Counter, init=False)
-    _waiting_in_all: int = field(default=0, init=False)
-    _entries: int = field(default=0, init=False)
+    _states: dict[LobbyState, dict[tuple[str, str], LobbyEntry]] = field(
+        factory=lambda: {state: {} for state in LobbyState}, init=False
+    )
+    _waiting: Counter[tuple[str, str]] = field(factory=Counter, init=False)
 
     @property
     def waiting_in_all(self) -> int:
-        return self._waiting_in_all
+        return len(self._states[LobbyState.WAITING])
 
     # -- events ------------------------------------------------------------------------------------------
 
-    def happen(self, event: LobbyEvent, room_id: str, user: str, entry_id: str, now: float) -> Answer:
+    def happen(
+        self, event: LobbyEvent, room_id: str, user: str, entry_id: str, now: float, *, local: bool = False
+    ) -> Answer:
         """Something happens to a user's entry, or begins one. Asking never changes a decision.
 
         :param entry_id: the name of the entry, if it is a new one.
+        :param local: whether the user is known to be one of our own homeserver's.
         """
         entry = self.find(room_id, user, now)
         begins = BEGINS.get(event)
@@ -81,7 +96,7 @@ class LobbyBook:
             return Answer(applied=False, entry=None)
         if entry is None:
             assert begins is not None
-            if begins is LobbyState.WAITING and self._is_full(room_id):
+            if begins is LobbyState.WAITING and self._is_full(room_id, user, local=local):
                 return Answer(applied=False, entry=None, full=True)
             return Answer(applied=True, entry=self._begin(room_id, user, entry_id, begins, event, now))
         applied = self._apply(room_id, entry, event, now)
@@ -95,9 +110,13 @@ class LobbyBook:
 
     def pass_time(self, now: float) -> None:
         """Do what time does to all entries."""
-        for room_id, entry in list(self.entries()):
+        for room_id, entry in self.waiting():
             if entry.due(now, self.longest_wait) is not None:
                 self.find(room_id, entry.user, now)
+        for state in DROPPED_FIRST:
+            expired = takewhile(lambda one: now >= one[1].expires, self._states[state].items())
+            for (room_id, user), _ in list(expired):
+                self.find(room_id, user, now)
 
     def take_changes(self) -> list[Change]:
         """What has happened since this was called last."""
@@ -122,6 +141,10 @@ class LobbyBook:
         """All entries with their rooms."""
         return ((room_id, entry) for room_id, entries in self._rooms.items() for entry in entries.values())
 
+    def waiting(self) -> list[tuple[str, LobbyEntry]]:
+        """The entries that wait, with their rooms."""
+        return [(room_id, entry) for (room_id, _), entry in self._states[LobbyState.WAITING].items()]
+
     def entries_in(self, room_id: str) -> list[LobbyEntry]:
         """The entries of one room."""
         return list(self._rooms.get(room_id, {}).values())
@@ -136,17 +159,13 @@ class LobbyBook:
 
     def rooms_with(self, state: LobbyState) -> list[str]:
         """The rooms that have entries in this state."""
-        return [
-            room_id
-            for room_id, entries in self._rooms.items()
-            if any(entry.state is state for entry in entries.values())
-        ]
+        return list(dict.fromkeys(room_id for room_id, _ in self._states[state]))
 
     # -- entries that are kept elsewhere too -------------------------------------------------------------
 
     def restore(self, room_id: str, entry: LobbyEntry) -> None:
         """Put an entry of an earlier run back, unless it is over the limits."""
-        if self._entries < ENTRIES_KEPT:
+        if self._count() < ENTRIES_KEPT:
             self._put(room_id, entry)
 
     def learn(self, room_id: str, told: LobbyEntry, event: LobbyEvent | None) -> Change:
@@ -157,8 +176,8 @@ class LobbyBook:
             self._put(room_id, told)
             entry = told
         else:
-            self._count(room_id, entry.state, told.state)
-            entry.id, entry.state, entry.notice, entry.version = told.id, told.state, told.notice, told.version
+            self._move(room_id, entry, told.state)
+            entry.id, entry.notice, entry.version = told.id, told.notice, told.version
             entry.began, entry.expires = told.began, told.expires
         return Change(room_id, entry, event, before, told.state)
 
@@ -179,8 +198,7 @@ class LobbyBook:
         if after is None:
             self._discard(room_id, entry)
         else:
-            self._count(room_id, before, after)
-            entry.state = after
+            self._move(room_id, entry, after)
             if after is not before:
                 entry.began = now
             entry.expires = now + TABLE[after].lifetime
@@ -188,13 +206,18 @@ class LobbyBook:
             self.changes.append(Change(room_id, entry, event, before, after))
         return True
 
-    def _is_full(self, room_id: str) -> bool:
-        return self._waiting[room_id] >= WAITING_PER_ROOM or self._waiting_in_all >= WAITING_IN_ALL
+    def _is_full(self, room_id: str, user: str, *, local: bool) -> bool:
+        waiting, in_all = self._waiting, self.waiting_in_all
+        if waiting["room", room_id] >= WAITING_PER_ROOM or waiting["user", user] >= WAITING_PER_USER:
+            return True
+        if local:
+            return in_all >= WAITING_IN_ALL
+        return waiting["server", server_of(user)] >= WAITING_FOR_OTHER_SERVERS - in_all
 
     def _begin(
         self, room_id: str, user: str, entry_id: str, state: LobbyState, event: LobbyEvent, now: float
     ) -> LobbyEntry:
-        if self._entries >= ENTRIES_KEPT:
+        if self._count() >= ENTRIES_KEPT:
             self._drop_some()
         entry = LobbyEntry(entry_id, user, state, now, now + TABLE[state].lifetime)
         self._put(room_id, entry)
@@ -203,31 +226,42 @@ class LobbyBook:
 
     def _put(self, room_id: str, entry: LobbyEntry) -> None:
         self._rooms.setdefault(room_id, {})[entry.user] = entry
-        self._entries += 1
-        self._count(room_id, None, entry.state)
+        self._states[entry.state][room_id, entry.user] = entry
+        if entry.state is LobbyState.WAITING:
+            self._count_waiting(room_id, entry.user, 1)
 
     def _discard(self, room_id: str, entry: LobbyEntry) -> None:
         entries = self._rooms[room_id]
         del entries[entry.user]
         if not entries:
             del self._rooms[room_id]
-        self._entries -= 1
-        self._count(room_id, entry.state, None)
+        del self._states[entry.state][room_id, entry.user]
+        if entry.state is LobbyState.WAITING:
+            self._count_waiting(room_id, entry.user, -1)
 
-    def _count(self, room_id: str, before: LobbyState | None, after: LobbyState | None) -> None:
-        difference = (after is LobbyState.WAITING) - (before is LobbyState.WAITING)
-        if difference:
-            self._waiting_in_all += difference
-            self._waiting[room_id] += difference
-            if not self._waiting[room_id]:
-                del self._waiting[room_id]
+    def _move(self, room_id: str, entry: LobbyEntry, after: LobbyState) -> None:
+        """The entry is the last one to expire in its state now."""
+        difference = (after is LobbyState.WAITING) - (entry.state is LobbyState.WAITING)
+        del self._states[entry.state][room_id, entry.user]
+        entry.state = after
+        self._states[after][room_id, entry.user] = entry
+        self._count_waiting(room_id, entry.user, difference)
+
+    def _count(self) -> int:
+        return sum(map(len, self._states.values()))
+
+    def _count_waiting(self, room_id: str, user: str, difference: int) -> None:
+        for counted in (("room", room_id), ("user", user), ("server", server_of(user))):
+            self._waiting[counted] += difference
+            if not self._waiting[counted]:
+                del self._waiting[counted]
 
     def _drop_some(self) -> None:
-        others = [
-            (DROPPED_FIRST.index(entry.state), entry.expires, room_id, entry)
-            for room_id, entry in self.entries()
-            if entry.state is not LobbyState.WAITING
-        ]
-        for _, _, room_id, entry in sorted(others, key=lambda other: other[:2])[:DROPPED_AT_ONCE]:
+        others = (
+            (room_id, entry)
+            for state in DROPPED_FIRST
+            for (room_id, _), entry in sorted(self._states[state].items(), key=lambda one: one[1].expires)
+        )
+        for room_id, entry in list(islice(others, DROPPED_AT_ONCE)):
             self._discard(room_id, entry)
             self.changes.append(Change(room_id, entry, LobbyEvent.EXPIRE, entry.state, None))

@@ -11,11 +11,11 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 
 from lotusguard.clients.http import Answer
 from lotusguard.clients.waiting import Deadline
-from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby import Lobby, switching
 from lotusguard.guard.lobby.switching import LobbySwitch
 from lotusguard.guard.rooms.policies import Freshness, KnownPolicy
 from lotusguard.rules.identity import room_alias
@@ -59,7 +59,7 @@ class Call:
         self.asked += 1
         if self.answers_when is not None:
             await self.answers_when
-        return self.users
+        return self.users if room_id == ROOM else set()
 
 
 def switched(clock: Clock, call: Call, *, decidable: bool = True) -> tuple[Lobby, LobbySwitch]:
@@ -104,6 +104,36 @@ async def test_people_in_a_call_are_accepted_when_its_lobby_is_switched_on_but_n
 
 
 @pytest_twisted.ensureDeferred
+async def test_people_in_a_call_are_accepted_however_many_other_rooms_were_seen_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(switching, "ROOMS_REMEMBERED", 3)
+    clock, call = Clock(), Call()
+    call.users = {BOB}
+    lobby, switch = switched(clock, call)
+    assert not await switch.is_on(ROOM, OFF)
+    for number in range(20):
+        assert not await switch.is_on(f"!made-up-{number}:example.org", OFF)
+        clock.advance(2.0)
+        await switch.pass_time()
+    assert await switch.is_on(ROOM, ON)
+    assert lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
+@pytest_twisted.ensureDeferred
+async def test_rooms_without_occupants_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switching, "ROOMS_REMEMBERED", 3)
+    call = Call()
+    call.users = {BOB}
+    _, switch = switched(Clock(), call, decidable=False)
+    for number in range(20):
+        await switch.is_on(f"!room-{number}:example.org", ON)
+    assert switch.undecidable_rooms == 20
+    await switch.pass_time()
+    assert switch.undecidable_rooms == 3
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_lobby_is_not_on_for_anybody_before_everybody_in_the_call_is_accepted() -> None:
     call = Call()
     call.users = {BOB, CAROL}
@@ -121,6 +151,24 @@ async def test_a_lobby_is_not_on_for_anybody_before_everybody_in_the_call_is_acc
     call.answers_when = None
     answers.callback(None)
     assert accepted == [True, True]
+
+
+@pytest_twisted.ensureDeferred
+async def test_lobbies_that_are_switched_off_are_noticed_soon_although_the_homeserver_is_slow() -> None:
+    clock = Clock()
+
+    class SlowRooms(Call):
+        async def get(self, room_id: str, deadline: Deadline) -> KnownPolicy:
+            await deferLater(clock, 0.5)
+            return OFF
+
+    lobby, switch = switched(clock, SlowRooms())
+    for number in range(64):
+        await lobby.ask(f"!{number}:example.org", f"@{number}:example.org")
+    passing = Deferred.fromCoroutine(switch.pass_time())
+    clock.pump([0.5] * 17)
+    assert passing.called
+    assert lobby.waiting() == []
 
 
 @pytest_twisted.ensureDeferred

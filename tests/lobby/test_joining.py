@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from lotusguard.clients.http import Answer
 from lotusguard.rules import lobby_book
 from lotusguard.sandbox.demo.sandbox import Sandbox
+from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, counted, old_token, put_policy, room_of
 from tests.conftest import StartSandbox, until
 
@@ -281,6 +282,24 @@ async def test_a_removed_person_is_refused_until_they_are_admitted(sandbox: Sand
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
 
 
+@pytest_twisted.ensureDeferred
+async def test_somebody_who_waits_is_removed_although_livekit_does_not_answer(sandbox: Sandbox) -> None:
+    room_id = lobby_room(sandbox)
+    answer = asking(sandbox, BOB, room_id)
+    await waits(sandbox)
+    sandbox.livekit.fault = Fault.status(503)
+    assert await moderate(sandbox, room_id, BOB, "remove") == 200
+    assert error_of(await answer) == (403, "You were removed from this call.")
+
+
+@pytest_twisted.ensureDeferred
+async def test_removing_somebody_in_the_call_is_502_while_livekit_does_not_answer(sandbox: Sandbox) -> None:
+    room_id = lobby_room(sandbox)
+    await sandbox.enter(ALICE, room_id)
+    sandbox.livekit.fault = Fault.status(503)
+    assert await moderate(sandbox, room_id, ALICE, "remove") == 502
+
+
 @pytest.mark.parametrize("action", ["remove", "mute"])
 @pytest_twisted.ensureDeferred
 async def test_a_dry_run_does_nothing_to_people_and_says_so(start_sandbox: StartSandbox, action: str) -> None:
@@ -336,6 +355,17 @@ async def test_too_many_people_waiting_are_told_to_come_back(sandbox: Sandbox, m
     answer = await poll(sandbox, CAROL, room_id)
     content = json.loads(answer.body)
     assert (answer.code, content["errcode"], content["retry_after_ms"]) == (429, "M_LIMIT_EXCEEDED", 5000)
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_person_who_waits_in_many_rooms_keeps_nobody_out_of_other_lobbies(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby_book, "WAITING_PER_USER", 2)
+    monkeypatch.setattr(lobby_book, "WAITING_IN_ALL", 3)
+    rooms = [lobby_room(sandbox) for _ in range(3)]
+    assert [(await poll(sandbox, CAROL, room_id)).code for room_id in rooms] == [202, 202, 429]
+    assert (await poll(sandbox, BOB, rooms[2])).code == 202
 
 
 @pytest_twisted.ensureDeferred

@@ -12,6 +12,7 @@ from attrs import define, field
 from twisted.internet.task import Clock
 
 from lotusguard.clients.dependency import DependencyFailed
+from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.lobby import Lobby
 from lotusguard.guard.lobby.notices import LobbyNotices
 from lotusguard.guard.rooms.policies import Policies
@@ -72,6 +73,11 @@ class Asked:
         self.policies = Policies(self.room, RememberedPolicies(metrics), self.clock, metrics, ttl=10, stale=3600)
         self.notices = LobbyNotices(self.lobby, self.policies, self.voice, self.clock, 1.5, self.operators)
         self.notices.start()
+
+    def lose_answers(self) -> None:
+        """Notices arrive in the room, which the guard has read, and it is not told."""
+        now(self.policies.get(ROOM, Deadline.after(self.clock, 1.5)))
+        self.voice.answers_lost = True
 
     def ask(self, room_id: str, user: str) -> LobbyEntry:
         return now(self.lobby.ask(room_id, user))
@@ -223,6 +229,70 @@ def test_a_notice_that_fails_for_a_moment_is_sent_again_and_admits_nobody(failur
     assert asked.lobby.state_of(ROOM, BOB) is LobbyState.DENIED
 
 
+@pytest.mark.parametrize(("sender", "seconds", "state"), [
+    (MOD, 1, LobbyState.ACCEPTED), (EVE, 1, LobbyState.WAITING), (MOD, 65, LobbyState.WAITING),
+])  # fmt: skip
+def test_a_reaction_counts_that_is_heard_before_the_answer_to_the_notice(
+    sender: str, seconds: int, state: LobbyState
+) -> None:
+    asked = Asked()
+    asked.lose_answers()
+    asked.ask(ROOM, BOB).held = 1
+    asked.voice.hear(sender, "✅")
+    asked.wait(seconds)
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+    asked.voice.answers_lost = False
+    asked.wait(1)
+    assert asked.lobby.state_of(ROOM, BOB) is state
+
+
+def test_reactions_to_other_events_do_not_crowd_out_a_moderators_early_reaction() -> None:
+    asked = Asked()
+    asked.lose_answers()
+    asked.ask(ROOM, BOB)
+    asked.voice.hear(MOD, "✅")
+    for number in range(1_000):
+        asked.voice.hear(EVE, "✅", event_id=f"$made-up-{number}")
+    asked.voice.answers_lost = False
+    asked.wait(1)
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
+def test_a_moderator_who_was_demoted_since_the_reaction_decides_nothing() -> None:
+    asked = Asked()
+    asked.lose_answers()
+    asked.ask(ROOM, BOB)
+    asked.voice.hear(MOD, "✅")
+    asked.room.level = 0
+    asked.voice.answers_lost = False
+    asked.wait(1)
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.WAITING
+
+
+def test_a_notice_that_fails_in_an_unexpected_way_is_sent_again() -> None:
+    asked = Asked()
+    asked.voice.unexpected = RuntimeError("not foreseen")
+    asked.ask(ROOM, BOB).held = 1
+    asked.wait(1)
+    asked.voice.unexpected = None
+    asked.wait(1)
+    asked.voice.hear(MOD, "✅")
+    assert asked.lobby.state_of(ROOM, BOB) is LobbyState.ACCEPTED
+
+
+@pytest.mark.parametrize(("seconds", "redacted"), [(1, True), (100, True), (200, False)])
+def test_a_redaction_that_fails_is_tried_again_for_two_minutes(seconds: int, redacted: bool) -> None:
+    asked = Asked()
+    asked.ask(ROOM, BOB)
+    asked.voice.failing = True
+    asked.voice.hear(MOD, "✅")
+    asked.wait(seconds)
+    asked.voice.failing = False
+    asked.wait(100)
+    assert asked.voice.redacted == ["$0"] * redacted
+    assert bool(asked.lobby.noticed()) is not redacted
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_reaction_admits_over_the_wire(start_sandbox: StartSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     voice = FakeVoice()
@@ -243,7 +313,7 @@ def test_a_flood_of_notices_in_other_rooms_does_not_open_the_lobby() -> None:
     asked = Asked(operators=False)
     asked.voice.seconds, asked.voice.clock = 1.0, asked.clock
     for number in range(50):
-        asked.ask(f"!other{number}:example.org", EVE)
+        asked.ask(f"!other{number}:example.org", f"@{number}:example.org")
     asked.ask(ROOM, BOB).held = 1
     for _ in range(100):
         asked.wait(1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lotusguard.guard.lobby.colours import colour_of
 from lotusguard.rules import lobby_book
 from lotusguard.rules.lobby import BEGINS, DROPPED_FIRST, TABLE, LobbyEvent, LobbyState
-from lotusguard.rules.lobby_book import HELD_PER_USER, LobbyBook
+from lotusguard.rules.lobby_book import HELD_PER_USER, WAITING_PER_USER, LobbyBook
 from tests.redis.lobbies import AnyBook, MemoryBook, ValkeyBook
 
 ROOM, OTHER_ROOM, BOB, EVE = "!room:example.org", "!other:example.org", "@bob:example.org", "@eve:example.org"
@@ -174,11 +174,44 @@ def test_all_rooms_have_so_many_people_waiting_and_no_more(new_book: NewBook, mo
     monkeypatch.setattr(lobby_book, "WAITING_IN_ALL", 30)
     book = new_book()
     for n in range(30):
-        assert book.happen(E.ASK, f"!{n // 5}:example.org", f"@{n}:example.org", "id", 0.0).applied
-    assert book.happen(E.ASK, ROOM, BOB, "id", 0.0).full
+        assert book.happen(E.ASK, f"!{n // 5}:example.org", f"@{n}:example.org", "id", 0.0, local=True).applied
+    assert book.happen(E.ASK, ROOM, BOB, "id", 0.0, local=True).full
     book.pass_time(3.0)
     assert book.waiting_in_all == 0
-    assert book.happen(E.ASK, ROOM, BOB, "id", 3.0).applied
+    assert book.happen(E.ASK, ROOM, BOB, "id", 3.0, local=True).applied
+
+
+def test_one_user_waits_in_so_many_rooms_and_no_more(new_book: NewBook) -> None:
+    book = new_book()
+    for n in range(WAITING_PER_USER):
+        assert book.happen(E.ASK, f"!{n}:example.org", EVE, "id", 0.0, local=True).applied
+    assert book.happen(E.ASK, ROOM, EVE, "id", 0.0, local=True).full
+    assert book.happen(E.ASK, "!0:example.org", EVE, "id", 0.0, local=True).applied
+    assert book.happen(E.ASK, ROOM, BOB, "id", 0.0, local=True).applied
+    book.happen(E.LEAVE, "!0:example.org", EVE, "", 0.0)
+    assert book.happen(E.ASK, ROOM, EVE, "id", 0.0, local=True).applied
+
+
+def fill(book: AnyBook, server: str, *, local: bool = False) -> int:
+    """As many users of a homeserver wait as may. :return: how many."""
+    for n in range(1000):
+        if book.happen(E.ASK, f"!{n // 10}:{server}", f"@{n}:{server}", "id", 0.0, local=local).full:
+            return n
+    raise AssertionError("no bound")
+
+
+def test_no_other_homeserver_takes_all_places_of_all_lobbies(
+    new_book: NewBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby_book, "WAITING_IN_ALL", 80)
+    monkeypatch.setattr(lobby_book, "WAITING_FOR_OTHER_SERVERS", 40)
+    book = new_book()
+    assert [fill(book, "hostile.example:8448"), fill(book, "b.example"), fill(book, "c.example")] == [20, 10, 5]
+    assert fill(book, "hostile.example:8448") == 20
+    assert fill(book, "ours.example", local=True) == 80 - 35
+    assert book.happen(E.ASK, ROOM, "@new:d.example", "id", 0.0).full
+    book.pass_time(3.0)
+    assert fill(book, "d.example") == 20
 
 
 def test_one_person_holds_so_many_requests_and_no_more() -> None:
@@ -221,6 +254,7 @@ def test_the_rules_are_the_same_in_memory_and_in_valkey(steps: list[tuple[LobbyE
         if event is None:
             memory.pass_time(now)
             valkey.pass_time(now)
+            assert all(entry.due(now, LONGEST_WAIT) is None for _, entry in memory.entries())
         else:
             answers = [book.happen(event, ROOM, user, "id", now) for book in (memory, valkey)]
             assert answers[0].applied == answers[1].applied
@@ -232,6 +266,7 @@ def test_the_rules_are_the_same_in_memory_and_in_valkey(steps: list[tuple[LobbyE
                 assert entry.expires == pytest.approx(other.expires)
         waiting = [entry for _, entry in memory.entries() if entry.state is S.WAITING]
         assert memory.waiting_in_all == valkey.waiting_in_all == len(waiting)
+        assert {id(entry) for _, entry in memory.waiting()} == {id(entry) for entry in waiting}
         assert bool(memory.rooms_with(S.WAITING)) == bool(waiting)
 
 

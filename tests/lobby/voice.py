@@ -39,6 +39,9 @@ class FakeVoice:
 
     :ivar resident: whether the account is in every room. :ivar failing: whether the homeserver takes nothing.
     :ivar seconds: how long sending a notice takes, on the clock.
+    :ivar unexpected: raised instead of what the protocol allows.
+    :ivar answers_lost: whether the homeserver takes notices, and its answers are lost.
+    :ivar transactions: event IDs of notices: one that is sent again is the same event.
     """
 
     resident: bool = True
@@ -48,6 +51,9 @@ class FakeVoice:
     redacted: list[str] = field(factory=list)
     listeners: list[Callable[[Reaction], None]] = field(factory=list)
     seconds: float = 0.0
+    answers_lost: bool = False
+    unexpected: Exception | None = None
+    transactions: dict[str, str] = field(factory=dict)
     clock: IReactorTime = field(factory=Clock)
 
     def can_speak(self, room_id: str) -> bool:
@@ -60,9 +66,12 @@ class FakeVoice:
         self._fail()
         if self.seconds:
             await deferLater(self.clock, self.seconds)
-        event_id = f"${len(self.notices)}"
-        self.notices.append((room_id, event_id, text))
-        return event_id
+        if transaction not in self.transactions:
+            self.transactions[transaction] = f"${len(self.notices)}"
+            self.notices.append((room_id, self.transactions[transaction], text))
+        if self.answers_lost:
+            raise DependencyFailed("synapse", "timeout")
+        return self.transactions[transaction]
 
     async def react(self, room_id: str, event_id: str, key: str, transaction: str = "") -> None:
         self._fail()
@@ -75,12 +84,14 @@ class FakeVoice:
     def on_reaction(self, listener: Callable[[Reaction], None]) -> None:
         self.listeners.append(listener)
 
-    def hear(self, sender: str, key: str, number: int = 0, room_id: str = "") -> None:
+    def hear(self, sender: str, key: str, number: int = 0, room_id: str = "", event_id: str = "") -> None:
         """Somebody reacts to the notice of that number."""
-        given, event_id, _ = self.notices[number]
+        given, notice, _ = self.notices[number]
         for listener in self.listeners:
-            listener(Reaction(room_id or given, sender, event_id, key))
+            listener(Reaction(room_id or given, sender, event_id or notice, key))
 
     def _fail(self) -> None:
+        if self.unexpected is not None:
+            raise self.unexpected
         if self.failing:
             raise DependencyFailed("synapse", "timeout")

@@ -45,8 +45,10 @@ class ValkeyBook:
         self.events += [event for _, _, event, _, _ in changes if event]
         return result
 
-    def happen(self, event: LobbyEvent, room_id: str, user: str, entry_id: str, now: float) -> Answer:
-        applied, entry, full = self.run(now, "happen", event.value, room_id, user, entry_id)
+    def happen(
+        self, event: LobbyEvent, room_id: str, user: str, entry_id: str, now: float, *, local: bool = False
+    ) -> Answer:
+        applied, entry, full = self.run(now, "happen", event.value, room_id, user, entry_id, local)
         return Answer(bool(applied), _entry(entry), bool(full))
 
     def happen_in_room(self, event: LobbyEvent, room_id: str, now: float) -> None:

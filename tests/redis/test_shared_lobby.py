@@ -23,9 +23,10 @@ from lotusguard.guard.lobby import Lobby, LobbyStopped
 from lotusguard.guard.lobby.redis.entries import RedisEntries
 from lotusguard.guard.lobby.redis.replica import Replica
 from lotusguard.metrics import Metrics
-from lotusguard.rules import lobby
+from lotusguard.rules import lobby, lobby_book
 from lotusguard.rules.lobby import LobbyState
 from lotusguard.rules.redis_address import parse_address
+from lotusguard.rules.refusals import JoinRefused
 from tests.calls import logged, named
 from tests.conftest import until
 
@@ -204,6 +205,34 @@ async def test_a_removal_and_a_late_admission_are_known_to_all_guards(url: str, 
         await first.knows(room, S.ACCEPTED)
         await first.lobby.call_ended(room)
         await second.knows(room, None)
+
+
+@pytest_twisted.ensureDeferred
+async def test_places_in_lobbies_are_shared_out_over_all_guards_and_by_one_that_is_alone(
+    own_server: OwnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(lobby.TABLE, S.WAITING, evolve(lobby.TABLE[S.WAITING], lifetime=600.0))
+    monkeypatch.setattr(lobby_book, "WAITING_PER_USER", 2)
+    monkeypatch.setattr(lobby_book, "WAITING_FOR_OTHER_SERVERS", 3)
+    async with lobbies(own_server.url) as guards:
+        first, second = (guard.lobby for guard in guards)
+        await first.ask("!0:example.org", BOB, local=True)
+        await second.ask("!1:example.org", BOB, local=True)
+        await guards[1].knows("!0:example.org", S.WAITING)
+        await guards[0].knows("!1:example.org", S.WAITING)
+        for alone in (False, True):
+            if alone:
+                own_server.stop()
+                await guards[0].connected(False)
+            with pytest.raises(JoinRefused):  # Bob waits in as many rooms as anybody may
+                await first.ask("!2:example.org", BOB, local=True)
+            user = f"@{alone}:hostile.example"
+            assert (await first.ask(f"!3:{alone}", user)).state is S.WAITING
+            with pytest.raises(JoinRefused):  # all that is left is taken by the server of the first
+                await first.ask("!4:example.org", "@second:hostile.example")
+            assert (await first.ask("!4:example.org", CAROL, local=True)).state is S.WAITING
+            await first.left_room(f"!3:{alone}", user)
+            await first.left_room("!4:example.org", CAROL)
 
 
 @pytest_twisted.ensureDeferred

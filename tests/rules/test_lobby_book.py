@@ -35,7 +35,7 @@ def happen(book: LobbyBook, event: LobbyEvent, user: str, now: float = 0.0, room
 
 def ask(book: LobbyBook, user: str, room_id: str = ROOM, now: float = 0.0) -> LobbyEntry | None:
     """A user asks for entry. :return: the user's entry; ``None`` if too many wait."""
-    answer = book.happen(LobbyEvent.ASK, room_id, user, "id", now)
+    answer = book.happen(LobbyEvent.ASK, room_id, user, "id", now, local=True)
     return None if answer.full else answer.entry
 
 

@@ -224,8 +224,8 @@ class MatrixClient:
     async def _put(self, room_id: str, path: str, content: Mapping[str, Any]) -> str:
         def read(answer: Answer) -> str:
             event_id = ok(answer)["event_id"]
-            if not isinstance(event_id, str):
-                raise TypeError("event_id is not a string")
+            if not isinstance(event_id, str) or not event_id:
+                raise TypeError("event_id is not a string, or empty")
             return event_id
 
         return await self._call("PUT", f"{_room(room_id)}/{path}", read, content, turn=room_id)

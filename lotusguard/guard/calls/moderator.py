@@ -10,6 +10,7 @@ from livekit.protocol.models import ParticipantInfo, TrackType
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.livekit import LiveKitClient, NoSuchParticipant
 from lotusguard.clients.waiting import Deadline
 from lotusguard.guard.calls.enforcement import Enforcement
@@ -63,15 +64,33 @@ class Moderator:
         return done
 
     async def _remove(self, room_id: str, user: str, by: str) -> bool:
-        """Remove a user from the call, and refuse them for ten minutes. Enforcement tries again what fails now."""
+        """Remove a user from the call, and refuse them for ten minutes. Enforcement tries again what fails now.
+
+        Somebody who waits and has no seat is removed by being refused, whether or not LiveKit can be asked.
+        """
         waits = self._lobby.state_of(room_id, user) is LobbyState.WAITING
-        found = waits or user in await self._seats.occupants(room_id)
+        has_seat = user in await self._seats.occupants(room_id)
+        found = waits or has_seat
         if found:
             await self._refuse(room_id, user, by)  # first: they may ask for a token at once
+        try:
+            return await self._remove_sessions(room_id, user, by, refused=found) or found
+        except (DependencyFailed, TimeoutError):
+            if waits and not has_seat:
+                return True
+            raise
+
+    async def _remove_sessions(self, room_id: str, user: str, by: str, *, refused: bool) -> bool:
+        """Remove a user's sessions.
+
+        :param refused: whether the user is refused already.
+        :return: whether there was a session.
+        """
+        found = False
         async for alias, slot, participant in self._sessions(room_id, user):
-            if not found:
+            if not refused and not found:
                 await self._refuse(room_id, user, by)
-                found = True
+            found = True
             if not await self._remover.remove(
                 slot, alias, participant.sid, participant.identity, user, Refusal.REMOVED.value
             ):

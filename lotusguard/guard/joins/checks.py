@@ -194,7 +194,9 @@ class EntryChecks:
         if join.dry_run:
             join.decision.verdict, join.decision.reason = Verdict.WOULD_REFUSE, "lobby"
             return
-        entry = await self._lobby.ask(join.room_id, join.user)
+        server = server_of(join.user)
+        local = bool(server) and server == self._server_name()
+        entry = await self._lobby.ask(join.room_id, join.user, local=local)
         if entry.rules.refusal is not None:
             join.refuse(entry.rules.refusal)
         raise MustWait(entry)

@@ -37,8 +37,11 @@ class LobbyEntries(Protocol):
     async def read(self, room_id: str, user: str) -> LobbyState | None:
         """The same, as it certainly is: before somebody is removed because of it."""
 
-    async def happen(self, event: LobbyEvent, room_id: str, user: str) -> Answer:
-        """Something happens to a user's entry, or begins one."""
+    async def happen(self, event: LobbyEvent, room_id: str, user: str, *, local: bool = False) -> Answer:
+        """Something happens to a user's entry, or begins one.
+
+        :param local: whether the user is known to be one of our own homeserver's.
+        """
 
     async def happen_in_room(self, event: LobbyEvent, room_id: str) -> None:
         """Something happens to all entries of a room."""
@@ -85,7 +88,8 @@ class MemoryEntries:
     def load(self) -> None:
         """Take over the entries of an earlier run. People who waited stay in the lobby for a while without asking."""
         now, wall = self._clock.seconds(), self._wall()
-        for stored in self._store.lobby_entries() if self._store is not None else ():
+        stored_entries = self._store.lobby_entries() if self._store is not None else []
+        for stored in sorted(stored_entries, key=lambda one: one.expires):  # the book has them in this order
             try:
                 state = LobbyState(stored.state)
             except ValueError:
@@ -104,8 +108,8 @@ class MemoryEntries:
     async def read(self, room_id: str, user: str) -> LobbyState | None:
         return self.state_of(room_id, user)
 
-    async def happen(self, event: LobbyEvent, room_id: str, user: str) -> Answer:
-        return self.book.happen(event, room_id, user, token_hex(8), self._clock.seconds())
+    async def happen(self, event: LobbyEvent, room_id: str, user: str, *, local: bool = False) -> Answer:
+        return self.book.happen(event, room_id, user, token_hex(8), self._clock.seconds(), local=local)
 
     async def happen_in_room(self, event: LobbyEvent, room_id: str) -> None:
         self.book.happen_in_room(event, room_id, self._clock.seconds())

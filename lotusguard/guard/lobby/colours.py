@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from random import Random
 
 SEED_BYTES = 2
@@ -16,6 +17,12 @@ def colour_of(user: str) -> str:
     Hue, saturation and lightness are the first three numbers that Python's generator draws for the user's seed.
     """
     digest = hashlib.sha1(user.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
-    draw = Random(int.from_bytes(digest[-SEED_BYTES:], "big")).randint
+    return _colour(int.from_bytes(digest[-SEED_BYTES:], "big"))
+
+
+@lru_cache(maxsize=8192)
+def _colour(seed: int) -> str:
+    """Drawing takes longer than anything else when everybody who waits is shown. A colour has some 80 bytes."""
+    draw = Random(seed).randint
     hue, saturation, lightness = draw(0, 360), draw(50, 75), draw(25, 60)
     return f"hsl({hue}, {saturation}%, {lightness}%)"

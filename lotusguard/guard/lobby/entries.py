@@ -26,12 +26,16 @@ POLL_AGAIN = 1.0
 
 @frozen
 class Waiting:
-    """Somebody who waits. :ivar since: seconds since the epoch. :ivar color: in CSS."""
+    """Somebody who waits. :ivar since: seconds since the epoch."""
 
     room_id: str
     user: str
     since: float
-    color: str
+
+    @property
+    def color(self) -> str:
+        """The user's colour in CSS."""
+        return colour_of(self.user)
 
 
 class LobbyStopped(Exception):
@@ -83,9 +87,13 @@ class Lobby:
         self._tell()
         return state
 
-    async def ask(self, room_id: str, user: str) -> LobbyEntry:
-        """Enter the lobby, or find out what was decided. :raises JoinRefused: the user may not wait."""
-        answer = await self._entries.happen(LobbyEvent.ASK, room_id, user)
+    async def ask(self, room_id: str, user: str, *, local: bool = False) -> LobbyEntry:
+        """Enter the lobby, or find out what was decided.
+
+        :param local: whether the user is known to be one of our own homeserver's.
+        :raises JoinRefused: the user may not wait.
+        """
+        answer = await self._entries.happen(LobbyEvent.ASK, room_id, user, local=local)
         self._tell()
         if answer.full or answer.entry is None:
             raise JoinRefused(Refusal.LOBBY_FULL, RETRY)
@@ -152,9 +160,9 @@ class Lobby:
         """Everybody who waits, the longest waiting first."""
         ahead = self._wall() - self._clock.seconds()
         found = [
-            Waiting(room_id, entry.user, entry.began + ahead, colour_of(entry.user))
-            for room_id, entry in self._entries.book.entries()
-            if entry.state is LobbyState.WAITING and self.state_of(room_id, entry.user) is LobbyState.WAITING
+            Waiting(room_id, entry.user, entry.began + ahead)
+            for room_id, entry in self._entries.book.waiting()
+            if self._waits(room_id, entry.user)
         ]
         return sorted(found, key=lambda one: one.since)
 
@@ -199,7 +207,7 @@ class Lobby:
         """Waiting entries without a notice, with their rooms."""
         return [
             (room_id, entry)
-            for room_id, entry in self._entries.book.entries()
+            for room_id, entry in self._entries.book.waiting()
             if not entry.notice and self._waits(room_id, entry.user)
         ]
 

@@ -7,7 +7,7 @@ notice's transaction comes from its lobby entry: a guard that takes over may sen
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any
 
 from attrs import define, field
@@ -19,18 +19,15 @@ from twisted.python.failure import Failure
 
 from lotusguard.clients.dependency import DependencyFailed
 from lotusguard.clients.waiting import Deadline, FairSemaphore, run_in_background
-from lotusguard.guard.lobby import Lobby
+from lotusguard.guard.lobby.entries import Lobby
+from lotusguard.guard.lobby.reactions import ADMIT, DECISIONS, DENY, Reactions
 from lotusguard.guard.rooms.policies import Policies
-from lotusguard.guard.rooms.voice import Reaction, RoomVoice
+from lotusguard.guard.rooms.voice import RoomVoice
 from lotusguard.rules.lobby import LobbyEntry, LobbyEvent, LobbyState
 from lotusguard.rules.lobby_book import Change
 
 log = Logger()
 
-ADMIT, DENY = "✅", "❌"
-_DECISIONS: Mapping[str, bool] = {ADMIT: True, DENY: False}
-_EMOJI_STYLE = "\ufe0f"
-"""The variation selector that some clients put after an emoji."""
 BUSY = frozenset(("rate_limited", "queue_full", "status_429"))
 """Why a notice is not sent for now; people wait on, as long as they may."""
 TRIED_FOR = 20.0
@@ -39,26 +36,30 @@ NOTICE_EVERY = 60.0
 """Seconds between two notices about the same person in the same room. A notice about somebody who stopped waiting stays
 for as long, in case they ask again."""
 SENT_AT_ONCE = 4
+REDACTION_ATTEMPTS = 7
+"""Attempts to redact a notice. The next one follows the first after 2 s, the second after 4 s, and so on: they take two
+minutes in all."""
 NOTICES_REMEMBERED = 20_000
-REACTION_TIMEOUT = 5.0
-"""Seconds in which a moderator's power level has to be read; then the last known one counts."""
+TURN_TIMEOUT = 5.0
+"""Seconds that a notice may wait for its turn. Then it is tried again."""
 
 _Key = tuple[str, str]
 
 
 @define(eq=False)
 class _Notice:
-    """:ivar event_id: "" while it is being sent."""
+    """:ivar event_id: "" while it is being sent. :ivar redactions: attempts to redact it."""
 
     room_id: str
     user: str
     sent: float
     event_id: str = ""
+    redactions: int = 0
 
 
 @define(eq=False)
 class LobbyNotices:
-    """Sends and redacts notices, and passes moderators' reactions on to the lobby.
+    """Sends and redacts notices, and has moderators' reactions to them decide.
 
     :param operators_can_decide: whether people can be admitted without notices too.
     """
@@ -70,23 +71,31 @@ class LobbyNotices:
     _send_timeout: float
     _operators_can_decide: bool
     _notices: dict[_Key, _Notice] = field(factory=dict, init=False)
-    _by_event: dict[str, _Notice] = field(factory=dict, init=False)
     _last: LRUCache[_Key, float] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
     _failing: LRUCache[_Key, float] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
+    _to_redact: LRUCache[str, tuple[float, _Notice]] = field(factory=lambda: LRUCache(NOTICES_REMEMBERED), init=False)
     _turns: FairSemaphore = field(factory=lambda: FairSemaphore(SENT_AT_ONCE), init=False)
+    _reactions: Reactions = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._reactions = Reactions(self._lobby, self._policies, self._clock)
 
     def start(self) -> None:
         """Take over the notices of an earlier run, and listen."""
         for room_id, entry in self._lobby.noticed():
             self._take_over(room_id, entry)
         self._lobby.listeners.append(self._changed)
-        self._voice.on_reaction(self._reacted)
+        self._voice.on_reaction(self._reactions.hear)
 
     def pass_time(self) -> None:
         """Send what may be sent by now, and redact what is out of date: to be called every second."""
         for room_id, entry in self._lobby.without_notice():
             self._want(room_id, entry)
         now = self._clock.seconds()
+        for again_at, notice in list(self._to_redact.values()):
+            if now >= again_at:
+                del self._to_redact[notice.event_id]
+                self._in_background(self._redacted(notice), notice)
         for notice in list(self._notices.values()):
             state = self._lobby.state_of(notice.room_id, notice.user)
             if not notice.event_id or state is LobbyState.WAITING:
@@ -119,8 +128,9 @@ class LobbyNotices:
         if known is not None:
             self._forget(known)
         now, key = self._clock.seconds(), (room_id, entry.user)
-        self._notices[key] = self._by_event[entry.notice] = _Notice(*key, now, entry.notice)
+        self._notices[key] = _Notice(*key, now, entry.notice)
         self._last[key] = now
+        self._reactions.know(entry.notice, *key)
 
     # -- sending -----------------------------------------------------------------------------------------
 
@@ -142,25 +152,29 @@ class LobbyNotices:
     async def _send(self, notice: _Notice, entry: LobbyEntry) -> None:
         key = (notice.room_id, notice.user)
         try:
-            event_id = await self._turns.run(notice.room_id, lambda: self._say(notice, entry.id))
+            notice.event_id = event_id = await self._turns.run(notice.room_id, lambda: self._say(notice, entry.id))
         except CancelledError:  # it waited too long for its turn: tried again
-            self._notices.pop(key, None)
             self._last.pop(key, None)
             raise
         except (DependencyFailed, TimeoutError) as failed:
-            self._notices.pop(key, None)
             await self._failed(notice, getattr(failed, "reason", "timeout"))
             return
+        except Exception:
+            log.failure("asking {room_id} about {user} failed", room_id=notice.room_id, user=notice.user)
+            await self._failed(notice, "unexpected")
+            return
+        finally:
+            if not notice.event_id:  # nothing is being sent any more
+                self._notices.pop(key, None)
         self._failing.pop(key, None)
-        notice.event_id = event_id
-        self._by_event[event_id] = notice
+        self._reactions.know(event_id, *key)
         state = self._lobby.state_of(*key)
         if state is not LobbyState.WAITING:
             if state is not None:
                 self._redact(notice)
             return
         await self._lobby.set_notice(notice.room_id, entry, event_id)
-        for number, emoji in enumerate(_DECISIONS):
+        for number, emoji in enumerate(DECISIONS):
             name = f"lobby-{entry.id}-{number}"
             reacting = Deferred.fromCoroutine(self._voice.react(notice.room_id, event_id, emoji, name))
             await Deadline.after(self._clock, self._send_timeout).wait(reacting)
@@ -193,40 +207,29 @@ class LobbyNotices:
             await self._lobby.decide(*key, admit=True, by="nobody can be asked, so the guard")
 
     def _redact(self, notice: _Notice) -> None:
-        if self._voice.can_speak(notice.room_id):  # else another guard does, or this one once it can
+        known = self._notices.get((notice.room_id, notice.user)) is notice
+        if known and self._voice.can_speak(notice.room_id):  # else another guard does, or this one once it can
             self._forget(notice)
             self._in_background(self._redacted(notice), notice)
 
     def _forget(self, notice: _Notice) -> None:
         self._notices.pop((notice.room_id, notice.user), None)
-        self._by_event.pop(notice.event_id, None)
+        self._reactions.forget(notice.event_id)
 
     async def _redacted(self, notice: _Notice) -> None:
-        await self._voice.redact(notice.room_id, notice.event_id)
+        notice.redactions += 1
+        redacting = Deferred.fromCoroutine(self._voice.redact(notice.room_id, notice.event_id))
+        try:
+            await Deadline.after(self._clock, self._send_timeout).wait(redacting)
+        except Exception:
+            if notice.redactions < REDACTION_ATTEMPTS:
+                again_at = self._clock.seconds() + 2.0**notice.redactions
+                self._to_redact[notice.event_id] = (again_at, notice)
+            raise
         await self._lobby.forget_notice(notice.room_id, notice.user, notice.event_id)
 
-    # -- reactions ---------------------------------------------------------------------------------------
-
-    def _reacted(self, reaction: Reaction) -> None:
-        notice = self._by_event.get(reaction.event_id)
-        admit = _DECISIONS.get(reaction.key.replace(_EMOJI_STYLE, ""))
-        if notice is not None and notice.room_id == reaction.room_id and admit is not None:
-            self._in_background(self._decide(notice, reaction.sender, admit=admit), notice)
-
-    async def _decide(self, notice: _Notice, sender: str, *, admit: bool) -> None:
-        """Take a reaction as the decision, if its sender may moderate at this moment."""
-        deadline = Deadline.after(self._clock, REACTION_TIMEOUT)
-        known = await self._policies.get(notice.room_id, deadline, self._clock.seconds())
-        if known.policy.may_moderate(sender):
-            await self._lobby.decide(notice.room_id, notice.user, admit=admit, by=sender)
-        else:
-            log.info(
-                "{sender} may not decide who joins the call of {room_id}",
-                sender=sender, room_id=notice.room_id, event_name="lobby_reaction_ignored",
-            )  # fmt: skip
-
     def _in_background(self, work: Coroutine[Any, Any, None], notice: _Notice) -> None:
-        bounded = Deadline.after(self._clock, 2 * self._send_timeout + REACTION_TIMEOUT)
+        bounded = Deadline.after(self._clock, 2 * self._send_timeout + TURN_TIMEOUT)
 
         def failed(failure: Failure) -> None:
             if failure.check(DependencyFailed, TimeoutError):

@@ -8,7 +8,6 @@ from enum import Enum
 from functools import partial
 
 from attrs import define, field
-from cachetools import LRUCache
 from livekit.protocol.models import ParticipantInfo
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -28,12 +27,17 @@ from lotusguard.rules.room_seats import CALL_ENDED_AFTER
 log = Logger()
 
 ROOMS_REMEMBERED = 20_000
+"""Rooms beyond which those are forgotten that were not asked about for longest and have no occupants. A forgotten room
+counts as never seen: that must not happen to people who are in its call when its lobby is switched on."""
 LET_IN_AT_ONCE = 32
 """Users who are accepted at the same time when a lobby is switched on."""
 OCCUPANTS_ASKED_EVERY = 15.0
 """Seconds. With several guards this is a round trip for every room in which people were accepted."""
 ROOMS_AT_ONCE = 16
-"""Rooms that are asked about at the same time."""
+"""Rooms whose occupants are asked about at the same time."""
+LOOKUPS_AT_ONCE = 4
+"""Rooms whose policies are looked up at the same time. A lookup takes a call for each type of event; more lookups would
+wait for each other until they are too late."""
 
 
 class Seen(Enum):
@@ -72,7 +76,7 @@ class LobbySwitch:
     _can_decide: Callable[[str], bool]
     _lookup_timeout: float
     _started: float = field(init=False)
-    _seen: LRUCache[str, Seen] = field(factory=lambda: LRUCache(ROOMS_REMEMBERED), init=False)
+    _seen: dict[str, Seen] = field(factory=dict, init=False)
     _empty_since: dict[str, float] = field(factory=dict, init=False)
     _ask_occupants_at: float = field(default=0.0, init=False)
 
@@ -102,8 +106,21 @@ class LobbySwitch:
                 "GUARD_ADMIN_TOKEN", room_id=room_id, event_name="lobby_undecidable",
             )  # fmt: skip
         if self._seen.get(room_id) is before:  # others may have seen a change meanwhile
-            self._seen[room_id] = seen
+            self._note(room_id, seen)
         return seen in _IS_ON
+
+    def _note(self, room_id: str, seen: Seen) -> None:
+        """Remember how a room's lobby was seen. The dictionary begins with the room that was not noted for longest."""
+        self._seen.pop(room_id, None)
+        self._seen[room_id] = seen
+
+    async def _forget_some(self) -> None:
+        for _ in range(len(self._seen) - ROOMS_REMEMBERED):
+            room_id = next(iter(self._seen))
+            if await self._seats.occupants(room_id):
+                self._note(room_id, self._seen[room_id])
+            elif next(iter(self._seen)) == room_id:  # else somebody is about to enter
+                del self._seen[room_id]
 
     async def _read_anew(self, room_id: str) -> KnownPolicy:
         """The policy as it is now: entries are those of all guards, and another one may know a newer policy."""
@@ -155,15 +172,17 @@ class LobbySwitch:
 
         To be called every few seconds.
         """
-        for room_id in self._lobby.rooms_with(LobbyState.WAITING):
-            deadline = Deadline.after(self._clock, self._lookup_timeout)
-            known = await self._policies.get(room_id, deadline)
-            if not await self.is_on(room_id, known):
-                continue
-            for user in self._lobby.waiting_in(room_id):
-                if known.policy.bypasses_lobby(user):
-                    await self._lobby.let_in(room_id, user)
+        await gather_in_turns(LOOKUPS_AT_ONCE, self._look_after, self._lobby.rooms_with(LobbyState.WAITING))
         await self._notice_ended_calls()
+        await self._forget_some()
+
+    async def _look_after(self, room_id: str) -> None:
+        known = await self._policies.get(room_id, Deadline.after(self._clock, self._lookup_timeout))
+        if not await self.is_on(room_id, known):
+            return
+        for user in self._lobby.waiting_in(room_id):
+            if known.policy.bypasses_lobby(user):
+                await self._lobby.let_in(room_id, user)
 
     async def _notice_ended_calls(self) -> None:
         now = self._clock.seconds()

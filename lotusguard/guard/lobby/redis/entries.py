@@ -107,7 +107,7 @@ class RedisEntries:
             return self.state_of(room_id, user)
         return self._replica.take_over(room_id, told).state if told else None
 
-    async def happen(self, event: LobbyEvent, room_id: str, user: str) -> Answer:
+    async def happen(self, event: LobbyEvent, room_id: str, user: str, *, local: bool = False) -> Answer:
         entry = self.book.get(room_id, user)
         if event is LobbyEvent.LET_IN and entry is not None and self._is_accepted_lately(entry):
             return Answer(applied=True, entry=entry)
@@ -115,10 +115,10 @@ class RedisEntries:
             return Answer(applied=False, entry=entry, full=True)
         entry_id = token_hex(8)
         try:
-            ((applied, told, full),) = await self._run(("happen", event.value, room_id, user, entry_id))
+            ((applied, told, full),) = await self._run(("happen", event.value, room_id, user, entry_id, local))
         except DependencyFailed as failed:
             self._go_alone(failed.reason)
-            return self.book.happen(event, room_id, user, entry_id, self._clock.seconds())
+            return self.book.happen(event, room_id, user, entry_id, self._clock.seconds(), local=local)
         return Answer(bool(applied), self._replica.take_over(room_id, told) if told else None, bool(full))
 
     async def happen_in_room(self, event: LobbyEvent, room_id: str) -> None:

@@ -3,7 +3,7 @@
 -- KEYS[1]: begins the names of all keys. ARGV[1]: JSON {guard, longest_wait, operations = [[name, arguments…]…]}.
 -- The answer is JSON {now, version, born, changes, results}. The same changes are published for all guards.
 -- Keys: a hash for each room (user → entry); "due" and "spare" (entries by when time does something to them, and by the
--- order in which they are dropped); "waiting" (how many wait in each room, and in all); "rooms"; "version" (of the last
+-- order in which they are dropped); "waiting" (how many wait in each room, of each user, of each server, and in all); "rooms"; "version" (of the last
 -- change); "born" (the first version of this data set).
 
 local request = cjson.decode(ARGV[1])
@@ -31,14 +31,26 @@ local function tell(room, entry, event, before, after)
   changes[#changes + 1] = {room, copy, event or false, before or false, after or false}
 end
 
-local function count(room, before, after)
+local function of_user(user) return 'user ' .. user end
+local function of_server(user) return 'server ' .. (user:match(':(.*)') or '') end
+
+local function count(room, user, before, after)
   local difference = (after == 'waiting' and 1 or 0) - (before == 'waiting' and 1 or 0)
   if difference == 0 then return end
-  redis.call('HINCRBY', WAITING, '', difference)
-  if redis.call('HINCRBY', WAITING, room, difference) <= 0 then redis.call('HDEL', WAITING, room) end
+  for _, counted in ipairs({'', room, of_user(user), of_server(user)}) do
+    if redis.call('HINCRBY', WAITING, counted, difference) <= 0 then redis.call('HDEL', WAITING, counted) end
+  end
+  -- older guards count neither users nor servers: the counts are right again once nobody waits
+  if redis.call('HEXISTS', WAITING, '') == 0 then redis.call('DEL', WAITING) end
 end
 
-local function waiting(room) return tonumber(redis.call('HGET', WAITING, room)) or 0 end
+local function waiting(counted) return tonumber(redis.call('HGET', WAITING, counted)) or 0 end
+
+local function is_full(room, user, is_local)
+  if waiting(room) >= WAITING_PER_ROOM or waiting(of_user(user)) >= WAITING_PER_USER then return true end
+  if is_local then return waiting('') >= WAITING_IN_ALL end
+  return waiting(of_server(user)) >= WAITING_FOR_OTHER_SERVERS - waiting('')
+end
 
 local function store(room, entry)
   local key, name, due = room_key(room), member(room, entry.user), entry.expires
@@ -57,7 +69,7 @@ end
 local function keep(room, entry, event, before)
   tell(room, entry, event, before, entry.state)
   store(room, entry)
-  count(room, before, entry.state)
+  count(room, entry.user, before, entry.state)
 end
 
 local function discard(room, entry, event)
@@ -67,7 +79,7 @@ local function discard(room, entry, event)
   if redis.call('EXISTS', room_key(room)) == 0 then redis.call('ZREM', ROOMS, room) end
   redis.call('ZREM', DUE, name)
   redis.call('ZREM', SPARE, name)
-  count(room, entry.state, nil)
+  count(room, entry.user, entry.state, nil)
 end
 
 local function apply(room, entry, event)
@@ -113,13 +125,11 @@ end
 
 local Operations = {}
 
-function Operations.happen(event, room, user, id)
+function Operations.happen(event, room, user, id, is_local)
   local entry, begins = find(room, user), BEGINS[event]
   if entry then return {apply(room, entry, event), get(room, user) or false, false} end
   if not begins then return {false, false, false} end
-  if begins == 'waiting' and (waiting(room) >= WAITING_PER_ROOM or waiting('') >= WAITING_IN_ALL) then
-    return {false, false, true}
-  end
+  if begins == 'waiting' and is_full(room, user, is_local) then return {false, false, true} end
   if redis.call('ZCARD', DUE) >= ENTRIES_KEPT then drop_some() end
   entry = {id = id, user = user, state = begins, began = now, expires = now + TABLE[begins].lifetime, notice = ''}
   keep(room, entry, event, nil)

@@ -26,7 +26,9 @@ def lobby_script() -> Script:
     constants = MappingProxyType(
         {
             "WAITING_PER_ROOM": lobby_book.WAITING_PER_ROOM,
+            "WAITING_PER_USER": lobby_book.WAITING_PER_USER,
             "WAITING_IN_ALL": lobby_book.WAITING_IN_ALL,
+            "WAITING_FOR_OTHER_SERVERS": lobby_book.WAITING_FOR_OTHER_SERVERS,
             "ENTRIES_KEPT": lobby_book.ENTRIES_KEPT,
             "DROPPED_AT_ONCE": lobby_book.DROPPED_AT_ONCE,
             "HELD_LEASE": HELD_LEASE,
