@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,7 +18,6 @@ from twisted.python.failure import Failure
 
 from lotusguard import __version__
 from lotusguard.clients.dependency import DependencyFailed
-from lotusguard.clients.json_answers import parse_json
 from lotusguard.guard.calls.changes import CallChanges
 from lotusguard.guard.calls.enforcement import Enforcement
 from lotusguard.guard.calls.moderation import Moderation, ModerationAction, OnlyDecided
@@ -143,9 +143,9 @@ class OperatorApi:
     async def policy_changed(self, request: GuardRequest) -> None:
         """A room's state or memberships changed, says the homeserver's module: 202, and it is enforced at once."""
         try:
-            content = parse_json(request.body())
+            content = json.loads(request.body())
             room_id, user = content["room_id"], content.get("user", "")
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             room_id = user = None
         if not _is_id(room_id, "!") or not (user == "" or _is_id(user, "@")):
             raise Rejected(BAD_ROOM)
@@ -168,9 +168,9 @@ class OperatorApi:
     async def moderate(self, request: GuardRequest) -> None:
         """Admit, deny, remove or mute somebody."""
         try:
-            content = parse_json(request.body())
+            content = json.loads(request.body())
             room_id, user, action = content["room_id"], content["user"], ModerationAction(content["action"])
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise Rejected(BAD_MODERATION) from None
         if not _is_id(room_id, "!") or not _is_id(user, "@"):
             raise Rejected(BAD_MODERATION)

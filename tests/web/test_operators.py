@@ -13,8 +13,8 @@ from tests.calls import crashes, logged
 @pytest.mark.parametrize(
     ("path", "body", "code"),
     [
-        ("/policy-changed", rb'{"room_id": "!half \ud800 a pair:x", "user": "@\udfff:x"}', 202),
-        ("/moderate", rb'{"room_id": "!half \ud800 a pair:x", "user": "@\udfff:x", "action": "remove"}', 404),
+        ("/policy-changed", rb'{"room_id": "!half \ud800 a pair:x", "user": "@\udfff:x"}', 400),
+        ("/moderate", rb'{"room_id": "!half \ud800 a pair:x", "user": "@\udfff:x", "action": "remove"}', 400),
         ("/policy-changed", b'{"room_id": ' + 5_000 * b"[" + 5_000 * b"]" + b"}", 400),
         ("/moderate", 5_000 * b"[", 400),
     ],
