@@ -195,7 +195,7 @@ def test_what_fails_in_a_call_and_fails_again_in_the_next_round_is_not_enforced_
     report = guard.report()
     assert not report["ready"]
     assert report["enforcing"] == {"limit": True, "sources": True, "membership": True, "in_call": False}
-    assert report["reasons"] == ["enforcement keeps failing in 1 calls (remove: status_500)"]
+    assert report["reasons"] == ["enforcement keeps failing in one call (remove: status_500)"]
 
 
 def test_a_failure_that_the_next_round_repairs_is_not_reported_and_no_reason_for_the_next_one() -> None:
@@ -216,7 +216,7 @@ def test_a_call_in_which_nothing_fails_any_more_does_not_hide_one_in_which_enfor
         guard.enforce("other", fails=True)
         guard.clock.advance(3)
     guard.enforce("one", fails=False)
-    assert guard.report()["reasons"] == ["enforcement keeps failing in 1 calls (remove: status_500)"]
+    assert guard.report()["reasons"] == ["enforcement keeps failing in one call (remove: status_500)"]
     guard.enforce("other", fails=False)
     assert guard.report()["ready"]
 
@@ -227,7 +227,7 @@ def test_an_internal_error_in_every_attempt_is_reported() -> None:
         with pytest.raises(KeyError), guard.failing.attempt("alias"):
             raise KeyError
         guard.clock.advance(3)
-    assert guard.report()["reasons"] == ["enforcement keeps failing in 1 calls (enforce: internal_error)"]
+    assert guard.report()["reasons"] == ["enforcement keeps failing in one call (enforce: internal_error)"]
 
 
 def test_failures_in_a_call_that_is_over_are_forgotten_although_nobody_tries_again() -> None:

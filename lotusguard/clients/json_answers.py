@@ -15,14 +15,15 @@ from typing import Any
 DEEPEST = 100
 """Levels of an answer that are read; what is nested deeper is replaced by null. Events use about ten."""
 LONGEST_INTEGER = 400
-_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
+_HEX = "[0-9a-fA-F]{2}"
+_ESCAPE = re.compile(rf"\\(?:u[dD][89abAB]{_HEX}\\u[dD][c-fC-F]{_HEX}|(u[dD][89a-fA-F]{_HEX})|.)", re.DOTALL)
 """A backslash and what it escapes, as far as that matters: a surrogate pair, half of one, or any character."""
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_json(text: bytes) -> Any:
     """The value of a JSON text. What is nested deeper than `DEEPEST` is null, and so is an integer of more than
-    `LONGEST_INTEGER` digits if Python refuses one. What is no Unicode text is replaced by U+FFFD.
+    `LONGEST_INTEGER` digits if Python refuses one. Half of a surrogate pair becomes U+FFFD.
 
     :raises ValueError: it is not JSON.
     """

@@ -282,21 +282,25 @@ async def test_a_removed_person_is_refused_until_they_are_admitted(sandbox: Sand
     assert (await sandbox.ask_token(BOB, room_id)).code == 200
 
 
+@pytest.mark.parametrize("fault", [Fault.status(503), Fault.hang()], ids=lambda fault: fault.kind)
 @pytest_twisted.ensureDeferred
-async def test_somebody_who_waits_is_removed_although_livekit_does_not_answer(sandbox: Sandbox) -> None:
+async def test_somebody_who_waits_is_removed_although_livekit_does_not_answer(sandbox: Sandbox, fault: Fault) -> None:
     room_id = lobby_room(sandbox)
     answer = asking(sandbox, BOB, room_id)
     await waits(sandbox)
-    sandbox.livekit.fault = Fault.status(503)
+    sandbox.livekit.fault = fault
     assert await moderate(sandbox, room_id, BOB, "remove") == 200
     assert error_of(await answer) == (403, "You were removed from this call.")
 
 
+@pytest.mark.parametrize("fault", [Fault.status(503), Fault.hang()], ids=lambda fault: fault.kind)
 @pytest_twisted.ensureDeferred
-async def test_removing_somebody_in_the_call_is_502_while_livekit_does_not_answer(sandbox: Sandbox) -> None:
+async def test_removing_somebody_in_the_call_is_502_while_livekit_does_not_answer(
+    sandbox: Sandbox, fault: Fault
+) -> None:
     room_id = lobby_room(sandbox)
     await sandbox.enter(ALICE, room_id)
-    sandbox.livekit.fault = Fault.status(503)
+    sandbox.livekit.fault = fault
     assert await moderate(sandbox, room_id, ALICE, "remove") == 502
 
 

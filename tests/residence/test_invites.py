@@ -4,12 +4,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet.task import Clock
 
 from lotusguard.guard.rooms.residence import invites as invites_module
 from lotusguard.guard.rooms.residence import residence as residence_module
+from lotusguard.guard.rooms.residence.account import Invites
+from lotusguard.guard.rooms.residence.invites import InviteHandler
+from lotusguard.guard.rooms.residence.residence import Residence
+from lotusguard.metrics import Metrics
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, counted, logged, named, room_of
 from tests.conftest import StartSandbox, until
@@ -130,3 +137,23 @@ async def test_log_and_report_say_that_no_more_rooms_fit(
     _, report = await readiness(sandbox)
     expected = "the account of MATRIX_TOKEN is in 1 rooms, as many as fit: it declines invitations"
     assert expected in report["reasons"]
+
+
+class Joins:
+    """A homeserver that lets the account join."""
+
+    async def join(self, room_id: str) -> None: ...
+
+
+def test_rooms_that_the_account_joined_and_has_left_unheard_take_no_place() -> None:
+    clock, metrics = Clock(), Metrics()
+    residence = Residence(None, clock, lambda: 0.0, metrics)
+    account: Any = SimpleNamespace(invites=Invites.ANY, server_name="h")
+    client: Any = Joins()
+    handler = InviteHandler(client, account, residence, clock, metrics)
+    for number in range(3):
+        handler.invited(f"!{number}:h", ALICE)
+    residence.add_invite("!waits:h", BOB)
+    assert set(residence.invites) == {"!0:h", "!1:h", "!2:h", "!waits:h"}
+    handler.heard_all({"!1:h"})
+    assert set(residence.invites) == {"!1:h", "!waits:h"}

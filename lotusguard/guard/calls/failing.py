@@ -56,11 +56,13 @@ class FailingCalls:
             if self._failures.get(alias) is before:
                 self._failures.pop(alias, None)
         finally:
-            del self._attempts[alias]
+            self._attempts.pop(alias, None)
 
     def failed(self, alias: str, action: str, reason: str) -> None:
-        """Something could not be done."""
-        began = self._attempts.get(alias, self._clock.seconds())
+        """Something could not be done. Outside of an attempt somebody was told so: a moderator, or the next attempt."""
+        began = self._attempts.get(alias)
+        if began is None:
+            return
         known = self._failures.get(alias)
         self._failures[alias] = _Failure(known.since if known is not None else began, began, action, reason)
 
@@ -71,4 +73,5 @@ class FailingCalls:
         if not again:
             return ""
         why = sorted({f"{one.action}: {one.reason}" for one in again})
-        return f"enforcement keeps failing in {len(again)} calls ({'; '.join(why)})"
+        calls = "one call" if len(again) == 1 else f"{len(again)} calls"
+        return f"enforcement keeps failing in {calls} ({'; '.join(why)})"

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from attrs import define
 from livekit.protocol.models import ParticipantInfo, TrackType
+from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 

@@ -27,7 +27,8 @@ class RoomLease(Protocol):
 
 @define(eq=False)
 class Remover:
-    """
+    """Removes participants from SFU rooms, and frees their seats.
+
     :param leases: ``None`` if no other guard enforces these rooms.
     """
 

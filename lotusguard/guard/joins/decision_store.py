@@ -28,9 +28,6 @@ log = Logger()
 FILE_NAME = "decisions.sqlite3"
 KEPT_FOR = 7 * 86400.0
 """Seconds for which records are kept."""
-AHEAD = 86400.0
-"""Seconds. A record that is more than this ahead was made while the clock was wrong. It is deleted: the oldest records
-are looked at first, and it would keep those after it from being deleted."""
 ROWS_KEPT = 500_000
 PAGES_KEPT = 16_384
 """Pages of 4 kB that the file may use; then the oldest records are deleted."""
@@ -57,8 +54,10 @@ _PUT = "INSERT INTO records (at, kind, user, room_id, content) VALUES (?, ?, ?, 
 _FIND = """SELECT at, kind, user, room_id, content FROM records
     WHERE at >= ? AND at <= ? AND (? = '' OR user = ?) AND (? = '' OR room_id = ?) AND (? = '' OR kind = ?)
     ORDER BY at DESC LIMIT ?"""
-_DELETE_OLD = """DELETE FROM records WHERE id IN (SELECT id FROM records ORDER BY id LIMIT ?)
-    AND (at < ? OR at > ? OR id <= (SELECT max(id) FROM records) - ?
+_DELETE_OLD = "DELETE FROM records WHERE id IN (SELECT id FROM records WHERE kind = ? AND at < ? LIMIT ?)"
+"""By time and not by place: the clock may have been wrong when a record was made."""
+_DELETE_FIRST = """DELETE FROM records WHERE id IN (SELECT id FROM records ORDER BY id LIMIT ?)
+    AND (id <= (SELECT max(id) FROM records) - ?
         OR (SELECT page_count FROM pragma_page_count) - (SELECT freelist_count FROM pragma_freelist_count) > ?)"""
 
 
@@ -213,9 +212,9 @@ class DecisionStore:
             self._reader.stop()
 
     def _delete_old(self) -> None:
-        now = self._wall()
-        values = (DELETED_AT_ONCE, now - KEPT_FOR, now + AHEAD, ROWS_KEPT, PAGES_KEPT)
-        self._writer.clean_up([(_DELETE_OLD, values)])
+        oldest = self._wall() - KEPT_FOR
+        old = [(_DELETE_OLD, (kind.value, oldest, DELETED_AT_ONCE)) for kind in RecordKind]
+        self._writer.clean_up([*old, (_DELETE_FIRST, (DELETED_AT_ONCE, ROWS_KEPT, PAGES_KEPT))])
         self._clean_up = self._reactor.callLater(CLEAN_UP_INTERVAL, self._delete_old)
 
 

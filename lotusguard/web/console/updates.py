@@ -48,7 +48,7 @@ class _Reader:
         return self._stopped_at is not None and self._clock.seconds() - self._stopped_at >= STALLED
 
     def pauseProducing(self) -> None:
-        """What was sent last waits in memory."""
+        """The browser does not read: what was sent last waits in memory."""
         if self._stopped_at is None:
             self._stopped_at = self._clock.seconds()
 
@@ -76,11 +76,11 @@ class Updates:
             return
         set_headers(request, b"text/event-stream")
         request.setHeader(b"X-Accel-Buffering", b"no")
-        self._open += 1
         reader = _Reader(self._clock)
-        request.registerProducer(reader, True)
         request.site.in_flight.discard(request)  # an open console does not delay a stop
+        self._open += 1
         try:
+            request.registerProducer(reader, True)
             await self._send_changes(request, reader, wanted)
         except CancelledError:
             pass

@@ -3,8 +3,8 @@
 -- KEYS[1]: begins the names of all keys. ARGV[1]: JSON {guard, longest_wait, operations = [[name, arguments…]…]}.
 -- The answer is JSON {now, version, born, changes, results}. The same changes are published for all guards.
 -- Keys: a hash for each room (user → entry); "due" and "spare" (entries by when time does something to them, and by the
--- order in which they are dropped); "waiting" (how many wait in each room, of each user, of each server, and in all); "rooms"; "version" (of the last
--- change); "born" (the first version of this data set).
+-- order in which they are dropped); "waiting" (how many wait in each room, of each user, of each server, and in all);
+-- "rooms"; "version" (of the last change); "born" (the first version of this data set).
 
 local request = cjson.decode(ARGV[1])
 local time = redis.call('TIME')

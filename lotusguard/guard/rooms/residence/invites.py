@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from attrs import define, field
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
@@ -21,7 +23,8 @@ log = Logger()
 
 AT_ONCE = 2
 WAITING = 200
-"""Invitations that may wait. More are dropped until the next full sync, or until somebody invites again."""
+"""Invitations that may wait to be settled, or for the account to be heard in the room. More are dropped until the next
+full sync, or until somebody invites again."""
 ROOMS_PER_INVITER = 400
 """Rooms to which one user may have invited the account: nobody may take all places alone."""
 ATTEMPTS = 3
@@ -62,16 +65,25 @@ class InviteHandler:
     def stop(self) -> None:
         self._worker.stop()
 
+    def heard_all(self, rooms: Collection[str]) -> None:
+        """The account is in these rooms and no others: it has left those that it had joined and that are not here."""
+        for room_id in self._still_accepted().difference(rooms):
+            self._residence.settle_invite(room_id)
+
+    def _still_accepted(self) -> set[str]:
+        self._accepted.intersection_update(self._residence.invites)
+        return self._accepted
+
     def _objection(self, inviter: str) -> str:
         """Why an invitation is declined, in one word; "" if it is accepted."""
         invites = self._account.invites
         local = bool(inviter) and server_of(inviter) == self._account.server_name
         if invites is Invites.OFF or (invites is Invites.LOCAL and not local):
             return "inviter_not_accepted"
-        self._accepted.intersection_update(self._residence.invites)
-        if len(self._residence) + len(self._accepted) >= ROOMS_KEPT:
+        accepted = self._still_accepted()
+        if len(self._residence) + len(accepted) >= ROOMS_KEPT:
             return "too_many_rooms"
-        joining = sum(self._residence.invites[room_id] == inviter for room_id in self._accepted)
+        joining = sum(self._residence.invites[room_id] == inviter for room_id in accepted)
         return "too_many_rooms_of_inviter" if self._residence.invited_by(inviter) + joining >= ROOMS_PER_INVITER else ""
 
     async def _settle(self, room_id: str) -> None:

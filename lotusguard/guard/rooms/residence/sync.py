@@ -244,6 +244,8 @@ class SyncService(Service):
             self._events.left(room_id)
         for room_id, change in changes.items():
             self._events.changed(room_id, change, answer.joined[room_id], full=full, new=room_id not in known)
+        if all_rooms is not None:
+            self._invites.heard_all(all_rooms)
         for room_id, inviter in answer.invited.items():
             self._invites.invited(room_id, inviter)
         return changes.keys()

@@ -30,7 +30,7 @@ class Freshness:
         self._written = LruCache(KEPT, KEPT_BYTES, lambda key, _: (key,))
 
     def data_set_changed(self) -> None:
-        """Redis may have lost what it was given. What is used is written again if it is not there."""
+        """Redis may have lost what it was given. Facts that are used are written again if they are not there."""
         self._data_since = self._messages_since = self._clock.seconds()
 
     def messages_began(self) -> None:

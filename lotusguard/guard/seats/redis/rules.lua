@@ -222,7 +222,8 @@ end
 
 -- users and their holds ---------------------------------------------------------------------------------------------
 
--- This user takes no seat from others, for as long as they hold anything here. Returns whether this is new: somebody who waits may find a seat.
+-- This user takes no seat from others, for as long as they hold anything here. Returns whether this is new: somebody
+-- who waits may find a seat.
 function Seats.exempt(name)
   local user = users[name]
   if not user or user.exempt then return false end
