@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import Clock
 
 from lotusguard.clients.http import Answer
+from lotusguard.clients.waiting import Deadline
+from lotusguard.guard.joins.callers import UNIDENTIFIED, Caller
+from lotusguard.guard.joins.join import LEAST_LOOKUPS, Join
+from lotusguard.guard.joins.lookups import Lookups
 from lotusguard.sandbox.demo.sandbox import Sandbox
 from lotusguard.sandbox.faults import Fault
 from tests.calls import ALICE, BOB, CAROL, counted, room_of
@@ -127,3 +134,30 @@ async def test_a_dry_run_goes_on_when_the_deadline_passes_behind_a_request_in_fl
     sandbox.upstream.fault = Fault.hang()
     answers = [ask(sandbox, user, room_id).addTimeout(20, reactor) for user in (ALICE, BOB)]
     assert [answer.code for answer in await gatherResults(answers)] == [504, 504]
+
+
+@pytest.mark.parametrize("has_existed", [True, False])
+@pytest_twisted.ensureDeferred
+async def test_a_caller_who_is_verified_slowly_takes_no_more_time_than_all_lookups_have(has_existed: bool) -> None:
+    """A part of the lookups' time is left for those that follow when upstream names the caller."""
+    clock, asked = Clock(), []
+
+    class SlowCallers:
+        async def identify(self, request: Any, deadline: Deadline) -> Caller:
+            asked.append(deadline.at)
+            clock.advance(deadline.left())
+            return UNIDENTIFIED
+
+    nothing: Any = SimpleNamespace(
+        identify=SlowCallers().identify, in_memory=lambda room_id: None, has_existed=lambda room_id: has_existed
+    )
+    nothing.get_anew = lambda *_: Deferred.fromCoroutine(SlowCallers().identify(None, Deadline(clock, 0.0)))
+    nothing.began = 0.0
+    log: Any = SimpleNamespace(stage=lambda *_: nullcontext(), failure=lambda *_: None)
+    join = Join(nothing, "!r:s", nothing, log, Deadline(clock, 60.0), Deadline(clock, 6.0), 6.0, False)
+    await Lookups(nothing, nothing, nothing, asks_membership=False).all_of(join)
+    with join.waiting():
+        clock.advance(10)
+    assert max(asked) <= 6.0 * (1 - LEAST_LOOKUPS)
+    assert join.lookups.left() >= 6.0 * LEAST_LOOKUPS - 1e-9
+    assert clock.seconds() - 10 + join.lookups.left() <= 6.0 + 1e-9

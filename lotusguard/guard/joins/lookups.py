@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError
 from lotusguard.clients.waiting import Deadline, gather
 from lotusguard.guard.joins.callers import Callers, Identified
 from lotusguard.guard.joins.decisions import Stage
-from lotusguard.guard.joins.join import Join
+from lotusguard.guard.joins.join import LEAST_LOOKUPS, Join
 from lotusguard.guard.joins.user_turns import RETRY, TooManyLookups, UserTurns
 from lotusguard.guard.rooms.members import Members
 from lotusguard.guard.rooms.policies import Policies
@@ -77,9 +77,13 @@ class Lookups:
             join.log.failure(join.decision, "policy")
 
     async def _caller(self, join: Join, deadline: Deadline, then: Lookup) -> None:
-        """:param then: what is looked up once the caller is proven."""
+        """Leaves time for what has to be looked up when upstream has named a caller whom the homeserver did not.
+
+        :param then: what is looked up once the caller is proven.
+        """
         try:
-            caller = join.caller = await self._callers.identify(join.request, deadline)
+            by = deadline.sooner(join.lookup_timeout * (1 - LEAST_LOOKUPS))
+            caller = join.caller = await self._callers.identify(join.request, by)
             if caller.identified is Identified.PROVEN:
                 join.user = join.decision.user = caller.user
                 await then(join, deadline)
