@@ -27,8 +27,8 @@ from lotusguard.rules.room_seats import CALL_ENDED_AFTER
 log = Logger()
 
 ROOMS_REMEMBERED = 20_000
-"""Rooms beyond which those are forgotten that were not asked about for longest and have no occupants. A forgotten room
-counts as never seen: that must not happen to people who are in its call when its lobby is switched on."""
+"""Rooms beyond which those are forgotten that were not asked about for longest and have no occupants. Of a
+forgotten room nobody knows that its lobby was off, and people would be removed from its call when it is switched on."""
 LET_IN_AT_ONCE = 32
 """Users who are accepted at the same time when a lobby is switched on."""
 OCCUPANTS_ASKED_EVERY = 15.0

@@ -104,7 +104,7 @@ class RedisSeatBook:
         raise AssertionError("not reached")
 
     def _refusal(self, room_id: str, user: str, told: Sequence[Any]) -> str:
-        """Note what a full room told. :return: why there is no seat; "" if there is one."""
+        """Note who holds the seats of a full room. :return: why there is no seat; "" if there is one."""
         refusal, full = told
         if full:
             *found, occupants = full
